@@ -1,0 +1,22 @@
+"""The one exception for a user's mistake. The command line prints it as one line and leaves with exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend: `message` names the file, key or tensor, `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message if not hint else f"{message} ({hint})")
+        self.message = message
+        self.hint = hint
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """A hint that names the nearest valid word, or all of them when none is near."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(word, valid, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
