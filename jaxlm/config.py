@@ -1,7 +1,7 @@
 """Every option of a run: one tree of frozen dataclasses, read from TOML and overrides.
 
-A file states only what differs from the defaults. An unknown or ill-typed key is refused with the nearest valid name, and the
-resolved tree is written into the run. This module imports neither jax nor torch, so both backends share it.
+A file states only what differs from the defaults. An unknown or ill-typed key is refused with the nearest valid name,
+and the resolved tree is written into the run. This module imports neither jax nor torch, so both backends share it.
 
     config = load("configs/quickstart.toml", ["train.steps=100", "mesh.fsdp=8"])
     config.model.d_model
@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from jaxlm.errors import UserError, did_you_mean
@@ -70,7 +78,7 @@ class Model:
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_layout: Literal["half", "interleaved"] = "half"
-    """Rotary pairs: (i, i + H/2) as in GPT-NeoX and Hugging Face Llama, or (2i, 2i + 1) as in the paper and in Meta's Llama."""
+    """Rotary pairs: (i, i + H/2) as in Hugging Face's Llama, or (2i, 2i + 1) as in the paper and in Meta's Llama."""
     biases: tuple[Literal["qkv", "attention_out", "mlp", "head"], ...] = ()
     """Which linear maps have a bias."""
     tie_embeddings: bool = True
@@ -93,14 +101,26 @@ class Model:
             "d_ff": 64 * -(-8 * self.d_model // 192) if self.activation == "swiglu" else 4 * self.d_model,
         }
         if not self.head_dim:
-            _require(self.d_model % self.n_heads == 0, f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}")
+            _require(
+                self.d_model % self.n_heads == 0,
+                f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
+            )
         for name, value in fill.items():
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
-        _require(self.n_heads % self.n_kv_heads == 0, f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}")
-        _require(self.head_dim % 2 == 0 or self.positions != "rope", f"model.head_dim = {self.head_dim} is odd, rotary positions need pairs")
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0 or self.positions != "rope",
+            f"model.head_dim = {self.head_dim} is odd, rotary positions need pairs",
+        )
         _require(self.dropout < 1, f"model.dropout = {self.dropout} must be below 1")
-        _require(not (self.tie_embeddings and "head" in self.biases), "model.biases has 'head', which a tied head does not have")
+        _require(
+            not (self.tie_embeddings and "head" in self.biases),
+            "model.biases has 'head', which a tied head does not have",
+        )
         _require(len(self.pattern) > 0, "model.pattern is empty")
         for block in self.pattern:
             parse_block(block)
@@ -131,7 +151,7 @@ class Tokenizer:
     vocab_size: PositiveInt = 4096
     """Size to train to (kind `bpe`), special tokens included."""
     specials: bool = True
-    """Have special tokens (end of text, padding, FIM, chat roles, reserved); without them, kind `bytes` has exactly 256 ids."""
+    """Have special tokens (end of text, padding, FIM, chat roles, reserved). Without them `bytes` has exactly 256 ids."""
     train_bytes: PositiveInt = 8_000_000
     """How much of the training text the BPE trainer reads, spread evenly over the corpus."""
 
@@ -162,7 +182,10 @@ class Data:
     """Batches prepared ahead of the step."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.validation_fraction < 1, f"data.validation_fraction = {self.validation_fraction} must lie in [0, 1)")
+        _require(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction = {self.validation_fraction} must lie in [0, 1)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -324,13 +347,15 @@ class Config:
     def __post_init__(self) -> None:
         _require(
             self.train.batch_size % self.train.microbatches == 0,
-            f"train.microbatches = {self.train.microbatches} does not divide train.batch_size = {self.train.batch_size}",
+            f"train.microbatches = {self.train.microbatches} does not divide "
+            f"train.batch_size = {self.train.batch_size}",
         )
         if not self.model.max_seq_len:
             object.__setattr__(self, "model", dataclasses.replace(self.model, max_seq_len=self.data.seq_len))
         _require(
             self.model.positions != "learned" or self.data.seq_len <= self.model.max_seq_len,
-            f"data.seq_len = {self.data.seq_len} exceeds the {self.model.max_seq_len} learned positions of model.max_seq_len",
+            f"data.seq_len = {self.data.seq_len} exceeds the {self.model.max_seq_len} learned positions "
+            "of model.max_seq_len",
         )
 
 
@@ -371,7 +396,9 @@ def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """
     _refuse_unknown(tree, Config, where, "")
     try:
-        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))  # strict JSON: lists are tuples, nothing is coerced
+        return TypeAdapter(Config).validate_json(
+            json.dumps(tree, default=str)
+        )  # strict JSON: lists are tuples, nothing is coerced
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))

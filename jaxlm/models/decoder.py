@@ -1,0 +1,188 @@
+"""The decoder: embed, repeat the pattern of blocks, norm, unembed. One forward serves training, prefill and decoding.
+
+    decoder = Decoder(config.model, policy)
+    params = init_params(decoder, jax.random.key(0))
+    logits_BTV, cache = decoder.apply({"params": params}, tokens, positions, segments, cache)
+
+The live tree has one entry `layers_i` a block when the layers are unrolled, and `layers.slot_s` with a leading axis of
+repeats when they are scanned; `unstack_layers` turns the second into the first.
+
+Shapes: B batch, T length, D width, V vocabulary, R repeats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm import config
+from jaxlm.mesh import Axes, Layout, constrain
+from jaxlm.models.block import Repeat, rematerialised
+from jaxlm.models.cache import KVCache
+from jaxlm.models.layers import Embed, Head, Norm
+from jaxlm.numerics import Policy, wide
+from jaxlm.ops.attention import Places
+from jaxlm.ops.rope import rope_frequencies, rope_table, sinusoidal_table
+
+Params = dict[str, Any]
+Cache = tuple[Any, ...]
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model; everything about it is in the config."""
+
+    config: config.Model
+    policy: Policy = Policy()
+
+    def setup(self) -> None:
+        cfg, policy = self.config, self.policy
+        self.embed = Embed(cfg.vocab_size, cfg.d_model, "vocab", cfg.init_std, policy)
+        if cfg.positions == "learned":
+            self.position_embed = Embed(cfg.max_seq_len, cfg.d_model, None, cfg.init_std, policy)
+        self.dropout = nn.Dropout(cfg.dropout)
+        if cfg.scanned:
+            scanned = nn.scan(
+                Repeat,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0),
+                length=cfg.repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.layers = scanned(cfg, policy)
+        else:
+            kinds = cfg.pattern * cfg.repeats
+            block_class = rematerialised(cfg)
+            self.layers = [block_class(kind, cfg, policy) for kind in kinds]
+        if cfg.final_norm:
+            self.final_norm = Norm(cfg.norm, cfg.norm_eps, policy)
+        if not cfg.tie_embeddings:
+            self.head = Head(cfg.d_model, cfg.vocab_size, cfg.init_std, policy, "head" in cfg.biases)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "b t"],
+        positions_BT: Int[Array, "b t"],
+        segments_BT: Int[Array, "b t"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b t v"], Cache | None]:
+        """Logits of the next token in float32 or wider, and the cache after these tokens.
+
+        Args:
+            positions_BT: place of each token within its document, from 0.
+            segments_BT: document of each token within the row, from 1; 0 is padding.
+            cache: of `init_cache`; a row is then one document.
+        """
+        hidden_BTD, cache = self.hidden(tokens_BT, positions_BT, segments_BT, cache)
+        kernel_DV, bias_V = self.unembedding()
+        with jax.default_matmul_precision(self.policy.matmul):
+            logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, kernel_DV, preferred_element_type=wide(hidden_BTD.dtype))
+        return logits_BTV if bias_V is None else logits_BTV + bias_V, cache
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "b t"],
+        positions_BT: Int[Array, "b t"],
+        segments_BT: Int[Array, "b t"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """What the head sees, after the final norm: training computes the loss from it block by block."""
+        cfg = self.config
+        places = Places(positions_BT, segments_BT)
+        with jax.default_matmul_precision(self.policy.matmul):
+            x_BTD, rope = self._embedded(tokens_BT, positions_BT)
+            if cfg.scanned:
+                x_BTD, cache = self.layers(x_BTD, places, rope, cache)
+            else:
+                after = []
+                for i, layer in enumerate(self.layers):
+                    x_BTD, layer_cache = layer(x_BTD, places, rope, None if cache is None else cache[i])
+                    after.append(layer_cache)
+                cache = None if cache is None else tuple(after)
+            return self.final_norm(x_BTD) if cfg.final_norm else x_BTD, cache
+
+    def unembedding(self) -> tuple[Float[Array, "d v"], Float[Array, " v"] | None]:
+        """The output matrix, in the compute dtype, and its bias."""
+        if self.config.tie_embeddings:
+            return self.embed.embedding.T.astype(self.policy.compute), None
+        return self.head.kernel.astype(self.policy.compute), self.head.bias
+
+    def _embedded(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, tuple[Array, Array] | None]:
+        cfg = self.config
+        x_BTD, rope = self.embed(tokens_BT), None
+        if cfg.positions == "learned":
+            x_BTD = x_BTD + self.position_embed(positions_BT)
+        elif cfg.positions == "sinusoidal":
+            x_BTD = x_BTD + jnp.asarray(sinusoidal_table(cfg.max_seq_len, cfg.d_model), x_BTD.dtype)[positions_BT]
+        elif cfg.positions == "rope":
+            rope = rope_table(positions_BT, rope_frequencies(cfg.head_dim, cfg.rope_theta), self.policy.compute)
+        x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng("dropout"))
+        return constrain(x_BTD, "batch", "seq", "features"), rope
+
+
+def abstract_params(decoder: Decoder) -> tuple[Params, Params]:
+    """Shapes and logical axes of every parameter, without allocating anything: the side table of the sharding."""
+    boxed = jax.eval_shape(lambda: _init(decoder, jax.random.key(0)))
+    is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
+    axes: Any = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+    return nn.meta.unbox(boxed), axes
+
+
+def init_params(decoder: Decoder, key: jax.Array, layout: Layout | None = None) -> Params:
+    """Random parameters, made in place on the mesh of `layout` (default: one device), the same values on any mesh."""
+    make = lambda key: nn.meta.unbox(_init(decoder, key))  # noqa: E731
+    if layout is None:
+        return jax.jit(make)(key)
+    shapes, axes = abstract_params(decoder)
+    return jax.jit(make, out_shardings=layout.shardings(axes, shapes))(key)
+
+
+def init_cache(decoder: Decoder, batch: int, slots: int) -> Cache:
+    """An empty cache for `batch` rows of up to `slots` tokens, shaped as the decoder's layers are."""
+    cfg = decoder.config
+    layer = KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, decoder.policy.compute)
+    if not cfg.scanned:
+        return (layer,) * cfg.n_layers
+    stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cfg.repeats, *leaf.shape)), layer)
+    return (stacked,) * len(cfg.pattern)
+
+
+def unstack_layers(params: Params, cfg: config.Model) -> Params:
+    """The tree of the unrolled decoder: layer r * len(pattern) + s is repeat r of slot s."""
+    if not cfg.scanned:
+        return params
+    slots = len(cfg.pattern)
+    layers = {
+        f"layers_{r * slots + s}": jax.tree.map(lambda leaf, r=r: leaf[r], params["layers"][f"slot_{s}"])
+        for r in range(cfg.repeats)
+        for s in range(slots)
+    }
+    return {name: leaf for name, leaf in params.items() if name != "layers"} | layers
+
+
+def unrolled(decoder: Decoder) -> Decoder:
+    """The same model with its layers unrolled; it takes the tree of `unstack_layers`."""
+    return decoder.clone(config=dataclasses.replace(decoder.config, layer_loop="unroll"))
+
+
+def _init(decoder: Decoder, key: jax.Array) -> Params:
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return decoder.init(key, ids, ids, jnp.ones_like(ids))["params"]
+
+
+__all__ = [
+    "Axes",
+    "Cache",
+    "Decoder",
+    "Params",
+    "abstract_params",
+    "init_cache",
+    "init_params",
+    "unrolled",
+    "unstack_layers",
+]

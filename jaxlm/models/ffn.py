@@ -1,0 +1,47 @@
+"""The dense feed-forward: two matrices around an activation, or three for SwiGLU.
+
+Shapes: B batch, T length, D width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from jaxlm import config
+from jaxlm.mesh import constrain
+from jaxlm.models.layers import Linear
+from jaxlm.numerics import Policy
+from jaxlm.ops import ffn
+
+
+class MLP(nn.Module):
+    """`down(swiglu(gate(x), up(x)))` or `down(activate(up(x)))`."""
+
+    config: config.Model
+    policy: Policy
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        cfg = self.config
+        up_BTF = self._expand("up_proj")(x_BTD)
+        if cfg.activation == "swiglu":
+            hidden_BTF = ffn.swiglu(self._expand("gate_proj")(x_BTD), up_BTF)
+        else:
+            hidden_BTF = ffn.activate(cfg.activation, up_BTF)
+        hidden_BTF = constrain(hidden_BTF, "batch", "seq", "mlp")
+        down_proj = Linear(
+            (cfg.d_model,),
+            ("mlp", "embed"),
+            std=cfg.init_std / (2 * cfg.n_layers) ** 0.5,
+            policy=self.policy,
+            use_bias="mlp" in cfg.biases,
+            name="down_proj",
+        )
+        return down_proj(hidden_BTF)
+
+    def _expand(self, name: str) -> Linear:
+        cfg = self.config
+        return Linear(
+            (cfg.d_ff,), ("embed", "mlp"), std=cfg.init_std, policy=self.policy, use_bias="mlp" in cfg.biases, name=name
+        )

@@ -1,0 +1,92 @@
+"""The parts with parameters of their own: linear maps, embeddings, norms.
+
+Shapes: B batch, T length, D width, V vocabulary; `in` and `out` stand for one or more axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.numerics import Policy
+from jaxlm.ops import norm
+
+
+def logical(init: Callable, *axes: str) -> Callable:
+    """An initialiser whose array carries the names of its axes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Linear(nn.Module):
+    """`x @ kernel (+ bias)` over the last `n_in` axes of x, in the compute dtype. Kernel [in..., out...]."""
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+    policy: Policy
+    n_in: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        shape = x.shape[x.ndim - self.n_in :] + self.features
+        kernel = self.param("kernel", logical(nn.initializers.normal(self.std), *self.axes), shape, self.policy.params)
+        y = jnp.tensordot(x.astype(self.policy.compute), kernel.astype(self.policy.compute), axes=self.n_in)
+        if self.use_bias:
+            zeros = logical(nn.initializers.zeros, *self.axes[self.n_in :])
+            y = y + self.param("bias", zeros, self.features, self.policy.params).astype(self.policy.compute)
+        return y
+
+
+class Embed(nn.Module):
+    """A table of vectors [rows, D]; the axis of its rows is `axis`."""
+
+    rows: int
+    d_model: int
+    axis: str | None
+    std: float
+    policy: Policy
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), (self.axis, "embed"))
+        self.embedding = self.param("embedding", init, (self.rows, self.d_model), self.policy.params)
+
+    def __call__(self, ids_BT: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        return jnp.take(self.embedding, ids_BT, axis=0).astype(self.policy.compute)
+
+
+class Head(nn.Module):
+    """The output matrix of an untied decoder: `kernel` [D, V] and `bias` [V] or None."""
+
+    d_model: int
+    vocab_size: int
+    std: float
+    policy: Policy
+    use_bias: bool
+
+    def setup(self) -> None:
+        init = logical(nn.initializers.normal(self.std), "embed", "vocab")
+        self.kernel = self.param("kernel", init, (self.d_model, self.vocab_size), self.policy.params)
+        zeros = logical(nn.initializers.zeros, "vocab")
+        self.bias = self.param("bias", zeros, (self.vocab_size,), self.policy.params) if self.use_bias else None
+
+
+class Norm(nn.Module):
+    """RMS or layer normalisation of the last axis, by name."""
+
+    kind: str
+    eps: float
+    policy: Policy
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        width = (x.shape[-1],)
+        scale_D = self.param("scale", logical(nn.initializers.ones, self.axis), width, self.policy.params)
+        if self.kind == "rmsnorm":
+            return norm.rms_norm(x, scale_D, eps=self.eps)
+        bias_D = self.param("bias", logical(nn.initializers.zeros, self.axis), width, self.policy.params)
+        return norm.layer_norm(x, scale_D, bias_D, eps=self.eps)

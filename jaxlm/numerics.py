@@ -1,0 +1,29 @@
+"""Dtypes and matrix-product precision: one policy object, and the rule for what stays wide."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxlm import config
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What is computed in which dtype. Hashable, so that a module can hold it."""
+
+    params: DTypeLike = jnp.float32
+    compute: DTypeLike = jnp.float32
+    matmul: str = "default"
+
+    @classmethod
+    def from_config(cls, numerics: config.Numerics) -> Policy:
+        """The policy of `[numerics]`."""
+        return cls(jnp.dtype(numerics.params), jnp.dtype(numerics.compute), numerics.matmul)
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of statistics, softmax and loss for inputs of `dtype`: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,30 @@
+"""Normalisation over the last axis.
+
+Statistics, scaling and shift are computed in float32 (float64 for float64 input); the result is rounded once, to the
+input's dtype. Shapes: `...` any leading axes, D normalised width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.numerics import wide
+
+
+def rms_norm(x: Float[Array, "... d"], scale_D: Float[Array, " d"], *, eps: float) -> Float[Array, "... d"]:
+    """Root-mean-square normalisation (Zhang & Sennrich 2019, equation 4): `x / sqrt(mean(x^2) + eps) * scale`."""
+    w = x.astype(wide(x.dtype))
+    w = w * jax.lax.rsqrt(jnp.mean(w * w, axis=-1, keepdims=True) + eps)
+    return (w * scale_D).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "... d"], scale_D: Float[Array, " d"], bias_D: Float[Array, " d"], *, eps: float
+) -> Float[Array, "... d"]:
+    """Layer normalisation (Ba et al. 2016): `(x - mean) / sqrt(variance + eps) * scale + bias`, biased variance."""
+    w = x.astype(wide(x.dtype))
+    w = w - jnp.mean(w, axis=-1, keepdims=True)
+    w = w * jax.lax.rsqrt(jnp.mean(w * w, axis=-1, keepdims=True) + eps)
+    return (w * scale_D + bias_D).astype(x.dtype)
