@@ -1,0 +1,44 @@
+"""Set-up of both test suites, made before jax or torch is imported; the processes that tests start inherit it."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parent
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `make gpu-check` sets cuda,cpu
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # meshes on any machine
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))  # shared by workers and by runs
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch and BLAS: the workers of xdist already fill the cores
+
+# Compilation makes the first example slow, and a failure must come back on the next run.
+settings.register_profile("jaxlm", deadline=None, derandomize=True)
+settings.load_profile("jaxlm")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number that is the test's own: different in each test, the same in each run."""
+    return zlib.crc32(request.node.name.encode())
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """A numpy generator started from `seed`."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of text corpora: $JAXLM_DATA, or shared/data beside the repository."""
+    path = Path(os.environ.get("JAXLM_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no corpora at {path}; name their folder in JAXLM_DATA")
+    return path

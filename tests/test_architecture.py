@@ -1,0 +1,212 @@
+"""The rules of the house, read from the source: who may import whom, what a file may be called, how long it may be.
+
+Each rule is a function from a source tree to its violations; a planted fault shows that it can fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A part of jaxlm imports itself and parts of lower rank.
+RANKS = {
+    **dict.fromkeys(["errors"], 0),
+    **dict.fromkeys(["config"], 1),
+    **dict.fromkeys(["mesh", "numerics"], 2),
+    **dict.fromkeys(["ops"], 3),
+    **dict.fromkeys(["models", "objectives", "data"], 4),
+    **dict.fromkeys(["train", "infer", "convert"], 5),
+    **dict.fromkeys(["recipes", "eval", "parity"], 6),
+    **dict.fromkeys(["cli"], 7),
+    **dict.fromkeys(["__main__"], 8),
+}
+TORCH_SIDE = {"torch", "torch_ref", "transformers"}
+JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
+NEUTRAL = {"config", "errors", "data"}  # the parts of jaxlm that both frameworks share
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+MAX_LINES = 400
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, where it stands and when it is loaded."""
+
+    file: Path
+    line: int
+    module: str
+    lazy: bool
+
+    @property
+    def top(self) -> str:
+        return self.module.split(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.module}"
+
+
+def python_files(root: Path, *folders: str) -> list[Path]:
+    return sorted(path.relative_to(root) for folder in folders for path in (root / folder).rglob("*.py"))
+
+
+def imports(root: Path, file: Path) -> Iterator[Import]:
+    """Every import of a file, in functions too; what stands under `if TYPE_CHECKING` is never loaded and left out."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(file, child.lineno, alias.name, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = list(file.with_suffix("").parts[: -child.level]) if child.level else []
+                module = ".".join(base + ([child.module] if child.module else []))
+                # `from jaxlm import ops` imports jaxlm.ops; a name that is no module does no harm in these rules.
+                yield from (Import(file, child.lineno, f"{module}.{alias.name}", lazy) for alias in child.names)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                yield from (found for other in child.orelse for found in walk(ast.Module([other], []), lazy))
+            else:
+                yield from walk(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    return walk(ast.parse((root / file).read_text(encoding="utf-8")), lazy=False)
+
+
+def part(module: str) -> str | None:
+    """`ops` for jaxlm.ops.rope; None for jaxlm itself and for everything outside."""
+    names = module.split(".")
+    return names[1] if names[0] == "jaxlm" and len(names) > 1 and not names[1].startswith("__version") else None
+
+
+def wrong_direction(root: Path) -> list[str]:
+    """jaxlm imports downwards only."""
+    found = []
+    for file in python_files(root, "jaxlm"):
+        mine = part(".".join(file.with_suffix("").parts))
+        for item in imports(root, file):
+            theirs = part(item.module)
+            if theirs is None or theirs == mine:
+                continue
+            if mine not in RANKS or theirs not in RANKS:
+                found.append(
+                    f"{item}: give jaxlm.{mine if mine not in RANKS else theirs} a rank in {Path(__file__).name}"
+                )
+            elif mine == "__init__" or RANKS[theirs] >= RANKS[mine]:
+                found.append(f"{item}, which is not below {mine}")
+    return found
+
+
+def torch_in_jaxlm(root: Path) -> list[str]:
+    """Torch is at home in jaxlm.parity; cli and recipes reach torch_ref when a user asks for it; nobody else does."""
+    found = []
+    for file in python_files(root, "jaxlm"):
+        mine = part(".".join(file.with_suffix("").parts))
+        for item in imports(root, file):
+            allowed = mine == "parity" or (item.top == "torch_ref" and item.lazy and mine in {"cli", "recipes"})
+            if item.top in TORCH_SIDE and not allowed:
+                found.append(f"{item} {'in a function' if item.lazy else 'at import'}")
+    return found
+
+
+def jax_in_torch_ref(root: Path) -> list[str]:
+    """torch_ref imports no JAX, and of jaxlm only what imports none either."""
+    found = []
+    for file in python_files(root, "torch_ref"):
+        for item in imports(root, file):
+            if item.top in JAX_SIDE or (item.top == "jaxlm" and part(item.module) not in NEUTRAL | {None}):
+                found.append(str(item))
+    for file in python_files(root, "jaxlm"):
+        if part(".".join(file.with_suffix("").parts)) in NEUTRAL:
+            found += [str(item) for item in imports(root, file) if item.top in JAX_SIDE | TORCH_SIDE]
+    return found
+
+
+def bad_names(root: Path) -> list[str]:
+    """A name says what is inside."""
+    files = python_files(root, "jaxlm", "torch_ref", "tests", "parity_tests", "benchmarks")
+    return [str(file) for file in files if FORBIDDEN_NAMES & {*file.with_suffix("").parts}]
+
+
+def long_files(root: Path) -> list[str]:
+    """A file can be read in one sitting."""
+    files = python_files(root, "jaxlm", "torch_ref", "tests", "parity_tests", "benchmarks")
+    lengths = {file: len((root / file).read_text(encoding="utf-8").splitlines()) for file in files}
+    return [f"{file}: {lines} lines" for file, lines in lengths.items() if lines > MAX_LINES]
+
+
+RULES = [wrong_direction, torch_in_jaxlm, jax_in_torch_ref, bad_names, long_files]
+FAULTS: list[tuple[Callable[[Path], list[str]], str, str]] = [
+    (wrong_direction, "jaxlm/ops/norm.py", "from jaxlm.models import layers"),
+    (wrong_direction, "jaxlm/models/block.py", "from jaxlm import train"),
+    (wrong_direction, "jaxlm/models/block.py", "from ..train import step"),
+    (wrong_direction, "jaxlm/objectives/lm.py", "def f():\n    import jaxlm.models.decoder"),
+    (wrong_direction, "jaxlm/train/loop.py", "from jaxlm.infer.generate import generate"),
+    (wrong_direction, "jaxlm/mesh.py", "from jaxlm import ops"),
+    (wrong_direction, "jaxlm/errors.py", "from jaxlm import config"),
+    (wrong_direction, "jaxlm/__init__.py", "from jaxlm.config import Config"),
+    (wrong_direction, "jaxlm/extra/thing.py", "from jaxlm.errors import UserError"),
+    (torch_in_jaxlm, "jaxlm/ops/norm.py", "import torch.nn.functional as F"),
+    (torch_in_jaxlm, "jaxlm/convert/native.py", "def f():\n    import torch"),
+    (torch_in_jaxlm, "jaxlm/cli.py", "from torch_ref.generate import generate"),
+    (torch_in_jaxlm, "jaxlm/cli.py", "def f():\n    import torch"),
+    (jax_in_torch_ref, "torch_ref/ops/norm.py", "def f():\n    import jax.numpy as jnp"),
+    (jax_in_torch_ref, "torch_ref/train.py", "import optax"),
+    (jax_in_torch_ref, "torch_ref/train.py", "from jaxlm.train import optim"),
+    (jax_in_torch_ref, "jaxlm/data/pipeline.py", "import jax"),
+    (bad_names, "jaxlm/train/utils.py", ""),
+    (bad_names, "jaxlm/common/norm.py", ""),
+    (long_files, "torch_ref/train.py", "x = 0\n" * (MAX_LINES + 1)),
+]
+ALLOWED: list[tuple[Callable[[Path], list[str]], str, str]] = [
+    (
+        wrong_direction,
+        "jaxlm/train/loop.py",
+        "from jaxlm import ops\nfrom jaxlm.train import step",
+    ),
+    (wrong_direction, "jaxlm/cli.py", "from jaxlm import __version__\nfrom jaxlm.recipes import pretrain"),
+    (torch_in_jaxlm, "jaxlm/parity/trace.py", "import torch"),
+    (torch_in_jaxlm, "jaxlm/recipes/pretrain.py", "def f():\n    from torch_ref import train"),
+    (torch_in_jaxlm, "jaxlm/ops/norm.py", "if TYPE_CHECKING:\n    import torch"),
+    (jax_in_torch_ref, "torch_ref/train.py", "from jaxlm.config import Config\nimport torch"),
+    (long_files, "torch_ref/train.py", "x = 0\n" * MAX_LINES),
+]
+
+
+def plant(root: Path, file: str, source: str) -> None:
+    (root / file).parent.mkdir(parents=True)
+    (root / file).write_text(source, encoding="utf-8")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule(rule: Callable[[Path], list[str]]) -> None:
+    assert rule(ROOT) == []
+
+
+@pytest.mark.parametrize(("rule", "file", "source"), FAULTS)
+def test_rule_finds_a_planted_fault(rule: Callable[[Path], list[str]], file: str, source: str, tmp_path: Path) -> None:
+    plant(tmp_path, file, source)
+    (violation,) = rule(tmp_path)
+    assert violation.startswith(file)
+
+
+@pytest.mark.parametrize(("rule", "file", "source"), ALLOWED)
+def test_rule_allows(rule: Callable[[Path], list[str]], file: str, source: str, tmp_path: Path) -> None:
+    plant(tmp_path, file, source)
+    assert rule(tmp_path) == []
+
+
+def test_light_modules_load_no_framework() -> None:
+    """`jaxlm --help` and every message about a config come at once, and both backends share config and data."""
+    data = [
+        ".".join(file.with_suffix("").parts) for file in python_files(ROOT, "jaxlm/data") if file.stem != "__init__"
+    ]
+    code = f"""
+import sys, {", ".join(["jaxlm", "jaxlm.config", "jaxlm.cli", *data])}
+print(*sorted({JAX_SIDE | TORCH_SIDE!r} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
