@@ -151,7 +151,7 @@ class Tokenizer:
     vocab_size: PositiveInt = 4096
     """Size to train to (kind `bpe`), special tokens included."""
     specials: bool = True
-    """Have special tokens (end of text, padding, FIM, chat roles, reserved). Without them `bytes` has exactly 256 ids."""
+    """Have special tokens (end of text, padding, FIM, chat roles, reserved). Without them `bytes` has 256 ids."""
     train_bytes: PositiveInt = 8_000_000
     """How much of the training text the BPE trainer reads, spread evenly over the corpus."""
 

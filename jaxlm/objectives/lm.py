@@ -1,7 +1,7 @@
 """Next-token cross-entropy, computed block by block so that full float32 logits never exist.
 
-The gradient of a block is known as soon as its logits are, so the forward pass keeps the gradients of the hidden states and of
-the output matrix, and the backward pass only scales them: three matrix products, none repeated.
+The gradient of a block is known as soon as its logits are, so the forward pass keeps the gradients of the hidden states
+and of the output matrix, and the backward pass only scales them: three matrix products, none repeated.
 
 Shapes: B batch, T length, D width, V vocabulary, C tokens of a row in one block.
 """
@@ -45,8 +45,8 @@ def lm_loss(
     """Weighted sums of the next-token loss and its companions; differentiable in `loss` only.
 
     With log-partition `z = logsumexp(logits)`: `nll = z - logits[target]`, and
-    `loss = (1 - s) nll + s (z - mean(logits)) + z_loss z^2` for smoothing s (Szegedy et al. 2016, section 7; z-loss: Chowdhery
-    et al. 2022, section 5). Logits and loss are float32 or wider.
+    `loss = (1 - s) nll + s (z - mean(logits)) + z_loss z^2` for smoothing s (Szegedy et al. 2016, section 7; z-loss:
+    Chowdhery et al. 2022, section 5). Logits and loss are float32 or wider.
 
     Args:
         block: tokens whose logits exist at one time.
@@ -118,8 +118,8 @@ def _block_terms(kernel_DV, bias_V, z_loss, label_smoothing, hidden_BCD, targets
     smooth_BC = partition_BC - jnp.mean(logits_BCV, axis=-1)
     loss_BC = (1 - label_smoothing) * nll_BC + label_smoothing * smooth_BC + z_loss * partition_BC**2
     correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
-    terms = tuple(jnp.sum(term * weights_BC) for term in (loss_BC, nll_BC, correct_BC)) + (jnp.sum(weights_BC),)
-    return (logits_BCV, partition_BC1), terms
+    terms = [jnp.sum(term * weights_BC) for term in (loss_BC, nll_BC, correct_BC)]
+    return (logits_BCV, partition_BC1), (*terms, jnp.sum(weights_BC))
 
 
 def _split(arrays, blocks: int):
