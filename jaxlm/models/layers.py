@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.mesh import constrain
 from jaxlm.numerics import Policy
 from jaxlm.ops import norm
 
@@ -55,7 +56,8 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.d_model), self.policy.params)
 
     def __call__(self, ids_BT: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        return jnp.take(self.embedding, ids_BT, axis=0).astype(self.policy.compute)
+        table = constrain(self.embedding, self.axis, "features")  # gather the width, so that the look-up stays local
+        return jnp.take(table, ids_BT, axis=0).astype(self.policy.compute)
 
 
 class Head(nn.Module):

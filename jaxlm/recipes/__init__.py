@@ -1,0 +1,1 @@
+"""One file a training stage: an objective, its data, its extra models."""

@@ -1,0 +1,31 @@
+"""AdamW by Optax: decoupled weight decay (Loshchilov & Hutter 2019), never on norms and biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm import config
+from jaxlm.train.schedule import learning_rate
+
+DECAYED = ("kernel", "embedding")
+
+
+def make_optimizer(train: config.Train) -> optax.GradientTransformation:
+    """AdamW with the schedule of `[train]`. Clipping belongs to the step, which knows the gradient norm."""
+    return optax.adamw(
+        lambda count: learning_rate(train, count.astype(float), jnp),
+        b1=train.beta1,
+        b2=train.beta2,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        mask=decay_mask,
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True for kernels and embeddings, which decay; False for norm scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
