@@ -1,0 +1,135 @@
+"""The decoder: embed, repeat the pattern of blocks, norm, unembed. One forward serves training, prefill and decoding.
+
+    decoder = Decoder(config.model, policy)
+    init_params(decoder, seed=0)  # or decoder.load_state_dict(...)
+    logits_BTV, cache = decoder(tokens, positions, segments, cache)
+
+Block i is `layers.i`. Weights of jaxlm have these names after `jaxlm.convert.native.to_torch`.
+
+Shapes: B batch, T length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jaxlm import config
+from torch_ref.models.block import Block
+from torch_ref.models.cache import KVCache
+from torch_ref.models.layers import Embed, Head, Linear, Norm
+from torch_ref.numerics import Policy, wide, wide_matmul
+from torch_ref.ops.attention import Places
+from torch_ref.ops.rope import rope_frequencies, rope_table, sinusoidal_table
+
+Cache = tuple[Any, ...]
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model; everything about it is in the config."""
+
+    sinusoids_SD: Tensor
+    frequencies_P: Tensor
+
+    def __init__(self, config: config.Model, policy: Policy = Policy()) -> None:  # noqa: B008 (Policy is immutable)
+        super().__init__()
+        self.config, self.policy = config, policy
+        self.embed = Embed(config.vocab_size, config.d_model, config.init_std, policy)
+        if config.positions == "learned":
+            self.position_embed = Embed(config.max_seq_len, config.d_model, config.init_std, policy)
+        elif config.positions == "sinusoidal":
+            table = sinusoidal_table(config.max_seq_len, config.d_model)
+            self.register_buffer("sinusoids_SD", torch.as_tensor(table, dtype=policy.compute), persistent=False)
+        elif config.positions == "rope":
+            frequencies = torch.as_tensor(
+                rope_frequencies(config.head_dim, config.rope_theta), dtype=wide(policy.compute)
+            )
+            self.register_buffer("frequencies_P", frequencies, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(kind, config, policy) for kind in config.pattern * config.repeats)
+        if config.final_norm:
+            self.final_norm = Norm(config.norm, config.norm_eps, policy, config.d_model)
+        if not config.tie_embeddings:
+            self.head = Head(config.d_model, config.vocab_size, config.init_std, policy, "head" in config.biases)
+
+    def forward(
+        self,
+        tokens_BT: Int[Tensor, "b t"],
+        positions_BT: Int[Tensor, "b t"],
+        segments_BT: Int[Tensor, "b t"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Tensor, "b t v"], Cache | None]:
+        """Logits of the next token in float32 or wider, and the cache after these tokens.
+
+        Args:
+            positions_BT: place of each token within its document, from 0.
+            segments_BT: document of each token within the row, from 1; 0 is padding.
+            cache: of `init_cache`; a row is then one document.
+        """
+        hidden_BTD, cache = self.hidden(tokens_BT, positions_BT, segments_BT, cache)
+        kernel_DV, bias_V = self.unembedding()
+        logits_BTV = wide_matmul(hidden_BTD, kernel_DV)
+        return logits_BTV if bias_V is None else logits_BTV + bias_V, cache
+
+    def hidden(
+        self,
+        tokens_BT: Int[Tensor, "b t"],
+        positions_BT: Int[Tensor, "b t"],
+        segments_BT: Int[Tensor, "b t"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], Cache | None]:
+        """What the head sees, after the final norm: training computes the loss from it block by block."""
+        cfg = self.config
+        places = Places(positions_BT, segments_BT)
+        x_BTD, rope = self._embedded(tokens_BT, positions_BT)
+        # The recomputation of `dots` is that of `full`: PyTorch has no policy that is as cheap as XLA's.
+        recompute = cfg.remat != "none" and torch.is_grad_enabled()
+        after = []
+        for i, layer in enumerate(self.layers):
+            inputs = (x_BTD, places, rope, None if cache is None else cache[i])
+            x_BTD, layer_cache = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+            after.append(layer_cache)
+        cache = None if cache is None else tuple(after)
+        return self.final_norm(x_BTD) if cfg.final_norm else x_BTD, cache
+
+    def unembedding(self) -> tuple[Float[Tensor, "d v"], Float[Tensor, " v"] | None]:
+        """The output matrix, in the compute dtype, and its bias."""
+        if self.config.tie_embeddings:
+            return self.embed.weight.T.to(self.policy.compute), None
+        return self.head.weight.T.to(self.policy.compute), self.head.bias
+
+    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        cfg = self.config
+        x_BTD, rope = self.embed(tokens_BT), None
+        if cfg.positions == "learned":
+            x_BTD = x_BTD + self.position_embed(positions_BT)
+        elif cfg.positions == "sinusoidal":
+            x_BTD = x_BTD + self.sinusoids_SD[positions_BT]
+        elif cfg.positions == "rope":
+            rope = rope_table(positions_BT, self.frequencies_P, self.policy.compute)
+        return self.dropout(x_BTD), rope
+
+
+def init_params(decoder: Decoder, seed: int) -> Decoder:
+    """Fill `decoder` with random parameters of jaxlm's distributions, the same values on any device. Returns it."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in decoder.modules():
+        if isinstance(module, Linear | Embed | Head | Norm):
+            module.reset_parameters(generator)
+    return decoder
+
+
+def init_cache(decoder: Decoder, batch: int, slots: int) -> Cache:
+    """An empty cache for `batch` rows of up to `slots` tokens, on the decoder's device."""
+    cfg, device = decoder.config, decoder.embed.weight.device
+    return tuple(
+        KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, decoder.policy.compute, device)
+        for _ in range(cfg.n_layers)
+    )
+
+
+__all__ = ["Cache", "Decoder", "init_cache", "init_params"]

@@ -1,0 +1,102 @@
+"""The parts with parameters of their own: linear maps, embeddings, norms.
+
+Parameters hold no values until `init_params` or `load_state_dict`. A weight is [out, in], its axes flattened: the
+transpose of jaxlm's kernel.
+
+Shapes: B batch, T length, D width, V vocabulary; `in` and `out` stand for one or more axes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from torch_ref.numerics import Policy
+from torch_ref.ops import norm
+
+
+class Linear(nn.Module):
+    """`x @ weight.T (+ bias)` over the axes `inputs` of x, in the compute dtype. Weight [out, in]."""
+
+    def __init__(
+        self, inputs: tuple[int, ...], features: tuple[int, ...], std: float, policy: Policy, use_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.inputs, self.features, self.std, self.policy = inputs, features, std, policy
+        self.weight = nn.Parameter(torch.empty(math.prod(features), math.prod(inputs), dtype=policy.params))
+        self.bias = nn.Parameter(torch.empty(math.prod(features), dtype=policy.params)) if use_bias else None
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Normal weight, zero bias."""
+        _normal(self.weight, self.std, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        compute = self.policy.compute
+        bias = None if self.bias is None else self.bias.to(compute)
+        y = F.linear(x.flatten(-len(self.inputs)).to(compute), self.weight.to(compute), bias)
+        return y.unflatten(-1, self.features)
+
+
+class Embed(nn.Module):
+    """A table of vectors, weight [rows, D]."""
+
+    def __init__(self, rows: int, d_model: int, std: float, policy: Policy) -> None:
+        super().__init__()
+        self.std, self.policy = std, policy
+        self.weight = nn.Parameter(torch.empty(rows, d_model, dtype=policy.params))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Normal weight."""
+        _normal(self.weight, self.std, generator)
+
+    def forward(self, ids_BT: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        return F.embedding(ids_BT, self.weight).to(self.policy.compute)
+
+
+class Head(nn.Module):
+    """The output matrix of an untied decoder: `weight` [V, D] and `bias` [V] or None."""
+
+    def __init__(self, d_model: int, vocab_size: int, std: float, policy: Policy, use_bias: bool) -> None:
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, dtype=policy.params))
+        self.bias = nn.Parameter(torch.empty(vocab_size, dtype=policy.params)) if use_bias else None
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Normal weight, zero bias."""
+        _normal(self.weight, self.std, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Norm(nn.Module):
+    """RMS or layer normalisation of the last axis, of `width` elements, by name."""
+
+    def __init__(self, kind: str, eps: float, policy: Policy, width: int) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=policy.params))
+        self.bias = nn.Parameter(torch.empty(width, dtype=policy.params)) if kind == "layernorm" else None
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Weight one, bias zero."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        if self.bias is None:
+            return norm.rms_norm(x, self.weight, eps=self.eps)
+        return norm.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+def _normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
+    """Normal values of the generator, which is on the host: the same values on any device."""
+    with torch.no_grad():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std)
