@@ -1,0 +1,1 @@
+"""Text to batches: sources -> tokenizer -> shards -> packing -> pipeline. Imports neither jax nor torch."""

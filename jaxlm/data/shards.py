@@ -1,0 +1,297 @@
+"""The tokenised corpus on disk: made once, in parallel, and memory-mapped from then on.
+
+    CACHE/FINGERPRINT/meta.json                       what it is and how large each file must be
+    CACHE/FINGERPRINT/{train,validation}/tokens.bin   uint16 or uint32 ids, one document after the other
+    CACHE/FINGERPRINT/{train,validation}/offsets.npy  int64 [documents + 1], where each document begins
+
+Every document ends with end-of-text when the tokenizer has one. The folder is built under another name, synced and
+renamed, under a lock: it is whole or absent, and of several processes one builds it while the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+
+from jaxlm.data.sources import Document, Documents, Side, pieces
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+
+FORMAT = 1
+PIECE_CHARS = 1 << 18
+"""Longer documents are tokenised in pieces of this length, cut at line ends, so that one large file is parallel too."""
+
+SIDES: tuple[Side, ...] = get_args(Side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One side of the corpus: document i is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        tokens: uint16 or uint32 [N], memory-mapped.
+        offsets: int64 [documents + 1], memory-mapped.
+        text_bytes: UTF-8 bytes of the documents' texts.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    text_bytes: int
+
+    @property
+    def documents(self) -> int:
+        """How many documents."""
+        return len(self.offsets) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Both sides, opened.
+
+    Attributes:
+        fingerprint: sha256 (hex) of all tokens and offsets: equal exactly when the data is.
+        unigram_entropy: cross-entropy in nats a token of the validation tokens under the frequencies of the training
+            tokens, counted from one (add-one smoothing). What a model that ignores its context reaches; NaN without
+            validation tokens.
+        skipped: name to reason of the files that were left out.
+        reused: whether they were on disk already.
+    """
+
+    folder: Path
+    train: Shard
+    validation: Shard
+    fingerprint: str
+    unigram_entropy: float
+    skipped: dict[str, str]
+    reused: bool
+
+
+def open_shards(documents: Documents, tokenizer: Tokenizer, cache_dir: str | Path, workers: int = 0) -> Shards:
+    """Shards of this corpus and tokenizer, from the cache or built now by `workers` threads (0: one a core).
+
+    The `tokenizers` library works outside the interpreter lock: threads are as parallel as processes and start at once.
+
+    Raises:
+        UserError: the disk is full or not writable, or the corpus is bad (see `Documents`).
+    """
+    key = hashlib.sha256(f"{FORMAT} {documents.identity()} {tokenizer.fingerprint()}".encode()).hexdigest()[:32]
+    folder = Path(cache_dir) / key
+    if shards := _read(folder, reused=True):
+        return shards
+    with exclusive(folder):
+        if shards := _read(folder, reused=True):  # another process built it while this one waited
+            return shards
+        unfinished = folder.with_suffix(".tmp")
+        shutil.rmtree(
+            unfinished, ignore_errors=True
+        )  # of a process that was killed: the lock says that none is at work
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
+        try:
+            _build(unfinished, documents, tokenizer, workers or os.cpu_count() or 1)
+            unfinished.rename(folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        if not (shards := _read(folder, reused=False)):
+            raise UserError(f"{folder}: damaged as soon as written", "check the disk, or change data.cache_dir")
+        return shards
+
+
+@contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Hold the lock file beside `target`; turns a full or read-only disk into a `UserError`.
+
+    The system drops the lock with the process, so a killed one blocks nobody.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{target.parent}: the disk is full", "free space, or choose another data.cache_dir"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            hint = "choose another data.cache_dir"
+            raise UserError(f"{target.parent}: cannot write here: {error.strerror}", hint) from None
+        raise
+
+
+def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: int) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    end = [] if tokenizer.eot is None else [tokenizer.eot]
+    with contextlib.ExitStack() as stack:
+        writers = {side: stack.enter_context(_Writer(folder / side, dtype, tokenizer.vocab_size)) for side in SIDES}
+        progress = stack.enter_context(Progress("tokenising", documents.size))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        pending: deque[tuple[Side, Document, list[Future[np.ndarray]]]] = deque()
+
+        def write_first() -> None:
+            side, document, parts = pending.popleft()
+            size = len(document.text.encode())
+            writers[side].add([part.result() for part in parts] + [np.asarray(end, dtype)], size)
+            progress.advance(size)
+
+        def encode(piece: str) -> np.ndarray:
+            return np.asarray(tokenizer.encode(piece), dtype)
+
+        queued = 0
+        for side, document in documents:
+            pending.append((side, document, [pool.submit(encode, part) for part in pieces(document.text, PIECE_CHARS)]))
+            queued += len(document.text)
+            while pending and (len(pending) > 64 * workers or queued > 16 * workers * PIECE_CHARS):
+                queued -= len(pending[0][1].text)
+                write_first()
+        while pending:
+            write_first()
+    digest = hashlib.sha256("".join(writers[side].digest() for side in SIDES).encode()).hexdigest()
+    meta = {
+        "format": FORMAT,
+        "dtype": dtype.name,
+        "fingerprint": digest,
+        "unigram_entropy": _entropy(writers["train"].counts, writers["validation"].counts),
+        "skipped": documents.skipped,
+        "sides": {side: writers[side].summary() for side in SIDES},
+    }
+    with (folder / "meta.json").open("w", encoding="utf-8", errors="replace") as file:
+        json.dump(meta, file, indent=1)
+        _sync(file)
+
+
+class _Writer:
+    """Appends documents to one side."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, vocab_size: int) -> None:
+        folder.mkdir(parents=True)
+        self.counts = np.zeros(vocab_size, np.int64)
+        self._folder, self._dtype = folder, dtype
+        self._ends = [0]
+        self._text_bytes = 0
+        self._sha = hashlib.sha256()
+        self._file = (folder / "tokens.bin").open("wb")
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                _sync(self._file)
+        if kind is None:
+            with (self._folder / "offsets.npy").open("wb") as file:
+                np.save(file, np.asarray(self._ends, np.int64), allow_pickle=False)
+                _sync(file)
+
+    def add(self, parts: list[np.ndarray], text_bytes: int) -> None:
+        """Append one document, given in parts."""
+        tokens = np.concatenate(parts)
+        self._file.write(tokens.data)
+        self._sha.update(tokens.data)
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        self._ends.append(self._ends[-1] + len(tokens))
+        self._text_bytes += text_bytes
+
+    def digest(self) -> str:
+        """sha256 (hex) of tokens and offsets."""
+        return self._sha.hexdigest() + hashlib.sha256(np.asarray(self._ends, np.int64).data).hexdigest()
+
+    def summary(self) -> dict[str, int]:
+        """What `meta.json` says of this side."""
+        sizes = {name: (self._folder / name).stat().st_size for name in ("tokens.bin", "offsets.npy")}
+        return {"documents": len(self._ends) - 1, "tokens": self._ends[-1], "text_bytes": self._text_bytes, **sizes}
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _entropy(train: np.ndarray, validation: np.ndarray) -> float:
+    if not validation.any():
+        return float("nan")
+    log_probability = np.log(train + 1.0) - np.log(train.sum() + len(train))
+    return float(-(validation * log_probability).sum() / validation.sum())
+
+
+def _read(folder: Path, *, reused: bool) -> Shards | None:
+    """Open the shards; None when they are absent, of another format, or not of the sizes they were written with."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            return None
+        sides = {side: _read_side(folder / side, meta["sides"][side], meta["dtype"]) for side in SIDES}
+        return Shards(
+            folder=folder,
+            train=sides["train"],
+            validation=sides["validation"],
+            fingerprint=meta["fingerprint"],
+            unigram_entropy=meta["unigram_entropy"],
+            skipped=meta["skipped"],
+            reused=reused,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_side(folder: Path, summary: dict[str, int], dtype: str) -> Shard:
+    for name in ("tokens.bin", "offsets.npy"):
+        if (folder / name).stat().st_size != summary[name]:
+            raise ValueError(f"{folder / name}: truncated")
+    offsets = cast(np.ndarray, np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False))
+    count = summary["tokens"]
+    if offsets.shape != (summary["documents"] + 1,) or offsets[0] != 0 or offsets[-1] != count:
+        raise ValueError(f"{folder}: offsets do not fit")
+    if np.any(np.diff(offsets) < 0):
+        raise ValueError(f"{folder}: offsets do not rise")
+    tokens = np.memmap(folder / "tokens.bin", dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+    return Shard(tokens, offsets, summary["text_bytes"])
+
+
+class Progress:
+    """A progress bar in bytes on the terminal; it appears after a second, so short work shows none."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._start = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Add finished bytes."""
+        self._done += count
+        if self._bar is None and time.monotonic() - self._start > 1 and sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
+            self._bar = progress.Progress(
+                *columns, progress.TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            )
+            self._bar.add_task(self._label, total=self._total)
+            self._bar.start()
+        if self._bar is not None:
+            self._bar.update(0, completed=self._done, total=max(self._total, self._done))
