@@ -1,0 +1,179 @@
+"""Checkpoints by Orbax: asynchronous, atomic, the newest N and the best.
+
+    runs/NAME/checkpoints/STEP/  params  optimizer  run (JSON)
+
+`run` holds what is not an array: data-iterator state, tokenizer hash, format version, shape and checksum of every leaf, so
+that another architecture is refused by name and damage is noticed when it is read, whatever the mesh.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxlm.errors import UserError
+from jaxlm.train.step import TrainState
+
+FORMAT = 1
+_OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
+_DAMAGE = (
+    ValueError,
+    OSError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+)  # what Orbax and TensorStore raise for unreadable files
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpointer:
+    """Saves and restores the training state of one run directory."""
+
+    def __init__(self, run_dir: str | Path, keep: int = 3, read_only: bool = False) -> None:
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+            best_fn=_quality,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        self.folder = Path(run_dir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, run: dict[str, Any], validation_loss: float | None = None) -> None:
+        """Start to save; returns when the arrays are copied, before they are written.
+
+        Raises:
+            UserError: the disk is full or the folder is not writable (also for the save before this one).
+        """
+        items = {"params": state.params, "optimizer": _without_params(state)}
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        self._save(int(state.step), items, run, metrics)
+
+    def save_params(self, step: int, params: Any) -> None:
+        """Save parameters only: the result of a conversion, ready for generation or fine-tuning."""
+        self._save(step, {"params": params}, {}, None)
+
+    def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
+        """The newest intact checkpoint, in the shapes, dtypes and shardings of `like`, and its `run` record.
+
+        Damaged checkpoints are named through `warn` and passed over.
+
+        Raises:
+            UserError: none is intact, or the parameters have other shapes.
+        """
+        like_items = {"params": like.params, "optimizer": _without_params(like)}
+        items, run = self._first_intact(reversed(self.steps()), like_items, warn)
+        return TrainState(params=items["params"], **items["optimizer"]), run
+
+    def restore_params(self, like: Any, warn: Callable[[str], None], step: int | None = None) -> Any:
+        """Only the parameters of `step` (default: the newest intact one), in the shapes and shardings of `like`.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is damaged or of another architecture.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            have = f"there are {', '.join(map(str, steps))}" if steps else "train first, or name a run directory"
+            raise UserError(f"{self.folder}: no checkpoint" + (f" of step {step}" if steps else ""), have)
+        return self._first_intact(reversed(steps) if step is None else [step], {"params": like}, warn)[0]["params"]
+
+    def wait(self) -> None:
+        """Block until the last save is on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def close(self) -> None:
+        """Finish writing and release the threads."""
+        self.wait()
+        self._manager.close()
+
+    def _save(self, step: int, items: dict[str, Any], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        if step in self._manager.all_steps():
+            return
+        shapes = {name: list(np.shape(leaf)) for name, leaf in _leaves(items).items()}
+        run = {**run, "format": FORMAT, "shapes": shapes, "checksums": checksums(items)}
+        saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**saves, run=ocp.args.JsonSave(run)), metrics=metrics)
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def _first_intact(
+        self, steps: Iterable[int], like: dict[str, Any], warn: Callable[[str], None]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        abstract = jax.tree.map(_abstract, like)
+        for step in steps:
+            try:
+                return self._read(step, abstract)
+            except _DAMAGE as error:
+                warn(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
+        raise UserError(f"{self.folder}: no intact checkpoint", "start again with another out_dir")
+
+    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        where = self.folder / str(step)
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if run["format"] != FORMAT:
+            raise UserError(f"{where}: checkpoint format {run['format']}, this version reads {FORMAT}")
+        stored = {name: shape for name, shape in run["shapes"].items() if name.split(".")[0] in abstract}
+        wanted = {name: list(leaf.shape) for name, leaf in _leaves(abstract).items()}
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                have, want = stored.get(name, "absent"), wanted.get(name, "absent")
+                raise UserError(f"{where}: {name} is {have}, the config asks for {want}", _OTHER)
+        restores: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        items = dict(self._manager.restore(step, args=ocp.args.Composite(**restores)).items())
+        for name, found in checksums(items).items():
+            if run["checksums"][name] != found:
+                raise ValueError(f"the checksum of {name} differs")
+        return items, run
+
+    def _not_written(self, error: OSError) -> UserError:
+        return UserError(f"{self.folder}: checkpoint not written: {error.strerror or error}", "earlier ones are intact")
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """For each leaf the sum of its 32-bit words modulo 2^32: one pass on the device, the same on any mesh."""
+    sums = jax.jit(lambda tree: jax.tree.map(_word_sum, tree))(tree)
+    return {name: int(value) for name, value in _leaves(jax.device_get(sums)).items()}
+
+
+def _word_sum(x: jax.Array) -> jax.Array:
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    return jnp.sum(jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _without_params(state: TrainState) -> dict[str, Any]:
+    return {name: value for name, value in state._asdict().items() if name != "params"}
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    return -metrics["validation_loss"]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
