@@ -23,10 +23,11 @@ RANKS = {
     **dict.fromkeys(["mesh", "numerics"], 2),
     **dict.fromkeys(["ops"], 3),
     **dict.fromkeys(["models", "objectives", "data"], 4),
-    **dict.fromkeys(["train", "infer", "convert"], 5),
-    **dict.fromkeys(["recipes", "eval", "parity"], 6),
-    **dict.fromkeys(["cli"], 7),
-    **dict.fromkeys(["__main__"], 8),
+    **dict.fromkeys(["train", "infer"], 5),
+    **dict.fromkeys(["convert"], 6),  # opens and writes the checkpoints of train
+    **dict.fromkeys(["recipes", "eval", "parity"], 7),
+    **dict.fromkeys(["cli"], 8),
+    **dict.fromkeys(["__main__"], 9),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -1,0 +1,184 @@
+"""One name for each parameter, whatever the shape of the live tree: `layers.7.mixer.q_proj.kernel`.
+
+The live tree holds one entry `layers_7` a block when the layers are unrolled, and `layers.slot_s` with a leading axis
+of repeats when they are scanned. Canonical names are those of the unrolled tree, flattened with dots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm import config
+from jaxlm.errors import UserError
+from jaxlm.mesh import Axes
+from jaxlm.models.decoder import Decoder, Params, abstract_params
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Leaf(NamedTuple):
+    """Shape and logical axes of one parameter of one block."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+
+
+@functools.lru_cache(maxsize=8)
+def leaves(cfg: config.Model) -> Mapping[str, Leaf]:
+    """Every canonical name of a model, layer by layer; traces one repeat of the pattern whatever the depth."""
+    shapes, axes = abstract_params(Decoder(dataclasses.replace(cfg, layer_loop="scan")))
+    stacked, single = {}, {}
+    for (path, shape), names in zip(
+        jax.tree_util.tree_leaves_with_path(shapes),
+        jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple)),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        inside = re.fullmatch(r"layers\.slot_(\d+)\.(.+)", name)
+        if inside:
+            stacked[int(inside[1]), inside[2]] = Leaf(shape.shape[1:], names[1:])
+        else:
+            single[name] = Leaf(shape.shape, names)
+    layers = {
+        f"layers.{r * len(cfg.pattern) + slot}.{name}": leaf
+        for r in range(cfg.repeats)
+        for (slot, name), leaf in stacked.items()
+    }
+    return single | layers
+
+
+def canonical(params: Params, cfg: config.Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every parameter of a live tree under its canonical name, on the host, scanned layers unstacked one at a time.
+
+    Raises:
+        UserError: the tree is not that of `cfg`.
+    """
+    flat = {
+        tuple(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)  # every key of the tree is a dict key
+    }
+    places = {name: locate(name, cfg) for name in leaves(cfg)}
+    wanted = {path for path, _ in places.values()}
+    problems = Problems()
+    problems.add("missing", (".".join(path) for path in wanted - flat.keys()))
+    problems.add("not expected", (".".join(path) for path in flat.keys() - wanted))
+    for name, (path, index) in places.items():
+        expected = leaves(cfg)[name].shape if index is None else (cfg.repeats, *leaves(cfg)[name].shape)
+        if path in flat and flat[path].shape != expected:
+            problems.add("of another shape", [f"{'.'.join(path)} {list(flat[path].shape)} for {list(expected)}"])
+    problems.refuse("the parameters are not those of [model]", "use the config that they were trained with")
+    for name, (path, index) in places.items():
+        leaf = np.asarray(flat[path])
+        yield name, leaf if index is None else leaf[index]
+
+
+def from_canonical(tensors: Mapping[str, Any], cfg: config.Model, where: str = "tensors") -> Params:
+    """The live tree of `cfg`, scanned or unrolled, of numpy arrays in the dtype of the tensors.
+
+    Raises:
+        UserError: one line that names `where` and every kind of fault: missing, not expected, of another shape, no
+            float, NaN or infinite.
+    """
+    shapes = {name: leaf.shape for name, leaf in leaves(cfg).items()}
+    return build(tensors, shapes, lambda name, tensor: (name, tensor), cfg, where)
+
+
+def build(
+    tensors: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    place: Callable[[str, np.ndarray], tuple[str, np.ndarray]],
+    cfg: config.Model,
+    where: str,
+) -> Params:
+    """Check `tensors` against `shapes`, turn each by `place` into (canonical name, array) and fill a live tree.
+
+    Raises:
+        UserError: as `from_canonical`, by the names of `shapes`.
+    """
+    problems = Problems()
+    problems.add("missing", shapes.keys() - tensors.keys())
+    problems.add("not expected", tensors.keys() - shapes.keys())
+    params: Params = {}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            continue
+        tensor = np.asarray(tensors[name])
+        if fault := _fault(tensor, shape):
+            problems.add(fault[0], [f"{name} {fault[1]}".rstrip()])
+        elif not _insert(params, *place(name, tensor), cfg):
+            problems.add("in another dtype than the layer before", [f"{name} {tensor.dtype}"])
+    problems.refuse(where, "does the config belong to these weights?")
+    return params
+
+
+class Problems:
+    """Faults by kind; all of them become one line."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, kind: str, names: Iterable[str]) -> None:
+        """Note tensors that have one kind of fault."""
+        self._found.setdefault(kind, []).extend(names)
+
+    def refuse(self, where: str, hint: str) -> None:
+        """Raise the `UserError` that counts each kind and names the first few, or do nothing."""
+        lines = [
+            f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {kind}: {_first(names)}"
+            for kind, names in self._found.items()
+            if names
+        ]
+        if lines:
+            raise UserError(f"{where}: {'; '.join(lines)}", hint)
+
+
+def locate(name: str, cfg: config.Model) -> tuple[tuple[str, ...], int | None]:
+    """Path of a canonical name in the live tree, and its index along the repeats when the layers are scanned."""
+    first, *rest = name.split(".")
+    if first != "layers":
+        return (first, *rest), None
+    number, *inside = rest
+    if not cfg.scanned:
+        return (f"layers_{number}", *inside), None
+    repeat, slot = divmod(int(number), len(cfg.pattern))
+    return ("layers", f"slot_{slot}", *inside), repeat
+
+
+def _insert(params: Params, name: str, tensor: np.ndarray, cfg: config.Model) -> bool:
+    """Put a tensor into its place; False when the stack that it belongs to has another dtype."""
+    (*parents, last), index = locate(name, cfg)
+    for key in parents:
+        params = params.setdefault(key, {})
+    if index is None:
+        params[last] = np.ascontiguousarray(tensor)
+        return True
+    if last not in params:
+        params[last] = np.empty((cfg.repeats, *tensor.shape), tensor.dtype)
+    if params[last].dtype != tensor.dtype:
+        return False
+    params[last][index] = tensor
+    return True
+
+
+def _fault(tensor: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    if tensor.dtype.name not in DTYPES:
+        return "no float", tensor.dtype.name
+    if tensor.shape != shape:
+        return "of another shape", f"{list(tensor.shape)} for {list(shape)}"
+    return None if np.isfinite(tensor).all() else ("NaN or infinite", "")
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    shown = sorted(names, key=_natural)[:count]
+    return ", ".join(shown) + (", ..." if len(names) > count else "")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

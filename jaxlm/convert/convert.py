@@ -1,0 +1,158 @@
+"""`jaxlm convert SRC DST --to jaxlm|torch|llama`: open anything, write it as something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm import config
+from jaxlm.convert import native, storage
+from jaxlm.convert.families import FAMILIES
+from jaxlm.convert.load import TOKENIZER, Model, load
+from jaxlm.convert.rows import to_layout
+from jaxlm.data.tokenizer import Tokenizer, check_fits
+from jaxlm.errors import UserError, did_you_mean
+
+SHARD_BYTES = 5_000_000_000
+"""Largest file of a public layout, as `save_pretrained` has it."""
+
+_LONG = 2**28
+"""Bytes that take more than a moment to write: from here on there is a progress bar."""
+
+
+class Summary(NamedTuple):
+    """What a conversion wrote."""
+
+    destination: Path
+    to: str
+    tensors: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.destination}: {self.to}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB"
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    *,
+    overwrite: bool = False,
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Summary:
+    """Write the model at `src` as a run (`jaxlm`), a torch_ref folder (`torch`) or a public layout (`llama`).
+
+    Values never change. Only a run stores float32 or float64, so 16-bit weights are widened there, which is exact.
+
+    Args:
+        overwrite: replace whatever lies at `dst`.
+        step: which checkpoint of a run; None: the newest.
+        shard_bytes: above this size a public layout has several weight files and an index.
+
+    Raises:
+        UserError: what `load` and `storage.write_folder` refuse, an unknown `to`, a model that the layout cannot hold.
+    """
+    src, dst = Path(src), Path(dst)
+    targets = ("jaxlm", "torch", *FAMILIES)
+    if to not in targets:
+        raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
+    if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
+        raise UserError(f"{dst} is or holds the source {src}", "name another destination")
+    model = load(src, step=step)
+    if model.tokenizer_path:
+        check_fits(Tokenizer.from_file(model.tokenizer_path), model.config.model.vocab_size)
+    if to == "jaxlm":
+        return _write_run(model, dst, overwrite)
+    cfg = model.config.model
+    if to == "torch":
+        files: dict[str, str | bytes] = {"config.toml": config.to_toml(_portable(model.config))}
+        files |= _tokenizer_file(model)
+        tensors, limit = native.to_torch(model.params, cfg), None
+    else:
+        files = _public_files(model, to)
+        tensors, limit = to_layout(model.params, cfg, FAMILIES[to].rows(cfg)), shard_bytes
+    size = _bytes(model.params)
+    written = storage.write_folder(
+        dst, _shown(tensors, size, dst), files, layout=to, shard_bytes=limit, overwrite=overwrite
+    )
+    return Summary(dst, to, *written)
+
+
+def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
+    """A run directory with one checkpoint at step 0, ready for generation and fine-tuning."""
+    from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
+
+    dtype = model.config.numerics.params
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+    settings = dataclasses.replace(_portable(model.config), out_dir=str(dst))
+    with storage.staged(dst, overwrite) as stage:
+        (stage / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
+        for name, content in _tokenizer_file(model).items():
+            (stage / name).write_bytes(content)
+        with jax.enable_x64(jax.config.read("jax_enable_x64") or dtype == "float64"):
+            checkpoints = Checkpointer(stage)
+            checkpoints.save_params(0, params)
+            checkpoints.close()
+    return Summary(dst, "jaxlm", len(jax.tree.leaves(params)), _bytes(params))
+
+
+def _portable(settings: config.Config) -> config.Config:
+    """The config without paths of this machine: the tokenizer lies beside it."""
+    tokenizer = settings.tokenizer
+    if tokenizer.kind == "file":
+        tokenizer = dataclasses.replace(tokenizer, path=TOKENIZER)
+    return dataclasses.replace(settings, out_dir="", tokenizer=tokenizer)
+
+
+def _tokenizer_file(model: Model) -> dict[str, bytes]:
+    return {TOKENIZER: model.tokenizer_path.read_bytes()} if model.tokenizer_path else {}
+
+
+def _public_files(model: Model, family: str) -> dict[str, str | bytes]:
+    """Everything that `from_pretrained` reads besides the weights."""
+    tokenizer = Tokenizer.from_file(model.tokenizer_path) if model.tokenizer_path else None
+    ids = {"eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
+    dtype = jax.tree.leaves(model.params)[0].dtype.name
+    hf = FAMILIES[family].config_to_hf(model.config.model, dtype=dtype, **ids)
+    special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files: dict[str, str | bytes] = {"config.json": _json(hf), "generation_config.json": _json(special_ids)}
+    if tokenizer:
+        spellings = {
+            f"{name}_token": tokenizer.token_bytes(token).decode() for name, token in ids.items() if token is not None
+        }
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model.config.model.max_seq_len,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+            **spellings,
+        }
+        files |= {"tokenizer_config.json": _json(settings), **_tokenizer_file(model)}
+    return files
+
+
+def _shown(tensors: Iterable[tuple[str, np.ndarray]], size: int, dst: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The same tensors, with a progress bar on stderr when they are many bytes."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=size < _LONG) as progress:
+        task = progress.add_task(f"writing {dst.name}", total=size)
+        for name, tensor in tensors:
+            yield name, tensor
+            progress.advance(task, tensor.nbytes)
+
+
+def _bytes(params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
