@@ -126,7 +126,7 @@ class Source:
             self._refuse(file.name, f"is not UTF-8 (byte {error.start})")
             return ""
 
-    def _jsonl(self, file: File) -> Iterator[tuple[int, str]]:
+    def _jsonl(self, file: File) -> Iterator[tuple[int, Any]]:
         zipped = file.name.endswith(".gz")
         most = max(MAX_LINE_BYTES, MAX_EXPANSION * file.size)
         read = 0
@@ -149,7 +149,7 @@ class Source:
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file.path}: cannot be read: {error}") from None
 
-    def _field(self, file: File, row: int, line: str) -> str:
+    def _field(self, file: File, row: int, line: str) -> Any:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -163,7 +163,7 @@ class Source:
             )
         return record[self.text_key]
 
-    def _parquet(self, file: File) -> Iterator[tuple[int, str]]:
+    def _parquet(self, file: File) -> Iterator[tuple[int, Any]]:
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError(f"{file.path}: reading .parquet needs the package pyarrow", "pip install 'jaxlm[parquet]'")
         import pyarrow
