@@ -1,30 +1,60 @@
 """Pretraining: next-token cross-entropy on packed documents.
 
-    jaxlm train configs/quickstart.toml
+jaxlm train configs/quickstart.toml
 """
 
 from __future__ import annotations
 
-from jaxtyping import Array
+import importlib
+import threading
+from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
-from jaxlm.models.decoder import Decoder
-from jaxlm.objectives.lm import lm_loss
-from jaxlm.train.step import Batch, LossFn, Sums
+from jaxlm.train.loop import Progress, train
+from jaxlm.train.run import open_run
+
+if TYPE_CHECKING:
+    from jaxlm.models.decoder import Decoder
+    from jaxlm.train.step import LossFn
+
+
+def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "jax") -> Progress:
+    """Train the model of `cfg` and leave a run directory.
+
+    Raises:
+        UserError: the config, the data or the run directory is not usable.
+    """
+    warm = threading.Thread(target=_import_ahead, args=(backend,), daemon=True)
+    warm.start()
+    cfg, corpus = open_run(cfg, resume=resume)
+    warm.join()
+    if backend == "torch":
+        from torch_ref.train import TorchEngine
+
+        return train(cfg, corpus, TorchEngine(cfg), resume=resume)
+    from jaxlm.train.engine import JaxEngine
+
+    return train(cfg, corpus, JaxEngine(cfg, loss_fn), resume=resume)
+
+
+def _import_ahead(backend: config.Backend) -> None:
+    """Load the framework while the corpus is opened."""
+    importlib.import_module("jaxlm.train.engine" if backend == "jax" else "torch")
 
 
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`, for `train.step`."""
+    from jaxlm.objectives.lm import lm_loss
 
-    def compute(params: dict, batch: Batch, key: Array | None) -> tuple[Array, Sums]:
-        variables, dropout = {"params": params}, decoder.config.dropout and key is not None
+    def compute(params: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        variables = {"params": params}
         hidden_BTD, _ = decoder.apply(
             variables,
             batch["tokens"],
             batch["positions"],
             batch["segments"],
             method="hidden",
-            rngs={"dropout": key} if dropout else {},
+            rngs={} if key is None or not decoder.config.dropout else {"dropout": key},
         )
         kernel_DV, bias_V = decoder.apply(variables, method="unembedding")
         terms = lm_loss(

@@ -2,8 +2,8 @@
 
     runs/NAME/checkpoints/STEP/  params  optimizer  run (JSON)
 
-`run` holds what is not an array: data-iterator state, tokenizer hash, format version, shape and checksum of every leaf, so
-that another architecture is refused by name and damage is noticed when it is read, whatever the mesh.
+`run` holds what is not an array: data-iterator state, tokenizer hash, format version, shape and checksum of every leaf;
+so another architecture is refused by name, and damage is noticed when it is read, whatever the mesh.
 """
 
 from __future__ import annotations

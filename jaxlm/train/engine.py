@@ -1,0 +1,163 @@
+"""The JAX engine of the training loop: decoder, optimiser, mesh and checkpoints behind one jitted step."""
+
+from __future__ import annotations
+
+import collections
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlm import config
+from jaxlm.mesh import Layout
+from jaxlm.models.decoder import Decoder, abstract_params, init_params
+from jaxlm.numerics import Policy
+from jaxlm.train.metrics import flops_per_token
+from jaxlm.train.optim import make_optimizer
+from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
+
+RUN_AHEAD = 2  # steps that may wait on the device
+PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by `device_kind`
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class JaxEngine:
+    """Trains a `Decoder` on the mesh of the config. See `loop.Engine`."""
+
+    def __init__(self, cfg: config.Config, make_loss: Callable[[Decoder, config.Train], LossFn]) -> None:
+        enable_compilation_cache(cfg.data.cache_dir)
+        self.config, self.layout = cfg, Layout.from_config(cfg.mesh)
+        self.process_index, self.process_count = jax.process_index(), jax.process_count()
+        self.policy = Policy.from_config(cfg.numerics)
+        self.decoder = Decoder(cfg.model, self.policy)
+        rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
+        self.layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
+
+        loss_fn, optimizer = make_loss(self.decoder, cfg.train), make_optimizer(cfg.train)
+        context: Any = {"layout": self.layout, "matmul": cfg.numerics.matmul}
+        shardings = state_shardings(self.decoder, optimizer, self.layout)
+        self.state = TrainState(*self._initial(optimizer, shardings))
+        step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, **context)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
+        self._eval = jax.jit(make_eval(loss_fn, **context), out_shardings=self.layout.replicated)
+        self._under_way: collections.deque[Any] = collections.deque()
+        self._checkpointer: Any = None
+
+        shapes, _ = abstract_params(self.decoder)
+        self.flops_per_token = flops_per_token(cfg.model, matmul_params(shapes, cfg.model), cfg.data.seq_len)
+        self._peak_flops: float | None = None
+
+    def _initial(self, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+        params = init_params(self.decoder, jax.random.key(self.config.seed), self.layout)
+        return jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)(params)
+
+    @property
+    def peak_flops(self) -> float:
+        """Of all devices together: the vendor's figure where it is known, else a matrix product timed here."""
+        if self._peak_flops is None:
+            known = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+            self._peak_flops = known * jax.device_count() if known else measured_flops()
+        return self._peak_flops
+
+    @property
+    def checkpointer(self) -> Any:
+        """Made when first needed: importing Orbax takes a second."""
+        if self._checkpointer is None:
+            from jaxlm.train.checkpoint import Checkpointer
+
+            self._checkpointer = Checkpointer(self.config.out_dir, self.config.checkpoint.keep)
+        return self._checkpointer
+
+    def checkpoints(self) -> list[int]:
+        folder = Path(self.config.out_dir) / "checkpoints"
+        return self.checkpointer.steps() if folder.is_dir() else []
+
+    def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:
+        self.state, run = self.checkpointer.restore(self.state, warn)
+        return run
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        self.state, metrics = self._step(self.state, self.layout.place(batch))
+        self._under_way.append(metrics)
+        if len(self._under_way) > RUN_AHEAD:
+            jax.block_until_ready(self._under_way.popleft())
+        return metrics
+
+    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+        return [{name: float(value) for name, value in one.items()} for one in jax.device_get(list(metrics))]
+
+    def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        totals: dict[str, float] = collections.defaultdict(float)
+        for batch in batches:
+            for name, value in jax.device_get(self._eval(self.state.params, self.layout.place(batch))).items():
+                totals[name] += float(value)
+        return dict(totals)
+
+    def complete(self, prompts: Sequence[str], sample: config.Sample) -> list[str]:
+        from jaxlm.data.tokenizer import Tokenizer
+        from jaxlm.infer.text import complete
+
+        tokenizer = Tokenizer.from_file(Path(self.config.out_dir) / "tokenizer.json")
+        return complete(self.decoder, self.state.params, tokenizer, prompts, sample, seed=self.config.seed)
+
+    def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
+        self.checkpointer.save(self.state, run, validation_loss)
+
+    def close(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+
+
+def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Where each leaf of the training state lies: moments lie with their parameters."""
+    shapes, axes = abstract_params(decoder)
+    params = layout.shardings(axes, shapes)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, shapes),
+        params,
+        transform_non_params=lambda _: layout.replicated,
+    )
+    return TrainState(layout.replicated, params, opt_state, layout.replicated)
+
+
+def matmul_params(shapes: Mapping[str, Any], model: config.Model) -> int:
+    """Parameters that take part in matrix products for each token: all kernels, and a tied embedding as the head."""
+    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    kernels = sum(leaf.size for path, leaf in flat if path[-1].key == "kernel")
+    return kernels + (model.vocab_size * model.d_model if model.tie_embeddings else 0)
+
+
+def measured_flops(size: int = 1536, tries: int = 3) -> float:
+    """FLOP/s of the best of a few float32 matrix products on the default device: a peak for where none is published."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.dot)
+    product(x, x).block_until_ready()
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def enable_compilation_cache(cache_dir: str) -> None:
+    """Keep compiled programs on disk: a second start is quick. `JAX_COMPILATION_CACHE_DIR` overrides the place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir).absolute() / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

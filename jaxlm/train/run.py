@@ -1,0 +1,66 @@
+"""The run directory: where a run begins, and what makes it self-contained.
+
+runs/NAME/  config.toml (resolved)  tokenizer.json  metrics.jsonl  checkpoints/STEP/  samples/  plots/loss.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxlm import config
+from jaxlm.data.pipeline import Corpus, prepare
+from jaxlm.data.tokenizer import Tokenizer, check_fits
+from jaxlm.errors import UserError
+
+_SAME_ON_RESUME = ("recipe", "model", "tokenizer")
+
+
+def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus]:
+    """Prepare the corpus and the run directory; returns the resolved config and the corpus.
+
+    Raises:
+        UserError: a run is already there and `resume` is not asked for, or it has another architecture.
+    """
+    run_dir = Path(cfg.out_dir)
+    exists = (run_dir / "config.toml").is_file()
+    if exists and not resume:
+        raise UserError(f"{run_dir}: a run is already there", "continue it with --resume, or set another out_dir=")
+    tokenizer = Tokenizer.from_file(run_dir / "tokenizer.json") if exists else None
+    corpus = prepare(cfg, tokenizer)
+    vocab_size = cfg.model.vocab_size or corpus.tokenizer.vocab_size
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    check_fits(corpus.tokenizer, vocab_size)
+    if exists:
+        _compare(run_dir, config.load(run_dir / "config.toml"), cfg)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.toml").write_text(config.to_toml(cfg), encoding="utf-8")
+        corpus.tokenizer.save(run_dir / "tokenizer.json")
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror}") from None
+    return cfg, corpus
+
+
+def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
+    """Refuse another model; speak of anything else that changed."""
+    old, new = config.to_dict(before), config.to_dict(now)
+    for name, was, value in _differences(old, new):
+        if name.split(".")[0] in _SAME_ON_RESUME:
+            raise UserError(
+                f"{run_dir}: {name} is {value!r}, the run was made with {was!r}",
+                "resume with the run's own config.toml, or choose another out_dir",
+            )
+        if name != "out_dir":
+            print(f"warning: resuming with {name} = {value!r}, was {was!r}", flush=True)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key, was in old.items():
+        if isinstance(was, dict):
+            found += _differences(was, new[key], f"{prefix}{key}.")
+        elif new[key] != was:
+            found.append((prefix + key, was, new[key]))
+    return found
