@@ -13,7 +13,7 @@ from jaxlm.mesh import constrain
 from jaxlm.models.cache import KVCache
 from jaxlm.models.layers import Linear, Norm
 from jaxlm.numerics import Policy
-from jaxlm.ops.attention import Places, attention
+from jaxlm.ops.attention import Places, attention, cached_attention
 from jaxlm.ops.rope import apply_rope
 
 
@@ -47,7 +47,7 @@ class Attention(nn.Module):
             mixed = attention(q_BTNH, k_BTKH, v_BTKH, places, places, impl=cfg.attention_impl, aligned=True)
         else:
             cache = cache.append(k_BTKH, v_BTKH, places)
-            mixed = attention(q_BTNH, cache.k, cache.v, places, cache.places, impl=cfg.attention_impl)
+            mixed = cached_attention(q_BTNH, cache.keys, cache.values, places, cache.places)
 
         o_proj = Linear(
             (cfg.d_model,),

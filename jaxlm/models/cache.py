@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -15,18 +16,28 @@ from jaxlm.ops.attention import Places
 
 
 class KVCache(NamedTuple):
-    """Ring buffer of keys and values; the token at position p lies in slot p mod S. A row holds one document."""
+    """A ring of S slots that all rows fill side by side, in the order of the calls. A row holds one document.
 
-    k: Float[Array, "*r b s k h"]
-    v: Float[Array, "*r b s k h"]
+    `positions` tells which token a slot holds, so rows of different lengths share the slots and every write is one
+    contiguous update in place. The axes lie as the two products of attention read them: a step transposes no cache.
+    """
+
+    keys: Float[Array, "*r b k h s"]
+    values: Float[Array, "*r b k s h"]
     positions: Int[Array, "*r b s"]
-    """Position of the token in each slot, -1 when empty."""
+    """Position of the token in each slot, -1 when empty or padding."""
+    written: Int[Array, "*r"]
+    """Number of slots written so far; the next one is this modulo S."""
 
     @classmethod
     def empty(cls, batch: int, slots: int, n_kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
         """A cache that has seen nothing."""
-        shape = (batch, slots, n_kv_heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), -1, jnp.int32))
+        return cls(
+            jnp.zeros((batch, n_kv_heads, head_dim, slots), dtype),
+            jnp.zeros((batch, n_kv_heads, slots, head_dim), dtype),
+            jnp.full((batch, slots), -1, jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
 
     @property
     def places(self) -> Places:
@@ -34,12 +45,20 @@ class KVCache(NamedTuple):
         return Places(self.positions, (self.positions >= 0).astype(jnp.int32))
 
     def append(self, k_BTKH: Array, v_BTKH: Array, places: Places) -> KVCache:
-        """Write new tokens into their slots. Padding (segment 0) is not written."""
+        """Write T new tokens side by side. Padding (segment 0) takes a slot but is never seen.
+
+        A single token overwrites the oldest slot of a full ring; several at once must end within the ring, which is the
+        caller's care: (written mod S) + T <= S.
+        """
         slots = self.positions.shape[1]
-        slot_BT = jnp.where(places.segments != 0, places.positions % slots, slots)
-        row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
+        at = self.written % slots
+        zero = jnp.zeros_like(at)
+        positions_BT = jnp.where(places.segments != 0, places.positions, -1).astype(jnp.int32)
+        k_BKHT = jnp.transpose(k_BTKH, (0, 2, 3, 1)).astype(self.keys.dtype)
+        v_BKTH = jnp.transpose(v_BTKH, (0, 2, 1, 3)).astype(self.values.dtype)
         return KVCache(
-            self.k.at[row_B1, slot_BT].set(k_BTKH.astype(self.k.dtype), mode="drop"),
-            self.v.at[row_B1, slot_BT].set(v_BTKH.astype(self.v.dtype), mode="drop"),
-            self.positions.at[row_B1, slot_BT].set(places.positions.astype(jnp.int32), mode="drop"),
+            lax.dynamic_update_slice(self.keys, k_BKHT, (zero, zero, zero, at)),
+            lax.dynamic_update_slice(self.values, v_BKTH, (zero, zero, at, zero)),
+            lax.dynamic_update_slice(self.positions, positions_BT, (zero, at)),
+            self.written + k_BTKH.shape[1],
         )

@@ -79,10 +79,7 @@ class Decoder(nn.Module):
             cache: of `init_cache`; a row is then one document.
         """
         hidden_BTD, cache = self.hidden(tokens_BT, positions_BT, segments_BT, cache)
-        kernel_DV, bias_V = self.unembedding()
-        with jax.default_matmul_precision(self.policy.matmul):
-            logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, kernel_DV, preferred_element_type=wide(hidden_BTD.dtype))
-        return logits_BTV if bias_V is None else logits_BTV + bias_V, cache
+        return self.unembed(hidden_BTD), cache
 
     def hidden(
         self,
@@ -105,6 +102,13 @@ class Decoder(nn.Module):
                     after.append(layer_cache)
                 cache = None if cache is None else tuple(after)
             return self.final_norm(x_BTD) if cfg.final_norm else x_BTD, cache
+
+    def unembed(self, hidden_BTD: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Logits in float32 or wider of what `hidden` returned, or of a part of it."""
+        kernel_DV, bias_V = self.unembedding()
+        with jax.default_matmul_precision(self.policy.matmul):
+            logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, kernel_DV, preferred_element_type=wide(hidden_BTD.dtype))
+        return logits_BTV if bias_V is None else logits_BTV + bias_V
 
     def unembedding(self) -> tuple[Float[Array, "d v"], Float[Array, " v"] | None]:
         """The output matrix, in the compute dtype, and its bias."""

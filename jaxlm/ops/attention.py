@@ -60,6 +60,26 @@ def attention(
     raise ValueError(f"unknown attention implementation {impl!r}")
 
 
+def cached_attention(
+    q_BTNH: Float[Array, "b t n h"],
+    keys_BKHS: Float[Array, "b k h s"],
+    values_BKSH: Float[Array, "b k s h"],
+    q_places: Places,
+    k_places: Places,
+) -> Float[Array, "b t n h"]:
+    """`attention` over keys and values in the order in which a cache keeps them.
+
+    Both products are plain matrix products of the cache as it lies, so a decoding step moves nothing but its query.
+    """
+    (b, t, n, h), (_, k, _, s) = q_BTNH.shape, keys_BKHS.shape
+    q_BKRH = jnp.einsum("btkgh->bkgth", _grouped(q_BTNH, k)).reshape(b, k, -1, h)  # R = G T, all that read one kv head
+    scores_BKRS = jnp.matmul(q_BKRH, keys_BKHS, preferred_element_type=wide(q_BTNH.dtype)) * h**-0.5
+    mask_B11TS = visible(q_places, k_places)[:, None, None]
+    probabilities, _ = _softmax(jnp.where(mask_B11TS, scores_BKRS.reshape(b, k, -1, t, s), -jnp.inf))
+    out_BKRH = jnp.matmul(probabilities.astype(values_BKSH.dtype).reshape(b, k, -1, s), values_BKSH)
+    return jnp.einsum("bkgth->btkgh", out_BKRH.reshape(b, k, -1, t, h)).reshape(b, t, n, h)
+
+
 def default_impl(q_BTNH: Float[Array, "b t n h"], aligned: bool) -> str:
     """The fastest implementation for the default backend, these shapes and this dtype."""
     if not aligned or q_BTNH.shape[1] < 2 * BLOCK:
@@ -95,14 +115,17 @@ def _scores(q_BTKGH: Array, k_BSKH: Array, mask_BTS: Array) -> Array:
 
 def _softmax_mix(q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> tuple[Array, Array]:
     """Attention of one block of queries, and their log-partition [B, K, G, T]; -inf where nothing is seen."""
-    scores_BKGTS = _scores(q_BTKGH, k_BSKH, mask_BTS)
+    probabilities, log_BKGT = _softmax(_scores(q_BTKGH, k_BSKH, mask_BTS))
+    return jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(v_BSKH.dtype), v_BSKH), log_BKGT
+
+
+def _softmax(scores_BKGTS: Array) -> tuple[Array, Array]:
+    """Softmax over the keys, zero where nothing is seen, and the log-partition."""
     top = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
     weights = jnp.exp(scores_BKGTS - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    probabilities = weights / jnp.where(total > 0, total, 1)
-    out = jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(v_BSKH.dtype), v_BSKH)
-    return out, (jnp.log(total) + top)[..., 0]
+    return weights / jnp.where(total > 0, total, 1), (jnp.log(total) + top)[..., 0]
 
 
 # Blockwise: queries in blocks, each against the keys up to its own end. Skipping the later half of the square halves
