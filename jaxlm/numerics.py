@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxlm import config
@@ -14,8 +15,8 @@ from jaxlm import config
 class Policy:
     """What is computed in which dtype. Hashable, so that a module can hold it."""
 
-    params: DTypeLike = jnp.float32
-    compute: DTypeLike = jnp.float32
+    params: np.dtype = np.dtype(jnp.float32)
+    compute: np.dtype = np.dtype(jnp.float32)
     matmul: str = "default"
 
     @classmethod

@@ -16,6 +16,7 @@ import optax
 
 from jaxlm import config
 from jaxlm.mesh import Layout
+from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, abstract_params, init_params
 from jaxlm.numerics import Policy
 from jaxlm.train.metrics import flops_per_token
@@ -133,13 +134,6 @@ def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, l
         transform_non_params=lambda _: layout.replicated,
     )
     return TrainState(layout.replicated, params, opt_state, layout.replicated)
-
-
-def matmul_params(shapes: Mapping[str, Any], model: config.Model) -> int:
-    """Parameters that take part in matrix products for each token: all kernels, and a tied embedding as the head."""
-    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    kernels = sum(leaf.size for path, leaf in flat if path[-1].key == "kernel")
-    return kernels + (model.vocab_size * model.d_model if model.tie_embeddings else 0)
 
 
 def measured_flops(size: int = 1536, tries: int = 3) -> float:

@@ -1,0 +1,237 @@
+"""The command line: verbs of a few lines that call the library. A user's mistake is one line and exit code 2.
+
+jaxlm train configs/quickstart.toml train.steps=100
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxlm import __version__
+from jaxlm.errors import UserError
+
+app = typer.Typer(
+    name="jaxlm",
+    help="Train language models in JAX, run them in PyTorch, and prove that both are the same model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
+data_app = typer.Typer(help="Tokenise a corpus ahead of a run, or look at its rows.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+
+class Backend(StrEnum):
+    """The framework that computes."""
+
+    jax = "jax"
+    torch = "torch"
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options that differ from the file.")
+]
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run, a torch_ref folder or a Hugging Face folder.", show_default=False)
+]
+BackendOption = Annotated[Backend, typer.Option(help="Framework that computes.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def train(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run, or begin it if there is none.")] = False,
+    backend: BackendOption = Backend.jax,
+) -> None:
+    """Train the model of CONFIG. The run directory is `out_dir`."""
+    from jaxlm import config
+    from jaxlm.recipes import pretrain
+
+    pretrain.run(config.load(path, overrides or ()), resume=resume, backend=backend.value)
+
+
+@app.command()
+def generate(
+    run: ModelPath,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set with this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens with this share of the likeliest one's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: discourage tokens already there.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
+    num_samples: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
+    as_json: JsonFlag = False,
+    backend: BackendOption = Backend.jax,
+) -> None:
+    """Continue PROMPT with a trained model; the text appears as it is made."""
+    from jaxlm.infer.options import Sampling
+    from jaxlm.infer.text import generate_text
+
+    sampling = Sampling(
+        temperature=0.0 if greedy else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    streaming = not as_json and num_samples == 1
+    if streaming:
+        _write(prompt)
+    completions = generate_text(
+        run,
+        [prompt] * num_samples,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        seed=seed,
+        backend=backend.value,
+        stream=_write if streaming else None,
+    )
+    if streaming:
+        _write("\n")
+    for completion in completions if not streaming else ():
+        print(json.dumps(completion._asdict()) if as_json else completion.prompt + completion.text + "\n")
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="A run, a torch_ref folder or a Hugging Face folder.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="`jaxlm`, `torch`, or a public layout: `llama`.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+) -> None:
+    """Write a model in another layout, bit for bit."""
+    from jaxlm.convert.convert import convert
+
+    print(convert(src, dst, to, step=step, overwrite=overwrite))
+
+
+@app.command()
+def parity(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, config, torch_ref or Hugging Face folder.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of parity.json and parity.html; default: RUN.")] = None,
+) -> None:
+    """Show that PyTorch computes the same model. Exit code 0: the same, 1: they differ, 2: a mistake."""
+    from jaxlm.parity import check
+
+    if not check(run, out=out, show=True).same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(path: ConfigPath, overrides: Overrides = None, as_json: JsonFlag = False) -> None:
+    """Count the parameters, FLOPs and memory of CONFIG (or of a run) without allocating anything."""
+    import dataclasses
+
+    from jaxlm import config
+    from jaxlm.models.accounting import account
+
+    cfg = config.load(path / "config.toml" if path.is_dir() else path, overrides or ())
+    if not cfg.model.vocab_size:
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=_tokenizer_size(cfg)))
+    counted = account(cfg)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(counted), "bytes": counted.bytes}))
+    else:
+        _show(counted)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(path: ConfigPath, out: Path, overrides: Overrides = None) -> None:
+    """Train the tokenizer that CONFIG describes and write it to OUT."""
+    from jaxlm import config
+    from jaxlm.data.pipeline import train_tokenizer
+
+    tokenizer = train_tokenizer(config.load(path, overrides or ()))
+    tokenizer.save(out)
+    print(f"{out}: {tokenizer.vocab_size:,} tokens")
+
+
+@tokenizer_app.command("inspect")
+def tokenizer_inspect(
+    path: Annotated[Path, typer.Argument(help="A tokenizer.json, or a run.")], text: str = ""
+) -> None:
+    """Show a tokenizer's size and special tokens, and how it cuts TEXT."""
+    from jaxlm.data.tokenizer import inspect
+
+    _show(inspect(path / "tokenizer.json" if path.is_dir() else path, text))
+
+
+@data_app.command("prepare")
+def data_prepare(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Tokenise the corpus of CONFIG into shards that runs share."""
+    from jaxlm import config
+    from jaxlm.data.pipeline import prepare
+
+    _show(prepare(config.load(path, overrides or ())))
+
+
+@data_app.command("inspect")
+def data_inspect(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Show the corpus of CONFIG and the first packed row of it."""
+    from jaxlm import config
+    from jaxlm.data.pipeline import inspect_corpus
+
+    _show(inspect_corpus(config.load(path, overrides or ())))
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        print(f"jaxlm {__version__}")
+        raise typer.Exit
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    return _guarded(lambda: app(standalone_mode=True))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 141
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 0
+    return 0
+
+
+def _tokenizer_size(cfg: Any) -> int:
+    """The vocabulary that the tokenizer of a config will have, without reading the corpus."""
+    from jaxlm.data.pipeline import train_tokenizer
+
+    return cfg.tokenizer.vocab_size if cfg.tokenizer.kind == "bpe" else train_tokenizer(cfg).vocab_size
+
+
+def _show(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
