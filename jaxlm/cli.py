@@ -6,6 +6,7 @@ jaxlm train configs/quickstart.toml train.steps=100
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -81,7 +82,7 @@ def generate(
     backend: BackendOption = Backend.jax,
 ) -> None:
     """Continue PROMPT with a trained model; the text appears as it is made."""
-    from jaxlm.infer.options import Sampling
+    from jaxlm.data.completion import Sampling
     from jaxlm.infer.text import generate_text
 
     sampling = Sampling(
@@ -96,18 +97,19 @@ def generate(
         _write(prompt)
     completions = generate_text(
         run,
-        [prompt] * num_samples,
+        [prompt],
         sampling,
         max_new_tokens=max_new_tokens,
         stop=stop or (),
         seed=seed,
+        num_samples=num_samples,
         backend=backend.value,
-        stream=_write if streaming else None,
+        stream=(lambda _, text: _write(text)) if streaming else None,
     )
     if streaming:
         _write("\n")
     for completion in completions if not streaming else ():
-        print(json.dumps(completion._asdict()) if as_json else completion.prompt + completion.text + "\n")
+        print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
 
 
 @app.command()
@@ -139,8 +141,6 @@ def parity(
 @app.command()
 def info(path: ConfigPath, overrides: Overrides = None, as_json: JsonFlag = False) -> None:
     """Count the parameters, FLOPs and memory of CONFIG (or of a run) without allocating anything."""
-    import dataclasses
-
     from jaxlm import config
     from jaxlm.models.accounting import account
 

@@ -23,11 +23,12 @@ RANKS = {
     **dict.fromkeys(["mesh", "numerics"], 2),
     **dict.fromkeys(["ops"], 3),
     **dict.fromkeys(["models", "objectives", "data"], 4),
-    **dict.fromkeys(["train", "infer"], 5),
+    **dict.fromkeys(["train"], 5),
     **dict.fromkeys(["convert"], 6),  # opens and writes the checkpoints of train
-    **dict.fromkeys(["recipes", "eval", "parity"], 7),
-    **dict.fromkeys(["cli"], 8),
-    **dict.fromkeys(["__main__"], 9),
+    **dict.fromkeys(["infer"], 7),  # opens whatever convert can open
+    **dict.fromkeys(["recipes", "eval", "parity"], 8),
+    **dict.fromkeys(["cli"], 9),
+    **dict.fromkeys(["__main__"], 10),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
+from jaxlm.data.completion import Sampling
 from jaxlm.train.loop import Progress, train
 from jaxlm.train.run import open_run
 
@@ -34,7 +36,14 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         return train(cfg, corpus, TorchEngine(cfg), resume=resume)
     from jaxlm.train.engine import JaxEngine
 
-    return train(cfg, corpus, JaxEngine(cfg, loss_fn), resume=resume)
+    def complete(decoder: Decoder, params: Any, prompts: Sequence[str], sample: config.Sample) -> list[str]:
+        from jaxlm.infer.text import Generator
+
+        sampling, length = Sampling(temperature=sample.temperature), sample.max_new_tokens
+        generator = Generator(decoder, params, corpus.tokenizer)
+        return [one.text for one in generator.complete(prompts, sampling, max_new_tokens=length, seed=cfg.seed)]
+
+    return train(cfg, corpus, JaxEngine(cfg, loss_fn, complete), resume=resume)
 
 
 def _import_ahead(backend: config.Backend) -> None:
@@ -56,7 +65,8 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
             method="hidden",
             rngs={} if key is None or not decoder.config.dropout else {"dropout": key},
         )
-        kernel_DV, bias_V = decoder.apply(variables, method="unembedding")
+        unembedding: Any = decoder.apply(variables, method="unembedding")
+        kernel_DV, bias_V = unembedding
         terms = lm_loss(
             hidden_BTD,
             kernel_DV,

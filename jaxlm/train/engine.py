@@ -17,7 +17,7 @@ import optax
 from jaxlm import config
 from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
-from jaxlm.models.decoder import Decoder, abstract_params, init_params
+from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
 from jaxlm.train.metrics import flops_per_token
 from jaxlm.train.optim import make_optimizer
@@ -35,12 +35,20 @@ PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by `dev
 }
 
 
-class JaxEngine:
-    """Trains a `Decoder` on the mesh of the config. See `loop.Engine`."""
+Complete = Callable[[Decoder, Params, Sequence[str], config.Sample], list[str]]
 
-    def __init__(self, cfg: config.Config, make_loss: Callable[[Decoder, config.Train], LossFn]) -> None:
+
+class JaxEngine:
+    """Trains a `Decoder` on the mesh of the config. See `loop.Engine`.
+
+    The recipe brings `make_loss`, the objective, and `complete`, which continues texts.
+    """
+
+    def __init__(
+        self, cfg: config.Config, make_loss: Callable[[Decoder, config.Train], LossFn], complete: Complete
+    ) -> None:
         enable_compilation_cache(cfg.data.cache_dir)
-        self.config, self.layout = cfg, Layout.from_config(cfg.mesh)
+        self.config, self.layout, self._complete = cfg, Layout.from_config(cfg.mesh), complete
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self.policy = Policy.from_config(cfg.numerics)
         self.decoder = Decoder(cfg.model, self.policy)
@@ -108,11 +116,7 @@ class JaxEngine:
         return dict(totals)
 
     def complete(self, prompts: Sequence[str], sample: config.Sample) -> list[str]:
-        from jaxlm.data.tokenizer import Tokenizer
-        from jaxlm.infer.text import complete
-
-        tokenizer = Tokenizer.from_file(Path(self.config.out_dir) / "tokenizer.json")
-        return complete(self.decoder, self.state.params, tokenizer, prompts, sample, seed=self.config.seed)
+        return self._complete(self.decoder, self.state.params, prompts, sample)
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
         self.checkpointer.save(self.state, run, validation_loss)
@@ -133,7 +137,8 @@ def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, l
         params,
         transform_non_params=lambda _: layout.replicated,
     )
-    return TrainState(layout.replicated, params, opt_state, layout.replicated)
+    whole: Any = layout.replicated
+    return TrainState(whole, params, opt_state, whole)
 
 
 def measured_flops(size: int = 1536, tries: int = 3) -> float:

@@ -29,9 +29,13 @@ class Engine(Protocol):
     """A model with its optimiser, in one framework."""
 
     flops_per_token: float
-    peak_flops: float
     process_index: int
     process_count: int
+
+    @property
+    def peak_flops(self) -> float:
+        """Of all devices together, FLOP/s."""
+        ...
 
     def checkpoints(self) -> list[int]:
         """Steps that can be resumed from."""

@@ -154,7 +154,7 @@ def _tensorboard(run_dir: Path) -> Any:
 
 def _wandb(run_dir: Path, project: str, resolved: dict[str, Any]) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("log.wandb needs wandb", "pip install 'jaxlm[wandb]'") from None
     return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, config=resolved, resume="allow")

@@ -17,7 +17,7 @@ DECAYED = ("kernel", "embedding")
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:
     """AdamW with the schedule of `[train]`. Clipping belongs to the step, which knows the gradient norm."""
     return optax.adamw(
-        lambda count: learning_rate(train, count.astype(float), jnp),
+        lambda count: learning_rate(train, jnp.asarray(count, float), jnp),
         b1=train.beta1,
         b2=train.beta2,
         eps=train.eps,
