@@ -96,7 +96,7 @@ def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
         (stage / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
         for name, content in _tokenizer_file(model).items():
             (stage / name).write_bytes(content)
-        with jax.enable_x64(jax.config.read("jax_enable_x64") or dtype == "float64"):
+        with jax.enable_x64(True):  # float64 parameters stay so
             checkpoints = Checkpointer(stage)
             checkpoints.save_params(0, params)
             checkpoints.close()

@@ -78,7 +78,7 @@ def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Para
 
     # On the host: the mesh that trained the model need not exist here.
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    with jax.enable_x64(jax.config.read("jax_enable_x64") or settings.numerics.params == "float64"):
+    with jax.enable_x64(True):  # float64 parameters stay so; the others have their own dtype
         shapes, _ = abstract_params(Decoder(settings.model, Policy.from_config(settings.numerics)))
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), shapes)
         checkpoints = Checkpointer(path, read_only=True)
@@ -94,7 +94,7 @@ def _torch_params(path: Path, settings: config.Config) -> Params:
 def _load_family(path: Path) -> Model:
     where = path / "config.json"
     hf = storage.read_json(where)
-    family = FAMILIES.get(hf.get("model_type", ""))
+    family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
         raise UserError(f"{where}: model_type {hf.get('model_type')!r} is not known", f"known: {', '.join(FAMILIES)}")
     model = family.config_from_hf(hf, str(where))

@@ -56,6 +56,9 @@ class LazyTensors(Mapping[str, np.ndarray]):
         except (safetensors.SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy has not
             raise UserError(f"{self.folder / file}: cannot read tensor {name!r}: {error}") from None
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

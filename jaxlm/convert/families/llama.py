@@ -135,11 +135,13 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> config.
     """
     if missing := [key for key in _SIZES if key not in hf]:
         raise UserError(f"{where}: {missing[0]} is missing", "is this the config.json of a Llama model?")
-    rope = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or {}
+    rope, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise UserError(f"{where}: rope_parameters and rope_scaling are objects or null")
     kinds = {
         "hidden_act": (hf.get("hidden_act", "silu"), ("silu", "swish")),
-        "rope_type": (rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default"))), ("default",)),
+        "rope_parameters": (rope.get("rope_type", "default"), ("default",)),
+        "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), ("default",)),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), (1.0,)),
         "quantization_config": (hf.get("quantization_config"), (None,)),
     }
