@@ -177,7 +177,7 @@ class Data:
     cache_dir: str = ".cache/jaxlm"
     """Where tokenised shards are kept, one folder for each fingerprint of corpus and tokenizer."""
     workers: NonNegativeInt = 0
-    """Processes that tokenise; 0: one a core."""
+    """Threads that tokenise; 0: one a core."""
     prefetch: PositiveInt = 8
     """Batches prepared ahead of the step."""
 

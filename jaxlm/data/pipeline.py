@@ -254,12 +254,21 @@ def _make_tokenizer(config: Config, documents: Documents) -> Tokenizer:
 def _trained(options: TokenizerConfig, documents: Documents, cache_dir: Path) -> Tokenizer:
     recipe = f"{documents.identity()} {options.vocab_size} {options.specials} {options.train_bytes}"
     path = cache_dir / f"tokenizer-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.json"
-    if not path.is_file():
-        with exclusive(path):
-            if not path.is_file():
-                sample = _sample(documents, options.train_bytes)
-                Tokenizer.train(sample, options.vocab_size, specials=options.specials).save(path)
-    return Tokenizer.from_file(path)
+    if tokenizer := _cached(path):
+        return tokenizer
+    with exclusive(path):
+        if not (tokenizer := _cached(path)):
+            sample = _sample(documents, options.train_bytes)
+            tokenizer = Tokenizer.train(sample, options.vocab_size, specials=options.specials)
+            tokenizer.save(path)
+        return tokenizer
+
+
+def _cached(path: Path) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_file(path)
+    except UserError:  # absent or damaged
+        return None
 
 
 def _sample(documents: Documents, wanted: int) -> list[str]:

@@ -218,8 +218,11 @@ class Tokenizer:
         """Write a `tokenizer.json` that `from_file` and `transformers` read; the file appears whole or not at all."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @functools.cached_property
     def _fingerprint(self) -> str:

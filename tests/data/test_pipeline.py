@@ -116,6 +116,14 @@ def test_second_start_reads_nothing_again(settings, monkeypatch):
     assert prepare(settings, tokenizer=first.tokenizer).reused, "a resumed run with its own tokenizer finds the shards"
 
 
+def test_damaged_cached_tokenizer_is_trained_again(settings):
+    first = prepare(settings).tokenizer.fingerprint()
+    [path] = Path(settings.data.cache_dir).glob("tokenizer-*.json")
+    path.write_text("{")
+    assert prepare(settings).tokenizer.fingerprint() == first
+    assert Tokenizer.from_file(path).fingerprint() == first
+
+
 def test_tokenizer_is_trained_on_training_documents_only(settings):
     corpus = prepare(settings)
     texts = [document.text for side, document in Documents(settings.data) if side == "train"]

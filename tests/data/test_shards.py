@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +77,14 @@ def test_another_tokenizer_or_corpus_is_another_folder(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train/tokens.bin", "validation/offsets.npy", "meta.json"])
-@pytest.mark.parametrize("damage", ["truncate", "delete"])
+@pytest.mark.parametrize("damage", ["truncate", "lengthen", "delete"])
 def test_damage_is_noticed_and_mended(corpus, tmp_path, name, damage):
     first = build(corpus, tmp_path / "cache")
     path = first.folder / name
     if damage == "delete":
         path.unlink()
+    elif damage == "lengthen":
+        path.write_bytes(path.read_bytes() + b"\0\0")
     else:
         os.truncate(path, path.stat().st_size - 3)
     again = build(corpus, tmp_path / "cache")
@@ -138,15 +141,24 @@ def test_remains_of_a_killed_process_do_no_harm(corpus, tmp_path):
     assert not first.folder.with_suffix(".tmp").exists()
 
 
-def _prepare(corpus: Path, cache: Path, results) -> None:
+def _prepare(corpus: Path, cache: Path, barrier, results) -> None:
+    quick = module._build
+
+    def slow(*arguments):
+        time.sleep(0.5)  # long enough for the other process to find no shards either
+        quick(*arguments)
+
+    module._build = slow
+    barrier.wait(timeout=120)
     shards = build(corpus, cache)
     results.put((shards.reused, shards.fingerprint))
 
 
 def test_two_processes_at_once_both_end_well(corpus, tmp_path):
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_prepare, args=(corpus, tmp_path / "cache", results)) for _ in range(2)]
+    results, barrier = context.Queue(), context.Barrier(2)
+    arguments = (corpus, tmp_path / "cache", barrier, results)
+    processes = [context.Process(target=_prepare, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
     outcomes = [results.get(timeout=120) for _ in processes]
