@@ -12,7 +12,7 @@ from jaxlm import config
 from torch_ref.models.cache import KVCache
 from torch_ref.models.layers import Linear, Norm
 from torch_ref.numerics import Policy
-from torch_ref.ops.attention import Places, attention
+from torch_ref.ops.attention import Places, attention, cached_attention
 from torch_ref.ops.rope import apply_rope
 
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
             mixed = attention(q_BTNH, k_BTKH, v_BTKH, places, places, impl=cfg.attention_impl, aligned=True)
         else:
             cache = cache.append(k_BTKH, v_BTKH, places)
-            mixed = attention(q_BTNH, cache.k, cache.v, places, cache.places, impl=cfg.attention_impl)
+            mixed = cached_attention(q_BTNH, cache.keys, cache.values, places, cache.places)
         return self.o_proj(mixed), cache
 
     def _project(self, heads: int) -> Linear:

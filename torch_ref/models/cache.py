@@ -15,12 +15,18 @@ from torch_ref.ops.attention import Places
 
 
 class KVCache(NamedTuple):
-    """Ring buffer of keys and values; the token at position p lies in slot p mod S. A row holds one document."""
+    """A ring of S slots that all rows fill side by side, in the order of the calls. A row holds one document.
 
-    k: Float[Tensor, "b s k h"]
-    v: Float[Tensor, "b s k h"]
+    `positions` tells which token a slot holds, so rows of different lengths share the slots. The axes lie as the two
+    products of attention read them: a step transposes no cache.
+    """
+
+    keys: Float[Tensor, "b k h s"]
+    values: Float[Tensor, "b k s h"]
     positions: Int[Tensor, "b s"]
-    """Position of the token in each slot, -1 when empty."""
+    """Position of the token in each slot, -1 when empty or padding."""
+    written: Int[Tensor, ""]
+    """Number of slots written so far; the next one is this modulo S."""
 
     @classmethod
     def empty(
@@ -33,11 +39,11 @@ class KVCache(NamedTuple):
         device: torch.device | str = "cpu",
     ) -> KVCache:
         """A cache that has seen nothing."""
-        shape = (batch, slots, n_kv_heads, head_dim)
         return cls(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(batch, n_kv_heads, head_dim, slots, dtype=dtype, device=device),
+            torch.zeros(batch, n_kv_heads, slots, head_dim, dtype=dtype, device=device),
             torch.full((batch, slots), -1, dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
         )
 
     @property
@@ -46,22 +52,16 @@ class KVCache(NamedTuple):
         return Places(self.positions, (self.positions >= 0).int())
 
     def append(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> KVCache:
-        """Write new tokens into their slots, in place: what was handed in is used up. Padding is not written."""
-        t = places.segments.shape[1]
-        real_BT = places.segments != 0
-        index_T = torch.arange(t, device=real_BT.device)
-        # Without a write that drops, a padding token repeats the write of its row's last real token, and a row that has
-        # none writes back what stands there. So all writes to one slot agree.
-        last_B1 = (real_BT * (index_T + 1)).argmax(dim=1, keepdim=True)
-        source_BT = torch.where(real_BT, index_T, last_B1)
-        row_B1 = torch.arange(real_BT.shape[0], device=real_BT.device)[:, None]
-        real_BT, positions_BT = real_BT[row_B1, source_BT], places.positions[row_B1, source_BT]
-        slot_BT = positions_BT.long() % self.positions.shape[1]
-        for buffer, new in ((self.k, k_BTKH), (self.v, v_BTKH)):
-            old = buffer[row_B1, slot_BT]
-            buffer[row_B1, slot_BT] = torch.where(
-                real_BT[..., None, None], new[row_B1, source_BT].to(buffer.dtype), old
-            )
-        old = self.positions[row_B1, slot_BT]
-        self.positions[row_B1, slot_BT] = torch.where(real_BT, positions_BT.int(), old)
-        return self
+        """Write T new tokens side by side, in place. Padding (segment 0) takes a slot but is never seen.
+
+        The buffers of the cache handed in are those of the cache handed back: the former must not be used again. A
+        single token overwrites the oldest slot of a full ring; several at once must end within the ring, which is the
+        caller's care: (written mod S) + T <= S.
+        """
+        t, slots = places.positions.shape[1], self.positions.shape[1]
+        at_T = (self.written + torch.arange(t, device=self.written.device)) % slots
+        self.keys.index_copy_(3, at_T, k_BTKH.permute(0, 2, 3, 1).to(self.keys.dtype))
+        self.values.index_copy_(2, at_T, v_BTKH.transpose(1, 2).to(self.values.dtype))
+        positions_BT = torch.where(places.segments != 0, places.positions, -1)
+        self.positions.index_copy_(1, at_T, positions_BT.to(self.positions.dtype))
+        return self._replace(written=self.written + t)

@@ -71,9 +71,7 @@ class Decoder(nn.Module):
             cache: of `init_cache`; a row is then one document.
         """
         hidden_BTD, cache = self.hidden(tokens_BT, positions_BT, segments_BT, cache)
-        kernel_DV, bias_V = self.unembedding()
-        logits_BTV = wide_matmul(hidden_BTD, kernel_DV)
-        return logits_BTV if bias_V is None else logits_BTV + bias_V, cache
+        return self.unembed(hidden_BTD), cache
 
     def hidden(
         self,
@@ -95,6 +93,12 @@ class Decoder(nn.Module):
             after.append(layer_cache)
         cache = None if cache is None else tuple(after)
         return self.final_norm(x_BTD) if cfg.final_norm else x_BTD, cache
+
+    def unembed(self, hidden_BTD: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Logits in float32 or wider of what `hidden` returned, or of a part of it."""
+        kernel_DV, bias_V = self.unembedding()
+        logits_BTV = wide_matmul(hidden_BTD, kernel_DV)
+        return logits_BTV if bias_V is None else logits_BTV + bias_V
 
     def unembedding(self) -> tuple[Float[Tensor, "d v"], Float[Tensor, " v"] | None]:
         """The output matrix, in the compute dtype, and its bias."""

@@ -55,6 +55,25 @@ def attention(
     raise ValueError(f"unknown attention implementation {impl!r}")
 
 
+def cached_attention(
+    q_BTNH: Float[Tensor, "b t n h"],
+    keys_BKHS: Float[Tensor, "b k h s"],
+    values_BKSH: Float[Tensor, "b k s h"],
+    q_places: Places,
+    k_places: Places,
+) -> Float[Tensor, "b t n h"]:
+    """`attention` over keys and values in the order in which a cache keeps them.
+
+    Both products are plain matrix products of the cache as it lies, so a decoding step moves nothing but its query.
+    """
+    (b, t, n, h), (_, k, _, s) = q_BTNH.shape, keys_BKHS.shape
+    q_BKRH = q_BTNH.transpose(1, 2).reshape(b, k, -1, h)  # R = G T, all that read one kv head
+    scores_BNTS = wide_matmul(q_BKRH, keys_BKHS).reshape(b, n, t, s) * h**-0.5
+    probabilities_BNTS = _softmax(scores_BNTS, visible(q_places, k_places)[:, None])
+    out_BKRH = probabilities_BNTS.to(values_BKSH.dtype).reshape(b, k, -1, s) @ values_BKSH
+    return out_BKRH.reshape(b, n, t, h).transpose(1, 2)
+
+
 def default_impl(q_BTNH: Float[Tensor, "b t n h"], aligned: bool) -> str:
     """The fastest implementation for this dtype; float64 is asked for parity, which wants the reference."""
     return "xla" if q_BTNH.dtype == torch.float64 else "blockwise"
@@ -72,12 +91,17 @@ def _xla(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, q_places: Places, k_pla
     k_BNSH, v_BNSH = (x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in (k_BSKH, v_BSKH))
     mask_B1TS = visible(q_places, k_places)[:, None]
     scores_BNTS = wide_matmul(q_BNTH, k_BNSH.mT) * q_BTNH.shape[-1] ** -0.5
+    probabilities_BNTS = _softmax(scores_BNTS, mask_B1TS)
+    return (probabilities_BNTS.to(v_BSKH.dtype) @ v_BNSH).transpose(1, 2).to(v_BSKH.dtype)
+
+
+def _softmax(scores_BNTS: Tensor, mask_B1TS: Tensor) -> Tensor:
+    """Softmax over the keys that are seen; zero everywhere when there are none."""
     scores_BNTS = scores_BNTS.masked_fill(~mask_B1TS, -torch.inf)
     top = scores_BNTS.detach().amax(dim=-1, keepdim=True)
     weights = torch.exp(scores_BNTS - torch.where(torch.isfinite(top), top, 0))
     total = weights.sum(dim=-1, keepdim=True)
-    probabilities = weights / torch.where(total > 0, total, 1)
-    return (probabilities.to(v_BSKH.dtype) @ v_BNSH).transpose(1, 2).to(v_BSKH.dtype)
+    return weights / torch.where(total > 0, total, 1)
 
 
 def _sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, q_places: Places, k_places: Places) -> Tensor:
