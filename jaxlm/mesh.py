@@ -50,7 +50,7 @@ class Layout:
     rules: Mapping[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=lambda: RULES)
 
     @classmethod
-    def from_config(cls, mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Layout:
+    def from_config(cls, mesh: config.Mesh, devices: Sequence[Any] | None = None) -> Layout:
         """The layout of `[mesh]` over `devices` (default: all).
 
         Raises:

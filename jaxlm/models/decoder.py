@@ -50,11 +50,11 @@ class Decoder(nn.Module):
                 Repeat,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.repeats,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            self.layers = scanned(cfg, policy)
+            self.layers: Any = scanned(cfg, policy)
         else:
             kinds = cfg.pattern * cfg.repeats
             block_class = rematerialised(cfg)
@@ -122,7 +122,8 @@ class Decoder(nn.Module):
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":
-            x_BTD = x_BTD + jnp.asarray(sinusoidal_table(cfg.max_seq_len, cfg.d_model), x_BTD.dtype)[positions_BT]
+            table_SD = jnp.asarray(sinusoidal_table(cfg.max_seq_len, cfg.d_model), x_BTD.dtype)
+            x_BTD = x_BTD * cfg.d_model**0.5 + table_SD[positions_BT]  # the scale of Vaswani et al. 2017, section 3.4
         elif cfg.positions == "rope":
             rope = rope_table(positions_BT, rope_frequencies(cfg.head_dim, cfg.rope_theta), self.policy.compute)
         x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng("dropout"))
@@ -174,7 +175,7 @@ def unrolled(decoder: Decoder) -> Decoder:
     return decoder.clone(config=dataclasses.replace(decoder.config, layer_loop="unroll"))
 
 
-def _init(decoder: Decoder, key: jax.Array) -> Params:
+def _init(decoder: Decoder, key: jax.Array) -> Any:
     ids = jnp.zeros((1, 1), jnp.int32)
     return decoder.init(key, ids, ids, jnp.ones_like(ids))["params"]
 

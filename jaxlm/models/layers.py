@@ -6,6 +6,7 @@ Shapes: B batch, T length, D width, V vocabulary; `in` and `out` stand for one o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), (self.axis, "embed"))
-        self.embedding = self.param("embedding", init, (self.rows, self.d_model), self.policy.params)
+        self.embedding: Any = self.param("embedding", init, (self.rows, self.d_model), self.policy.params)
 
     def __call__(self, ids_BT: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         table = constrain(self.embedding, self.axis, "features")  # gather the width, so that the look-up stays local

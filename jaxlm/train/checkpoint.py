@@ -9,6 +9,7 @@ so another architecture is refused by name, and damage is noticed when it is rea
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,14 @@ class Checkpointer:
     def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
         """The newest intact checkpoint, in the shapes, dtypes and shardings of `like`, and its `run` record.
 
-        Damaged checkpoints are named through `warn` and passed over.
+        Damaged checkpoints are named through `warn`, passed over, and moved out of the way of the ones to come.
 
         Raises:
             UserError: none is intact, or the parameters have other shapes.
         """
         like_items = {"params": like.params, "optimizer": _without_params(like)}
         items, run = self._first_intact(reversed(self.steps()), like_items, warn)
+        self._set_aside(step for step in self.steps() if step > int(items["optimizer"]["step"]))
         return TrainState(params=items["params"], **items["optimizer"]), run
 
     def restore_params(self, like: Any, warn: Callable[[str], None], step: int | None = None) -> Any:
@@ -143,6 +145,15 @@ class Checkpointer:
                 raise ValueError(f"the checksum of {name} differs")
         return items, run
 
+    def _set_aside(self, damaged: Iterable[int]) -> None:
+        """Move steps to `damaged/`: Orbax saves nothing older than the newest step it sees."""
+        aside = self.folder.with_name("damaged")
+        if jax.process_index() == 0:
+            for step in damaged:
+                aside.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(tempfile.mkdtemp(prefix=f"{step}-", dir=aside))
+        self._manager.reload()
+
     def _not_written(self, error: OSError) -> UserError:
         return UserError(f"{self.folder}: checkpoint not written: {error.strerror or error}", "earlier ones are intact")
 
@@ -154,7 +165,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def _word_sum(x: jax.Array) -> jax.Array:
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)  # a 64-bit value is two words
     return jnp.sum(jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32), dtype=jnp.uint32)
 
 

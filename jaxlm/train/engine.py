@@ -66,7 +66,7 @@ class JaxEngine:
         self._checkpointer: Any = None
 
         shapes, _ = abstract_params(self.decoder)
-        self.flops_per_token = flops_per_token(cfg.model, matmul_params(shapes, cfg.model), cfg.data.seq_len)
+        self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(shapes, cfg.model), cfg.data.seq_len)
         self._peak_flops: float | None = None
 
     def _initial(self, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

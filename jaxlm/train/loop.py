@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,10 +21,12 @@ from jaxlm import config
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
 from jaxlm.errors import UserError
 from jaxlm.train.metrics import Display, MetricsLog, plot_loss, read_metrics
+from jaxlm.train.run import write_run
 
 Batch = Mapping[str, np.ndarray]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A model with its optimiser, in one framework."""
 
@@ -86,14 +88,15 @@ def train(cfg: config.Config, corpus: Corpus, engine: Engine, *, resume: bool) -
     """Train until `train.steps`, a stop signal, or an early stop; the last state is always saved.
 
     Raises:
-        UserError: the checkpoint belongs to other data, or too many updates in a row were not finite.
+        UserError: the checkpoint belongs to other data, too many updates in a row were not finite, or the disk is full.
     """
-    run = _Run(cfg, corpus, engine, resume)
-    with run.display, _stop_signals() as stopped:
-        try:
-            run.until(stopped)
-        finally:
-            run.close()
+    with _writing(Path(cfg.out_dir)):
+        run = _Run(cfg, corpus, engine, resume)
+        with run.display, _stop_signals() as stopped:
+            try:
+                run.until(stopped)
+            finally:
+                run.close()
     return run.progress
 
 
@@ -103,12 +106,14 @@ class _Run:
     def __init__(self, cfg: config.Config, corpus: Corpus, engine: Engine, resume: bool) -> None:
         self.cfg, self.corpus, self.engine = cfg, corpus, engine
         self.dir = Path(cfg.out_dir)
-        self.progress = Progress()
+        self.progress, self.validation_loss = Progress(), None
         place = {"process_index": engine.process_index, "process_count": engine.process_count}
         self.data = make_train_iterator(cfg.data, corpus, batch_size=cfg.train.batch_size, seed=cfg.seed, **place)
         self.held_out = {"batch_size": cfg.train.batch_size, "max_batches": cfg.eval.batches, **place}
         if resume and engine.checkpoints():
             self._resume()
+        if engine.process_index == 0:
+            write_run(cfg, corpus)
         self.display = Display(cfg.train.steps, self.progress.step)
         self.log = MetricsLog(self.dir, cfg.log, config.to_dict(cfg), self.progress.step)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
@@ -132,7 +137,7 @@ class _Run:
     def until(self, stopped: list[str]) -> None:
         """Step after step, with all that is due in between."""
         cfg, progress = self.cfg, self.progress
-        while progress.step < cfg.train.steps:
+        while progress.step < cfg.train.steps and not self._stale():
             self.pending.append((progress.step + 1, self.engine.step(next(self.data))))
             progress.step += 1
             self.display.advance(progress.step)
@@ -144,27 +149,34 @@ class _Run:
                 self._sample()
             if _due(cfg.checkpoint.every, progress.step, last) or improved:
                 self._save()
-            if cfg.eval.patience and progress.stale >= cfg.eval.patience:
-                self._leave(f"early stop: no improvement in {progress.stale} validations")
-                break
             if stopped:
-                self._leave(f"{stopped[0]}: saved step {progress.step}; continue with --resume")
-                break
+                self._judge(*self._fetch())
+                self._save()
+                self.display.say(f"{stopped[0]}: saved step {progress.step}; continue with --resume")
+                return
+        if progress.step < cfg.train.steps:
+            self._judge(*self._fetch())
+            self._save()
+            self.display.say(f"early stop: no improvement in {progress.stale} validations")
+
+    def _stale(self) -> bool:
+        return 0 < self.cfg.eval.patience <= self.progress.stale
 
     def close(self) -> None:
         """Leave files that are whole."""
-        self.engine.close()
-        self.log.close()
+        try:
+            self.engine.close()
+        finally:
+            self.log.close()
         if self.engine.process_index == 0:
             rows = read_metrics(self.log.path)
             plot_loss(rows, self.dir / "plots" / "loss.png", self.corpus.unigram_entropy)
 
     def _report(self) -> None:
-        """Bring the metrics since the last report to the host, write the newest, and speak of skipped updates."""
-        fetched = self.engine.fetch([metrics for _, metrics in self.pending])
+        """Write the newest metrics, and speak of skipped updates since the last report."""
+        steps, fetched = self._fetch()
         tokens = self.cfg.train.batch_size * self.cfg.data.seq_len
-        rate = len(self.pending) * tokens / max(time.monotonic() - self.clock - self.idle, 1e-9)
-        steps, self.pending = [step for step, _ in self.pending], []
+        rate = len(steps) * tokens / max(time.monotonic() - self.clock - self.idle, 1e-9)
         self.clock, self.idle = time.monotonic(), 0.0
         row = {
             "step": steps[-1],
@@ -175,13 +187,22 @@ class _Run:
         }
         self.log.write(row)
         self.display.status(row)
+        self._judge(steps, fetched)
+
+    def _fetch(self) -> tuple[list[int], list[dict[str, float]]]:
+        """Steps and metrics since the last report, brought to the host."""
+        pending, self.pending = self.pending, []
+        return [step for step, _ in pending], self.engine.fetch([metrics for _, metrics in pending])
+
+    def _judge(self, steps: list[int], fetched: list[dict[str, float]]) -> None:
+        """Speak of skipped updates; stop after too many in a row. The state has kept the last good parameters."""
         for step, metrics in zip(steps, fetched, strict=True):
             if metrics["skipped"]:
                 self.display.say(f"step {step}: loss or gradient not finite, update skipped")
             if metrics["skipped"] >= self.cfg.train.max_skips:
                 self._save()
                 raise UserError(
-                    f"{self.dir}: {int(metrics['skipped'])} updates in a row were not finite, stopped at step {step}",
+                    f"{self.dir}: {int(metrics['skipped'])} updates in a row were not finite, up to step {step}",
                     "the last good parameters are saved; lower train.learning_rate or look at the data",
                 )
 
@@ -191,7 +212,7 @@ class _Run:
             sums = self.engine.evaluate(make_validation_batches(self.cfg.data, self.corpus, **self.held_out))
         if not sums.get("weight"):
             return False
-        loss = sums["nll"] / sums["weight"]
+        loss = self.validation_loss = sums["nll"] / sums["weight"]
         bytes_per_token = self.corpus.statistics["validation"].bytes_per_token
         row = {
             "step": self.progress.step,
@@ -209,7 +230,7 @@ class _Run:
         improved = loss < self.progress.best
         self.progress.best = min(loss, self.progress.best)
         self.progress.stale = 0 if improved else self.progress.stale + 1
-        self.progress.evaluated, self.validation_loss = self.progress.step, loss
+        self.progress.evaluated = self.progress.step
         return improved
 
     def _sample(self) -> None:
@@ -230,12 +251,6 @@ class _Run:
             evaluated = self.progress.evaluated == self.progress.step
             self.engine.save(record, self.validation_loss if evaluated else None)
 
-    def _leave(self, message: str) -> None:
-        if self.pending:
-            self._report()
-        self._save()
-        self.display.say(message)
-
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """Time that is not training, kept out of tokens per second."""
@@ -246,6 +261,16 @@ class _Run:
 
 def _due(every: int, step: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
+
+
+@contextlib.contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    """A full or vanished disk is no fault of the program."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or run_dir
+        raise UserError(f"{where}: {error.strerror or error}", "mend it, then continue with --resume") from error
 
 
 @contextlib.contextmanager

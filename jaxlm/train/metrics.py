@@ -22,7 +22,7 @@ from jaxlm.errors import UserError
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 
-def flops_per_token(model: config.Model, matmul_params: int, seq_len: int) -> float:
+def flops_per_token(model: config.Model, matmul_params: int, seq_len: int) -> int:
     """Floating-point operations of forward and backward for one token: `6 N + 6 L T N_heads H`.
 
     Two for each of the N parameters in matrix products and twice that backward (Kaplan et al. 2020, section 2.1), and
@@ -109,7 +109,7 @@ class Display:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a last line cut short by a crash is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -18,7 +18,7 @@ _SAME_ON_RESUME = ("recipe", "model", "tokenizer")
 
 
 def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus]:
-    """Prepare the corpus and the run directory; returns the resolved config and the corpus.
+    """Prepare the corpus and compare with the run that is there; returns the resolved config and the corpus.
 
     Raises:
         UserError: a run is already there and `resume` is not asked for, or it has another architecture.
@@ -34,13 +34,24 @@ def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus
     check_fits(corpus.tokenizer, vocab_size)
     if exists:
         _compare(run_dir, config.load(run_dir / "config.toml"), cfg)
+    return cfg, corpus
+
+
+def write_run(cfg: config.Config, corpus: Corpus) -> None:
+    """Make the run directory, once nothing speaks against the run. Files appear whole; the config, which marks a run, last.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    run_dir = Path(cfg.out_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.toml").write_text(config.to_toml(cfg), encoding="utf-8")
         corpus.tokenizer.save(run_dir / "tokenizer.json")
+        temporary = run_dir / ".config.toml"
+        temporary.write_text(config.to_toml(cfg), encoding="utf-8")
+        temporary.replace(run_dir / "config.toml")
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written: {error.strerror}") from None
-    return cfg, corpus
 
 
 def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:

@@ -1,0 +1,135 @@
+"""A tiny corpus and tiny runs, in this process on one device or as a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import config
+from jaxlm.recipes import pretrain
+from jaxlm.train.loop import Progress
+
+TIMINGS = ("tokens_per_second", "mfu")
+RUN = """
+[model]
+d_model = 16
+n_layers = 2
+n_heads = 2
+n_kv_heads = 1
+d_ff = 32
+dropout = 0.1
+[tokenizer]
+kind = "bytes"
+[data]
+source = "{corpus}"
+cache_dir = "{cache}"
+seq_len = 16
+validation_fraction = 0.2
+[train]
+steps = 12
+batch_size = 4
+microbatches = 2
+warmup_steps = 4
+[eval]
+every = 5
+batches = 2
+[sample]
+prompts = []
+[checkpoint]
+every = 3
+[log]
+every = 2
+"""
+
+
+class Runs:
+    """Makes configs of tiny runs, trains them and reads what they leave."""
+
+    def __init__(self, folder: Path) -> None:
+        corpus = folder / "corpus"
+        corpus.mkdir()
+        words = "def return if else for in while class self import from print lambda yield".split()
+        random = np.random.default_rng(0)
+        for i in range(20):
+            (corpus / f"{i:02}.py").write_text(" ".join(random.choice(words, 80)) + "\n")
+        self.corpus, self.toml = corpus, folder / "tiny.toml"
+        self.toml.write_text(RUN.format(corpus=corpus, cache=folder / "cache"))
+
+    def config(self, out: Path, *overrides: str) -> config.Config:
+        """The config of a run in `out`."""
+        return config.load(self.toml, [f'out_dir="{out}"', *overrides])
+
+    def train(self, out: Path, *overrides: str, resume: bool = False) -> Progress:
+        """Train in this process."""
+        return pretrain.run(self.config(out, *overrides), resume=resume)
+
+    def command(self, out: Path, *overrides: str, resume: bool = False) -> list[str]:
+        """The command line of a run on one device."""
+        options = ["--resume"] if resume else []
+        return [sys.executable, "-m", "jaxlm", "train", str(self.toml), f'out_dir="{out}"', *overrides, *options]
+
+    def start(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> subprocess.Popen[str]:
+        """Start a training process on one device."""
+        environment = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(self.command(out, *overrides, resume=resume), env=environment, **pipes | options)
+
+    def refused(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> str:
+        """Run a process that must end with exit code 2 and exactly one line on stderr; returns the line."""
+        process = self.start(out, *overrides, resume=resume, **options)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2, errors
+        assert len(errors.splitlines()) == 1, errors
+        return errors.strip()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Configs and processes of tiny runs, over one corpus."""
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process use one device of the eight virtual ones."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+
+
+@pytest.fixture(scope="session")
+def leaves() -> Callable[[Path], dict[str, np.ndarray]]:
+    """A function from a run directory to every array of its newest checkpoint, read without jaxlm."""
+
+    def read(run: Path) -> dict[str, np.ndarray]:
+        import orbax.checkpoint as ocp
+
+        newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+        found: dict[str, np.ndarray] = {"": np.array(int(newest.name))}
+        for item in ("params", "optimizer"):
+            with ocp.StandardCheckpointer() as reader:
+                tree = reader.restore(newest / item)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+                found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+        return found
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Path], list[dict[str, Any]]]:
+    """A function from a run directory to its metrics, less the timings."""
+
+    def read(run: Path) -> list[dict[str, Any]]:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+    return read
