@@ -74,7 +74,7 @@ class Model:
     qk_norm: bool = False
     """RMS-normalise queries and keys over each head before the rotation."""
     positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
-    """How a token knows its place."""
+    """How a token knows its place: rotated queries and keys, a learned table, fixed sines, or not at all."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_layout: Literal["half", "interleaved"] = "half"

@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":
-            x_BTD = x_BTD + self.sinusoids_SD[positions_BT]
+            x_BTD = x_BTD * cfg.d_model**0.5 + self.sinusoids_SD[positions_BT]
         elif cfg.positions == "rope":
             rope = rope_table(positions_BT, self.frequencies_P, self.policy.compute)
         return self.dropout(x_BTD), rope
