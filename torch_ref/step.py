@@ -3,9 +3,9 @@
     step = make_step(loss_fn(decoder, config.train), make_optimizer(decoder, config.train), config.train, seed=0)
     state, metrics = step(TrainState(), batch)
 
-A loss function `(batch, seed)` returns a sum over the targets of the batch, and sums to report beside it; `weight`
-among them divides all. So microbatches with different numbers of targets add up to exactly the large batch. Parameters
-and moments change in place, in the decoder and the optimiser.
+`loss_fn(batch)` returns a sum over the targets of the batch, and sums to report beside it; `weight` among them divides
+all. So microbatches with different numbers of targets add up to exactly the large batch. Parameters and moments change
+in place, in the decoder and the optimiser.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch_ref.optim import set_learning_rate
 
 Batch = Mapping[str, Tensor]
 Sums = dict[str, Tensor]
-LossFn = Callable[[Batch, int | None], tuple[Tensor, Sums]]
+LossFn = Callable[[Batch], tuple[Tensor, Sums]]
 
 
 class TrainState(NamedTuple):
@@ -77,22 +77,19 @@ def make_step(
 
 
 def make_eval(loss_fn: LossFn) -> Callable[[Batch], Sums]:
-    """`batch -> sums`, without dropout and without gradients."""
+    """`batch -> sums`, without gradients."""
 
     def evaluate(batch: Batch) -> Sums:
         with torch.no_grad():
-            return loss_fn(batch, None)[1]
+            return loss_fn(batch)[1]
 
     return evaluate
 
 
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
-    """The language-model objective of `decoder`. Without a seed there is no dropout."""
+    """The language-model objective of `decoder`, with dropout where that is in training mode."""
 
-    def compute(batch: Batch, seed: int | None) -> tuple[Tensor, Sums]:
-        decoder.train(seed is not None)
-        if seed is not None and decoder.config.dropout:
-            torch.manual_seed(seed)
+    def compute(batch: Batch) -> tuple[Tensor, Sums]:
         hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
         kernel_DV, bias_V = decoder.unembedding()
         terms = lm_loss(
@@ -114,9 +111,9 @@ def _accumulate(loss_fn: LossFn, batch: Batch, entropy: tuple[int, int], microba
     """Sums of the whole batch, one microbatch at a time; the gradients are added to those of the parameters."""
     total: Sums = {}
     for index in range(microbatches):
-        seed = int(np.random.SeedSequence((*entropy, index)).generate_state(1, np.uint64)[0])
+        torch.manual_seed(int(np.random.SeedSequence((*entropy, index)).generate_state(1, np.uint64)[0]))  # for dropout
         # row b goes to microbatch b mod M, as in jaxlm
-        loss, sums = loss_fn({name: x[index::microbatches] for name, x in batch.items()}, seed)
+        loss, sums = loss_fn({name: x[index::microbatches] for name, x in batch.items()})
         loss.backward()
         total = {name: total.get(name, 0) + value.detach() for name, value in sums.items()}
     return total
