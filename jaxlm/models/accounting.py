@@ -27,9 +27,9 @@ class Account:
     """Parameters in look-up tables: token embedding and learned positions."""
     matmul: int
     """Parameters in matrix products for each token: all kernels, and a tied embedding as the head."""
-    forward_flops: float
+    forward_flops: int
     """FLOP of the forward pass for one token at the training context, causal attention counted as half."""
-    train_flops: float
+    train_flops: int
     """FLOP of forward and backward for one token."""
     devices: int
     parameter_bytes: int

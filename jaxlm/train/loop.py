@@ -21,6 +21,7 @@ from jaxlm import config
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
 from jaxlm.errors import UserError
 from jaxlm.train.metrics import Display, MetricsLog, plot_loss, read_metrics
+from jaxlm.train.report import write_report
 from jaxlm.train.run import write_run
 
 Batch = Mapping[str, np.ndarray]
@@ -171,6 +172,7 @@ class _Run:
         if self.engine.process_index == 0:
             rows = read_metrics(self.log.path)
             plot_loss(rows, self.dir / "plots" / "loss.png", self.corpus.unigram_entropy)
+            write_report(self.cfg, rows, self.corpus.unigram_entropy)
 
     def _report(self) -> None:
         """Write the newest metrics, and speak of skipped updates since the last report."""

@@ -1,0 +1,153 @@
+"""The command line from end to end on a tiny corpus: what it prints, where it writes, how it leaves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlm.cli import main
+
+CONFIG = """
+[model]
+d_model = 32
+n_layers = 2
+n_heads = 2
+
+[tokenizer]
+vocab_size = 300
+
+[data]
+source = "{corpus}"
+cache_dir = "{cache}"
+seq_len = 32
+
+[train]
+steps = 6
+batch_size = 8
+
+[eval]
+every = 3
+
+[sample]
+prompts = ["def "]
+max_new_tokens = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus of small functions, a config, and a finished run."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "corpus").mkdir()
+    for i in range(40):
+        code = f"def add_{i}(a, b):\n    return a + b + {i}\n\n" * 4
+        (folder / "corpus" / f"module_{i}.py").write_text(code)
+    (folder / "tiny.toml").write_text(CONFIG.format(corpus=folder / "corpus", cache=folder / "cache"))
+    assert run("train", folder / "tiny.toml", f"out_dir={folder / 'run'}") == 0
+    return folder
+
+
+def run(*args: object) -> int:
+    """`jaxlm ARGS` in this process; returns the exit code."""
+    before, sys.argv = sys.argv, ["jaxlm", *map(str, args)]
+    try:
+        return main()
+    finally:
+        sys.argv = before
+
+
+def test_a_run_is_self_contained(workplace: Path) -> None:
+    rows = [json.loads(line) for line in (workplace / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert rows[-2]["loss"] < rows[0]["loss"]
+    for name in ("config.toml", "tokenizer.json", "checkpoints/6", "plots/loss.png", "report.html"):
+        assert (workplace / "run" / name).exists(), name
+    assert (workplace / "run" / "samples" / "00000006.txt").read_text().startswith("def ")
+
+
+def test_generate_prints_json(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("generate", workplace / "run", "def add", "--greedy", "--max-new-tokens", 5, "--json")
+    assert run(*args) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first.keys() == {"prompt", "text", "tokens"} and first["prompt"] == "def add"
+    assert 1 <= len(first["tokens"]) <= 5
+    assert run(*args) == 0
+    assert json.loads(capsys.readouterr().out) == first
+
+
+def test_generate_streams_the_same_text(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("generate", workplace / "run", "def add", "--greedy", "--max-new-tokens", 12)
+    assert run(*args) == 0
+    streamed = capsys.readouterr().out
+    assert run(*args, "--json") == 0
+    assert streamed == "def add" + json.loads(capsys.readouterr().out)["text"] + "\n"
+
+
+def test_info_counts_a_run_exactly(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", workplace / "run", "--json") == 0
+    counted = json.loads(capsys.readouterr().out)
+    d, f, v = 32, 128, 300
+    layer = 4 * d * d + 3 * d * f + 2 * d
+    assert counted["total"] == v * d + 2 * layer + d
+    assert counted["embedding"] == v * d
+    attention = 2 * 2 * 32 * d
+    assert counted["forward_flops"] == 2 * (2 * (4 * d * d + 3 * d * f) + v * d) + attention
+
+
+def test_info_divides_memory_over_the_mesh(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = []
+    for fsdp in (1, 4):
+        assert run("info", workplace / "tiny.toml", f"mesh.fsdp={fsdp}", "mesh.data=1", "--json") == 0
+        memory.append(json.loads(capsys.readouterr().out)["parameter_bytes"])
+    assert memory[0] == 4 * memory[1]
+
+
+def test_convert_and_open_again(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generated = []
+    for to in ("torch", "llama"):
+        assert run("convert", workplace / "run", workplace / to, "--to", to) == 0
+        capsys.readouterr()
+        for source in (workplace / "run", workplace / to):
+            assert run("generate", source, "def", "--greedy", "--max-new-tokens", 8, "--json") == 0
+            generated.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert all(tokens == generated[0] for tokens in generated)
+
+
+def test_look_at_the_tokenizer_and_the_data(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tokenizer", "train", workplace / "tiny.toml", workplace / "tokenizer.json") == 0
+    assert run("tokenizer", "inspect", workplace / "tokenizer.json", "--text", "def add") == 0
+    assert run("data", "prepare", workplace / "tiny.toml") == 0
+    assert run("data", "inspect", workplace / "tiny.toml") == 0
+    out = capsys.readouterr().out
+    assert "300" in out and "return a + b" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "nowhere.toml"), "nowhere.toml: no such config file"),
+        (("train", "{}/tiny.toml", "model.d_modle=3"), "unknown key 'model.d_modle' (did you mean 'd_model'?)"),
+        (("train", "{}/tiny.toml", "out_dir={}/run"), "a run is already there (continue it with --resume"),
+        (("generate", "{}/corpus", "x"), "not a model"),
+        (("generate", "{}/run", "x", "--top-p", "2"), "top_p = 2.0"),
+        (("convert", "{}/run", "{}/out", "--to", "lama"), "did you mean 'llama'?"),
+        (("info", "{}/tiny.toml", "train.steps=many"), "train.steps = 'many'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], message: str
+) -> None:
+    assert run(*(arg.replace("{}", str(workplace)) for arg in args)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert run("--help") == 0
+    for verb in ("train", "generate", "convert", "parity", "info", "tokenizer", "data"):
+        assert run(verb, "--help") == 0
+    assert "Exit code 0: the same" in capsys.readouterr().out.replace("\n", " ")
