@@ -104,7 +104,7 @@ def wrong_direction(root: Path) -> list[str]:
 
 
 def torch_in_jaxlm(root: Path) -> list[str]:
-    """Torch is at home in jaxlm.parity; cli, recipes and infer reach torch_ref when a user asks for it; nobody else does."""
+    """Torch is at home in jaxlm.parity; cli, recipes and infer reach torch_ref when a user asks for it; nobody else."""
     found = []
     for file in python_files(root, "jaxlm"):
         mine = part(".".join(file.with_suffix("").parts))

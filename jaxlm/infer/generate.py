@@ -1,0 +1,194 @@
+"""Decoding: one compiled prefill over prompts of different lengths, then one compiled loop that draws the new tokens.
+
+    new = generate(decoder, params, [[5, 8, 2], [7]], GREEDY, max_new_tokens=64, eos_id=0)
+
+Prompts are padded on the right to a bucket, so that few shapes compile. All rows write to the same slots of the cache,
+each with its own positions; a row's tokens do not depend on its neighbours.
+
+Shapes: B batch, T prompt bucket, N new tokens, S = T + N slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm.data.completion import Sampling, check_prompts, right_padded, uniforms
+from jaxlm.models.decoder import Cache, Decoder, Params, init_cache, unrolled, unstack_layers
+from jaxlm.ops.sampling import sample
+
+MAX_UNROLLED = 48
+"""Deeper models stay scanned: an unrolled loop body would take minutes to compile."""
+
+
+class State(NamedTuple):
+    """What the loop carries. The last token drawn has not been through the model yet."""
+
+    step: Int[Array, ""]
+    """Tokens drawn in each row."""
+    token: Int[Array, " b"]
+    position: Int[Array, " b"]
+    ended: Bool[Array, " b"]
+    new: Int[Array, "b n"]
+    seen: Bool[Array, "b v"] | None
+    cache: Cache
+
+
+def generate(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Complete prompts of ids; returns the new ids of each row, up to `eos_id` (included) or `max_new_tokens`.
+
+    Raises:
+        UserError: see `check_prompts`.
+    """
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    new_BN = np.concatenate([*blocks(decoder, params, prompts, sampling, **options)], axis=1)
+    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
+
+
+def blocks(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+    size: int = 0,
+) -> Iterator[np.ndarray]:
+    """As `generate`, in blocks [B, size] as they are drawn (0: one block); after the end of a row comes `pad_id`."""
+    check_prompts(decoder.config, prompts, max_new_tokens)
+    decoder, params = unrolled_for_decoding(decoder, params)
+    tokens, positions, segments, lengths = right_padded(prompts, bucket(max(map(len, prompts))), pad_id)
+    uniforms_BN = jnp.asarray(uniforms(seed, len(prompts), max_new_tokens))
+    ends = jnp.asarray([-1 if eos_id is None else eos_id, pad_id], jnp.int32)
+    state = _prefill(decoder, sampling, params, tokens, positions, segments, lengths, uniforms_BN, ends)
+    shown, drawn = 0, 1
+    while shown < max_new_tokens:
+        until = min(shown + (size or max_new_tokens), max_new_tokens)
+        if drawn < until:
+            state = _decode(decoder, sampling, params, state, uniforms_BN, ends, jnp.int32(until))
+            drawn = int(state.step)
+        yield np.array(state.new)[:, shown : min(drawn, until)]
+        if drawn < until or bool(state.ended.all()):
+            return
+        shown = until
+
+
+def bucket(length: int) -> int:
+    """The width to which prompts are padded: a power of two from 16 to 128, then a multiple of 128."""
+    return max(16, 1 << (length - 1).bit_length()) if length <= 128 else -(-length // 128) * 128
+
+
+def unrolled_for_decoding(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """The decoder with a cache of its own for each layer, which a step updates in place; do it once for many calls."""
+    if not decoder.config.scanned or decoder.config.n_layers > MAX_UNROLLED:
+        return decoder, params
+    return unrolled(decoder), _unstack(params, decoder.config)
+
+
+_unstack = jax.jit(unstack_layers, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    decoder: Decoder,
+    sampling: Sampling,
+    params: Params,
+    tokens_BT: Int[Array, "b t"],
+    positions_BT: Int[Array, "b t"],
+    segments_BT: Int[Array, "b t"],
+    lengths_B: Int[Array, " b"],
+    uniforms_BN: Float[Array, "b n"],
+    ends: Int[Array, "2"],
+) -> State:
+    """Run the prompts and draw the first token of each row, from the logits of its last token alone."""
+    (b, t), n = tokens_BT.shape, uniforms_BN.shape[1]
+    hidden_BTD, cache = _hidden(decoder, params, tokens_BT, positions_BT, segments_BT, init_cache(decoder, b, t + n))
+    last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
+    seen_BV = None
+    if sampling.repetition_penalty != 1:
+        rows, real_BT = jnp.arange(b)[:, None], segments_BT != 0
+        seen_BV = jnp.zeros((b, decoder.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
+    state = State(
+        step=jnp.int32(0),
+        token=jnp.zeros(b, jnp.int32),
+        position=lengths_B - 1,
+        ended=jnp.zeros(b, bool),
+        new=jnp.full((b, n), ends[1]),
+        seen=seen_BV,
+        cache=cache,
+    )
+    return _draw(decoder, sampling, params, state, last_B1D, uniforms_BN, ends)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(
+    decoder: Decoder,
+    sampling: Sampling,
+    params: Params,
+    state: State,
+    uniforms_BN: Float[Array, "b n"],
+    ends: Int[Array, "2"],
+    until: Int[Array, ""],
+) -> State:
+    """Draw until each row has `until` new tokens or all have ended."""
+
+    def body(state: State) -> State:
+        token_B1, position_B1 = state.token[:, None], state.position[:, None]
+        hidden_B1D, cache = _hidden(decoder, params, token_B1, position_B1, jnp.ones_like(token_B1), state.cache)
+        return _draw(decoder, sampling, params, state._replace(cache=cache), hidden_B1D, uniforms_BN, ends)
+
+    return jax.lax.while_loop(lambda state: (state.step < until) & ~state.ended.all(), body, state)
+
+
+def _hidden(decoder: Decoder, params: Params, *inputs: Any) -> tuple[Array, Cache]:
+    returned: Any = decoder.apply({"params": params}, *inputs, method="hidden")
+    return returned
+
+
+def _draw(
+    decoder: Decoder,
+    sampling: Sampling,
+    params: Params,
+    state: State,
+    hidden_B1D: Float[Array, "b 1 d"],
+    uniforms_BN: Float[Array, "b n"],
+    ends: Int[Array, "2"],
+) -> State:
+    """Draw one token of each row; a row that has ended draws padding."""
+    logits_B1V: Any = decoder.apply({"params": params}, hidden_B1D, method="unembed")
+    uniform_B = jax.lax.dynamic_index_in_dim(uniforms_BN, state.step, axis=1, keepdims=False)
+    token_B = sample(logits_B1V[:, 0], uniform_B, state.seen, **dataclasses.asdict(sampling))
+    eos_id, pad_id = ends
+    token_B = jnp.where(state.ended, pad_id, token_B)
+    seen_BV = state.seen
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    return State(
+        step=state.step + 1,
+        token=token_B,
+        position=state.position + 1,
+        ended=state.ended | (token_B == eos_id),
+        new=jax.lax.dynamic_update_slice_in_dim(state.new, token_B[:, None], state.step, axis=1),
+        seen=seen_BV,
+        cache=state.cache,
+    )

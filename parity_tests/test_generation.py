@@ -1,0 +1,162 @@
+"""Cached decoding: the same logits as without a cache, and the same tokens in both frameworks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from jaxlm import config
+from jaxlm.data.completion import GREEDY, Sampling, right_padded
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.infer import generate as jax_generate
+from jaxlm.infer.text import generate_text
+from jaxlm.models import decoder as jax_decoder
+from parity_tests.pairs import Pair, model, pair, random_params
+from parity_tests.tolerances import FLOAT64
+from torch_ref import generate as torch_generate
+from torch_ref.models import decoder as torch_decoder
+
+LENGTHS = range(1, 41)
+AFTER = 4  # cached steps after the prefill
+VARIANTS = [
+    {},
+    {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": ("qkv", "mlp"), "n_kv_heads": 4},
+    {"positions": "sinusoidal", "tie_embeddings": False, "norm_position": "post", "n_kv_heads": 1},
+    {"rope_layout": "interleaved", "qk_norm": True, "layer_loop": "unroll"},
+]
+VARIED = Sampling(temperature=0.0, repetition_penalty=2.0)  # greedy text of random weights falls into loops
+WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=["base", "learned", "sinusoidal", "interleaved"])
+def models(request: pytest.FixtureRequest) -> Pair:
+    cfg = model(**request.param)
+    return pair(cfg, random_params(cfg, np.random.default_rng(7)))
+
+
+def jax_apply(models: Pair, arrays: tuple[np.ndarray, ...], cache: Any = None) -> tuple[np.ndarray, Any]:
+    logits, cache = _jax_apply(models.jax, models.params, arrays, cache)
+    return np.asarray(logits), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jax_apply(decoder: jax_decoder.Decoder, params: Any, arrays: Any, cache: Any) -> Any:
+    return decoder.apply({"params": params}, *arrays, cache)
+
+
+def torch_apply(models: Pair, arrays: tuple[np.ndarray, ...], cache: Any = None) -> tuple[np.ndarray, Any]:
+    with torch.inference_mode():
+        logits, cache = models.torch(*map(torch.tensor, arrays), cache)
+    return logits.numpy(), cache
+
+
+FRAMEWORKS = {
+    "jax": (jax_apply, lambda models, rows, slots: jax_decoder.init_cache(models.jax, rows, slots)),
+    "torch": (torch_apply, lambda models, rows, slots: torch_decoder.init_cache(models.torch, rows, slots)),
+}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_cached_logits_are_the_uncached(models: Pair, framework: str, rng: np.random.Generator) -> None:
+    """Prefill of a batch with a row of each length from 1 to 40, then single steps: every logit of every real token."""
+    apply, init_cache = FRAMEWORKS[framework]
+    tokens = rng.integers(0, models.jax.config.vocab_size, (len(LENGTHS), max(LENGTHS) + AFTER), dtype=np.int32)
+    places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    uncached, _ = apply(models, (tokens, places, np.ones_like(places)))
+
+    prompts = [row[:length].tolist() for row, length in zip(tokens, LENGTHS, strict=True)]
+    *padded, lengths = right_padded(prompts, max(LENGTHS), pad_id=0)
+    cached, cache = apply(models, tuple(padded), init_cache(models, len(LENGTHS), max(LENGTHS) + AFTER))
+    error = np.abs((cached - uncached[:, : max(LENGTHS)])[padded[2] != 0]).max()
+    for step in range(AFTER):
+        at = (lengths + step)[:, None]
+        last = np.take_along_axis(tokens, at, axis=1), at.astype(np.int32), np.ones_like(at, np.int32)
+        cached, cache = apply(models, last, cache)
+        error = max(error, np.abs(cached[:, 0] - np.take_along_axis(uncached, at[..., None], axis=1)[:, 0]).max())
+    FLOAT64.check(float(error), f"{framework}: cached logits")
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, VARIED, WARM], ids=["greedy", "varied", "warm"])
+def test_the_same_tokens_in_both(models: Pair, sampling: Sampling, rng: np.random.Generator) -> None:
+    """64 tokens of rows of different lengths; the random numbers come from the seed and the row."""
+    vocab = models.jax.config.vocab_size
+    prompts = [rng.integers(0, vocab, length).tolist() for length in (1, 5, 23, 40)]
+    options: dict[str, Any] = {"max_new_tokens": 64, "eos_id": 3, "pad_id": 1, "seed": 11}
+    ours = jax_generate.generate(models.jax, models.params, prompts, sampling, **options)
+    assert torch_generate.generate(models.torch, prompts, sampling, **options) == ours
+    options["eos_id"] = None
+    ours = jax_generate.generate(models.jax, models.params, prompts, sampling, **options)
+    assert torch_generate.generate(models.torch, prompts, sampling, **options) == ours
+    assert [len(row) for row in ours] == [64] * 4
+    assert sampling == GREEDY or len({token for row in ours for token in row}) > 10
+
+
+def test_greedy_tokens_without_a_cache(models: Pair) -> None:
+    prompt = [5, 9, 2]
+    new = torch_generate.generate(models.torch, [prompt, [4] * 11], GREEDY, max_new_tokens=64)[0]
+    ids = np.array([prompt + new], np.int32)
+    places = np.arange(ids.shape[1], dtype=np.int32)[None]
+    for apply, _ in FRAMEWORKS.values():
+        logits, _ = apply(models, (ids, places, np.ones_like(places)))
+        assert logits[0, len(prompt) - 1 : -1].argmax(axis=-1).tolist() == new
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_torch_blocks_are_the_whole(models: Pair, size: int) -> None:
+    prompts = [[5, 9, 2], [4] * 11]
+    parts = [*torch_generate.blocks(models.torch, prompts, WARM, max_new_tokens=12, size=size)]
+    assert [part.shape[1] for part in parts[:-1]] == [size] * (len(parts) - 1)
+    assert np.concatenate(parts, axis=1).tolist() == torch_generate.generate(
+        models.torch, prompts, WARM, max_new_tokens=12
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A torch_ref folder with random weights."""
+    from jaxlm.convert.native import to_torch
+    from jaxlm.convert.storage import write_folder
+
+    tokenizer = Tokenizer.bytes_level()
+    cfg = model(vocab_size=tokenizer.vocab_size)
+    numerics = config.Numerics(params="float64", compute="float64")
+    settings = dataclasses.replace(config.Config(), model=cfg, numerics=numerics)
+    path = tmp_path_factory.mktemp("weights") / "torch"
+    values = jax.tree.map(lambda leaf: leaf.astype(np.float64), random_params(cfg, np.random.default_rng(3)))
+    files = {"config.toml": config.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
+    write_folder(path, to_torch(values, cfg), files, layout="torch")
+    return path
+
+
+def test_texts_of_both_backends_and_of_the_command(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 40, "seed": 2}
+    ours = generate_text(folder, ["def add", ""], WARM, num_samples=2, stop=["z"], **options)
+    assert generate_text(folder, ["def add", ""], WARM, num_samples=2, stop=["z"], backend="torch", **options) == ours
+    assert [done.prompt for done in ours] == ["def add", "def add", "", ""]
+    assert ours[0].tokens != ours[1].tokens
+
+    flags = ["--max-new-tokens=40", "--seed=2", "--temperature=0.8", "--top-k=50", "--top-p=0.95", "--min-p=0.01"]
+    flags += ["--repetition-penalty=1.1", "--stop=z"]
+    assert torch_generate.main([str(folder), "def add", *flags]) == 0
+    assert capsys.readouterr().out == f"def add{ours[0].text}\n"
+
+
+def test_mistakes_of_the_torch_command(folder: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert torch_generate.main([str(tmp_path), "x"]) == 2
+    assert torch_generate.main([str(folder), "x", "--top-p=7"]) == 2
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (wrong / name).write_bytes((folder / name).read_bytes())
+    text = (folder / "config.toml").read_text()
+    (wrong / "config.toml").write_text(text.replace("n_layers = 3", "n_layers = 2"))
+    assert torch_generate.main([str(wrong), "x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [("config.toml" in lines[0]), ("top_p" in lines[1]), ("layers.2" in lines[2])] == [True] * 3
+    assert len(lines) == 3
