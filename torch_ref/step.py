@@ -68,7 +68,7 @@ def make_step(
         metrics |= {
             "weight": sums["weight"],
             "grad_norm": grad_norm,
-            "learning_rate": torch.tensor(rate),
+            "learning_rate": torch.tensor(rate, dtype=torch.float64),
             "skipped": torch.tensor(skipped),
         }
         return TrainState(state.step + 1, skipped), metrics

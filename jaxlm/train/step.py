@@ -82,7 +82,7 @@ def make_step(
         metrics |= {
             "weight": sums["weight"],
             "grad_norm": grad_norm,
-            "learning_rate": learning_rate(train, state.step.astype(float), jnp),
+            "learning_rate": learning_rate(train, _updates_made(state.opt_state).astype(float), jnp),
             "skipped": skipped,
         }
         return TrainState(state.step + 1, params, opt_state, skipped), metrics
@@ -99,6 +99,11 @@ def make_eval(
         return loss_fn(params, batch, None)[1]  # pyright: ignore[reportArgumentType]
 
     return _within(layout, matmul, evaluate)
+
+
+def _updates_made(opt_state: Any) -> Int[Array, ""]:
+    """How many updates the optimiser has made, which its schedule goes by; skipped ones do not count."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def _gradient(loss_fn: LossFn, params: Any, batch: Batch, key: Array, microbatches: int) -> tuple[Sums, Any]:
