@@ -59,12 +59,13 @@ def test_pairs_to_halves() -> None:
 
 
 def test_only_queries_and_keys_are_reordered(make_model: Callable, make_params: Callable) -> None:
-    pairs, halves = make_model(rope_layout="interleaved"), make_model()
+    biases = ("qkv", "attention_out", "mlp")
+    pairs, halves = make_model(rope_layout="interleaved", biases=biases), make_model(biases=biases)
     params = make_params(pairs)
     a = dict(to_layout(params, pairs, llama.rows(pairs)))
     b = dict(to_layout(params, halves, llama.rows(halves)))
-    moved = {name.split(".")[-2] for name in a if not np.array_equal(a[name], b[name])}
-    assert moved == {"q_proj", "k_proj"}
+    moved = {name.partition("self_attn.")[2] for name in a if not np.array_equal(a[name], b[name])}
+    assert moved == {"q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias"}
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
