@@ -8,7 +8,12 @@ so another architecture is refused by name, and damage is noticed when it is rea
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
+import json
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,15 +29,9 @@ from jaxlm.train.step import TrainState
 
 FORMAT = 1
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
-_DAMAGE = (
-    ValueError,
-    OSError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-)  # what Orbax and TensorStore raise for unreadable files
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+for _noisy in ("absl", "asyncio"):  # what is wrong with a checkpoint is said here, in one line
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 
 class Checkpointer:
@@ -110,6 +109,7 @@ class Checkpointer:
             return
         shapes = {name: list(np.shape(leaf)) for name, leaf in _leaves(items).items()}
         run = {**run, "format": FORMAT, "shapes": shapes, "checksums": checksums(items)}
+        run["sha256"] = _digest(run)
         saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         try:
             self._manager.save(step, args=ocp.args.Composite(**saves, run=ocp.args.JsonSave(run)), metrics=metrics)
@@ -119,22 +119,28 @@ class Checkpointer:
     def _first_intact(
         self, steps: Iterable[int], like: dict[str, Any], warn: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        abstract = jax.tree.map(_abstract, like)
+        _hush_abandoned_reads()
+        abstract, cause = jax.tree.map(_abstract, like), None
         for step in steps:
             try:
                 return self._read(step, abstract)
-            except _DAMAGE as error:
+            except UserError:
+                raise
+            except Exception as error:  # Orbax raises plain ones for what it cannot read
                 warn(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
-        raise UserError(f"{self.folder}: no intact checkpoint", "start again with another out_dir")
+                cause = error
+        raise UserError(f"{self.folder}: no intact checkpoint", "start again with another out_dir") from cause
 
     def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         where = self.folder / str(step)
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if run.pop("sha256") != _digest(run):
+            raise ValueError("the checksum of its record differs")
         if run["format"] != FORMAT:
             raise UserError(f"{where}: checkpoint format {run['format']}, this version reads {FORMAT}")
         stored = {name: shape for name, shape in run["shapes"].items() if name.split(".")[0] in abstract}
         wanted = {name: list(leaf.shape) for name, leaf in _leaves(abstract).items()}
-        for name in sorted(stored.keys() | wanted.keys()):
+        for name in sorted(stored.keys() | wanted.keys(), key=lambda name: (name.startswith("optimizer"), name)):
             if stored.get(name) != wanted.get(name):
                 have, want = stored.get(name, "absent"), wanted.get(name, "absent")
                 raise UserError(f"{where}: {name} is {have}, the config asks for {want}", _OTHER)
@@ -160,8 +166,12 @@ class Checkpointer:
 
 def checksums(tree: Any) -> dict[str, int]:
     """For each leaf the sum of its 32-bit words modulo 2^32: one pass on the device, the same on any mesh."""
-    sums = jax.jit(lambda tree: jax.tree.map(_word_sum, tree))(tree)
-    return {name: int(value) for name, value in _leaves(jax.device_get(sums)).items()}
+    return {name: int(value) for name, value in _leaves(jax.device_get(_word_sums(tree))).items()}
+
+
+@jax.jit
+def _word_sums(tree: Any) -> Any:
+    return jax.tree.map(_word_sum, tree)
 
 
 def _word_sum(x: jax.Array) -> jax.Array:
@@ -177,6 +187,10 @@ def _quality(metrics: dict[str, float]) -> float:
     return -metrics["validation_loss"]
 
 
+def _digest(run: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
 def _leaves(tree: Any) -> dict[str, Any]:
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
@@ -184,6 +198,19 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+@functools.cache
+def _hush_abandoned_reads() -> None:
+    """After one failed read Orbax abandons the others, whose threads then complain of a closed event loop."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        closed_loop = str(unraisable.exc_value) == "Event loop is closed"
+        if not closed_loop and not inspect.iscoroutine(unraisable.object):
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _first_line(error: Exception) -> str:

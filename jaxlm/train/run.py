@@ -38,7 +38,9 @@ def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus
 
 
 def write_run(cfg: config.Config, corpus: Corpus) -> None:
-    """Make the run directory, once nothing speaks against the run. Files appear whole; the config, which marks a run, last.
+    """Make the run directory, once nothing speaks against the run.
+
+    Files appear whole, and the config, which marks a run, comes last.
 
     Raises:
         UserError: the directory cannot be written.

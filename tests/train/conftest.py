@@ -57,7 +57,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         corpus = folder / "corpus"
         corpus.mkdir()
-        words = "def return if else for in while class self import from print lambda yield".split()
+        words = ["def", "return", "if", "else", "for", "while", "class", "self", "import", "print", "lambda", "yield"]
         random = np.random.default_rng(0)
         for i in range(20):
             (corpus / f"{i:02}.py").write_text(" ".join(random.choice(words, 80)) + "\n")

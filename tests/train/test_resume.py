@@ -1,6 +1,8 @@
 """A run that was stopped and resumed is bitwise the run that was not."""
 
+import functools
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -10,22 +12,19 @@ from jaxlm.train import loop
 from jaxlm.train.engine import JaxEngine
 
 pytestmark = pytest.mark.usefixtures("one_device")
-LOOPS = ("scan", "unroll")
-
-
-@pytest.fixture(scope="session", params=LOOPS)
-def layer_loop(request):
-    return f"model.layer_loop={request.param}"
 
 
 @pytest.fixture(scope="session")
-def undisturbed(runs, layer_loop, tmp_path_factory, leaves, rows):
-    """Arrays and metrics of the run that nobody disturbs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax.devices", lambda devices=__import__("jax").devices()[:1]: devices)
-        out = tmp_path_factory.mktemp("undisturbed")
-        runs.train(out, layer_loop)
-    return leaves(out), rows(out)
+def undisturbed(runs, tmp_path_factory, leaves, rows):
+    """A function from the kind of layer loop to the directory, arrays and metrics of a run that nobody disturbs."""
+
+    @functools.cache
+    def make(layer_loop: str):
+        out = tmp_path_factory.mktemp(layer_loop)
+        runs.train(out, f"model.layer_loop={layer_loop}")
+        return out, leaves(out), rows(out)
+
+    return make
 
 
 def stop_after(monkeypatch, step: int, action) -> None:
@@ -42,7 +41,7 @@ def stop_after(monkeypatch, step: int, action) -> None:
 
 
 def assert_same(run, undisturbed, leaves, rows) -> None:
-    arrays, metrics = undisturbed
+    _, arrays, metrics = undisturbed
     found = leaves(run)
     assert found.keys() == arrays.keys() and len(arrays) > 20
     for name, expected in arrays.items():
@@ -50,32 +49,36 @@ def assert_same(run, undisturbed, leaves, rows) -> None:
     assert rows(run) == metrics
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("step", [1, 7, 9])
+@pytest.mark.parametrize(
+    ("layer_loop", "name", "step"),
+    [("scan", "SIGTERM", 7), ("unroll", "SIGTERM", 1), ("unroll", "SIGINT", 7), ("unroll", "SIGINT", 9)],
+)
 def test_a_signal_saves_and_resuming_is_bitwise(
-    runs, layer_loop, undisturbed, tmp_path, monkeypatch, leaves, rows, name, step, capsys
+    runs, undisturbed, tmp_path, monkeypatch, leaves, rows, layer_loop, name, step, capsys
 ):
+    options = (f"model.layer_loop={layer_loop}",)
     with monkeypatch.context() as patch:
         stop_after(patch, step, lambda: os.kill(os.getpid(), getattr(signal, name)))
-        assert runs.train(tmp_path, layer_loop).step == step
+        assert runs.train(tmp_path, *options).step == step
     assert f"{name}: saved step {step}; continue with --resume" in capsys.readouterr().err
-    assert runs.train(tmp_path, layer_loop, resume=True).step == 12
+    assert runs.train(tmp_path, *options, resume=True).step == 12
     assert f"resuming {tmp_path} from step {step}" in capsys.readouterr().out
-    assert_same(tmp_path, undisturbed, leaves, rows)
+    assert_same(tmp_path, undisturbed(layer_loop), leaves, rows)
 
 
-@pytest.mark.parametrize("step", [2, 8])  # before the first checkpoint, and two steps after the second
+@pytest.mark.parametrize(("layer_loop", "step"), [("unroll", 2), ("scan", 8)])  # before and after the first checkpoint
 def test_an_exception_loses_only_the_steps_since_the_last_checkpoint(
-    runs, layer_loop, undisturbed, tmp_path, monkeypatch, leaves, rows, step
+    runs, undisturbed, tmp_path, monkeypatch, leaves, rows, layer_loop, step
 ):
     def fail():
         raise ZeroDivisionError
 
+    options = (f"model.layer_loop={layer_loop}",)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         stop_after(patch, step, fail)
-        runs.train(tmp_path, layer_loop)
-    runs.train(tmp_path, layer_loop, resume=True)
-    assert_same(tmp_path, undisturbed, leaves, rows)
+        runs.train(tmp_path, *options)
+    runs.train(tmp_path, *options, resume=True)
+    assert_same(tmp_path, undisturbed(layer_loop), leaves, rows)
 
 
 def test_a_second_ctrl_c_leaves_at_once(runs, tmp_path, monkeypatch):
@@ -83,26 +86,24 @@ def test_a_second_ctrl_c_leaves_at_once(runs, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 5, interrupt_twice)
+    stop_after(monkeypatch, 5, interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
         runs.train(tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert runs.train(tmp_path, resume=True).step == 12
 
 
-def test_resuming_a_finished_run_changes_nothing(runs, layer_loop, undisturbed, tmp_path, leaves, rows):
-    for resume in (False, True):
-        runs.train(tmp_path, layer_loop, resume=resume)
-        assert_same(tmp_path, undisturbed, leaves, rows)
+def test_resuming_a_finished_run_changes_nothing(runs, undisturbed, leaves, rows):
+    runs.train(undisturbed("unroll")[0], "model.layer_loop=unroll", resume=True)
+    assert_same(undisturbed("unroll")[0], undisturbed("unroll"), leaves, rows)
 
 
-def test_a_resumed_run_may_be_longer(runs, tmp_path, leaves, rows):
-    longer = ("train.schedule=constant", "train.steps=12")
-    runs.train(tmp_path / "whole", *longer)
-    runs.train(tmp_path / "parts", "train.schedule=constant", "train.steps=10")  # 10: also a validation
-    runs.train(tmp_path / "parts", *longer, resume=True)
-    whole, parts = leaves(tmp_path / "whole"), leaves(tmp_path / "parts")
-    assert all(np.array_equal(parts[name], whole[name]) for name in whole)
+def test_a_cut_line_of_the_metrics_is_written_again(runs, undisturbed, tmp_path, leaves, rows):
+    shutil.copytree(undisturbed("unroll")[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20] + b"\xff\0")
+    runs.train(tmp_path / "run", "model.layer_loop=unroll", resume=True)
+    assert_same(tmp_path / "run", undisturbed("unroll"), leaves, rows)
 
 
 def test_due():
