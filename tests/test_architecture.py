@@ -26,9 +26,10 @@ RANKS = {
     **dict.fromkeys(["train"], 5),
     **dict.fromkeys(["convert"], 6),  # opens and writes the checkpoints of train
     **dict.fromkeys(["infer"], 7),  # opens whatever convert can open
-    **dict.fromkeys(["recipes", "eval", "parity"], 8),
-    **dict.fromkeys(["cli"], 9),
-    **dict.fromkeys(["__main__"], 10),
+    **dict.fromkeys(["recipes", "eval"], 8),
+    **dict.fromkeys(["parity"], 9),  # steps the objective of a recipe
+    **dict.fromkeys(["cli"], 10),
+    **dict.fromkeys(["__main__"], 11),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
