@@ -122,10 +122,16 @@ class Layout:
             _current.reset(token)
 
 
+def unsplit() -> bool:
+    """Whether arrays are whole: no layout is active, or it has one device."""
+    layout = _current.get()
+    return layout is None or layout.mesh.size == 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the partitioner where an activation with these logical axes lies. Without an active layout: nothing."""
     layout = _current.get()
-    if layout is None or layout.mesh.size == 1:
+    if layout is None or unsplit():
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape, "activation"))
 

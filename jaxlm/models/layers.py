@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlm.mesh import constrain
+from jaxlm.mesh import constrain, unsplit
 from jaxlm.numerics import Policy
 from jaxlm.ops import norm
 
@@ -36,7 +36,11 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         shape = x.shape[x.ndim - self.n_in :] + self.features
         kernel = self.param("kernel", logical(nn.initializers.normal(self.std), *self.axes), shape, self.policy.params)
+        leading = x.shape[: x.ndim - self.n_in]
+        if unsplit():  # one axis of tokens: XLA:CPU copies and transposes the operands of a gradient that sums over two
+            x = x.reshape(-1, *x.shape[x.ndim - self.n_in :])
         y = jnp.tensordot(x.astype(self.policy.compute), kernel.astype(self.policy.compute), axes=self.n_in)
+        y = y.reshape(*leading, *self.features)
         if self.use_bias:
             zeros = logical(nn.initializers.zeros, *self.axes[self.n_in :])
             y = y + self.param("bias", zeros, self.features, self.policy.params).astype(self.policy.compute)

@@ -9,7 +9,7 @@ Shapes: B batch, T length, D width, V vocabulary, C tokens of a row in one block
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ def lm_loss(
     width = wide(hidden_BTD.dtype)
     bias_V = jnp.zeros(kernel_DV.shape[1], width) if bias_V is None else bias_V
     blocks = _divisor(t, -(-b * t // block))
-    return LMLoss(*_blockwise(hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT, z_loss, label_smoothing, blocks))
+    sums: Any = _blockwise(hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT, z_loss, label_smoothing, blocks)
+    return LMLoss(*sums)
 
 
 def _divisor(t: int, least: int) -> int:
@@ -115,8 +116,10 @@ def _block_terms(kernel_DV, bias_V, z_loss, label_smoothing, hidden_BCD, targets
     partition_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
     partition_BC = partition_BC1[..., 0]
     nll_BC = partition_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    smooth_BC = partition_BC - jnp.mean(logits_BCV, axis=-1)
-    loss_BC = (1 - label_smoothing) * nll_BC + label_smoothing * smooth_BC + z_loss * partition_BC**2
+    loss_BC = nll_BC + z_loss * partition_BC**2
+    if label_smoothing:
+        smooth_BC = partition_BC - jnp.mean(logits_BCV, axis=-1)
+        loss_BC = loss_BC + label_smoothing * (smooth_BC - nll_BC)
     correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
     terms = [jnp.sum(term * weights_BC) for term in (loss_BC, nll_BC, correct_BC)]
     return (logits_BCV, partition_BC1), (*terms, jnp.sum(weights_BC))

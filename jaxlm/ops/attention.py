@@ -75,7 +75,7 @@ def cached_attention(
     q_BKRH = jnp.einsum("btkgh->bkgth", _grouped(q_BTNH, k)).reshape(b, k, -1, h)  # R = G T, all that read one kv head
     scores_BKRS = jnp.matmul(q_BKRH, keys_BKHS, preferred_element_type=wide(q_BTNH.dtype)) * h**-0.5
     mask_B11TS = visible(q_places, k_places)[:, None, None]
-    probabilities, _ = _softmax(jnp.where(mask_B11TS, scores_BKRS.reshape(b, k, -1, t, s), -jnp.inf))
+    probabilities = _softmax(jnp.where(mask_B11TS, scores_BKRS.reshape(b, k, -1, t, s), -jnp.inf))
     out_BKRH = jnp.matmul(probabilities.astype(values_BKSH.dtype).reshape(b, k, -1, s), values_BKSH)
     return jnp.einsum("bkgth->btkgh", out_BKRH.reshape(b, k, -1, t, h)).reshape(b, t, n, h)
 
@@ -96,9 +96,21 @@ def visible(q: Places, k: Places) -> Bool[Array, "b t s"]:
 
 
 def _xla(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places: Places, k_places: Places) -> Array:
-    q_BTKGH = _grouped(q_BTNH, k_BSKH.shape[2])
-    out_BTKGH, _ = _softmax_mix(q_BTKGH, k_BSKH, v_BSKH, visible(q_places, k_places))
+    q_BTKGH, width = _grouped(q_BTNH, k_BSKH.shape[2]), wide(q_BTNH.dtype)
+    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=width)
+    mask_BTS = visible(q_places, k_places)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * q_BTNH.shape[-1] ** -0.5, -jnp.inf)
+    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", _softmax(scores_BKGTS).astype(v_BSKH.dtype), v_BSKH)
     return out_BTKGH.reshape(q_BTNH.shape).astype(v_BSKH.dtype)
+
+
+def _softmax(scores_BKGTS: Array) -> Array:
+    """Softmax over the keys, zero where nothing is seen."""
+    top = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
+    weights = jnp.exp(scores_BKGTS - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
 
 
 def _grouped(q_BTNH: Array, n_kv_heads: int) -> Array:
@@ -106,30 +118,9 @@ def _grouped(q_BTNH: Array, n_kv_heads: int) -> Array:
     return q_BTNH.reshape(b, t, n_kv_heads, n // n_kv_heads, h)
 
 
-def _scores(q_BTKGH: Array, k_BSKH: Array, mask_BTS: Array) -> Array:
-    """Scaled, masked scores [B, K, G, T, S] in float32 or wider."""
-    width = wide(q_BTKGH.dtype)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=width)
-    return jnp.where(mask_BTS[:, None, None], scores * q_BTKGH.shape[-1] ** -0.5, -jnp.inf)
-
-
-def _softmax_mix(q_BTKGH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> tuple[Array, Array]:
-    """Attention of one block of queries, and their log-partition [B, K, G, T]; -inf where nothing is seen."""
-    probabilities, log_BKGT = _softmax(_scores(q_BTKGH, k_BSKH, mask_BTS))
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(v_BSKH.dtype), v_BSKH), log_BKGT
-
-
-def _softmax(scores_BKGTS: Array) -> tuple[Array, Array]:
-    """Softmax over the keys, zero where nothing is seen, and the log-partition."""
-    top = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-    weights = jnp.exp(scores_BKGTS - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1), (jnp.log(total) + top)[..., 0]
-
-
 # Blockwise: queries in blocks, each against the keys up to its own end. Skipping the later half of the square halves
 # the work, and recomputing the probabilities in the backward pass keeps memory linear in T (Dao 2023, section 3).
+# The G queries of one kv head and one token are neighbours, [B, K, T, G, H]: a block is then one matrix [T G, H].
 
 
 @jax.custom_vjp
@@ -137,54 +128,65 @@ def _blockwise(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, places: Places) -> A
     return _blockwise_forward(q_BTNH, k_BSKH, v_BSKH, places)[0]
 
 
-def _blocks(length: int) -> list[slice]:
+def _blocks(length: int) -> list[tuple[slice, slice]]:
+    """Rows of each block of queries, and of the keys that it may see."""
     size = max(BLOCK, -(-length // MAX_BLOCKS))
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    ends = [min(start + size, length) for start in range(0, length, size)]
+    return [(slice(start, end), slice(0, end)) for start, end in zip(range(0, length, size), ends, strict=True)]
 
 
-def _block_mask(places: Places, rows: slice) -> Array:
-    keys = slice(0, rows.stop)
-    return visible(
+def _heads_first(x_BTNH: Array, n_kv_heads: int) -> Array:
+    """[B, K, T, G, H]."""
+    return jnp.swapaxes(_grouped(x_BTNH, n_kv_heads), 1, 2)
+
+
+def _block_scores(q_BKTGH: Array, k_BKSH: Array, places: Places, rows: slice, keys: slice) -> Array:
+    """Scaled, masked scores of one block [B, K, T, G, S] in float32 or wider."""
+    mask_BTS = visible(
         Places(places.positions[:, rows], places.segments[:, rows]),
         Places(places.positions[:, keys], places.segments[:, keys]),
     )
+    scores = jnp.einsum("bktgh,bksh->bktgs", q_BKTGH, k_BKSH, preferred_element_type=wide(k_BKSH.dtype))
+    return jnp.where(mask_BTS[:, None, :, None], scores * q_BKTGH.shape[-1] ** -0.5, -jnp.inf)
 
 
 def _blockwise_forward(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, places: Places) -> tuple[Array, tuple]:
-    q_BTKGH = _grouped(q_BTNH, k_BSKH.shape[2])
+    n_kv_heads, width = k_BSKH.shape[2], wide(q_BTNH.dtype)
+    q = _heads_first(q_BTNH, n_kv_heads)
+    k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
     outs, logs = [], []
-    for rows in _blocks(q_BTNH.shape[1]):
-        keys = slice(0, rows.stop)
-        out, log = _softmax_mix(q_BTKGH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], _block_mask(places, rows))
-        outs.append(out)
-        logs.append(log)
-    out_BTKGH = jnp.concatenate(outs, axis=1)
-    out_BTNH = out_BTKGH.reshape(q_BTNH.shape).astype(v_BSKH.dtype)
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, places, out_BTNH, jnp.concatenate(logs, axis=-1))
+    for rows, keys in _blocks(q_BTNH.shape[1]):
+        scores = _block_scores(q[:, :, rows], k[:, :, keys], places, rows, keys)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        top = jnp.where(jnp.isfinite(top), top, 0)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = jnp.einsum("bktgs,bksh->bktgh", weights.astype(v.dtype), v[:, :, keys], preferred_element_type=width)
+        outs.append((mixed / jnp.where(total > 0, total, 1)).astype(v.dtype))
+        logs.append(jnp.log(total) + top)
+    out_BKTGH, log_BKTG1 = jnp.concatenate(outs, axis=2), jnp.concatenate(logs, axis=2)
+    return jnp.swapaxes(out_BKTGH, 1, 2).reshape(q_BTNH.shape), (q, k, v, places, out_BKTGH, log_BKTG1)
 
 
 def _blockwise_backward(residuals: tuple, dout_BTNH: Array) -> tuple[Array, Array, Array, None]:
-    q_BTNH, k_BSKH, v_BSKH, places, out_BTNH, log_BKGT = residuals
-    dtype, width, n_kv_heads = q_BTNH.dtype, wide(q_BTNH.dtype), k_BSKH.shape[2]
-    q, dout = _grouped(q_BTNH, n_kv_heads), _grouped(dout_BTNH, n_kv_heads)
+    q, k, v, places, out, log = residuals
+    dtype, width, scale = q.dtype, wide(q.dtype), q.shape[-1] ** -0.5
+    dout = _heads_first(dout_BTNH, k.shape[1])
     # sum_s p_ts dp_ts = out_t . dout_t: the softmax's own term of the score gradient
-    inner_BKGT = jnp.einsum("btkgh,btkgh->bkgt", dout.astype(width), _grouped(out_BTNH, n_kv_heads).astype(width))
-    scale = q_BTNH.shape[-1] ** -0.5
+    inner = jnp.sum(dout.astype(width) * out.astype(width), axis=-1, keepdims=True)
+    log = jnp.where(jnp.isfinite(log), log, 0)
     dqs = []
-    dk, dv = jnp.zeros(k_BSKH.shape, width), jnp.zeros(v_BSKH.shape, width)
-    for rows in _blocks(q_BTNH.shape[1]):
-        keys = slice(0, rows.stop)
-        log = log_BKGT[..., rows, None]
-        scores = _scores(q[:, rows], k_BSKH[:, keys], _block_mask(places, rows))
-        p = jnp.exp(scores - jnp.where(jnp.isfinite(log), log, 0))
-        dp = jnp.einsum("btkgh,bskh->bkgts", dout[:, rows], v_BSKH[:, keys], preferred_element_type=width)
-        ds = (p * (dp - inner_BKGT[..., rows, None]) * scale).astype(dtype)
-        dqs.append(jnp.einsum("bkgts,bskh->btkgh", ds, k_BSKH[:, keys]))
-        dk = dk.at[:, keys].add(jnp.einsum("bkgts,btkgh->bskh", ds, q[:, rows], preferred_element_type=width))
-        dv = dv.at[:, keys].add(
-            jnp.einsum("bkgts,btkgh->bskh", p.astype(dtype), dout[:, rows], preferred_element_type=width)
-        )
-    return jnp.concatenate(dqs, axis=1).reshape(q_BTNH.shape), dk.astype(dtype), dv.astype(dtype), None
+    dk, dv = jnp.zeros(k.shape, width), jnp.zeros(v.shape, width)
+    for rows, keys in _blocks(q.shape[2]):
+        p = jnp.exp(_block_scores(q[:, :, rows], k[:, :, keys], places, rows, keys) - log[:, :, rows])
+        dp = jnp.einsum("bktgh,bksh->bktgs", dout[:, :, rows], v[:, :, keys], preferred_element_type=width)
+        ds = (p * (dp - inner[:, :, rows]) * scale).astype(dtype)
+        dqs.append(jnp.einsum("bktgs,bksh->bktgh", ds, k[:, :, keys]))
+        dk = dk.at[:, :, keys].add(jnp.einsum("bktgs,bktgh->bksh", ds, q[:, :, rows], preferred_element_type=width))
+        p = p.astype(dtype)
+        dv = dv.at[:, :, keys].add(jnp.einsum("bktgs,bktgh->bksh", p, dout[:, :, rows], preferred_element_type=width))
+    dq_BTNH = jnp.swapaxes(jnp.concatenate(dqs, axis=2), 1, 2).reshape(dout_BTNH.shape)
+    return dq_BTNH, jnp.swapaxes(dk, 1, 2).astype(dtype), jnp.swapaxes(dv, 1, 2).astype(dtype), None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

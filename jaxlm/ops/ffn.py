@@ -22,6 +22,20 @@ def activate(name: str, up: Float[Array, "..."]) -> Float[Array, "..."]:
     raise ValueError(f"unknown activation {name!r}")
 
 
+@jax.custom_vjp
 def swiglu(gate: Float[Array, "... f"], up: Float[Array, "... f"]) -> Float[Array, "... f"]:
-    """`silu(gate) * up`."""
+    """`silu(gate) * up`. Only the inputs are kept for the backward pass."""
     return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(inputs: tuple[Array, Array], dout: Array) -> tuple[Array, Array]:
+    gate, up = inputs
+    sigmoid = jax.nn.sigmoid(gate)
+    return dout * up * (sigmoid * (1 + gate * (1 - sigmoid))), dout * gate * sigmoid
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)

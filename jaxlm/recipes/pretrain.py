@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm import config
 from jaxlm.data.completion import Sampling
 from jaxlm.train.loop import Progress, train
+from jaxlm.train.malloc import keep_freed_memory
 from jaxlm.train.run import open_run
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     Raises:
         UserError: the config, the data or the run directory is not usable.
     """
+    keep_freed_memory()
     warm = threading.Thread(target=_import_ahead, args=(backend,), daemon=True)
     warm.start()
     cfg, corpus = open_run(cfg, resume=resume)
