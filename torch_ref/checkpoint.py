@@ -3,7 +3,7 @@
     runs/NAME/checkpoints/STEP/  model.safetensors  optimizer.safetensors  run.json
 
 `run.json` holds what is not a tensor: the counters, the record of the training loop, the validation loss, and the
-sha256 of the other files, so that damage is noticed when it is read. Nothing is ever unpickled.
+sha256 of everything, so that damage is noticed when it is read. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Checkpointer:
             stage.mkdir()
             save_file({name: parameter.detach() for name, parameter in parameters.items()}, stage / MODEL)
             save_file(_moments(parameters, optimizer), stage / OPTIMIZER)
-            record["sha256"] = {name: _sha256(stage / name) for name in (MODEL, OPTIMIZER)}
+            record["sha256"] = _checksums(stage, record)
             (stage / RUN).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             for path in (stage / MODEL, stage / OPTIMIZER, stage / RUN):
                 shutil.copymode(stage / RUN, path)  # the library's files are private to the user
@@ -148,8 +148,9 @@ def _read(where: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, 
     record = json.loads((where / RUN).read_text(encoding="utf-8"))
     if record["format"] != FORMAT:
         raise UserError(f"{where}: checkpoint format {record['format']}, this version reads {FORMAT}")
-    for name in (MODEL, OPTIMIZER):
-        if _sha256(where / name) != record["sha256"][name]:
+    expected = record.pop("sha256")
+    for name, found in _checksums(where, record).items():
+        if found != expected[name]:
             raise ValueError(f"the checksum of {name} differs")
     return load_file(where / MODEL), load_file(where / OPTIMIZER), record
 
@@ -174,9 +175,13 @@ def _validation_loss(where: Path) -> float | None:
         return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksums(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The sha256 of both files of tensors, and that of the record."""
+    found = {RUN: hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()}
+    for name in (MODEL, OPTIMIZER):
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _flush(path: Path) -> None:

@@ -20,7 +20,7 @@ from jaxlm import config
 from jaxlm.data.completion import Sampling
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.train.metrics import flops_per_token
+from jaxlm.train.metrics import PEAK_FLOPS, flops_per_token
 from torch_ref.checkpoint import Checkpointer
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.models.layers import Head, Linear
@@ -63,7 +63,8 @@ class TorchEngine:
     def peak_flops(self) -> float:
         """Of the device: the vendor's figure where it is known, else a matrix product timed here."""
         if self._peak_flops is None:
-            self._peak_flops = measured_flops(self.device)
+            known = PEAK_FLOPS.get(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+            self._peak_flops = known or measured_flops(self.device)
         return self._peak_flops
 
     def checkpoints(self) -> list[int]:

@@ -19,22 +19,11 @@ from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
-from jaxlm.train.metrics import flops_per_token
+from jaxlm.train.metrics import PEAK_FLOPS, flops_per_token
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
 
 RUN_AHEAD = 2  # steps that may wait on the device
-PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by `device_kind`
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample], list[str]]
 
 

@@ -20,6 +20,15 @@ from jaxlm import config
 from jaxlm.errors import UserError
 
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
+PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by the name that both frameworks give it
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
 
 def flops_per_token(model: config.Model, matmul_params: int, seq_len: int) -> int:
