@@ -38,6 +38,7 @@ class Checkpointer:
     """Saves and restores the training state of one run directory."""
 
     def __init__(self, run_dir: str | Path, keep: int = 3, read_only: bool = False) -> None:
+        _hush_abandoned_work()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -119,7 +120,6 @@ class Checkpointer:
     def _first_intact(
         self, steps: Iterable[int], like: dict[str, Any], warn: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        _hush_abandoned_reads()
         abstract, cause = jax.tree.map(_abstract, like), None
         for step in steps:
             try:
@@ -201,8 +201,8 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
-def _hush_abandoned_reads() -> None:
-    """After one failed read Orbax abandons the others, whose threads then complain of a closed event loop."""
+def _hush_abandoned_work() -> None:
+    """After one failed read or write Orbax abandons the others, whose threads then complain of a closed event loop."""
     report = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -14,7 +14,8 @@ from jaxlm.data.pipeline import Corpus, prepare
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError
 
-_SAME_ON_RESUME = ("recipe", "model", "tokenizer")
+_SAME_ON_RESUME = ("recipe", "model", "tokenizer", "numerics.params")
+_FREE = ("model.dropout", "model.remat", "model.attention_impl")  # change neither parameters nor what they mean
 
 
 def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus]:
@@ -60,7 +61,7 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
     """Refuse another model; speak of anything else that changed."""
     old, new = config.to_dict(before), config.to_dict(now)
     for name, was, value in _differences(old, new):
-        if name.split(".")[0] in _SAME_ON_RESUME:
+        if name not in _FREE and (name in _SAME_ON_RESUME or name.split(".")[0] in _SAME_ON_RESUME):
             raise UserError(
                 f"{run_dir}: {name} is {value!r}, the run was made with {was!r}",
                 "resume with the run's own config.toml, or choose another out_dir",

@@ -84,12 +84,13 @@ class Runs:
         return subprocess.Popen(self.command(out, *overrides, resume=resume), env=environment, **pipes | options)
 
     def refused(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> str:
-        """Run a process that must end with exit code 2 and exactly one line on stderr; returns the line."""
+        """Run a process that must end with exit code 2 and one line on stderr besides its progress; returns the line."""
         process = self.start(out, *overrides, resume=resume, **options)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2, errors
-        assert len(errors.splitlines()) == 1, errors
-        return errors.strip()
+        lines = [line for line in errors.splitlines() if not line.startswith("step ")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), errors
+        return lines[0]
 
 
 @pytest.fixture(scope="session")

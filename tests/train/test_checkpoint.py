@@ -124,8 +124,8 @@ def limit_file_size() -> None:
 
 def assert_survives(runs, out: Path, line: str) -> None:
     """After a failed save the earlier checkpoints are whole, and the run can go on."""
-    assert "checkpoint not written" in line and str(out) in line
-    assert runs.start(out, resume=True, stdout=None, stderr=None).wait() == 0
+    assert str(out) in line and ("No space left" in line or "File too large" in line)
+    assert runs.start(out, "train.steps=12", resume=True, stdout=None, stderr=None).wait() == 0
     assert not (out / "damaged").exists()
 
 
@@ -144,7 +144,7 @@ def test_a_full_disk_stops_with_one_line(runs, tmp_path):
     if mount.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        line = runs.refused(disk / "run", "checkpoint.keep=100", "checkpoint.every=1", "train.steps=1000")
+        line = runs.refused(disk / "run", "checkpoint.keep=100", "checkpoint.every=1", "train.steps=400", "eval.every=0")
         before = sorted(int(path.name) for path in (disk / "run" / "checkpoints").glob("*[0-9]"))
         assert before
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
