@@ -84,7 +84,7 @@ class Runs:
         return subprocess.Popen(self.command(out, *overrides, resume=resume), env=environment, **pipes | options)
 
     def refused(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> str:
-        """Run a process that must end with exit code 2 and one line on stderr besides its progress; returns the line."""
+        """Run a process that must end with exit code 2 and one line on stderr besides progress; returns the line."""
         process = self.start(out, *overrides, resume=resume, **options)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2, errors

@@ -144,7 +144,9 @@ def test_a_full_disk_stops_with_one_line(runs, tmp_path):
     if mount.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        line = runs.refused(disk / "run", "checkpoint.keep=100", "checkpoint.every=1", "train.steps=400", "eval.every=0")
+        line = runs.refused(
+            disk / "run", "checkpoint.keep=100", "checkpoint.every=1", "train.steps=400", "eval.every=0"
+        )
         before = sorted(int(path.name) for path in (disk / "run" / "checkpoints").glob("*[0-9]"))
         assert before
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)

@@ -9,7 +9,7 @@ import pytest
 OPTIONS = ("train.steps=60", "checkpoint.every=1", "checkpoint.keep=2", "eval.every=20", "log.every=7")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_sigkill_at_random_moments(runs, tmp_path, leaves, rows, kills, seed):
     begun = time.monotonic()
     assert runs.start(tmp_path / "whole", *OPTIONS, stdout=None, stderr=None).wait() == 0
@@ -37,5 +37,5 @@ def test_sigkill_at_random_moments(runs, tmp_path, leaves, rows, kills, seed):
         assert rows(out) == metrics
         assert not (out / "damaged").exists()
     print(f"{done} kills, {in_save} of them during a save, {run} runs finished, one run takes {whole_run:.1f} s")
-    if kills > 20:
+    if kills >= 20:
         assert in_save > 0

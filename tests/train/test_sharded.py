@@ -1,0 +1,96 @@
+"""One program on any mesh: float64 losses, gradients and updates on 8 devices are those of one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxlm import config
+from jaxlm.mesh import Layout
+from jaxlm.models.decoder import Decoder, abstract_params, init_params
+from jaxlm.numerics import Policy
+from jaxlm.recipes.pretrain import loss_fn
+from jaxlm.train.engine import state_shardings
+from jaxlm.train.optim import make_optimizer
+from jaxlm.train.step import init_state, make_step
+
+B, T, V = 32, 8, 32
+MODEL = config.Model(vocab_size=V, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, max_seq_len=T)
+MESHES = {"data.fsdp.tensor": config.Mesh(data=2, fsdp=2, tensor=2), "fsdp": config.Mesh(data=1, fsdp=8)}
+
+
+@pytest.fixture
+def batches():
+    random = np.random.default_rng(0)
+
+    def make():
+        tokens = random.integers(0, V, (B, T + 1)).astype(np.int32)
+        starts = random.integers(1, T, (B, 1))  # two documents in each row
+        segments = np.where(np.arange(T) < starts, 1, 2).astype(np.int32)
+        positions = np.where(segments == 1, np.arange(T), np.arange(T) - starts).astype(np.int32)
+        weights = random.integers(0, 2, (B, T)).astype(np.float32)
+        return {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "positions": positions,
+            "segments": segments,
+            "weights": weights,
+        }
+
+    return [make() for _ in range(3)]
+
+
+def three_steps(layout, model, microbatches, batches):
+    """Metrics of three updates, the first gradient (AdamW's first moment) and the last state; float64."""
+    train = config.Train(batch_size=B, microbatches=microbatches, steps=10, warmup_steps=2, learning_rate=1e-2)
+    decoder = Decoder(model, Policy.from_config(config.Numerics(params="float64", compute="float64")))
+    optimizer = make_optimizer(train)
+    shardings = state_shardings(decoder, optimizer, layout)
+    params = init_params(decoder, jax.random.key(3), layout)
+    state = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)(params)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    step = jax.jit(
+        make_step(loss_fn(decoder, train), optimizer, train, seed=0, layout=layout),
+        out_shardings=(shardings, layout.replicated),
+    )
+    seen = [jax.device_get(state.params)]
+    for batch in batches:
+        state, metrics = step(state, layout.place(batch))
+        seen.append(jax.device_get((metrics, optax.tree.get(state.opt_state, "mu"))))
+    return seen, jax.device_get(state)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layer_loop", "microbatches"),
+    [("data.fsdp.tensor", "scan", 1), ("fsdp", "unroll", 4)],
+)
+def test_eight_devices_compute_what_one_does(mesh, layer_loop, microbatches, batches):
+    model = dataclasses.replace(MODEL, layer_loop=layer_loop)
+    with jax.enable_x64(True):
+        alone = three_steps(Layout.from_config(config.Mesh(), jax.devices()[:1]), model, microbatches, batches)
+        sharded = three_steps(Layout.from_config(MESHES[mesh]), model, microbatches, batches)
+    jax.tree.map(np.testing.assert_array_equal, alone[0][0], sharded[0][0])  # initial parameters: the same bits
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), alone, sharded)
+
+
+def test_moments_lie_where_their_parameters_do():
+    decoder, layout = Decoder(MODEL), Layout.from_config(MESHES["data.fsdp.tensor"])
+    state = state_shardings(decoder, make_optimizer(config.Train()), layout)
+    for moment in ("mu", "nu"):
+        assert optax.tree.get(state.opt_state, moment) == state.params
+    shapes, axes = abstract_params(decoder)
+    split = [
+        sharding.shard_shape(leaf.shape) != leaf.shape
+        for sharding, leaf in zip(jax.tree.leaves(state.params), jax.tree.leaves(shapes), strict=True)
+    ]
+    assert all(split), "every parameter of this model is split over fsdp or tensor"
+    assert axes["layers_0"]["mixer"]["k_proj"]["kernel"] == ("embed", "kv_heads", "head_dim")
+
+
+def test_heads_that_do_not_divide_are_refused_with_numbers():
+    layout = Layout.from_config(config.Mesh(tensor=8))
+    with pytest.raises(Exception, match=r"k_proj\.kernel: kv_heads of 2 does not divide over tensor = 8"):
+        state_shardings(Decoder(dataclasses.replace(MODEL, n_heads=8)), make_optimizer(config.Train()), layout)
