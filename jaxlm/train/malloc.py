@@ -22,6 +22,8 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep what is freed; elsewhere nothing happens. Call before the first thread starts."""
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    for parameter, value in _SETTINGS.values() if mallopt else ():
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl
+        return
+    for parameter, value in _SETTINGS.values():
         mallopt(parameter, value)

@@ -1,0 +1,1 @@
+"""How fast, against whom, on what. See README.md."""
