@@ -20,6 +20,7 @@ from jaxlm import config
 from jaxlm.convert.load import load
 from jaxlm.errors import UserError
 from jaxlm.recipes import pretrain
+from parity_tests.tolerances import FLOAT64
 from torch_ref.checkpoint import Checkpointer
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.optim import make_optimizer
@@ -62,14 +63,20 @@ TIMINGS = ("tokens_per_second", "mfu")
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """A function that trains a tiny model in a folder."""
+def toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on the source of torch_ref."""
     folder = tmp_path_factory.mktemp("torch")
     source = Path(__file__).parents[1] / "torch_ref"
     (folder / "tiny.toml").write_text(TOML.format(source=source, cache=folder / "cache"))
+    return folder / "tiny.toml"
+
+
+@pytest.fixture(scope="module")
+def train(toml: Path) -> Callable[..., None]:
+    """A function that trains the tiny model in a folder."""
 
     def run(out: Path, *overrides: str, resume: bool = False) -> None:
-        cfg = config.load(folder / "tiny.toml", [f'out_dir="{out}"', *overrides])
+        cfg = config.load(toml, [f'out_dir="{out}"', *overrides])
         pretrain.run(cfg, resume=resume, backend="torch")
 
     return run
@@ -247,3 +254,20 @@ print(*sorted({"jax", "flax", "optax", "orbax"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+@pytest.mark.soak  # the C++ compiler takes half a minute
+def test_a_compiled_step_is_the_same(toml: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch.compile cannot trace the shape checks that pytest puts around every call."""
+    for compiled in ("false", "true"):
+        options = ["numerics.params=float64", "numerics.compute=float64", "model.dropout=0.0", "train.steps=5"]
+        overrides = [f'out_dir="{tmp_path / compiled}"', f"torch.compile={compiled}", *options]
+        code = f"""
+from jaxlm import config
+from jaxlm.recipes import pretrain
+pretrain.run(config.load({str(toml)!r}, {overrides!r}), backend="torch")
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=240)
+    plain, compiled = rows(tmp_path / "false"), rows(tmp_path / "true")
+    for row, other in zip(plain, compiled, strict=True):
+        assert row == pytest.approx(other, rel=FLOAT64.allowed)
