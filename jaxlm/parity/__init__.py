@@ -1,0 +1,11 @@
+"""The proof that jaxlm and torch_ref compute the same model, as a library and behind `jaxlm parity`.
+
+from jaxlm.parity import assert_parity, check
+"""
+
+from __future__ import annotations
+
+from jaxlm.parity.check import assert_parity, check
+from jaxlm.parity.report import Report
+
+__all__ = ["Report", "assert_parity", "check"]

@@ -1,0 +1,196 @@
+"""Two traces to findings: every tensor with its error, its bound and whether it keeps it.
+
+float64 is judged first and strictly: different mathematics shows, rounding does not. float32 and bfloat16 are judged by
+ratio against the float64 trace of jaxlm: neither framework may be more than twice as wrong as the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxlm.parity.inputs import Inputs
+from jaxlm.parity.tolerances import FLIPS, FLOAT64, FLOORS, RATIO, ZERO_GRADIENT
+from jaxlm.parity.trace import Arrays, Side, Trace
+
+Array = Shaped[np.ndarray, "..."]
+
+GENERATION = "generation"
+"""The level of the greedy tokens."""
+ALL = "all parameters"
+"""The name of a finding about all tensors of a level together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One comparison."""
+
+    dtype: str
+    level: str
+    name: str
+    error: float
+    """float64: of one framework against the other, relative. Else: the larger error of the two against float64."""
+    bound: float
+    cosine: float | None = None
+    """1 - cos of the angle, for gradients and updates; of the framework with the larger error."""
+    errors: tuple[float, float] | None = None
+    """Below float64: the errors of both, in the order in which the sides were given."""
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is a number within the bound."""
+        return self.error <= self.bound
+
+    @property
+    def share(self) -> float:
+        """Error by bound; 1 is the limit."""
+        if math.isnan(self.error):
+            return math.inf
+        return self.error / self.bound if self.bound else (math.inf if self.error else 0.0)
+
+
+def compare_exact(ours: Trace, theirs: Trace, names: Sequence[str]) -> Iterator[Finding]:
+    """Every tensor of two float64 traces, level by level in the order of computation; `names` of the sides."""
+    noise = zero_gradients(ours)
+    for level, order in _orders(ours, theirs).items():
+        mine, other = ours.levels[level], theirs.levels[level]
+        everything = _norm(mine.values()) if level == "gradients" else 0.0
+        for name in order:
+            if level.startswith("update") and name in noise:
+                continue
+            if name not in mine or name not in other or mine[name].shape != other[name].shape:
+                yield Finding("float64", level, name, math.inf, FLOAT64.allowed, note=_unlike(name, mine, other, names))
+                continue
+            scale = everything if name in noise else 0.0
+            angle = None if level in ("forward", "loss") or name in noise else cosine(other[name], mine[name])
+            yield Finding(
+                "float64", level, name, relative(other[name], mine[name], scale), FLOAT64.allowed, cosine=angle
+            )
+
+
+def compare_by_ratio(dtype: str, golden: Trace, ours: Trace, theirs: Trace) -> Iterator[Finding]:
+    """Tensors of two traces in `dtype` against the float64 trace; what float64 could not compare is left out.
+
+    Updates are judged over all tensors together. AdamW gives an element with a tiny gradient a full-size update whose
+    sign depends on rounding, so the error of a single tensor is luck.
+    """
+    noise, floor = zero_gradients(golden), FLOORS[dtype].allowed
+    for level, order in _orders(golden, theirs).items():
+        traces = [trace.levels[level] for trace in (golden, ours, theirs)]
+        shared = [name for name in order if all(name in one for one in traces)]
+        shared = [name for name in shared if len({one[name].shape for one in traces}) == 1]
+        exact, mine, other = ({name: one[name] for name in shared} for one in traces)
+        everything = _norm(exact.values()) if level == "gradients" else 0.0
+        if level.startswith("update"):
+            kept = [name for name in shared if name not in noise]
+            count = sum(exact[name].size for name in kept)
+            if count:
+                flips = 2 * math.sqrt(FLIPS.allowed / count)
+                joined = [np.concatenate([one[name].ravel() for name in kept]) for one in (exact, mine, other)]
+                yield _by_ratio(dtype, level, ALL, joined[0], joined[1], joined[2], max(floor, flips), angle=True)
+            continue
+        for name in shared:
+            scale = everything if name in noise else 0.0
+            angle = level == "gradients" and name not in noise
+            yield _by_ratio(dtype, level, name, exact[name], mine[name], other[name], floor, scale, angle)
+
+
+def compare_tokens(
+    dtype: str, inputs: Inputs, sides: tuple[Side, Side], traces: tuple[Trace, Trace]
+) -> Iterator[Finding]:
+    """The greedy tokens of each prompt: equal in float64; below, they may part where two tokens are nearly as likely.
+
+    The bound is then how far the logits of both frameworks lie from float64 there, the error the float64 margin between
+    the two tokens. What follows is another text and is not compared.
+    """
+    for row, (prompt, mine, other) in enumerate(zip(inputs.prompts, traces[0].tokens, traces[1].tokens, strict=True)):
+        name = f"prompt {row + 1}"
+        if mine == other:
+            yield Finding(dtype, GENERATION, name, 0.0, 0.0, note=f"{len(mine)} tokens")
+            continue
+        at = next((i for i, pair in enumerate(zip(mine, other, strict=False)) if pair[0] != pair[1]), None)
+        if dtype == "float64" or at is None:
+            note = "of another length" if at is None else f"parts at token {at + 1}"
+            yield Finding(dtype, GENERATION, name, math.inf, 0.0, note=note)
+            continue
+        ids = [*prompt, *mine[:at]]
+        exact = sides[0].next_logits("float64", ids)
+        margin = float(abs(exact[mine[at]] - exact[other[at]]))
+        reach = sum(float(np.max(np.abs(side.next_logits(dtype, ids) - exact))) for side in sides)
+        yield Finding(dtype, GENERATION, name, margin, reach, note=f"parts at token {at + 1}, margin of the logits")
+
+
+def zero_gradients(trace: Trace) -> set[str]:
+    """Parameters whose gradient is nothing but rounding; see `tolerances.ZERO_GRADIENT`."""
+    gradients = trace.levels["gradients"]
+    limit = ZERO_GRADIENT.allowed * _norm(gradients.values())
+    return {name for name, gradient in gradients.items() if _norm([gradient]) <= limit}
+
+
+def relative(a: Array, b: Array, scale: float = 0.0) -> float:
+    """Norm of the difference relative to that of `b`, or to `scale` when it is given."""
+    a, b = _wide(a), _wide(b)
+    size = scale or float(np.linalg.norm(b))
+    difference = float(np.linalg.norm(a - b))
+    return difference / size if size else difference
+
+
+def cosine(a: Array, b: Array) -> float:
+    """1 - cos of the angle between two tensors, from the difference of their unit vectors: exact near zero."""
+    a, b = _wide(a), _wide(b)
+    lengths = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if 0.0 in lengths:
+        return 0.0 if lengths[0] == lengths[1] else 1.0
+    return float(np.sum((a / lengths[0] - b / lengths[1]) ** 2)) / 2
+
+
+def _by_ratio(
+    dtype: str,
+    level: str,
+    name: str,
+    exact: Array,
+    mine: Array,
+    other: Array,
+    floor: float,
+    scale: float = 0.0,
+    angle: bool = False,
+) -> Finding:
+    errors = relative(mine, exact, scale), relative(other, exact, scale)
+    low, high = sorted(errors) if not any(map(math.isnan, errors)) else (math.nan, math.nan)
+    worse = mine if errors[0] >= errors[1] else other
+    bound = RATIO.allowed * max(low, floor)
+    return Finding(dtype, level, name, high, bound, cosine(worse, exact) if angle else None, errors)
+
+
+def _orders(ours: Trace, theirs: Trace) -> dict[str, list[str]]:
+    """The names of each level in the order of computation: gradients flow from the last module to the first.
+
+    The order of modules is that of torch's hooks; a jitted function of JAX returns its outputs sorted by name.
+    """
+    place = {name: index for index, name in enumerate(theirs.levels["forward"])}
+    orders = {}
+    for level in ours.levels:
+        names = [*dict.fromkeys([*theirs.levels[level], *ours.levels[level]])]
+        if level not in ("forward", "loss"):
+            names.sort(key=lambda name: place.get(name.rpartition(".")[0], len(place)), reverse=level == "gradients")
+        orders[level] = names
+    return orders
+
+
+def _unlike(name: str, mine: Arrays, other: Arrays, names: Sequence[str]) -> str:
+    if name in mine and name in other:
+        return f"shape {list(mine[name].shape)} in {names[0]}, {list(other[name].shape)} in {names[1]}"
+    return f"only in {names[0] if name in mine else names[1]}"
+
+
+def _norm(arrays: Iterable[Array]) -> float:
+    return math.sqrt(sum(float(np.sum(_wide(array) ** 2)) for array in arrays))
+
+
+def _wide(array: Array) -> np.ndarray:
+    return np.asarray(array, np.float64).ravel()

@@ -1,0 +1,201 @@
+"""The verdict, the table on the terminal and the JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm import __version__, config
+from jaxlm.convert.canonical import leaves
+from jaxlm.errors import UserError
+from jaxlm.parity.compare import GENERATION, Finding
+from jaxlm.parity.page import page
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was compared and what came out."""
+
+    subject: str
+    """Which model."""
+    model: str
+    """Its architecture, in words."""
+    inputs: str
+    """What it was shown."""
+    findings: tuple[Finding, ...]
+    """In the order of computation, float64 first."""
+    seconds: Mapping[str, float]
+    """How long each part took; the parts of the two frameworks overlap."""
+    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: versions())
+    machine: str = dataclasses.field(default_factory=lambda: machine())
+    date: str = dataclasses.field(default_factory=lambda: f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
+
+    @property
+    def same(self) -> bool:
+        """Whether every finding keeps its bound."""
+        return self.first is None
+
+    @property
+    def first(self) -> Finding | None:
+        """The first difference in the order of computation: different mathematics before different rounding."""
+        return next((finding for finding in self.findings if not finding.ok), None)
+
+    @property
+    def last_same(self) -> Finding | None:
+        """The value computed just before the first difference, when it belongs to the same level."""
+        before = self.findings[: self.findings.index(self.first)] if self.first else ()
+        return before[-1] if before and before[-1].level == self.findings[len(before)].level else None
+
+    @property
+    def verdict(self) -> str:
+        """One line: `same`, or the first tensor that differs."""
+        if self.first is None:
+            return "same"
+        first = self.first
+        told = f"differ: first differing tensor {first.name} ({first.dtype}, {first.level}): "
+        if first.level == GENERATION:
+            return told.replace("tensor", "tokens") + first.note
+        if first.note:
+            return told + first.note
+        last = f"; {self.last_same.name} before it is the same" if self.last_same else ""
+        return f"{told}relative error {first.error:.1e}, bound {first.bound:.0e}{last}"
+
+    def worst(self, level: str, dtype: str) -> Finding | None:
+        """The finding that comes nearest to its bound, or exceeds it most."""
+        of_both = [finding for finding in self.findings if (finding.level, finding.dtype) == (level, dtype)]
+        return max(of_both, key=lambda finding: finding.share, default=None)
+
+    @property
+    def levels(self) -> list[str]:
+        """In the order of computation."""
+        return _distinct(finding.level for finding in self.findings)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The widest first."""
+        return _distinct(finding.dtype for finding in self.findings)
+
+    @property
+    def slowest(self) -> str:
+        """What took the time, in words."""
+        parts = sorted(((s, name) for name, s in self.seconds.items() if name != "all"), reverse=True)[:3]
+        return f"{self.seconds.get('all', 0.0):.0f} s, most of it " + "; ".join(
+            f"{name} {s:.0f} s" for s, name in parts
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; an infinite error is null."""
+        told = ("subject", "model", "inputs", "date", "machine")
+        return {
+            "same": self.same,
+            "verdict": self.verdict,
+            **{name: getattr(self, name) for name in told},
+            "versions": dict(self.versions),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "findings": [{**dataclasses.asdict(finding), "ok": finding.ok} for finding in self.findings],
+        }
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write `parity.json` and `parity.html` into a folder.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        folder = Path(folder)
+        files = {
+            folder / "parity.json": json.dumps(_finite(self.as_dict()), indent=1, allow_nan=False) + "\n",
+            folder / "parity.html": page(self),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, content in files.items():
+                path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: {error.strerror}", "name another folder with --out") from None
+        return list(files)
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.subject, caption="relative error ≤ bound, of the tensor nearest to its bound")
+        table.add_column("level")
+        for dtype in self.dtypes:
+            table.add_column(dtype)
+        for level in self.levels:
+            cells = [self.worst(level, dtype) for dtype in self.dtypes]
+            table.add_row(level, *(Text(_cell(cell), style=_style(cell)) for cell in cells))
+        verdict = Text(self.verdict, style="bold green" if self.same else "bold red", overflow="fold")
+        return Group(table, verdict, Text(f"{self.model}; {self.inputs}; {self.slowest}", style="dim"))
+
+
+def describe(model: config.Model) -> str:
+    """The architecture in words."""
+    count = sum(_size(leaf.shape) for leaf in leaves(model).values())
+    heads = f"{model.n_heads} heads on {model.n_kv_heads} kv heads"
+    return (
+        f"{count:,} parameters, {model.n_layers} layers of {' '.join(model.pattern)}, width {model.d_model}, {heads}, "
+        f"{model.positions}, {model.norm}, {model.activation}, vocabulary {model.vocab_size:,}"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the numbers."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"jaxlm": __version__, "python": platform.python_version(), **found}
+
+
+def machine() -> str:
+    """Where they were computed."""
+    import jax
+
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, jax on {jax.devices()[0].device_kind}"
+
+
+def cell_text(finding: Finding) -> str:
+    """Error and bound, or the note about tokens."""
+    if finding.level != GENERATION:
+        return (
+            f"{finding.error:.1e} ≤ {finding.bound:.0e}" if finding.ok else f"{finding.error:.1e} > {finding.bound:.0e}"
+        )
+    if finding.ok and finding.error:
+        return "near tie: " + finding.note.partition(",")[0]
+    return ("equal" if finding.ok else "differ") + f": {finding.note}"
+
+
+def _cell(finding: Finding | None) -> str:
+    return f"{'✓' if finding.ok else '✗'} {cell_text(finding)}" if finding else ""
+
+
+def _style(finding: Finding | None) -> str:
+    return "red" if finding and not finding.ok else ""
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
