@@ -84,7 +84,9 @@ def default_impl(q_BTNH: Float[Array, "b t n h"], aligned: bool) -> str:
     """The fastest implementation for the default backend, these shapes and this dtype."""
     if not aligned or q_BTNH.shape[1] < 2 * BLOCK:
         return "xla"
-    if jax.default_backend() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
+    t, head_dim = q_BTNH.shape[1], q_BTNH.shape[3]
+    fits_cudnn = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128 and t % 2 == 0
+    if jax.default_backend() == "gpu" and fits_cudnn:
         return "cudnn"
     return "blockwise"
 
