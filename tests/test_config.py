@@ -1,0 +1,111 @@
+"""The config tree: what a file and overrides give, and what is refused with one line."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jaxlm import config
+from jaxlm.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+def test_a_file_states_only_what_differs(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text('seed = 7\n[model]\nd_model = 64\npattern = ["attention+mlp"]\n[train]\nlearning_rate = 1e-4\n')
+    found = config.load(path, ["model.n_layers=2", 'data.source="a b"', "data.extensions=['.py']", "mesh.fsdp=8"])
+    assert (found.seed, found.model.d_model, found.model.n_layers, found.train.learning_rate) == (7, 64, 2, 1e-4)
+    assert (found.data.source, found.data.extensions, found.mesh.fsdp) == ("a b", (".py",), 8)
+    assert found.out_dir == "runs/small"
+    assert found.train.batch_size == config.Train().batch_size
+    assert config.load(path, ["data.source=stdlib", "out_dir=there"]).out_dir == "there"
+
+
+def test_zeros_are_filled_in():
+    model = config.Model(d_model=96, n_heads=6)
+    assert (model.n_kv_heads, model.head_dim, model.d_ff) == (6, 16, 256)
+    assert config.Model(d_model=96, n_heads=6, activation="gelu").d_ff == 384
+    assert config.from_dict({"data": {"seq_len": 99}}).model.max_seq_len == 99
+    assert config.from_dict({"data": {"seq_len": 99}, "model": {"max_seq_len": 256}}).model.max_seq_len == 256
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_of_the_repository_load(path):
+    found = config.load(path)
+    assert config.from_dict(tomllib.loads(config.to_toml(found))) == found
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.d_modle=8", "unknown key 'model.d_modle' (did you mean 'd_model'?)"),
+        ("trian.steps=8", "unknown key 'trian' (did you mean 'train'?)"),
+        ("train.steps=1.5", "train.steps = 1.5: "),
+        ("train.steps='8'", "train.steps = '8': input should be a valid integer"),
+        ("train.steps=true", "train.steps = True: input should be a valid integer"),
+        ("train.steps=0", "train.steps = 0: input should be greater than 0"),
+        ("model.tie_embeddings=1", "model.tie_embeddings = 1: "),
+        ("model.norm=batchnorm", "model.norm = 'batchnorm': input should be 'rmsnorm' or 'layernorm'"),
+        ("model=3", "'model' is a section, not a value (write [model] and its keys below)"),
+        ("steps", "override 'steps' is not of the form section.key=value"),
+        ("a.b.c=1", "override 'a.b.c=1' is not of the form section.key=value"),
+        ("seed.x=1", "override 'seed.x=1': 'seed' is not a section"),
+        ("train.learning_rate=-1", "train.learning_rate = -1: input should be greater than 0"),
+        ("train.microbatches=3", "train.microbatches = 3 does not divide train.batch_size = 32"),
+        ("model.n_heads=3", "model.n_heads = 3 does not divide model.d_model = 256"),
+        ("model.n_kv_heads=3", "model.n_kv_heads = 3 does not divide model.n_heads = 4"),
+        ("model.head_dim=7", "model.head_dim = 7 is odd, rotary positions need pairs"),
+        ("model.dropout=1.0", "model.dropout = 1.0 must be below 1"),
+        ("model.biases=['head']", "model.biases has 'head', which a tied head does not have"),
+        ("model.pattern=[]", "model.pattern is empty"),
+        ("model.pattern=['attention+mpl']", "unknown feed-forward 'mpl' in 'attention+mpl' (did you mean 'mlp'?)"),
+        ("model.pattern=['atention+mlp']", "unknown mixer 'atention' in 'atention+mlp' (did you mean 'attention'?)"),
+        ("model.n_layers=0", "model.n_layers = 0: input should be greater than 0"),
+        ("data.validation_fraction=1.0", "data.validation_fraction = 1.0 must lie in [0, 1)"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, override, message):
+    path = tmp_path / "a.toml"
+    path.write_text("seed = 1\n")
+    with pytest.raises(UserError) as error:
+        config.load(path, [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_layers_and_positions_that_do_not_fit():
+    with pytest.raises(UserError, match=r"n_layers = 3 is not a multiple of the 2 blocks"):
+        config.from_dict({"model": {"n_layers": 3, "pattern": ["attention+mlp"] * 2}})
+    with pytest.raises(UserError, match=r"data\.seq_len = 64 exceeds the 32 learned positions"):
+        config.from_dict({"model": {"positions": "learned", "max_seq_len": 32}, "data": {"seq_len": 64}})
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "quick.toml").write_text("x = = 1")
+    (tmp_path / "latin.toml").write_bytes(b"out_dir = '\xe9'")
+    for name, message in {
+        "quik.toml": "no such config file (did you mean 'quick.toml'?)",
+        "quick.toml": "not valid TOML",
+        "latin.toml": "not valid TOML",
+        ".": "is a folder (name a .toml file)",
+    }.items():
+        with pytest.raises(UserError) as error:
+            config.load(tmp_path / name)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_it_is_frozen_and_every_option_is_explained():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.Config().seed = 1
+    source = Path(config.__file__).read_text().splitlines()
+    for section in [config.Config, *(field.default_factory for field in dataclasses.fields(config.Config))]:
+        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            if section is config.Config and dataclasses.is_dataclass(field.default_factory):
+                continue
+            at = next(i for i, line in enumerate(source) if line.startswith(f"    {field.name}: "))
+            assert source[at + 1].startswith('    """'), f"{section.__name__}.{field.name} has no docstring"
