@@ -91,6 +91,20 @@ def test_damage_in_any_file_is_noticed_or_harmless(tmp_path, optimizer, damage):
     assert any("params" in file for file in noticed) and any("run" in file for file in noticed)
 
 
+@pytest.mark.parametrize(("before", "after"), [("params.b.scale", "params.b.scald"), ("1234567", "1234568")])
+def test_a_changed_record_is_damage_not_another_architecture(tmp_path, optimizer, before, after):
+    checkpointer = Checkpointer(tmp_path)
+    for step in (1, 2):
+        checkpointer.save(make_state(optimizer, step), {"data": 1234567})
+    checkpointer.close()
+    record = tmp_path / "checkpoints" / "2" / "run" / "metadata"
+    assert before in record.read_text()
+    record.write_text(record.read_text().replace(before, after))
+    warnings = []
+    state, run = Checkpointer(tmp_path).restore(make_state(optimizer, 0), warnings.append)
+    assert (int(state.step), run["data"]) == (1, 1234567) and "the checksum of its record differs" in warnings[0]
+
+
 def test_all_damaged_is_one_error(tmp_path, optimizer):
     saved(tmp_path, optimizer, [1, 2])
     for path in (tmp_path / "checkpoints").rglob("d/*"):
