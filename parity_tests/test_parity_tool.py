@@ -1,0 +1,308 @@
+"""`jaxlm parity`: quiet on models that are the same, and every planted fault is caught and its first tensor named."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from jaxlm import config
+from jaxlm.convert.native import to_torch
+from jaxlm.errors import UserError
+from jaxlm.parity import Report, assert_parity, check, mirror
+from jaxlm.parity.check import compare_sides
+from jaxlm.parity.compare import compare_exact, compare_tokens, cosine, relative
+from jaxlm.parity.inputs import Inputs, make_inputs, random_params
+from jaxlm.parity.mirror import TorchSide
+from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace
+from torch_ref.models.decoder import Decoder
+from torch_ref.ops.attention import Places
+
+BASE: dict[str, Any] = {
+    "vocab_size": 97,
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 48,
+    "max_seq_len": 512,
+}
+GELU: dict[str, Any] = {"activation": "gelu", "positions": "learned", "norm": "layernorm", "biases": ("qkv", "mlp")}
+EVERY: dict[str, tuple[Any, ...]] = {
+    "vocab_size": (97, 300),
+    "n_layers": (1, 2),
+    "n_kv_heads": (1, 2, 4),
+    "head_dim": (8, 10),
+    "activation": ("swiglu", "gelu", "gelu_tanh", "relu", "silu"),
+    "norm": ("rmsnorm", "layernorm"),
+    "norm_position": ("pre", "post"),
+    "final_norm": (True, False),
+    "qk_norm": (True, False),
+    "positions": ("rope", "learned", "sinusoidal", "none"),
+    "rope_layout": ("half", "interleaved"),
+    "biases": ((), ("qkv",), ("qkv", "attention_out", "mlp")),
+    "tie_embeddings": (True, False),
+    "layer_loop": ("scan", "unroll"),
+    "remat": ("none", "full"),
+    "dropout": (0.0, 0.1),
+}
+
+
+def settings(**options: Any) -> config.Config:
+    """A small model with these options."""
+    return config.Config(model=config.Model(**{**BASE, **options}))
+
+
+def report_of(sides: tuple[Side, Side], inputs: Inputs, dtypes: tuple[str, ...] = DTYPES) -> Report:
+    findings, seconds = compare_sides(sides, inputs, dtypes)
+    return Report("test", "small", inputs.text, tuple(findings), seconds)
+
+
+@pytest.mark.parametrize(("seed", "dtypes"), [*enumerate([DTYPES, DTYPES, *[DTYPES[:2], DTYPES[::2]] * 2])])
+def test_no_false_alarm(seed: int, dtypes: tuple[str, ...]) -> None:
+    random = np.random.default_rng([7, seed])
+    cfg = settings(**{key: values[random.integers(len(values))] for key, values in EVERY.items()})
+    params, inputs = random_params(cfg.model, seed), make_inputs(cfg.model)
+    report = report_of((JaxSide(cfg, params), TorchSide.of(cfg, params)), inputs, dtypes)
+    assert report.verdict == "same", cfg.model
+    assert report.levels == ["forward", "loss", "gradients", "update 1", "update 20", "generation"]
+    assert report.dtypes == list(dtypes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """The side of jaxlm, traced once, and what its mirror is made of."""
+
+    name = "jaxlm"
+    side: JaxSide
+    settings: config.Config
+    tensors: Mapping[str, np.ndarray]
+    inputs: Inputs
+    traces: dict[str, Trace] = dataclasses.field(default_factory=dict)
+
+    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
+        if dtype not in self.traces:
+            self.traces[dtype] = self.side.trace(dtype, inputs, told)
+        return self.traces[dtype]
+
+    def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
+        return self.side.next_logits(dtype, ids)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Callable[[str], Truth]:
+    @functools.cache
+    def make(name: str) -> Truth:
+        cfg = settings(**(GELU if name == "gelu" else {}))
+        params = random_params(cfg.model)
+        return Truth(JaxSide(cfg, params), cfg, dict(to_torch(params, cfg.model)), make_inputs(cfg.model))
+
+    return make
+
+
+# A fault is told the config and tensors of the mirror and returns others, or patches torch_ref.
+Mirrored = tuple[config.Config, dict[str, np.ndarray]]
+Fault = Callable[[config.Config, dict[str, np.ndarray], pytest.MonkeyPatch], Mirrored]
+
+
+def model_is(**wrong: Any) -> Fault:
+    return lambda cfg, tensors, patch: (
+        dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **wrong)),
+        tensors,
+    )
+
+
+def train_is(**wrong: Any) -> Fault:
+    return lambda cfg, tensors, patch: (
+        dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **wrong)),
+        tensors,
+    )
+
+
+def patched(where: str, wrong: Any) -> Fault:
+    def plant(cfg: config.Config, tensors: dict[str, np.ndarray], patch: pytest.MonkeyPatch) -> Mirrored:
+        patch.setattr(where, wrong)
+        return cfg, tensors
+
+    return plant
+
+
+def tensor_is(name: str, wrong: Callable[[np.ndarray], np.ndarray]) -> Fault:
+    def plant(cfg: config.Config, tensors: dict[str, np.ndarray], patch: pytest.MonkeyPatch) -> Mirrored:
+        return cfg, tensors | {name: wrong(tensors[name])}
+
+    return plant
+
+
+def swapped_gate_and_up(cfg: config.Config, tensors: dict[str, np.ndarray], patch: pytest.MonkeyPatch) -> Mirrored:
+    gate, up = "layers.1.ffn.gate_proj.weight", "layers.1.ffn.up_proj.weight"
+    return cfg, tensors | {gate: tensors[up], up: tensors[gate]}
+
+
+def missing_tie(cfg: config.Config, tensors: dict[str, np.ndarray], patch: pytest.MonkeyPatch) -> Mirrored:
+    """A head of its own that starts as a copy: every value is right, the gradient is not."""
+    untied = dataclasses.replace(cfg.model, tie_embeddings=False)
+    return dataclasses.replace(cfg, model=untied), tensors | {"head.weight": tensors["embed.weight"]}
+
+
+def one_element(x: np.ndarray) -> np.ndarray:
+    """In float64: a change of 1e-6 is hardly more than a rounding unit of float32."""
+    x = x.astype(np.float64)
+    x[3, 5] *= 1 + 1e-6
+    return x
+
+
+def positions_off_by_one(cfg: config.Config, tensors: dict[str, np.ndarray], patch: pytest.MonkeyPatch) -> Mirrored:
+    hidden = Decoder.hidden
+    patch.setattr(Decoder, "hidden", lambda self, tokens, positions, *rest: hidden(self, tokens, positions + 1, *rest))
+    patch.setattr(mirror, "generate", lambda *_, **__: [[]] * 3)  # its table would end too soon
+    return cfg, tensors
+
+
+def one_document(q: Places, k: Places) -> torch.Tensor:
+    real = (q.segments[:, :, None] != 0) & (k.segments[:, None, :] != 0)
+    return real & (q.positions[:, :, None] >= k.positions[:, None, :])
+
+
+FAULTS: dict[str, tuple[str, Fault, str, str]] = {
+    "rope layout": ("base", model_is(rope_layout="interleaved"), "forward", "layers.0.mixer.o_proj"),
+    "rope theta": ("base", model_is(rope_theta=9999.0), "forward", "layers.0.mixer.o_proj"),
+    "swapped gate and up": ("base", swapped_gate_and_up, "forward", "layers.1.ffn.up_proj"),
+    "transposed kernel": (
+        "base",
+        tensor_is("layers.1.mixer.q_proj.weight", lambda x: np.ascontiguousarray(x.T)),
+        "forward",
+        "layers.1.mixer.q_proj",
+    ),
+    "eps": ("base", model_is(norm_eps=1e-6), "forward", "layers.0.mixer_norm"),
+    "gelu tanh for erf": ("gelu", model_is(activation="gelu_tanh"), "forward", "layers.0.ffn.down_proj"),
+    "missing tie": ("base", missing_tie, "gradients", "head.weight"),
+    "no document mask": (
+        "base",
+        patched("torch_ref.ops.attention.visible", one_document),
+        "forward",
+        "layers.0.mixer.o_proj",
+    ),
+    "positions off by one": ("gelu", positions_off_by_one, "forward", "position_embed"),
+    "a tensor larger by 1e-6": (
+        "base",
+        tensor_is("layers.1.mixer.o_proj.weight", lambda x: x.astype(np.float64) * (1 + 1e-6)),
+        "forward",
+        "layers.1.mixer.o_proj",
+    ),
+    "an element larger by 1e-6": (
+        "gelu",
+        tensor_is("layers.0.mixer.k_proj.weight", one_element),
+        "forward",
+        "layers.0.mixer.k_proj",
+    ),
+    "z-loss": ("base", train_is(z_loss=1e-4), "loss", "loss"),
+    "optimiser eps": ("base", train_is(eps=1e-7), "update 1", "embed.weight"),
+    "optimiser beta": ("base", train_is(beta2=0.96), "update 20", "embed.weight"),
+    "schedule": ("base", train_is(schedule="linear"), "update 20", "embed.weight"),
+    "decay of norms": (
+        "base",
+        patched("torch_ref.optim.decay_mask", lambda decoder: dict.fromkeys(dict(decoder.named_parameters()), True)),
+        "update 1",
+        "layers.0.mixer_norm.weight",
+    ),
+    "cache one token late": (
+        "base",
+        patched(
+            "torch_ref.models.cache.KVCache.places",
+            property(lambda cache: Places(cache.positions + 1, (cache.positions >= 0).int())),
+        ),
+        "generation",
+        "prompt 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(name: str, truth: Callable[[str], Truth], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plant, level, tensor = FAULTS[name]
+    sound = truth(model)
+    cfg, tensors = plant(sound.settings, dict(sound.tensors), monkeypatch)
+    report = report_of((sound, TorchSide(cfg, tensors)), sound.inputs, ("float64",))
+    assert not report.same
+    assert report.first is not None
+    assert (report.first.level, report.first.name) == (level, tensor), report.verdict
+    assert f"{tensor} (float64, {level})" in report.verdict
+
+
+def test_lost_precision_is_named(truth: Callable[[str], Truth], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mathematics is right and float32 is computed in bfloat16."""
+    sound = truth("base")
+    numerics_of = mirror.numerics_of
+    monkeypatch.setattr(mirror, "numerics_of", lambda dtype: numerics_of("bfloat16" if dtype == "float32" else dtype))
+    side = TorchSide(sound.settings, sound.tensors)
+    report = report_of((sound, side), sound.inputs, ("float64", "float32"))
+    assert report.verdict.startswith("differ: first differing tensor embed (float32, forward): relative error")
+
+
+def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a config file to the page and the JSON, first of the sound model, then with a fault."""
+    path = tmp_path / "small.toml"
+    path.write_text(config.to_toml(dataclasses.replace(settings(), data=config.Data(cache_dir=str(tmp_path)))))
+    x64 = jax.config.jax_enable_x64
+    report = check(path, out=tmp_path / "out")
+    assert (report.same, report.verdict) == (True, "same")
+    assert jax.config.jax_enable_x64 == x64
+    told = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert told["same"] and len(told["findings"]) == len(report.findings) > 100
+    page = (tmp_path / "out" / "parity.html").read_text()
+    assert "Same: jaxlm and torch_ref compute the same model." in page
+    assert "http" not in page and "<script" not in page
+
+    monkeypatch.setattr("torch_ref.ops.attention.visible", one_document)
+    with pytest.raises(AssertionError, match=r"first differing tensor layers\.0\.mixer\.o_proj \(float64, forward\)"):
+        assert_parity(path)
+
+
+def test_a_nan_differs_and_is_valid_json(truth: Callable[[str], Truth], tmp_path: Path) -> None:
+    """Neither NaN nor infinity reaches the file."""
+    sound = truth("base")
+    trace = sound.trace("float64", sound.inputs, print)
+    name = "layers.1.ffn"
+    forward = {**trace.levels["forward"], name: np.full_like(trace.levels["forward"][name], np.nan)}
+    broken = Trace({**trace.levels, "forward": forward}, [[], *trace.tokens[1:]])
+    findings = [
+        *compare_exact(trace, broken, ["jaxlm", "torch_ref"]),
+        *compare_tokens("float64", sound.inputs, (sound, sound), (trace, broken)),
+    ]
+    assert [(finding.level, finding.name) for finding in findings if not finding.ok] == [
+        ("forward", name),
+        ("generation", "prompt 1"),
+    ]
+    Report("test", "small", "", tuple(findings), {}).write(tmp_path)
+    told = json.loads((tmp_path / "parity.json").read_text(), parse_constant=pytest.fail)
+    assert [finding["error"] for finding in told["findings"] if not finding["ok"]] == [None, None]
+    assert name in (tmp_path / "parity.html").read_text()
+
+
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        check(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no such config file"):
+        check(tmp_path / "nothing.toml")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"pip install 'jaxlm\[torch\]'"):
+        check(tmp_path)
+
+
+def test_distances() -> None:
+    a, b = np.array([3.0, 4.0]), np.array([3.0, 4.0 + 1e-9])
+    assert relative(b, a) == pytest.approx(2e-10)
+    assert relative(b, a, scale=1.0) == pytest.approx(1e-9)
+    assert cosine(2 * a, a) < 1e-30
+    assert cosine(-a, a) == pytest.approx(2)
+    assert cosine(0 * a, a) == 1
