@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +39,7 @@ class TorchSide:
 
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         """See `trace.Side`."""
-        with _threads((os.cpu_count() or 2) // 2):  # jaxlm is at work on the other half
+        with _threads(torch.get_num_threads() // 2):  # jaxlm is at work on the other half
             return self._trace(dtype, inputs, told)
 
     def _trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
@@ -99,7 +98,7 @@ class TorchSide:
 def _threads(count: int) -> Iterator[None]:
     """At most this many threads for torch, for a while."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(count, before)))
+    torch.set_num_threads(max(1, count))
     try:
         yield
     finally:
