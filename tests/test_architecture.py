@@ -110,7 +110,9 @@ def torch_in_jaxlm(root: Path) -> list[str]:
     for file in python_files(root, "jaxlm"):
         mine = part(".".join(file.with_suffix("").parts))
         for item in imports(root, file):
-            allowed = mine == "parity" or (item.top == "torch_ref" and item.lazy and mine in {"cli", "recipes", "infer"})
+            allowed = mine == "parity" or (
+                item.top == "torch_ref" and item.lazy and mine in {"cli", "recipes", "infer"}
+            )
             if item.top in TORCH_SIDE and not allowed:
                 found.append(f"{item} {'in a function' if item.lazy else 'at import'}")
     return found
