@@ -11,12 +11,15 @@ from jax.typing import DTypeLike
 from jaxlm import config
 
 
+_FLOAT32 = np.dtype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """What is computed in which dtype. Hashable, so that a module can hold it."""
 
-    params: np.dtype = np.dtype(jnp.float32)
-    compute: np.dtype = np.dtype(jnp.float32)
+    params: np.dtype = _FLOAT32
+    compute: np.dtype = _FLOAT32
     matmul: str = "default"
 
     @classmethod
