@@ -20,7 +20,7 @@ from jaxlm.convert.native import to_torch
 from jaxlm.errors import UserError
 from jaxlm.parity import Report, assert_parity, check, mirror
 from jaxlm.parity.check import compare_sides
-from jaxlm.parity.compare import compare_exact, compare_tokens, cosine, relative
+from jaxlm.parity.compare import ALL, compare_by_ratio, compare_exact, compare_tokens, cosine, relative
 from jaxlm.parity.inputs import Inputs, make_inputs, random_params
 from jaxlm.parity.mirror import TorchSide
 from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace
@@ -249,6 +249,18 @@ def test_lost_precision_is_named(truth: Callable[[str], Truth], monkeypatch: pyt
     assert report.verdict.startswith("differ: first differing tensor embed (float32, forward): relative error")
 
 
+def test_an_imprecise_optimiser_is_named(truth: Callable[[str], Truth]) -> None:
+    """Updates of float32 that are off by 2e-4, a twentieth of what moments in bfloat16 would do."""
+    sound = truth("base")
+    golden, single = (sound.trace(dtype, sound.inputs, print) for dtype in ("float64", "float32"))
+    level = "update 20"
+    off = {name: update * (1 + 2e-4) for name, update in single.levels[level].items()}
+    broken = dataclasses.replace(single, levels={**single.levels, level: off})
+    assert all(finding.ok for finding in compare_by_ratio("float32", golden, single, single))
+    wrong = [finding for finding in compare_by_ratio("float32", golden, single, broken) if not finding.ok]
+    assert [(finding.level, finding.name) for finding in wrong] == [(level, ALL)]
+
+
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a config file to the page and the JSON, first of the sound model, then with a fault."""
     path = tmp_path / "small.toml"
@@ -274,7 +286,7 @@ def test_a_nan_differs_and_is_valid_json(truth: Callable[[str], Truth], tmp_path
     trace = sound.trace("float64", sound.inputs, print)
     name = "layers.1.ffn"
     forward = {**trace.levels["forward"], name: np.full_like(trace.levels["forward"][name], np.nan)}
-    broken = Trace({**trace.levels, "forward": forward}, [[], *trace.tokens[1:]])
+    broken = Trace({**trace.levels, "forward": forward}, [[], *trace.tokens[1:]], trace.weights)
     findings = [
         *compare_exact(trace, broken, ["jaxlm", "torch_ref"]),
         *compare_tokens("float64", sound.inputs, (sound, sound), (trace, broken)),

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxlm.parity.inputs import Inputs
-from jaxlm.parity.tolerances import FLOAT64, FLOORS, RATIO, ZERO_GRADIENT
+from jaxlm.parity.tolerances import FLOAT64, FLOORS, PARAMETER_ROUNDING, RATIO, ZERO_GRADIENT
 from jaxlm.parity.trace import Arrays, Side, Trace
 
 Array = Shaped[np.ndarray, "..."]
@@ -89,8 +89,9 @@ def compare_by_ratio(dtype: str, golden: Trace, ours: Trace, theirs: Trace) -> I
         if level.startswith("update"):
             kept = [name for name in shared if name not in noise]
             if kept:
-                of_each = [[one[name] for name in kept] for one in (exact, mine, other)]
-                yield _typical(dtype, level, of_each[0], of_each[1], of_each[2], floor)
+                updates = [[one[name] for name in kept] for one in (exact, mine, other)]
+                steps = int(level.removeprefix("update "))
+                yield _typical(dtype, level, updates, [golden.weights[name] for name in kept], steps, floor)
             continue
         for name in shared:
             scale = everything if name in noise else 0.0
@@ -166,15 +167,26 @@ def _by_ratio(
 
 
 def _typical(
-    dtype: str, level: str, exact: list[Array], mine: list[Array], other: list[Array], floor: float
+    dtype: str, level: str, updates: Sequence[Sequence[Array]], weights: Sequence[Array], steps: int, floor: float
 ) -> Finding:
-    """The median error of an element of an update, relative to the median size of one."""
-    joined = [np.concatenate([_wide(array) for array in arrays]) for arrays in (exact, mine, other)]
-    moved = joined[0] != 0
-    size = float(np.median(np.abs(joined[0][moved]))) if moved.any() else 1.0
-    errors = [float(np.median(np.abs(one - joined[0])[moved])) / size if moved.any() else 0.0 for one in joined[1:]]
+    """The median error of an element of an update, relative to the median size of one; `updates`: exact, ours, theirs.
+
+    An update is the difference of two float32 parameters, so it is never more exact than they are.
+    """
+    exact, mine, other = (np.concatenate([_wide(array) for array in arrays]) for arrays in updates)
+    moved = exact != 0
+    if not moved.any():
+        moved = np.ones_like(moved)
+    size = _median(exact[moved]) or 1.0
+    errors = _median((mine - exact)[moved]) / size, _median((other - exact)[moved]) / size
     low, high = sorted(errors) if not any(map(math.isnan, errors)) else (math.nan, math.nan)
-    return Finding(dtype, level, ALL, high, RATIO.allowed * max(low, floor), errors=(errors[0], errors[1]))
+    weight = _median(np.concatenate([_wide(array) for array in weights])[moved])
+    rounding = steps * PARAMETER_ROUNDING.allowed * weight / size
+    return Finding(dtype, level, ALL, high, RATIO.allowed * max(low, floor, rounding), errors=errors)
+
+
+def _median(array: np.ndarray) -> float:
+    return float(np.median(np.abs(array)))
 
 
 def _orders(ours: Trace, theirs: Trace) -> dict[str, list[str]]:

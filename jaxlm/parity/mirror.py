@@ -58,9 +58,10 @@ class TorchSide:
         decoder.zero_grad()
         told("greedy tokens")
         tokens = generate(decoder, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
+        weights = {name: _array(parameter).copy() for name, parameter in decoder.named_parameters()}
         told("optimiser steps")
-        levels |= self._updates(decoder, inputs)
-        return Trace(levels, tokens)
+        levels |= self._updates(decoder, inputs, weights)
+        return Trace(levels, tokens, weights)
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         """See `trace.Side`."""
@@ -79,12 +80,11 @@ class TorchSide:
         decoder.load_state_dict(tensors, strict=True)
         return decoder.eval()
 
-    def _updates(self, decoder: Decoder, inputs: Inputs) -> dict[str, Arrays]:
+    def _updates(self, decoder: Decoder, inputs: Inputs, begin: Arrays) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
         train, batch, levels = self._settings.train, _tensors(inputs.step_rows), {}
         step = make_step(loss_fn(decoder, train), make_optimizer(decoder, train), train, seed=0)
         state = TrainState()
-        begin = {name: _array(parameter).copy() for name, parameter in decoder.named_parameters()}
         with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
             for number in range(1, max(STEPS) + 1):
                 state, _ = step(state, batch)

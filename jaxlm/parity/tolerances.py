@@ -39,6 +39,12 @@ FLOORS = {
     "float32": Bound(4 * 2**-23, 0.0, "Four roundings, after a chain of some hundred: smaller errors say nothing."),
     "bfloat16": Bound(4 * 2**-8, 0.0, "The same. A floor is only ever a divisor, so nothing is measured against it."),
 }
+PARAMETER_ROUNDING = Bound(
+    2**-24,
+    1.8e-8,
+    "Error of a float32 parameter after one update, against its size: half a rounding unit. It may not average out: "
+    "torch multiplies by 1 - lr * decay, rounded the same way in every step, where optax adds -lr * decay * p.",
+)
 ZERO_GRADIENT = Bound(
     1e-12,
     2.5e-17,

@@ -48,6 +48,8 @@ class Trace:
     """Of `LEVELS`: name to value, in the order of computation. Gradients and updates by the names of torch_ref."""
     tokens: list[list[int]]
     """The greedy continuation of each prompt."""
+    weights: Arrays
+    """The parameters before the first update, by the names of torch_ref."""
 
 
 @runtime_checkable
@@ -112,7 +114,8 @@ class JaxSide:
             levels |= self._updates(decoder, params, inputs)
             told("greedy tokens")
             tokens = generate(decoder, params, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
-        return Trace(levels, tokens)
+            weights = dict(to_torch(jax.device_get(params), decoder.config))
+        return Trace(levels, tokens, weights)
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         """See `Side`."""
