@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 
 from jaxlm import config
 
-
 _FLOAT32 = np.dtype(np.float32)
 
 
