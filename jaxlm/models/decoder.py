@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm import config
-from jaxlm.mesh import Axes, Layout, constrain
+from jaxlm.mesh import Axes, constrain
 from jaxlm.models.block import Repeat, rematerialised
 from jaxlm.models.cache import KVCache
 from jaxlm.models.layers import Embed, Head, Norm
@@ -138,13 +138,9 @@ def abstract_params(decoder: Decoder) -> tuple[Params, Params]:
     return nn.meta.unbox(boxed), axes
 
 
-def init_params(decoder: Decoder, key: jax.Array, layout: Layout | None = None) -> Params:
-    """Random parameters, made in place on the mesh of `layout` (default: one device), the same values on any mesh."""
-    make = lambda key: nn.meta.unbox(_init(decoder, key))  # noqa: E731
-    if layout is None:
-        return jax.jit(make)(key)
-    shapes, axes = abstract_params(decoder)
-    return jax.jit(make, out_shardings=layout.shardings(axes, shapes))(key)
+def init_params(decoder: Decoder, key: jax.Array) -> Params:
+    """Random parameters; under a `jax.jit` with output shardings they are made in place, the same on any mesh."""
+    return jax.jit(lambda key: nn.meta.unbox(_init(decoder, key)))(key)
 
 
 def init_cache(decoder: Decoder, batch: int, slots: int) -> Cache:

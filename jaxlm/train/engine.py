@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxlm import config
+from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
@@ -47,20 +48,17 @@ class JaxEngine:
         loss_fn, optimizer = make_loss(self.decoder, cfg.train), make_optimizer(cfg.train)
         context: Any = {"layout": self.layout, "matmul": cfg.numerics.matmul}
         shardings = state_shardings(self.decoder, optimizer, self.layout)
-        self.state = TrainState(*self._initial(optimizer, shardings))
+        start = jax.jit(lambda key: init_state(init_params(self.decoder, key), optimizer), out_shardings=shardings)
+        self.state = start(jax.random.key(cfg.seed))
         step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, **context)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
         self._eval = jax.jit(make_eval(loss_fn, **context), out_shardings=self.layout.replicated)
         self._under_way: collections.deque[Any] = collections.deque()
         self._checkpointer: Any = None
 
-        shapes, _ = abstract_params(self.decoder)
-        self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(shapes, cfg.model), cfg.data.seq_len)
+        multiplied = matmul_params(self.state.params, cfg.model)
+        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len)
         self._peak_flops: float | None = None
-
-    def _initial(self, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-        params = init_params(self.decoder, jax.random.key(self.config.seed), self.layout)
-        return jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)(params)
 
     @property
     def peak_flops(self) -> float:
@@ -81,6 +79,9 @@ class JaxEngine:
 
     def checkpoints(self) -> list[int]:
         folder = Path(self.config.out_dir) / "checkpoints"
+        if any(folder.glob("*/model.safetensors")):
+            hint = "resume with --backend torch, or `jaxlm convert` it --to jaxlm first"
+            raise UserError(f"{self.config.out_dir}: a run of the PyTorch backend", hint)
         return self.checkpointer.steps() if folder.is_dir() else []
 
     def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:

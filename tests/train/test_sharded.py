@@ -48,7 +48,7 @@ def three_steps(layout, model, microbatches, batches):
     decoder = Decoder(model, Policy.from_config(config.Numerics(params="float64", compute="float64")))
     optimizer = make_optimizer(train)
     shardings = state_shardings(decoder, optimizer, layout)
-    params = init_params(decoder, jax.random.key(3), layout)
+    params = jax.jit(lambda key: init_params(decoder, key), out_shardings=shardings.params)(jax.random.key(3))
     state = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)(params)
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
