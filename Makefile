@@ -42,10 +42,10 @@ lint: $(DEV) ## ruff and pyright
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 soak: $(DEV) ## the long tests: kills at random moments, full counts
-	$(PYTEST) -m soak --timeout 3600 $(ARGS)
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m soak --timeout 3600 $(ARGS)
 
 gpu-check: $(GPU) ## on a machine with a GPU: the tests marked gpu, then the 1.3B benchmark
-	JAX_PLATFORMS=cuda,cpu $(PYTEST) -m gpu $(ARGS)
+	XLA_FLAGS= JAX_PLATFORMS=cuda,cpu $(PYTEST) -m gpu $(ARGS)
 	$(PY) -m benchmarks.gpu
 
 bench: $(DEV) ## step, decode and start-up times against transformers on this machine

@@ -18,5 +18,6 @@ def full_precision() -> Iterator[None]:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
     yield
+    jax.clear_caches()  # no other module runs these programs, and they are large
     jax.config.update("jax_enable_x64", before[0])
     jax.config.update("jax_default_matmul_precision", before[1])

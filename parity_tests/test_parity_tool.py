@@ -67,7 +67,11 @@ def report_of(sides: tuple[Side, Side], inputs: Inputs, dtypes: tuple[str, ...] 
     return Report("test", "small", inputs.text, tuple(findings), seconds)
 
 
-@pytest.mark.parametrize(("seed", "dtypes"), [*enumerate([DTYPES, DTYPES, *[DTYPES[:2], DTYPES[::2]] * 2])])
+MODELS = [(0, DTYPES), (1, DTYPES[:2]), (2, DTYPES[::2])]
+MORE_MODELS = [pytest.param(seed, DTYPES, marks=pytest.mark.soak) for seed in range(1, 20)]
+
+
+@pytest.mark.parametrize(("seed", "dtypes"), MODELS + MORE_MODELS)
 def test_no_false_alarm(seed: int, dtypes: tuple[str, ...]) -> None:
     random = np.random.default_rng([7, seed])
     cfg = settings(**{key: values[random.integers(len(values))] for key, values in EVERY.items()})

@@ -6,20 +6,22 @@ import time
 import numpy as np
 import pytest
 
-OPTIONS = ("train.steps=60", "checkpoint.every=1", "checkpoint.keep=2", "eval.every=20", "log.every=7")
+OPTIONS = ("checkpoint.every=1", "checkpoint.keep=2", "eval.every=20", "log.every=7")
+SOAK = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
-def test_sigkill_at_random_moments(runs, tmp_path, leaves, rows, kills, seed):
+@pytest.mark.parametrize(("kills", "steps"), [(2, 12), pytest.param(20, 60, marks=SOAK)])
+def test_sigkill_at_random_moments(runs, tmp_path, leaves, rows, kills, steps, seed):
+    options = (f"train.steps={steps}", *OPTIONS)
     begun = time.monotonic()
-    assert runs.start(tmp_path / "whole", *OPTIONS, stdout=None, stderr=None).wait() == 0
+    assert runs.start(tmp_path / "whole", *options, stdout=None, stderr=None).wait() == 0
     whole_run = time.monotonic() - begun
     expected, metrics = leaves(tmp_path / "whole"), rows(tmp_path / "whole")
 
     chance, done, in_save, run = random.Random(seed), 0, 0, 0
     while done < kills or (tmp_path / f"run{run}").exists() or not run:
         out = tmp_path / f"run{run}"
-        process = runs.start(out, *OPTIONS, resume=True, stdout=None, stderr=None)
+        process = runs.start(out, *options, resume=True, stdout=None, stderr=None)
         if done < kills:
             time.sleep(chance.uniform(0, whole_run))
             if process.poll() is None:
