@@ -13,8 +13,8 @@ from hypothesis import settings
 ROOT = Path(__file__).parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `make gpu-check` sets cuda,cpu
-# Eight devices: meshes on any machine. Level 0: XLA's passes as ever, but LLVM does not optimise what they emit, a third
-# of the time saved. `make soak` and `make gpu-check` run optimised code, and so does XLA_FLAGS= before another target.
+# Eight devices: meshes on any machine. Level 0: XLA's passes as ever, but LLVM does not optimise what they emit, which
+# saves a third of the time. `make soak` and `make gpu-check` run optimised code.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))  # shared by workers and by runs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
