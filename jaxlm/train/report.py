@@ -30,7 +30,7 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
     for row in rows:
         newest |= row
     newest = {name: newest[name] for name in _SHOWN if newest.get(name) is not None} | {"unigram_loss": baseline}
-    cells = "".join(f"<tr><td>{name.replace('_', ' ')}<td>{value:,.6g}" for name, value in newest.items())
+    cells = "".join(f"<tr><td>{name.replace('_', ' ')}<td>{_number(value)}" for name, value in newest.items())
     samples = sorted((run_dir / "samples").glob("*.txt"))
     sample = samples[-1].read_text(encoding="utf-8") if samples else "none"
     page = "\n".join(
@@ -45,6 +45,10 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _inline(image: Path) -> str:
