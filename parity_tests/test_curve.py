@@ -153,7 +153,7 @@ def median_error(curves: np.ndarray, golden: np.ndarray) -> float:
     return float(np.median([pairs.error(curve, exact) for curve, exact in zip(curves, golden, strict=True)]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.soak), "bfloat16"])
 def test_narrow_errors_are_alike(dtype: str, curves: Callable[..., tuple[Curves, Curves]]) -> None:
     golden, _ = curves("float64")
     theirs, ours = curves(dtype)

@@ -67,8 +67,8 @@ def report_of(sides: tuple[Side, Side], inputs: Inputs, dtypes: tuple[str, ...] 
     return Report("test", "small", inputs.text, tuple(findings), seconds)
 
 
-MODELS = [(0, DTYPES), (1, DTYPES[:2]), (2, DTYPES[::2])]
-MORE_MODELS = [pytest.param(seed, DTYPES, marks=pytest.mark.soak) for seed in range(1, 20)]
+MODELS = [(0, DTYPES[:2]), (2, DTYPES[::2])]
+MORE_MODELS = [pytest.param(seed, DTYPES, marks=pytest.mark.soak) for seed in range(20)]
 
 
 @pytest.mark.parametrize(("seed", "dtypes"), MODELS + MORE_MODELS)
