@@ -129,12 +129,13 @@ def convert(
 @app.command()
 def parity(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, config, torch_ref or Hugging Face folder.")],
+    other: Annotated[Path | None, typer.Argument(help="What PyTorch computes; default: the weights of RUN.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of parity.json and parity.html; default: RUN.")] = None,
 ) -> None:
     """Show that PyTorch computes the same model. Exit code 0: the same, 1: they differ, 2: a mistake."""
     from jaxlm.parity import check
 
-    if not check(run, out=out, show=True).same:
+    if not check(run, other, out=out, show=True).same:
         raise typer.Exit(1)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from jaxlm import config
+from jaxlm.convert.load import Model
 from jaxlm.convert.native import to_torch
 from jaxlm.errors import UserError
 from jaxlm.parity import Report, assert_parity, check, mirror
@@ -282,6 +283,17 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_ref.ops.attention.visible", one_document)
     with pytest.raises(AssertionError, match=r"first differing tensor layers\.0\.mixer\.o_proj \(float64, forward\)"):
         assert_parity(path)
+
+
+def test_another_model_is_another_model() -> None:
+    """Two sources: one weight in the second is a millionth larger."""
+    cfg = settings()
+    params = random_params(cfg.model)
+    changed = jax.tree.map(np.array, params)
+    changed["layers_1"]["ffn"]["down_proj"]["kernel"][3, 5] *= 1 + 1e-6
+    one, two = (Model(cfg, tree, None, "run") for tree in (params, changed))
+    with pytest.raises(AssertionError, match=r"first differing tensor layers\.1\.ffn\.down_proj \(float64, forward\)"):
+        assert_parity(one, two)
 
 
 def test_a_nan_differs_and_is_valid_json(truth: Callable[[str], Truth], tmp_path: Path) -> None:

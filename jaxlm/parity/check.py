@@ -40,11 +40,17 @@ class Subject:
     """Where the report belongs."""
 
 
-def check(model: str | Path | Model, *, out: str | Path | None = None, show: bool = False) -> Report:
-    """Compare jaxlm with torch_ref holding the converted weights.
+def check(
+    model: str | Path | Model,
+    other: str | Path | Model | None = None,
+    *,
+    out: str | Path | None = None,
+    show: bool = False,
+) -> Report:
+    """Compare jaxlm, holding `model`, with torch_ref, holding `other` (default: the same weights, converted).
 
     Args:
-        model: a run, a torch_ref folder, a Hugging Face folder, a config file (random weights), or a loaded model.
+        model, other: a run, a torch_ref folder, a Hugging Face folder, a config (random weights), or a loaded model.
         out: folder for `parity.json` and `parity.html`; by default a run's own, and nowhere for anything else.
         show: print progress and the table.
 
@@ -56,11 +62,14 @@ def check(model: str | Path | Model, *, out: str | Path | None = None, show: boo
     subject = _open(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
     inputs = make_inputs(subject.settings.model, subject.tokenizer_path)
-    sides = JaxSide(subject.settings, subject.params), mirror.of(subject.settings, subject.params)
+    second = subject if other is None else _open(other)
+    settings = dataclasses.replace(subject.settings, model=second.settings.model)
+    sides = JaxSide(subject.settings, subject.params), mirror.of(settings, second.params)
     with _progress(show) as told:
         findings, seconds = compare_sides(sides, inputs, told=told)
     seconds["all"] = time.monotonic() - began
-    report = Report(subject.name, describe(subject.settings.model), inputs.text, tuple(findings), seconds)
+    name = subject.name if other is None else f"{subject.name} and {second.name}"
+    report = Report(name, describe(subject.settings.model), inputs.text, tuple(findings), seconds)
     folder = Path(out) if out is not None else subject.folder
     written = report.write(folder) if folder is not None else []
     if show:
@@ -72,9 +81,9 @@ def check(model: str | Path | Model, *, out: str | Path | None = None, show: boo
     return report
 
 
-def assert_parity(model: str | Path | Model) -> None:
+def assert_parity(model: str | Path | Model, other: str | Path | Model | None = None) -> None:
     """Raise AssertionError with the first differing tensor unless both frameworks compute the same model: for tests."""
-    report = check(model)
+    report = check(model, other)
     if not report.same:
         raise AssertionError(report.verdict)
 
