@@ -146,10 +146,10 @@ class _Run:
             if _due(cfg.log.every, progress.step, last) or progress.step == 1:
                 self._report()
             improved = self._validate() if _due(cfg.eval.every, progress.step, last) else False
-            if _due(cfg.sample.every, progress.step, last):
-                self._sample()
             if _due(cfg.checkpoint.every, progress.step, last) or improved:
                 self._save()
+            if _due(cfg.sample.every, progress.step, last):
+                self._sample()
             if stopped:
                 self._judge(*self._fetch())
                 self._save()
@@ -240,7 +240,11 @@ class _Run:
         if not prompts:
             return
         with self._aside():
-            texts = self.engine.complete(prompts, self.cfg.sample)
+            try:
+                texts = self.engine.complete(prompts, self.cfg.sample)
+            except UserError as error:  # a prompt that does not fit is no reason to stop training
+                self.display.say(f"step {self.progress.step}: no sample: {error}")
+                return
         if self.engine.process_index == 0:
             path = self.dir / "samples" / f"{self.progress.step:08d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)

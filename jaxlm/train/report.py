@@ -47,7 +47,7 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
     return path
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 

@@ -70,6 +70,13 @@ def test_a_run_is_whole(runs, tmp_path, rows):
     assert validation["validation_perplexity"] == pytest.approx(np.exp(validation["validation_loss"]))
 
 
+def test_a_sample_that_does_not_fit_stops_nothing(runs, tmp_path, capfd):
+    positions = ("model.positions=learned", 'sample.prompts=["a"]', "sample.max_new_tokens=99")
+    assert runs.train(tmp_path, *OPTIONS, *positions).step == 12
+    assert (tmp_path / "checkpoints" / "12").is_dir()
+    assert "no sample: a prompt of 1 and 99 new tokens exceed" in capfd.readouterr().err
+
+
 def test_samples_are_kept(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(JaxEngine, "complete", lambda engine, prompts, sample: [f"<{p}>" for p in prompts])
     runs.train(tmp_path, *OPTIONS, 'sample.prompts=["a", "b"]', "sample.every=5")
