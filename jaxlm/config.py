@@ -90,9 +90,10 @@ class Model:
     attention_impl: Literal["auto", "xla", "blockwise", "cudnn"] = "auto"
     """Attention kernel; `auto` picks for the hardware. All compute the same function."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """`scan` compiles one repeat whatever the depth, `unroll` runs faster; `auto` unrolls up to 8 layers."""
+    """`scan` compiles one repeat whatever the depth, `unroll` runs faster; `auto` unrolls up to 8 layers without remat."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or the whole block."""
+    """What the backward pass recomputes: nothing, all but matrix products, or the whole block. XLA undoes it on a CPU
+    where layers are unrolled."""
 
     def __post_init__(self) -> None:
         fill = {
@@ -137,7 +138,7 @@ class Model:
     @property
     def scanned(self) -> bool:
         """Whether the layers are one scan over stacked parameters."""
-        return self.layer_loop == "scan" or (self.layer_loop == "auto" and self.n_layers > 8)
+        return self.layer_loop == "scan" or (self.layer_loop == "auto" and (self.n_layers > 8 or self.remat != "none"))
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

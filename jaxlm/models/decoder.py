@@ -139,8 +139,17 @@ def abstract_params(decoder: Decoder) -> tuple[Params, Params]:
 
 
 def init_params(decoder: Decoder, key: jax.Array) -> Params:
-    """Random parameters; under a `jax.jit` with output shardings they are made in place, the same on any mesh."""
-    return jax.jit(lambda key: nn.meta.unbox(_init(decoder, key)))(key)
+    """Random parameters: the same whether layers are scanned or unrolled, and on any mesh.
+
+    They are made by the scanned decoder, which compiles one repeat; under a `jax.jit` with output shardings, in place.
+    """
+    scanned = decoder.clone(config=dataclasses.replace(decoder.config, layer_loop="scan"))
+
+    def make(key: jax.Array) -> Params:
+        params = nn.meta.unbox(_init(scanned, key))
+        return params if decoder.config.scanned else unstack_layers(params, scanned.config)
+
+    return jax.jit(make)(key)
 
 
 def init_cache(decoder: Decoder, batch: int, slots: int) -> Cache:

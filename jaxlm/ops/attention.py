@@ -177,6 +177,9 @@ def _blockwise_backward(residuals: tuple, dout_BTNH: Array) -> tuple[Array, Arra
     # sum_s p_ts dp_ts = out_t . dout_t: the softmax's own term of the score gradient
     inner = jnp.sum(dout.astype(width) * out.astype(width), axis=-1, keepdims=True)
     log = jnp.where(jnp.isfinite(log), log, 0)
+    # The probabilities are made anew from what was kept, so XLA may make them early, and on a CPU it does: those of all
+    # layers before the first is needed. Barriers are dropped there; a term of zero makes them wait for the gradient.
+    q = q + 0 * dout
     dqs = []
     dk, dv = jnp.zeros(k.shape, width), jnp.zeros(v.shape, width)
     for rows, keys in _blocks(q.shape[2]):

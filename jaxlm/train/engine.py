@@ -25,6 +25,7 @@ from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
 
 RUN_AHEAD = 2  # steps that may wait on the device
+RUN_ONCE = {"xla_backend_optimization_level": 0}  # for a program that compiles longer than it runs
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample], list[str]]
 
 
@@ -48,7 +49,11 @@ class JaxEngine:
         loss_fn, optimizer = make_loss(self.decoder, cfg.train), make_optimizer(cfg.train)
         context: Any = {"layout": self.layout, "matmul": cfg.numerics.matmul}
         shardings = state_shardings(self.decoder, optimizer, self.layout)
-        start = jax.jit(lambda key: init_state(init_params(self.decoder, key), optimizer), out_shardings=shardings)
+        start = jax.jit(
+            lambda key: init_state(init_params(self.decoder, key), optimizer),
+            out_shardings=shardings,
+            compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
+        )
         self.state = start(jax.random.key(cfg.seed))
         step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, **context)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))

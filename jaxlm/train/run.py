@@ -59,7 +59,7 @@ def write_run(cfg: config.Config, corpus: Corpus) -> None:
 
 def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
     """Refuse another model; speak of anything else that changed."""
-    old, new = config.to_dict(before), config.to_dict(now)
+    old, new = _explicit(before), _explicit(now)
     for name, was, value in _differences(old, new):
         if name not in _FREE and (name in _SAME_ON_RESUME or name.split(".")[0] in _SAME_ON_RESUME):
             raise UserError(
@@ -68,6 +68,12 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
             )
         if name != "out_dir":
             print(f"warning: resuming with {name} = {value!r}, was {was!r}", flush=True)
+
+
+def _explicit(cfg: config.Config) -> dict[str, Any]:
+    """The config as dicts, with `layer_loop`, by which a checkpoint's tree is shaped, resolved."""
+    loop = "scan" if cfg.model.scanned else "unroll"
+    return config.to_dict(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layer_loop=loop)))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

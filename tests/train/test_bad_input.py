@@ -56,6 +56,7 @@ def test_a_corpus_that_is_no_text(runs, tmp_path, name, content, says):
     ("override", "says"),
     [
         ("model.d_ff=48", "model.d_ff is 48, the run was made with 32"),
+        ("model.remat=full", "model.layer_loop is 'scan', the run was made with 'unroll'"),
         ("tokenizer.specials=false", "tokenizer.specials is False, the run was made with True"),
         ("numerics.params=float64", "numerics.params is 'float64', the run was made with 'float32'"),
     ],
