@@ -92,8 +92,10 @@ class Model:
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     """`scan` compiles one repeat whatever the depth, `unroll` runs faster; `auto` unrolls up to 8 layers without remat."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or the whole block. XLA undoes it on a CPU
-    where layers are unrolled."""
+    """What the backward pass recomputes: nothing, all but matrix products, or the whole block.
+
+    XLA on a CPU undoes it where layers are unrolled.
+    """
 
     def __post_init__(self) -> None:
         fill = {
