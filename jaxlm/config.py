@@ -90,7 +90,7 @@ class Model:
     attention_impl: Literal["auto", "xla", "blockwise", "cudnn"] = "auto"
     """Attention kernel; `auto` picks for the hardware. All compute the same function."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """`scan` compiles one repeat whatever the depth, `unroll` runs faster; `auto` unrolls up to 8 layers without remat."""
+    """`scan` compiles one repeat at any depth, `unroll` runs faster; `auto` unrolls 8 layers at most, without remat."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or the whole block.
 
