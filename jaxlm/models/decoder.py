@@ -57,7 +57,7 @@ class Decoder(nn.Module):
             self.layers: Any = scanned(cfg, policy)
         else:
             kinds = cfg.pattern * cfg.repeats
-            block_class = rematerialised(cfg)
+            block_class = nn.jit(rematerialised(cfg))  # equal blocks are traced once
             self.layers = [block_class(kind, cfg, policy) for kind in kinds]
         if cfg.final_norm:
             self.final_norm = Norm(cfg.norm, cfg.norm_eps, policy)

@@ -99,7 +99,7 @@ def test_a_scanned_program_does_not_grow_with_depth():
         decoder = Decoder(dataclasses.replace(TINY, n_layers=layers, layer_loop=layer_loop))
         shapes = {"params": abstract_params(decoder)[0]}
         loss = lambda variables, *args: decoder.apply(variables, *args)[0].sum()  # noqa: E731
-        return len(jax.jit(jax.grad(loss)).lower(shapes, *inputs(0)).as_text().splitlines())
+        return len(jax.jit(jax.grad(loss)).lower(shapes, *inputs(0)).compile().as_text().splitlines())
 
     assert lines(4, "scan") == lines(16, "scan")
     assert lines(8, "unroll") > 1.5 * lines(4, "unroll")
