@@ -150,8 +150,12 @@ def measured_flops(size: int = 1536, tries: int = 3) -> float:
 
 
 def enable_compilation_cache(cache_dir: str) -> None:
-    """Keep compiled programs on disk: a second start is quick. `JAX_COMPILATION_CACHE_DIR` overrides the place."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir).absolute() / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    """Keep all compiled programs on disk: a second start is quick. JAX's own environment variables override it."""
+    settings = {
+        "jax_compilation_cache_dir": str(Path(cache_dir).absolute() / "jax"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
