@@ -28,7 +28,7 @@ install-gpu: $(GPU) ## the same with JAX for CUDA 12
 
 quickstart: $(BASE) ## train a small model, complete a function, hand it to PyTorch, prove that it is the same: RUN=runs/quickstart
 	$(PY) -m jaxlm train configs/quickstart.toml out_dir=$(RUN) --resume
-	$(PY) -m jaxlm generate $(RUN) "def fibonacci(n):" --greedy --max-new-tokens 96
+	$(PY) -m jaxlm generate $(RUN) "    def __init__(self, name" --temperature 0.6 --top-p 0.9 --seed 2 --max-new-tokens 96
 	$(PY) -m jaxlm convert $(RUN) $(RUN)/torch --to torch
 	$(PY) -m jaxlm convert $(RUN) $(RUN)/llama --to llama
 	$(PY) -m jaxlm parity $(RUN)

@@ -164,7 +164,7 @@ class Data:
     """The corpus and the rows made of it."""
 
     source: str = "stdlib"
-    """`"stdlib"` (the interpreter's own standard library), a file, a folder, or a Hugging Face dataset name."""
+    """`"stdlib"` (the interpreter's, without its tests and tables), a file, a folder, or a Hugging Face dataset."""
     seq_len: PositiveInt = 256
     """Context length T, in tokens."""
     text_key: str = "text"

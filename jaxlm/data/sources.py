@@ -32,7 +32,8 @@ MAX_LINE_BYTES = 64 << 20
 MAX_EXPANSION = 250
 """How many times its size a compressed file may grow to; text reaches 20, a decompression bomb 1000."""
 
-_NOT_CORPUS = {"site-packages", "dist-packages", "__pycache__"}
+_NOT_CORPUS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+_NOT_STDLIB = _NOT_CORPUS | {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
 class File(NamedTuple):
@@ -203,7 +204,7 @@ def open_source(where: str, data: Data) -> Source:
     """
     if where == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return Source(where, tuple(_walk(root, (".py",))), data.text_key)
+        return Source(where, tuple(_walk(root, (".py",), _NOT_STDLIB)), data.text_key)
     path = Path(where).expanduser()
     if path.is_dir():
         files = tuple(_walk(path, data.extensions))
@@ -218,7 +219,7 @@ def open_source(where: str, data: Data) -> Source:
     return _hugging_face(where, data.text_key)
 
 
-def _walk(root: Path, extensions: tuple[str, ...]) -> list[File]:
+def _walk(root: Path, extensions: tuple[str, ...], without: frozenset[str] = _NOT_CORPUS) -> list[File]:
     found: list[File] = []
     folders = [("", str(root))]
     while folders:
@@ -226,7 +227,7 @@ def _walk(root: Path, extensions: tuple[str, ...]) -> list[File]:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith(".") or entry.name in _NOT_CORPUS or entry.is_symlink():
+                    if entry.name.startswith(".") or entry.name in without or entry.is_symlink():
                         continue
                     if entry.is_dir():
                         folders.append((f"{prefix}{entry.name}/", entry.path))

@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.config import Data
 from jaxlm.data import sources
-from jaxlm.data.sources import Documents, describe_skipped, pieces
+from jaxlm.data.sources import Documents, describe_skipped, open_source, pieces
 from jaxlm.errors import UserError
 
 
@@ -238,9 +238,10 @@ def test_identity_notices_every_change(folder):
     assert len({identity(max_bytes=9), identity(validation_fraction=0.3), identity(text_key="t"), identity()}) == 4
 
 
-def test_stdlib_is_python_only():
-    documents = [d for _, d in Documents(Data(max_bytes=300_000))]
-    assert documents and all(d.name.endswith(".py") and "site-packages" not in d.name for d in documents)
+def test_stdlib_is_python_without_its_tests_and_tables():
+    names = [file.name for file in open_source("stdlib", Data()).files]
+    assert {"argparse.py", "json/decoder.py"} <= set(names) and all(name.endswith(".py") for name in names)
+    assert not {"site-packages", "test", "encodings"} & {part for name in names for part in name.split("/")}
 
 
 def test_pieces_join_to_the_text_and_end_at_lines():
