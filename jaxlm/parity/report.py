@@ -67,7 +67,7 @@ class Report:
         if first.note:
             return told + first.note
         last = f"; {self.last_same.name} before it is the same" if self.last_same else ""
-        return f"{told}relative error {first.error:.1e}, bound {first.bound:.0e}{last}"
+        return f"{told}relative error {first.error:.1e}, bound {first.bound:.1e}{last}"
 
     def worst(self, level: str, dtype: str) -> Finding | None:
         """The finding that comes nearest to its bound, or exceeds it most."""
@@ -165,9 +165,7 @@ def machine() -> str:
 def cell_text(finding: Finding) -> str:
     """Error and bound, or the note about tokens."""
     if finding.level != GENERATION:
-        return (
-            f"{finding.error:.1e} ≤ {finding.bound:.0e}" if finding.ok else f"{finding.error:.1e} > {finding.bound:.0e}"
-        )
+        return f"{finding.error:.1e} {'≤' if finding.ok else '>'} {finding.bound:.1e}"
     if finding.ok and finding.error:
         return "near tie: " + finding.note.partition(",")[0]
     return ("equal" if finding.ok else "differ") + f": {finding.note}"
