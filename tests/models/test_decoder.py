@@ -101,7 +101,7 @@ def test_a_scanned_program_does_not_grow_with_depth():
         loss = lambda variables, *args: decoder.apply(variables, *args)[0].sum()  # noqa: E731
         return len(jax.jit(jax.grad(loss)).lower(shapes, *inputs(0)).compile().as_text().splitlines())
 
-    assert lines(4, "scan") == lines(16, "scan")
+    assert lines(16, "scan") < 1.1 * lines(4, "scan")
     assert lines(8, "unroll") > 1.5 * lines(4, "unroll")
     assert not config.Model(n_layers=8).scanned and config.Model(n_layers=9).scanned
 
