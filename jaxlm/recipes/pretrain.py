@@ -28,7 +28,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         UserError: the config, the data or the run directory is not usable.
     """
     keep_freed_memory()
-    warm = threading.Thread(target=_import_ahead, args=(backend,), daemon=True)
+    warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
     cfg, corpus = open_run(cfg, resume=resume)
     warm.join()

@@ -1,8 +1,13 @@
 """A user's mistake at the command line: exit code 2, one line that says what to do, and nothing lost."""
 
 import shutil
+import threading
 
 import pytest
+
+from jaxlm.config import Config, Data
+from jaxlm.errors import UserError
+from jaxlm.recipes import pretrain
 
 TINY = ("train.steps=1", "checkpoint.every=0")
 
@@ -86,3 +91,15 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint(runs, trained, tmp_path):
     tokenizer = (run / "tokenizer.json").read_text()
     (run / "tokenizer.json").write_text(tokenizer.replace("<|pad|>", "<|dap|>"))
     assert "the tokenizer is not the one of the checkpoint" in runs.refused(run, *TINY, resume=True)
+
+
+def test_a_mistake_waits_for_the_import(monkeypatch, tmp_path):
+    """A daemon thread that Python ends within an import of C++ code aborts the process: exit code 134 instead of 2."""
+    ended = threading.Event()
+    monkeypatch.setattr(pretrain, "_import_ahead", lambda backend: ended.wait(60))
+    before = set(threading.enumerate())
+    with pytest.raises(UserError):
+        pretrain.run(Config(out_dir=str(tmp_path / "run"), data=Data(source=str(tmp_path / "missing"))))
+    ahead = set(threading.enumerate()) - before
+    ended.set()
+    assert ahead and not any(thread.daemon for thread in ahead)
