@@ -98,6 +98,9 @@ def generate_text(
 
 
 def _generator(model: Model, tokenizer: Tokenizer) -> Generator:
+    from jaxlm.train.engine import enable_compilation_cache
+
+    enable_compilation_cache(model.config.data.cache_dir)
     decoder = Decoder(model.config.model, Policy.from_config(model.config.numerics))
     return Generator(decoder, jax.device_put(model.params), tokenizer)
 
