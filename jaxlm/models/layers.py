@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.mesh import constrain, unsplit
-from jaxlm.numerics import Policy
+from jaxlm.numerics import Policy, wide
 from jaxlm.ops import norm
 
 
@@ -43,7 +43,9 @@ class Linear(nn.Module):
         y = y.reshape(*leading, *self.features)
         if self.use_bias:
             zeros = logical(nn.initializers.zeros, *self.axes[self.n_in :])
-            y = y + self.param("bias", zeros, self.features, self.policy.params).astype(self.policy.compute)
+            bias = self.param("bias", zeros, self.features, self.policy.params).astype(self.policy.compute)
+            width = wide(self.policy.compute)  # the bias's gradient is a sum over tokens: XLA would round each addition
+            y = (y.astype(width) + bias.astype(width)).astype(self.policy.compute)
         return y
 
 

@@ -35,6 +35,13 @@ RATIO = Bound(
     "Error of one framework against float64 over that of the other; both round at the same places, in another order. "
     "Gradients that are zero in exact arithmetic are left out: their noise has no size to be relative to.",
 )
+FEW_ELEMENTS = Bound(
+    4.5,
+    2.9,
+    "The ratio of two independent noises of n elements is F-distributed, its logarithm nearly normal with deviation "
+    "1 / sqrt(n - 1) (Fisher 1924). For a gradient of less than 43 elements, 4.5 deviations are a factor above RATIO, "
+    "which chance exceeds in 4 of 100 gradients of ten elements; these, in 5 of 100,000.",
+)
 FLOORS = {
     "float32": Bound(4 * 2**-23, 0.0, "Four roundings, after a chain of some hundred: smaller errors say nothing."),
     "bfloat16": Bound(4 * 2**-8, 0.0, "The same. A floor is only ever a divisor, so nothing is measured against it."),
