@@ -58,10 +58,10 @@ def train(
     backend: BackendOption = Backend.jax,
 ) -> None:
     """Train the model of CONFIG. The run directory is `out_dir`."""
-    from jaxlm import config
+    from jaxlm import config_file
     from jaxlm.recipes import pretrain
 
-    pretrain.run(config.load(path, overrides or ()), resume=resume, backend=backend.value)
+    pretrain.run(config_file.load(path, overrides or ()), resume=resume, backend=backend.value)
 
 
 @app.command()
@@ -142,10 +142,10 @@ def parity(
 @app.command()
 def info(path: ConfigPath, overrides: Overrides = None, as_json: JsonFlag = False) -> None:
     """Count the parameters, FLOPs and memory of CONFIG (or of a run) without allocating anything."""
-    from jaxlm import config
+    from jaxlm import config_file
     from jaxlm.models.accounting import account
 
-    cfg = config.load(path / "config.toml" if path.is_dir() else path, overrides or ())
+    cfg = config_file.load(path / "config.toml" if path.is_dir() else path, overrides or ())
     if not cfg.model.vocab_size:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=_tokenizer_size(cfg)))
     counted = account(cfg)
@@ -158,10 +158,10 @@ def info(path: ConfigPath, overrides: Overrides = None, as_json: JsonFlag = Fals
 @tokenizer_app.command("train")
 def tokenizer_train(path: ConfigPath, out: Path, overrides: Overrides = None) -> None:
     """Train the tokenizer that CONFIG describes and write it to OUT."""
-    from jaxlm import config
+    from jaxlm import config_file
     from jaxlm.data.pipeline import train_tokenizer
 
-    tokenizer = train_tokenizer(config.load(path, overrides or ()))
+    tokenizer = train_tokenizer(config_file.load(path, overrides or ()))
     tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size:,} tokens")
 
@@ -179,19 +179,19 @@ def tokenizer_inspect(
 @data_app.command("prepare")
 def data_prepare(path: ConfigPath, overrides: Overrides = None) -> None:
     """Tokenise the corpus of CONFIG into shards that runs share."""
-    from jaxlm import config
+    from jaxlm import config_file
     from jaxlm.data.pipeline import prepare
 
-    _show(prepare(config.load(path, overrides or ())))
+    _show(prepare(config_file.load(path, overrides or ())))
 
 
 @data_app.command("inspect")
 def data_inspect(path: ConfigPath, overrides: Overrides = None) -> None:
     """Show the corpus of CONFIG and the first packed row of it."""
-    from jaxlm import config
+    from jaxlm import config_file
     from jaxlm.data.pipeline import inspect_corpus
 
-    _show(inspect_corpus(config.load(path, overrides or ())))
+    _show(inspect_corpus(config_file.load(path, overrides or ())))
 
 
 @app.callback(invoke_without_command=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert.native import from_torch
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
 from jaxlm.recipes import pretrain
@@ -72,7 +72,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., t
         for override in ("", torch_only):
             if (dtype, override) not in made:
                 overrides = [f'out_dir="{folder / "run"}"', *numerics, *([override] if override else [])]
-                cfg, corpus = open_run(config.load(folder / "curve.toml", overrides), resume=False)
+                cfg, corpus = open_run(config_file.load(folder / "curve.toml", overrides), resume=False)
                 engine = TorchEngine(cfg) if override else JaxEngine(cfg, pretrain.loss_fn, lambda *_: [])
                 made[dtype, override] = take(engine, cfg, corpus)
         return made[dtype, ""], made[dtype, torch_only]

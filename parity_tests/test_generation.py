@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.data.completion import GREEDY, Sampling, right_padded
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.infer import generate as jax_generate
@@ -129,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     settings = dataclasses.replace(config.Config(), model=cfg, numerics=numerics)
     path = tmp_path_factory.mktemp("weights") / "torch"
     values = jax.tree.map(lambda leaf: leaf.astype(np.float64), random_params(cfg, np.random.default_rng(3)))
-    files = {"config.toml": config.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
+    files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
     write_folder(path, to_torch(values, cfg), files, layout="torch")
     return path
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert.load import Model
 from jaxlm.convert.native import to_torch
 from jaxlm.errors import UserError
@@ -269,7 +269,7 @@ def test_an_imprecise_optimiser_is_named(truth: Callable[[str], Truth]) -> None:
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a config file to the page and the JSON, first of the sound model, then with a fault."""
     path = tmp_path / "small.toml"
-    path.write_text(config.to_toml(dataclasses.replace(settings(), data=config.Data(cache_dir=str(tmp_path)))))
+    path.write_text(config_file.to_toml(dataclasses.replace(settings(), data=config.Data(cache_dir=str(tmp_path)))))
     x64 = jax.config.jax_enable_x64
     report = check(path, out=tmp_path / "out")
     assert (report.same, report.verdict) == (True, "same")

@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.convert import convert
 from jaxlm.convert.families import llama
@@ -62,7 +62,7 @@ def torch_folder(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
     """Writes a live tree as a torch_ref folder with a tokenizer."""
 
     def write(cfg: config.Model, params: Any) -> Path:
-        files = {"config.toml": config.to_toml(config.Config(model=cfg)), "tokenizer.json": tokenizer.to_json()}
+        files = {"config.toml": config_file.to_toml(config.Config(model=cfg)), "tokenizer.json": tokenizer.to_json()}
         storage.write_folder(tmp_path / "torch", native.to_torch(params, cfg), files, layout="torch")
         return tmp_path / "torch"
 

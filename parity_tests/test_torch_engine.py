@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert.load import load
 from jaxlm.errors import UserError
 from jaxlm.recipes import pretrain
@@ -76,7 +76,7 @@ def train(toml: Path) -> Callable[..., None]:
     """A function that trains the tiny model in a folder."""
 
     def run(out: Path, *overrides: str, resume: bool = False) -> None:
-        cfg = config.load(toml, [f'out_dir="{out}"', *overrides])
+        cfg = config_file.load(toml, [f'out_dir="{out}"', *overrides])
         pretrain.run(cfg, resume=resume, backend="torch")
 
     return run
@@ -263,9 +263,9 @@ def test_a_compiled_step_is_the_same(toml: Path, tmp_path: Path) -> None:
         options = ["numerics.params=float64", "numerics.compute=float64", "model.dropout=0.0", "train.steps=5"]
         overrides = [f'out_dir="{tmp_path / compiled}"', f"torch.compile={compiled}", *options]
         code = f"""
-from jaxlm import config
+from jaxlm import config_file
 from jaxlm.recipes import pretrain
-pretrain.run(config.load({str(toml)!r}, {overrides!r}), backend="torch")
+pretrain.run(config_file.load({str(toml)!r}, {overrides!r}), backend="torch")
 """
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=240)
     plain, compiled = rows(tmp_path / "false"), rows(tmp_path / "true")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = {
     **dict.fromkeys(["errors"], 0),
     **dict.fromkeys(["config"], 1),
-    **dict.fromkeys(["mesh", "numerics"], 2),
+    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation"], 2),
     **dict.fromkeys(["ops"], 3),
     **dict.fromkeys(["models", "objectives", "data"], 4),
     **dict.fromkeys(["train"], 5),
@@ -33,7 +33,7 @@ RANKS = {
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
-NEUTRAL = {"config", "errors", "data"}  # the parts of jaxlm that both frameworks share
+NEUTRAL = {"config", "config_file", "errors", "data"}  # the parts of jaxlm that both frameworks share
 NEUTRAL_MODULES = {"jaxlm.train.schedule", "jaxlm.train.metrics"}  # and single modules of other parts
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -15,26 +15,26 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 def test_a_file_states_only_what_differs(tmp_path):
     path = tmp_path / "small.toml"
     path.write_text('seed = 7\n[model]\nd_model = 64\npattern = ["attention+mlp"]\n[train]\nlearning_rate = 1e-4\n')
-    found = config.load(path, ["model.n_layers=2", 'data.source="a b"', "data.extensions=['.py']", "mesh.fsdp=8"])
+    found = config_file.load(path, ["model.n_layers=2", 'data.source="a b"', "data.extensions=['.py']", "mesh.fsdp=8"])
     assert (found.seed, found.model.d_model, found.model.n_layers, found.train.learning_rate) == (7, 64, 2, 1e-4)
     assert (found.data.source, found.data.extensions, found.mesh.fsdp) == ("a b", (".py",), 8)
     assert found.out_dir == "runs/small"
     assert found.train.batch_size == config.Train().batch_size
-    assert config.load(path, ["data.source=stdlib", "out_dir=there"]).out_dir == "there"
+    assert config_file.load(path, ["data.source=stdlib", "out_dir=there"]).out_dir == "there"
 
 
 def test_zeros_are_filled_in():
     model = config.Model(d_model=96, n_heads=6)
     assert (model.n_kv_heads, model.head_dim, model.d_ff) == (6, 16, 256)
     assert config.Model(d_model=96, n_heads=6, activation="gelu").d_ff == 384
-    assert config.from_dict({"data": {"seq_len": 99}}).model.max_seq_len == 99
-    assert config.from_dict({"data": {"seq_len": 99}, "model": {"max_seq_len": 256}}).model.max_seq_len == 256
+    assert config_file.from_dict({"data": {"seq_len": 99}}).model.max_seq_len == 99
+    assert config_file.from_dict({"data": {"seq_len": 99}, "model": {"max_seq_len": 256}}).model.max_seq_len == 256
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_of_the_repository_load(path):
-    found = config.load(path)
-    assert config.from_dict(tomllib.loads(config.to_toml(found))) == found
+    found = config_file.load(path)
+    assert config_file.from_dict(tomllib.loads(config_file.to_toml(found))) == found
 
 
 def test_there_are_configs():
@@ -74,15 +74,15 @@ def test_what_is_wrong_is_named(tmp_path, override, message):
     path = tmp_path / "a.toml"
     path.write_text("seed = 1\n")
     with pytest.raises(UserError) as error:
-        config.load(path, [override])
+        config_file.load(path, [override])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_layers_and_positions_that_do_not_fit():
     with pytest.raises(UserError, match=r"n_layers = 3 is not a multiple of the 2 blocks"):
-        config.from_dict({"model": {"n_layers": 3, "pattern": ["attention+mlp"] * 2}})
+        config_file.from_dict({"model": {"n_layers": 3, "pattern": ["attention+mlp"] * 2}})
     with pytest.raises(UserError, match=r"data\.seq_len = 64 exceeds the 32 learned positions"):
-        config.from_dict({"model": {"positions": "learned", "max_seq_len": 32}, "data": {"seq_len": 64}})
+        config_file.from_dict({"model": {"positions": "learned", "max_seq_len": 32}, "data": {"seq_len": 64}})
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -95,7 +95,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ".": "is a folder (name a .toml file)",
     }.items():
         with pytest.raises(UserError) as error:
-            config.load(tmp_path / name)
+            config_file.load(tmp_path / name)
         assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.errors import UserError
 from jaxlm.mesh import AXES, RULES, Layout, constrain
 
@@ -44,12 +44,12 @@ def test_sizes_that_do_not_fit_the_devices(sizes):
 @pytest.mark.parametrize("size", [0, -2])
 def test_sizes_that_are_none(size):
     with pytest.raises(UserError, match=f"mesh.fsdp = {size} must be positive or -1"):
-        config.from_dict({"mesh": {"fsdp": size}})
+        config_file.from_dict({"mesh": {"fsdp": size}})
 
 
 def test_two_free_axes():
     with pytest.raises(UserError, match="more than one axis"):
-        config.from_dict({"mesh": {"fsdp": -1}})  # data is -1 by default
+        config_file.from_dict({"mesh": {"fsdp": -1}})  # data is -1 by default
 
 
 def test_specs(layout):

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.data.completion import (
     STREAM_BLOCK,
     Completion,
@@ -165,7 +165,7 @@ def open_folder(folder: str | Path) -> Generator:
             raise UserError(
                 f"{folder / name}: no such file", "write the folder with: jaxlm convert RUN FOLDER --to torch"
             )
-    settings = config.load(folder / "config.toml")
+    settings = config_file.load(folder / "config.toml")
     try:
         decoder = decoder_of(settings, load_file(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:  # RuntimeError: names or shapes that are not those of the config

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.load import TOKENIZER, Model, load
@@ -72,7 +72,7 @@ def convert(
         return _write_run(model, dst, overwrite)
     cfg = model.config.model
     if to == "torch":
-        files: dict[str, str | bytes] = {"config.toml": config.to_toml(_portable(model.config))}
+        files: dict[str, str | bytes] = {"config.toml": config_file.to_toml(_portable(model.config))}
         files |= _tokenizer_file(model)
         tensors, limit = native.to_torch(model.params, cfg), None
     else:
@@ -93,7 +93,7 @@ def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
     settings = dataclasses.replace(_portable(model.config), out_dir=str(dst))
     with storage.staged(dst, overwrite) as stage:
-        (stage / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
+        (stage / "config.toml").write_text(config_file.to_toml(settings), encoding="utf-8")
         for name, content in _tokenizer_file(model).items():
             (stage / name).write_bytes(content)
         with jax.enable_x64(True):  # float64 parameters stay so

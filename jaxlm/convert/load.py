@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.rows import from_layout
@@ -110,12 +110,12 @@ def _load_family(path: Path) -> Model:
         },
         "tokenizer": {"kind": "file", "path": str(tokenizer)} if tokenizer else {},
     }
-    settings = dataclasses.replace(config.from_dict(tree, str(where)), model=model)
+    settings = dataclasses.replace(config_file.from_dict(tree, str(where)), model=model)
     return Model(settings, params, tokenizer, hf["model_type"])
 
 
 def _settings(path: Path, out_dir: str) -> config.Config:
-    settings = dataclasses.replace(config.load(path / "config.toml"), out_dir=out_dir)
+    settings = dataclasses.replace(config_file.load(path / "config.toml"), out_dir=out_dir)
     if not settings.model.vocab_size:
         raise UserError(
             f"{path / 'config.toml'}: model.vocab_size is 0", "the config of a finished run has it resolved"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxlm import config
+from jaxlm.compilation import enable_compilation_cache
 from jaxlm.data.completion import STREAM_BLOCK, Completion, Sampling, complete, encode_prompts
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError
@@ -98,8 +99,6 @@ def generate_text(
 
 
 def _generator(model: Model, tokenizer: Tokenizer) -> Generator:
-    from jaxlm.train.engine import enable_compilation_cache
-
     enable_compilation_cache(model.config.data.cache_dir)
     decoder = Decoder(model.config.model, Policy.from_config(model.config.numerics))
     return Generator(decoder, jax.device_put(model.params), tokenizer)

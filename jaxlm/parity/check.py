@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config
+from jaxlm import config, config_file
+from jaxlm.compilation import enable_compilation_cache
 from jaxlm.convert.load import Model, load
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
@@ -19,7 +20,6 @@ from jaxlm.parity.compare import Finding, compare_by_ratio, compare_exact, compa
 from jaxlm.parity.inputs import Inputs, make_inputs, random_params
 from jaxlm.parity.report import Report, describe
 from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace
-from jaxlm.train.engine import enable_compilation_cache
 
 PARTS = 3
 """How often a side tells what it is doing in one dtype."""
@@ -152,7 +152,7 @@ def _open(model: str | Path | Model) -> Subject:
         return Subject(f"{model.kind} in memory", model.config, model.params, model.tokenizer_path, None)
     path = Path(model)
     if path.suffix == ".toml":
-        settings = config.load(path)
+        settings = config_file.load(path)
         if not settings.model.vocab_size:
             sized = dataclasses.replace(settings.model, vocab_size=settings.tokenizer.vocab_size)
             settings = dataclasses.replace(settings, model=sized)

@@ -133,9 +133,8 @@ def zero_gradients(trace: Trace) -> set[str]:
 
 
 def ratio(elements: int) -> float:
-    """How much larger than the other one error may be, in a tensor of so many elements; 0: of any number."""
-    chance = math.exp(FEW_ELEMENTS.allowed / math.sqrt(max(elements - 1, 1))) if elements else 0.0
-    return max(RATIO.allowed, chance)
+    """How much larger than the other one error of a gradient of so many elements may be."""
+    return max(RATIO.allowed, math.exp(FEW_ELEMENTS.allowed / math.sqrt(max(elements - 1, 1))))
 
 
 def relative(a: Array, b: Array, scale: float = 0.0) -> float:
@@ -169,7 +168,8 @@ def _by_ratio(
     errors = relative(mine, exact, scale), relative(other, exact, scale)
     low, high = sorted(errors) if not any(map(math.isnan, errors)) else (math.nan, math.nan)
     worse = mine if errors[0] >= errors[1] else other
-    bound = ratio(exact.size if level == "gradients" else 0) * max(low, floor)
+    allowed = ratio(exact.size) if level == "gradients" else RATIO.allowed
+    bound = allowed * max(low, floor)
     return Finding(dtype, level, name, high, bound, cosine(worse, exact) if angle else None, errors)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxlm import config
+from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
 from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
@@ -25,7 +25,6 @@ from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
 
 RUN_AHEAD = 2  # steps that may wait on the device
-RUN_ONCE = {"xla_backend_optimization_level": 0}  # for a program that compiles longer than it runs
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample], list[str]]
 
 
@@ -147,15 +146,3 @@ def measured_flops(size: int = 1536, tries: int = 3) -> float:
         product(x, x).block_until_ready()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
-
-
-def enable_compilation_cache(cache_dir: str) -> None:
-    """Keep all compiled programs on disk: a second start is quick. JAX's own environment variables override it."""
-    settings = {
-        "jax_compilation_cache_dir": str(Path(cache_dir).absolute() / "jax"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        if name.upper() not in os.environ:
-            jax.config.update(name, value)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
 from jaxlm.errors import UserError
 from jaxlm.train.metrics import Display, MetricsLog, plot_loss, read_metrics
@@ -116,7 +116,7 @@ class _Run:
         if engine.process_index == 0:
             write_run(cfg, corpus)
         self.display = Display(cfg.train.steps, self.progress.step)
-        self.log = MetricsLog(self.dir, cfg.log, config.to_dict(cfg), self.progress.step)
+        self.log = MetricsLog(self.dir, cfg.log, config_file.to_dict(cfg), self.progress.step)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
         self.clock, self.idle = time.monotonic(), 0.0
 

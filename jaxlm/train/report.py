@@ -7,7 +7,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config
+from jaxlm import config, config_file
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}
@@ -39,7 +39,7 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
             f"<h1>{html.escape(run_dir.name)}</h1><table>{cells}</table>",
             f'<h2>Loss</h2><img alt="loss against step" src="{_inline(run_dir / "plots" / "loss.png")}">',
             f"<h2>Sample</h2><pre>{html.escape(sample)}</pre>",
-            f"<h2>Config</h2><pre>{html.escape(config.to_toml(cfg))}</pre>",
+            f"<h2>Config</h2><pre>{html.escape(config_file.to_toml(cfg))}</pre>",
         ]
     )
     path = run_dir / "report.html"

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.data.pipeline import Corpus, prepare
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError
@@ -34,7 +34,7 @@ def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     check_fits(corpus.tokenizer, vocab_size)
     if exists:
-        _compare(run_dir, config.load(run_dir / "config.toml"), cfg)
+        _compare(run_dir, config_file.load(run_dir / "config.toml"), cfg)
     return cfg, corpus
 
 
@@ -51,7 +51,7 @@ def write_run(cfg: config.Config, corpus: Corpus) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         corpus.tokenizer.save(run_dir / "tokenizer.json")
         temporary = run_dir / ".config.toml"
-        temporary.write_text(config.to_toml(cfg), encoding="utf-8")
+        temporary.write_text(config_file.to_toml(cfg), encoding="utf-8")
         temporary.replace(run_dir / "config.toml")
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written: {error.strerror}") from None
@@ -73,7 +73,7 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
 def _explicit(cfg: config.Config) -> dict[str, Any]:
     """The config as dicts, with `layer_loop`, by which a checkpoint's tree is shaped, resolved."""
     loop = "scan" if cfg.model.scanned else "unroll"
-    return config.to_dict(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layer_loop=loop)))
+    return config_file.to_dict(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layer_loop=loop)))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import pytest
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.canonical import from_canonical, leaves
 from jaxlm.data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def torch_folder(tmp_path: Path, make_model: Callable[..., config.Model], make_p
     """A torch_ref folder of a small model."""
     settings = config.Config(model=make_model())
     tensors = native.to_torch(make_params(settings.model), settings.model)
-    files = {"config.toml": config.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
+    files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
     storage.write_folder(tmp_path / "torch", tensors, files, layout="torch")
     return tmp_path / "torch"
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.convert import convert
 from jaxlm.convert.load import load
@@ -32,7 +32,7 @@ def write_torch(tmp_path: Path, make_params: Callable[..., Any]) -> Callable[...
         numerics = config.Numerics(params="float64" if dtype == "float64" else "float32")
         settings = config.Config(model=cfg, numerics=numerics)
         params = make_params(cfg, dtype)
-        files = {"config.toml": config.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
+        files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
         storage.write_folder(tmp_path / "torch", native.to_torch(params, cfg), files, layout="torch")
         return tmp_path / "torch", params
 
@@ -96,7 +96,7 @@ def test_shards(torch_folder: Path, tmp_path: Path, same: Callable) -> None:
 
 def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Callable, same: Callable) -> None:
     cfg = make_model(layer_loop="scan")
-    (tmp_path / "config.toml").write_text(config.to_toml(config.Config(model=cfg)))
+    (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=cfg)))
     old, new = make_params(cfg), make_params(cfg)
     checkpoints = Checkpointer(tmp_path)
     checkpoints.save_params(3, old)
@@ -107,14 +107,14 @@ def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Calla
     assert load(tmp_path).tokenizer_path is None
     with pytest.raises(UserError, match=r"checkpoints: no step 4 \(there are: 3, 12\)"):
         load(tmp_path, step=4)
-    (tmp_path / "config.toml").write_text(config.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))
+    (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))
     with pytest.raises(UserError, match="the config asks for"):
         load(tmp_path)
 
 
 def test_a_run_trained_by_torch(tmp_path: Path, make_model: Callable, make_params: Callable, same: Callable) -> None:
     cfg = make_model()
-    (tmp_path / "config.toml").write_text(config.to_toml(config.Config(model=cfg)))
+    (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=cfg)))
     trees = {2: make_params(cfg), 10: make_params(cfg)}
     for step, params in trees.items():
         folder = tmp_path / "checkpoints" / str(step)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.recipes import pretrain
 from jaxlm.train.loop import Progress
 
@@ -66,7 +66,7 @@ class Runs:
 
     def config(self, out: Path, *overrides: str) -> config.Config:
         """The config of a run in `out`."""
-        return config.load(self.toml, [f'out_dir="{out}"', *overrides])
+        return config_file.load(self.toml, [f'out_dir="{out}"', *overrides])
 
     def train(self, out: Path, *overrides: str, resume: bool = False) -> Progress:
         """Train in this process."""

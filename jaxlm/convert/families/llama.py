@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import config
+from jaxlm import config, config_file
 from jaxlm.convert.rows import Row, flat, matrix, pairs_to_halves
 from jaxlm.errors import UserError
 
@@ -158,7 +158,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> config.
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         "biases": ["qkv", "attention_out"] * bool(hf.get("attention_bias")) + ["mlp"] * bool(hf.get("mlp_bias")),
     }
-    return config.from_dict({"model": model}, where).model
+    return config_file.from_dict({"model": model}, where).model
 
 
 _SIZES = {
