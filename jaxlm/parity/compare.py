@@ -1,8 +1,7 @@
 """Two traces to findings: every tensor with its error, its bound and whether it keeps it.
 
 float64 is judged first and strictly: different mathematics shows, rounding does not. float32 and bfloat16 are judged by
-ratio against the float64 trace of jaxlm: neither framework may be more than twice as wrong as the other, but for what
-chance does to a few elements.
+ratio against the float64 trace of jaxlm: neither framework may be more than twice as wrong as the other.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxlm.parity.inputs import Inputs
-from jaxlm.parity.tolerances import FEW_ELEMENTS, FLOAT64, FLOORS, PARAMETER_ROUNDING, RATIO, ZERO_GRADIENT
+from jaxlm.parity.tolerances import FLOAT64, FLOORS, PARAMETER_ROUNDING, RATIO, ZERO_GRADIENT
 from jaxlm.parity.trace import Arrays, Side, Trace
 
 Array = Shaped[np.ndarray, "..."]
@@ -132,11 +131,6 @@ def zero_gradients(trace: Trace) -> set[str]:
     return {name for name, gradient in gradients.items() if _norm([gradient]) <= limit}
 
 
-def ratio(elements: int) -> float:
-    """How much larger than the other one error of a gradient of so many elements may be."""
-    return max(RATIO.allowed, math.exp(FEW_ELEMENTS.allowed / math.sqrt(max(elements - 1, 1))))
-
-
 def relative(a: Array, b: Array, scale: float = 0.0) -> float:
     """Norm of the difference relative to that of `b`, or to `scale` when it is given."""
     a, b = _wide(a), _wide(b)
@@ -168,8 +162,7 @@ def _by_ratio(
     errors = relative(mine, exact, scale), relative(other, exact, scale)
     low, high = sorted(errors) if not any(map(math.isnan, errors)) else (math.nan, math.nan)
     worse = mine if errors[0] >= errors[1] else other
-    allowed = ratio(exact.size) if level == "gradients" else RATIO.allowed
-    bound = allowed * max(low, floor)
+    bound = RATIO.allowed * max(low, floor)
     return Finding(dtype, level, name, high, bound, cosine(worse, exact) if angle else None, errors)
 
 
