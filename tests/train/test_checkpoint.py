@@ -153,7 +153,8 @@ def test_a_write_that_fails_stops_with_one_line(runs, tmp_path, monkeypatch):
 def test_a_full_disk_stops_with_one_line(runs, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True)
+    room = "size=1500k"  # for three checkpoints or so: Orbax writes about fifty files each, how many depends on timing
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", str(disk)], capture_output=True)
     if mount.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
@@ -161,7 +162,7 @@ def test_a_full_disk_stops_with_one_line(runs, tmp_path):
             disk / "run", "checkpoint.keep=100", "checkpoint.every=1", "train.steps=400", "eval.every=0"
         )
         before = sorted(int(path.name) for path in (disk / "run" / "checkpoints").glob("*[0-9]"))
-        assert before
+        assert before, line
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert_survives(runs, disk / "run", line)
     finally:
