@@ -9,7 +9,6 @@ import dataclasses
 from typing import Literal
 
 from pydantic import (
-    ConfigDict,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -17,120 +16,16 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from jaxlm.errors import did_you_mean
-
-_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+from jaxlm.architecture import STRICT, require
+from jaxlm.architecture import Mamba as Mamba
+from jaxlm.architecture import Model as Model
+from jaxlm.architecture import MoE as MoE
+from jaxlm.architecture import RopeScaling as RopeScaling
 
 Backend = Literal["jax", "torch"]
-MIXERS = ("attention",)
-FFNS = ("mlp",)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class Model:
-    """The architecture. A block is a token mixer and a channel mixer; the model repeats `pattern`."""
-
-    pattern: tuple[str, ...] = ("attention+mlp",)
-    """Blocks of one repeat, each `MIXER+FFN`; `n_layers` is a multiple of its length."""
-    vocab_size: NonNegativeInt = 0
-    """Number of token ids V; 0 takes the tokenizer's."""
-    d_model: PositiveInt = 256
-    """Width D of the residual stream."""
-    n_layers: PositiveInt = 4
-    """Number of blocks L."""
-    n_heads: PositiveInt = 4
-    """Query heads N."""
-    n_kv_heads: NonNegativeInt = 0
-    """Key and value heads K, a divisor of `n_heads`: N is MHA, 1 is MQA; 0 takes `n_heads`."""
-    head_dim: NonNegativeInt = 0
-    """Width H of one head; 0 takes `d_model / n_heads`."""
-    d_ff: NonNegativeInt = 0
-    """Width F of the feed-forward; 0 takes 8/3 D rounded up to 64 for SwiGLU and 4 D otherwise."""
-    max_seq_len: NonNegativeInt = 0
-    """Longest context, in tokens; 0 takes `data.seq_len`. The table size of learned positions."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "silu"] = "swiglu"
-    """Feed-forward: gated SwiGLU with three matrices, or two matrices around one function (`gelu` is the erf form)."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation of the residual stream."""
-    norm_eps: PositiveFloat = 1e-5
-    """Added to the variance (mean square) before the root."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """`pre`: x + f(norm(x)). `post`: norm(x + f(x)), as in Vaswani et al. 2017."""
-    final_norm: bool = True
-    """Normalise once more before the head."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys over each head before the rotation."""
-    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
-    """How a token knows its place: rotated queries and keys, a learned table, fixed sines, or not at all."""
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary frequencies."""
-    rope_layout: Literal["half", "interleaved"] = "half"
-    """Rotary pairs: (i, i + H/2) as in Hugging Face's Llama, or (2i, 2i + 1) as in the paper and in Meta's Llama."""
-    biases: tuple[Literal["qkv", "attention_out", "mlp", "head"], ...] = ()
-    """Which linear maps have a bias."""
-    tie_embeddings: bool = True
-    """Use the embedding as the output matrix."""
-    dropout: NonNegativeFloat = 0.0
-    """Rate after the embedding and after each mixer and feed-forward, while training."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of kernels and embeddings; the two output projections of a block get std / sqrt(2 L)."""
-    attention_impl: Literal["auto", "xla", "blockwise", "cudnn"] = "auto"
-    """Attention kernel; `auto` picks for the hardware. All compute the same function."""
-    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """`scan` compiles one repeat at any depth, `unroll` runs faster; `auto` unrolls 8 layers at most, without remat."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or the whole block.
-
-    XLA on a CPU undoes it where layers are unrolled.
-    """
-
-    def __post_init__(self) -> None:
-        fill = {
-            "n_kv_heads": self.n_heads,
-            "head_dim": self.d_model // self.n_heads,
-            "d_ff": 64 * -(-8 * self.d_model // 192) if self.activation == "swiglu" else 4 * self.d_model,
-        }
-        if not self.head_dim:
-            _require(
-                self.d_model % self.n_heads == 0,
-                f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
-            )
-        for name, value in fill.items():
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
-        _require(
-            self.n_heads % self.n_kv_heads == 0,
-            f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
-        )
-        _require(
-            self.head_dim % 2 == 0 or self.positions != "rope",
-            f"model.head_dim = {self.head_dim} is odd, rotary positions need pairs",
-        )
-        _require(self.dropout < 1, f"model.dropout = {self.dropout} must be below 1")
-        _require(
-            not (self.tie_embeddings and "head" in self.biases),
-            "model.biases has 'head', which a tied head does not have",
-        )
-        _require(len(self.pattern) > 0, "model.pattern is empty")
-        for block in self.pattern:
-            parse_block(block)
-        _require(
-            self.n_layers % len(self.pattern) == 0,
-            f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.pattern)} blocks of model.pattern",
-        )
-
-    @property
-    def repeats(self) -> int:
-        """How often the pattern is repeated, R."""
-        return self.n_layers // len(self.pattern)
-
-    @property
-    def scanned(self) -> bool:
-        """Whether the layers are one scan over stacked parameters."""
-        return self.layer_loop == "scan" or (self.layer_loop == "auto" and (self.n_layers > 8 or self.remat != "none"))
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Tokenizer:
     """Text to token ids."""
 
@@ -146,7 +41,7 @@ class Tokenizer:
     """How much of the training text the BPE trainer reads, spread evenly over the corpus."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Data:
     """The corpus and the rows made of it."""
 
@@ -172,13 +67,13 @@ class Data:
     """Batches prepared ahead of the step."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction = {self.validation_fraction} must lie in [0, 1)",
         )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Train:
     """The training loop and the optimiser."""
 
@@ -218,7 +113,7 @@ class Train:
     """Stop after this many non-finite updates in a row, keeping the last good state."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Eval:
     """Validation while training."""
 
@@ -230,7 +125,7 @@ class Eval:
     """Stop when the loss has not improved for this many validations; 0: never."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sample:
     """Texts generated while training, kept in `samples/`."""
 
@@ -244,7 +139,7 @@ class Sample:
     """0 is greedy."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Checkpoint:
     """Saving and resuming."""
 
@@ -254,7 +149,7 @@ class Checkpoint:
     """How many of the newest to keep; the best by validation loss is kept besides."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Log:
     """Progress and metrics."""
 
@@ -266,7 +161,7 @@ class Log:
     """Weights & Biases project to report to (extra `wandb`)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Numerics:
     """Dtypes and matrix-product precision, the same in both frameworks."""
 
@@ -278,7 +173,7 @@ class Numerics:
     """Matrix-product precision on hardware that has several; parity always uses `highest`."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Mesh:
     """Devices along each of the five axes; one of them may be -1: all that are left."""
 
@@ -296,11 +191,11 @@ class Mesh:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            _require(size >= 1 or size == -1, f"mesh.{name} = {size} must be positive or -1")
-        _require(list(sizes.values()).count(-1) <= 1, f"more than one axis of [mesh] is -1: {sizes}")
+            require(size >= 1 or size == -1, f"mesh.{name} = {size} must be positive or -1")
+        require(list(sizes.values()).count(-1) <= 1, f"more than one axis of [mesh] is -1: {sizes}")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Torch:
     """Options of `--backend torch`."""
 
@@ -312,7 +207,7 @@ class Torch:
     """Compile the step with `torch.compile`."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """A whole run."""
 
@@ -335,28 +230,15 @@ class Config:
     torch: Torch = dataclasses.field(default_factory=Torch)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.train.batch_size % self.train.microbatches == 0,
             f"train.microbatches = {self.train.microbatches} does not divide "
             f"train.batch_size = {self.train.batch_size}",
         )
         if not self.model.max_seq_len:
             object.__setattr__(self, "model", dataclasses.replace(self.model, max_seq_len=self.data.seq_len))
-        _require(
+        require(
             self.model.positions != "learned" or self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len = {self.data.seq_len} exceeds the {self.model.max_seq_len} learned positions "
             "of model.max_seq_len",
         )
-
-
-def parse_block(block: str) -> tuple[str, str]:
-    """Split `"attention+mlp"` into its token mixer and channel mixer."""
-    mixer, _, ffn = block.partition("+")
-    _require(mixer in MIXERS, f"model.pattern: unknown mixer {mixer!r} in {block!r}", did_you_mean(mixer, MIXERS))
-    _require(ffn in FFNS, f"model.pattern: unknown feed-forward {ffn!r} in {block!r}", did_you_mean(ffn, FFNS))
-    return mixer, ffn
-
-
-def _require(condition: bool, message: str, hint: str = "") -> None:
-    if not condition:
-        raise ValueError(message if not hint else f"{message} ({hint})")

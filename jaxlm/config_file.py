@@ -78,7 +78,7 @@ def to_toml(config: Config) -> str:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)?", dotted):
+    if not equals or not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", dotted):
         raise UserError(f"override {override!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
@@ -99,8 +99,11 @@ def _refuse_unknown(tree: Mapping[str, Any], cls: type, where: str, prefix: str)
             raise UserError(f"{where}: unknown key {prefix + key!r}", did_you_mean(key, hints))
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise UserError(f"{where}: {key!r} is a section, not a value", f"write [{key}] and its keys below")
-            _refuse_unknown(value, typing.cast(type, hints[key]), where, f"{key}.")
+                section = prefix + key
+                raise UserError(
+                    f"{where}: {section!r} is a section, not a value", f"write [{section}] and its keys below"
+                )
+            _refuse_unknown(value, typing.cast(type, hints[key]), where, f"{prefix}{key}.")
 
 
 def _lists(value: Any) -> Any:

@@ -35,6 +35,9 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
+    "inner": "tensor",
+    "state": None,
 }
 
 Axes = tuple[str | None, ...]

@@ -19,82 +19,9 @@ import torch
 from jaxlm import config
 from jaxlm.models import decoder as jax_decoder
 from parity_tests import pairs
+from parity_tests.options import MIXTURES, OPTIONS
 from parity_tests.tolerances import COSINE64, COSINES, FLOAT64, FLOORS, RATIO
 from torch_ref.models import decoder as torch_decoder
-
-# Every option alone; `loss` are options of the loss.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "one layer": {"n_layers": 1},
-    "unroll": {"layer_loop": "unroll"},
-    "pattern of two": {"pattern": ("attention+mlp", "attention+mlp"), "n_layers": 4},
-    "pattern of two, unroll": {"pattern": ("attention+mlp", "attention+mlp"), "n_layers": 2, "layer_loop": "unroll"},
-    "layernorm": {"norm": "layernorm"},
-    "eps": {"norm_eps": 1e-6},
-    "post": {"norm_position": "post"},
-    "no final norm": {"final_norm": False},
-    "rope interleaved": {"rope_layout": "interleaved"},
-    "rope theta": {"rope_theta": 5e5},
-    "learned": {"positions": "learned"},
-    "sinusoidal": {"positions": "sinusoidal"},
-    "no positions": {"positions": "none"},
-    "MHA": {"n_kv_heads": 4},
-    "MQA": {"n_kv_heads": 1},
-    "head dim": {"head_dim": 10},
-    "odd sizes": {"d_model": 33, "head_dim": 7, "d_ff": 41, "positions": "sinusoidal", "n_heads": 3, "n_kv_heads": 3},
-    "bias qkv": {"biases": ("qkv",)},
-    "bias qkv, no positions": {"biases": ("qkv",), "positions": "none"},
-    "bias out": {"biases": ("attention_out",)},
-    "bias mlp": {"biases": ("mlp",)},
-    "bias head": {"biases": ("head",), "tie_embeddings": False},
-    "qk norm": {"qk_norm": True},
-    "gelu": {"activation": "gelu"},
-    "gelu tanh": {"activation": "gelu_tanh"},
-    "relu": {"activation": "relu"},
-    "silu": {"activation": "silu"},
-    "untied": {"tie_embeddings": False},
-    "remat full": {"remat": "full"},
-    "remat dots": {"remat": "dots", "layer_loop": "unroll"},
-    "attention auto": {"attention_impl": "auto"},
-    "attention auto, unroll": {"attention_impl": "auto", "layer_loop": "unroll"},
-    "attention blockwise": {"attention_impl": "blockwise"},
-    "z-loss": {"loss": {"z_loss": 1e-2}},
-    "label smoothing": {"loss": {"label_smoothing": 0.1}},
-}
-MIXTURES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_impl": "auto", "norm_eps": 1e-6, "tie_embeddings": False, "rope_theta": 5e5},
-    "gpt2": {
-        "attention_impl": "auto",
-        "norm": "layernorm",
-        "positions": "learned",
-        "activation": "gelu_tanh",
-        "biases": ("qkv", "attention_out", "mlp"),
-        "n_kv_heads": 4,
-        "layer_loop": "unroll",
-    },
-    "2017": {
-        "attention_impl": "auto",
-        "norm": "layernorm",
-        "norm_position": "post",
-        "positions": "sinusoidal",
-        "activation": "relu",
-        "final_norm": False,
-        "head_dim": 9,
-        "loss": {"label_smoothing": 0.1},
-    },
-    "all else": {
-        "attention_impl": "auto",
-        "qk_norm": True,
-        "rope_layout": "interleaved",
-        "n_kv_heads": 1,
-        "biases": ("qkv", "attention_out", "mlp", "head"),
-        "tie_embeddings": False,
-        "remat": "full",
-        "pattern": ("attention+mlp", "attention+mlp"),
-        "n_layers": 2,
-        "loss": {"z_loss": 1e-2, "label_smoothing": 0.1},
-    },
-}
 
 
 def split(options: dict[str, Any]) -> tuple[config.Model, dict[str, float]]:
@@ -132,10 +59,34 @@ def test_float64(name: str, rng: np.random.Generator) -> None:
 
 
 def test_every_option_is_tried() -> None:
-    """A new field of `Model` stands in OPTIONS, or here with the reason why it cannot change these numbers."""
+    """A new field of `Model` or of a section of it differs in one of OPTIONS, or stands here with the reason why not."""
+    untried = set(fields_of(config.Model())) - {
+        name
+        for options in OPTIONS.values()
+        for model in halves_of(split(options)[0])
+        for name, value in fields_of(model).items()
+        if value != fields_of(pairs.model())[name]
+    }
     sizes, training = {"vocab_size", "max_seq_len"}, {"dropout", "init_std"}
-    tried = {key for options in OPTIONS.values() for key in options}
-    assert {field.name for field in dataclasses.fields(config.Model)} - tried == sizes | training
+    assert untried == sizes | training
+
+
+def halves_of(cfg: config.Model) -> Iterator[config.Model]:
+    """The model, and what each half of its blocks sees."""
+    yield cfg
+    for kind in cfg.pattern:
+        halves = cfg.halves(kind)
+        yield from (halves.mixer, halves.ffn)
+
+
+def fields_of(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Every option by its dotted name."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        name = prefix + field.name
+        found |= fields_of(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return found
 
 
 @pytest.mark.parametrize("name", MIXTURES)

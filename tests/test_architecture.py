@@ -19,21 +19,22 @@ ROOT = Path(__file__).parents[1]
 # A part of jaxlm imports itself and parts of lower rank.
 RANKS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["config"], 1),
-    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation"], 2),
-    **dict.fromkeys(["ops"], 3),
-    **dict.fromkeys(["models", "objectives", "data"], 4),
-    **dict.fromkeys(["train"], 5),
-    **dict.fromkeys(["convert"], 6),  # opens and writes the checkpoints of train
-    **dict.fromkeys(["infer"], 7),  # opens whatever convert can open
-    **dict.fromkeys(["recipes", "eval"], 8),
-    **dict.fromkeys(["parity"], 9),  # steps the objective of a recipe
-    **dict.fromkeys(["cli"], 10),
-    **dict.fromkeys(["__main__"], 11),
+    **dict.fromkeys(["architecture"], 1),
+    **dict.fromkeys(["config"], 2),
+    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation"], 3),
+    **dict.fromkeys(["ops"], 4),
+    **dict.fromkeys(["models", "objectives", "data"], 5),
+    **dict.fromkeys(["train"], 6),
+    **dict.fromkeys(["convert"], 7),  # opens and writes the checkpoints of train
+    **dict.fromkeys(["infer"], 8),  # opens whatever convert can open
+    **dict.fromkeys(["recipes", "eval"], 9),
+    **dict.fromkeys(["parity"], 10),  # steps the objective of a recipe
+    **dict.fromkeys(["cli"], 11),
+    **dict.fromkeys(["__main__"], 12),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
-NEUTRAL = {"config", "config_file", "errors", "data"}  # the parts of jaxlm that both frameworks share
+NEUTRAL = {"architecture", "config", "config_file", "errors", "data"}  # the parts of jaxlm that both frameworks share
 NEUTRAL_MODULES = {"jaxlm.train.schedule", "jaxlm.train.metrics"}  # and single modules of other parts
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400

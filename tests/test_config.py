@@ -1,6 +1,7 @@
 """The config tree: what a file and overrides give, and what is refused with one line."""
 
 import dataclasses
+import inspect
 import tomllib
 from pathlib import Path
 
@@ -54,13 +55,15 @@ def test_there_are_configs():
         ("model.norm=batchnorm", "model.norm = 'batchnorm': input should be 'rmsnorm' or 'layernorm'"),
         ("model=3", "'model' is a section, not a value (write [model] and its keys below)"),
         ("steps", "override 'steps' is not of the form section.key=value"),
-        ("a.b.c=1", "override 'a.b.c=1' is not of the form section.key=value"),
+        ("a..c=1", "override 'a..c=1' is not of the form section.key=value"),
+        ("model.moe.n_expert=4", "unknown key 'model.moe.n_expert' (did you mean 'n_experts'?)"),
+        ("model.moe=3", "'model.moe' is a section, not a value (write [model.moe] and its keys below)"),
         ("seed.x=1", "override 'seed.x=1': 'seed' is not a section"),
         ("train.learning_rate=-1", "train.learning_rate = -1: input should be greater than 0"),
         ("train.microbatches=3", "train.microbatches = 3 does not divide train.batch_size = 32"),
         ("model.n_heads=3", "model.n_heads = 3 does not divide model.d_model = 256"),
         ("model.n_kv_heads=3", "model.n_kv_heads = 3 does not divide model.n_heads = 4"),
-        ("model.head_dim=7", "model.head_dim = 7 is odd, rotary positions need pairs"),
+        ("model.head_dim=7", "model.head_dim = 7: rotary positions need pairs, 7 elements are odd"),
         ("model.dropout=1.0", "model.dropout = 1.0 must be below 1"),
         ("model.biases=['head']", "model.biases has 'head', which a tied head does not have"),
         ("model.pattern=[]", "model.pattern is empty"),
@@ -102,10 +105,56 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_it_is_frozen_and_every_option_is_explained():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.Config().seed = 1
-    source = Path(config.__file__).read_text().splitlines()
-    for section in [config.Config, *(field.default_factory for field in dataclasses.fields(config.Config))]:
-        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
-            if section is config.Config and dataclasses.is_dataclass(field.default_factory):
+    for section in sections(config.Config):
+        source = inspect.getsource(section).splitlines()
+        for field in dataclasses.fields(section):
+            if dataclasses.is_dataclass(field.default_factory):
                 continue
             at = next(i for i, line in enumerate(source) if line.startswith(f"    {field.name}: "))
             assert source[at + 1].startswith('    """'), f"{section.__name__}.{field.name} has no docstring"
+
+
+def sections(cls):
+    """A section and those inside it."""
+    inside = [field.default_factory for field in dataclasses.fields(cls)]
+    return [cls, *(one for part in inside if dataclasses.is_dataclass(part) for one in sections(part))]
+
+
+def test_a_block_has_options_of_its_own():
+    model = config.Model(
+        pattern=(
+            "attention(window=8, rope_theta=1e6)+mlp(activation=gelu)",
+            "mamba(d_state=4)",
+            "attention+moe(top_k=1)",
+        ),
+        n_layers=6,
+        d_ff=96,
+        moe=config.MoE(n_experts=4),
+    )
+    first, second, third = (model.halves(kind) for kind in model.pattern)
+    assert (first.mixer.window, first.mixer.rope_theta, first.ffn.activation) == (8, 1e6, "gelu")
+    assert (second.mixer.mamba.d_state, second.mixer.mamba.expand, second.ffn_name) == (4, 2, "")
+    assert (third.mixer.window, third.ffn.moe.top_k, third.ffn.moe.n_experts, third.ffn.d_ff) == (0, 1, 4, 96)
+    assert [rope.theta for rope in model.ropes] == [1e6, 1e4]
+    assert first.mixer.residual_std == model.init_std / 12**0.5
+    assert second.mixer.residual_std == model.init_std / 6**0.5
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("atention+mlp", "unknown mixer 'atention' in 'atention+mlp' (did you mean 'attention'?)"),
+        ("attention+mpl", "unknown feed-forward 'mpl' in 'attention+mpl' (did you mean 'mlp'?)"),
+        ("attention(windw=3)+mlp", "unknown option 'windw' in 'attention(windw=3)+mlp' (did you mean 'window'?)"),
+        ("attention(window=x)+mlp", "window"),
+        ("attention(window)+mlp", "'window' in 'attention(window)+mlp' is not of the form key=value"),
+        ("attention+", "'attention+' is not of the form"),
+        ("mamba(d_conv=0)", "d_conv"),
+        ("attention(head_dim=7)+mlp", "model.head_dim = 7"),
+    ],
+)
+def test_a_block_that_is_none_is_refused(block, message):
+    with pytest.raises(UserError) as refused:
+        config_file.from_dict({"model": {"pattern": [block]}})
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -1,6 +1,7 @@
 """jaxlm <-> torch_ref: the same names and one rule instead of a table.
 
-A kernel [in..., out...] is a weight [out, in], an embedding or a norm scale is a weight as it is, a bias is flat.
+A kernel [in..., out...] is a weight [out, in], an embedding or a norm scale is a weight as it is, a bias is flat; every
+other parameter has one name and one shape.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def rows(cfg: config.Model) -> list[Row]:
     found = []
     for name in leaves(cfg):
         module, _, kind = name.rpartition(".")
-        theirs, transforms = RULE[kind]
+        theirs, transforms = RULE.get(kind, (kind, ()))
         found.append(Row(name, f"{module}.{theirs}", *transforms))
     return found
 

@@ -30,19 +30,31 @@ class Transform(NamedTuple):
 def inputs(leaf: Leaf) -> int:
     """How many leading axes of a kernel [in..., out...] are its input.
 
-    The residual stream `embed` stands alone on one side of every kernel: the input if it comes first, else the output.
+    The residual stream `embed` stands alone on one side of every kernel that has it: the input if it comes first, else
+    the output. Kernels without it have one input axis.
     """
-    return 1 if leaf.axes[0] == "embed" else leaf.axes.index("embed")
+    return max(1, leaf.axes.index("embed")) if "embed" in leaf.axes else 1
+
+
+def _single(leaf: Leaf) -> Leaf:
+    """One of a stack of experts."""
+    return Leaf(leaf.shape[1:], leaf.axes[1:]) if leaf.axes[0] == "experts" else leaf
+
+
+def _stacked(leaf: Leaf) -> tuple[int, ...]:
+    return leaf.shape[:1] if leaf.axes[0] == "experts" else ()
 
 
 matrix = Transform(
-    lambda x, leaf: x.reshape(math.prod(leaf.shape[: inputs(leaf)]), -1).T,
-    lambda x, leaf: x.T.reshape(leaf.shape),
+    lambda x, leaf: x.reshape(*_stacked(leaf), math.prod(_single(leaf).shape[: inputs(_single(leaf))]), -1).swapaxes(
+        -1, -2
+    ),
+    lambda x, leaf: x.swapaxes(-1, -2).reshape(leaf.shape),
 )
-"""Kernel [in..., out...] to weight [out, in], all inputs and all outputs flattened."""
+"""Kernel [in..., out...] to weight [out, in], all inputs and all outputs flattened; of a stack of experts each one."""
 
-flat = Transform(lambda x, leaf: x.reshape(-1), lambda x, leaf: x.reshape(leaf.shape))
-"""Bias [out...] to [out]."""
+flat = Transform(lambda x, leaf: x.reshape(*_stacked(leaf), -1), lambda x, leaf: x.reshape(leaf.shape))
+"""Bias [out...] to [out]; of a stack of experts each one."""
 
 pairs_to_halves = Transform(
     lambda x, leaf: x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape),

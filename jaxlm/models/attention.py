@@ -52,13 +52,18 @@ class Attention(nn.Module):
         o_proj = Linear(
             (cfg.d_model,),
             ("heads", "head_dim", "embed"),
-            std=cfg.init_std / (2 * cfg.n_layers) ** 0.5,
+            std=cfg.residual_std,
             policy=self.policy,
             n_in=2,
             use_bias="attention_out" in cfg.biases,
             name="o_proj",
         )
         return o_proj(mixed), cache
+
+    @staticmethod
+    def empty_cache(cfg: config.Model, policy: Policy, batch: int, slots: int) -> KVCache:
+        """A cache that has seen nothing."""
+        return KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, policy.compute)
 
     def _project(self, name: str, heads: int, axis: str) -> Linear:
         cfg = self.config

@@ -12,13 +12,15 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxlm import config
-from jaxlm.config import parse_block
 from jaxlm.mesh import constrain
 from jaxlm.models.attention import Attention
 from jaxlm.models.ffn import MLP
 from jaxlm.models.layers import Norm
 from jaxlm.numerics import Policy
 from jaxlm.ops.attention import Places
+
+Tables = tuple[tuple[Array, Array], ...]
+"""Sine and cosine of every rotation of the model, in the order of `config.Model.ropes`."""
 
 MIXERS = {"attention": Attention}
 FFNS = {"mlp": MLP}
@@ -34,24 +36,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "b t d"], places: Places, rope: tuple[Array, Array] | None, cache: Any
+        self, x_BTD: Float[Array, "b t d"], places: Places, ropes: Tables, cache: Any
     ) -> tuple[Float[Array, "b t d"], Any]:
-        cfg = self.config
-        mixer_name, ffn_name = parse_block(self.kind)
-        mixer = MIXERS[mixer_name](cfg, self.policy, name="mixer")
-        ffn = FFNS[ffn_name](cfg, self.policy, name="ffn")
-        mixer_norm = Norm(cfg.norm, cfg.norm_eps, self.policy, name="mixer_norm")
-        ffn_norm = Norm(cfg.norm, cfg.norm_eps, self.policy, name="ffn_norm")
+        cfg, halves = self.config, self.config.halves(self.kind)
+        rope = halves.mixer.rope
+        table = ropes[cfg.ropes.index(rope)] if halves.mixer_name == "attention" and rope else None
+        mixer = MIXERS[halves.mixer_name](halves.mixer, self.policy, name="mixer")
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))
 
-        if cfg.norm_position == "pre":
-            mixed, cache = mixer(mixer_norm(x_BTD), places, rope, cache)
-            x_BTD = x_BTD + dropout(mixed)
-            x_BTD = x_BTD + dropout(ffn(ffn_norm(x_BTD)))
-        else:
-            mixed, cache = mixer(x_BTD, places, rope, cache)
-            x_BTD = mixer_norm(x_BTD + dropout(mixed))
-            x_BTD = ffn_norm(x_BTD + dropout(ffn(x_BTD)))
+        norm = Norm(cfg.norm, cfg.norm_eps, self.policy, name="mixer_norm")
+        pre = cfg.norm_position == "pre"
+        mixed, cache = mixer(norm(x_BTD) if pre else x_BTD, places, table, cache)
+        x_BTD = x_BTD + dropout(mixed) if pre else norm(x_BTD + dropout(mixed))
+        if halves.ffn_name:
+            ffn = FFNS[halves.ffn_name](halves.ffn, self.policy, name="ffn")
+            norm = Norm(cfg.norm, cfg.norm_eps, self.policy, name="ffn_norm")
+            x_BTD = x_BTD + dropout(ffn(norm(x_BTD), places)) if pre else norm(x_BTD + dropout(ffn(x_BTD, places)))
         return constrain(x_BTD, "batch", "seq", "features"), cache
 
 
@@ -63,14 +63,20 @@ class Repeat(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "b t d"], places: Places, rope: tuple[Array, Array] | None, caches: Any
+        self, x_BTD: Float[Array, "b t d"], places: Places, ropes: Tables, caches: Any
     ) -> tuple[Float[Array, "b t d"], Any]:
         block_class, after = rematerialised(self.config), []
         for slot, kind in enumerate(self.config.pattern):
             block = block_class(kind, self.config, self.policy, name=f"slot_{slot}")
-            x_BTD, cache = block(x_BTD, places, rope, None if caches is None else caches[slot])
+            x_BTD, cache = block(x_BTD, places, ropes, None if caches is None else caches[slot])
             after.append(cache)
         return x_BTD, None if caches is None else tuple(after)
+
+
+def empty_cache(kind: str, cfg: config.Model, policy: Policy, batch: int, slots: int) -> Any:
+    """What a block remembers before the first token of `batch` rows of up to `slots` tokens."""
+    halves = cfg.halves(kind)
+    return MIXERS[halves.mixer_name].empty_cache(halves.mixer, policy, batch, slots)
 
 
 def rematerialised(cfg: config.Model) -> type[Block]:

@@ -22,8 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm import config
 from jaxlm.mesh import Axes, constrain
-from jaxlm.models.block import Repeat, rematerialised
-from jaxlm.models.cache import KVCache
+from jaxlm.models.block import Repeat, Tables, empty_cache, rematerialised
 from jaxlm.models.layers import Embed, Head, Norm
 from jaxlm.numerics import Policy, wide
 from jaxlm.ops.attention import Places
@@ -92,13 +91,13 @@ class Decoder(nn.Module):
         cfg = self.config
         places = Places(positions_BT, segments_BT)
         with jax.default_matmul_precision(self.policy.matmul):
-            x_BTD, rope = self._embedded(tokens_BT, positions_BT)
+            x_BTD, ropes = self._embedded(tokens_BT, positions_BT)
             if cfg.scanned:
-                x_BTD, cache = self.layers(x_BTD, places, rope, cache)
+                x_BTD, cache = self.layers(x_BTD, places, ropes, cache)
             else:
                 after = []
                 for i, layer in enumerate(self.layers):
-                    x_BTD, layer_cache = layer(x_BTD, places, rope, None if cache is None else cache[i])
+                    x_BTD, layer_cache = layer(x_BTD, places, ropes, None if cache is None else cache[i])
                     after.append(layer_cache)
                 cache = None if cache is None else tuple(after)
             return self.final_norm(x_BTD) if cfg.final_norm else x_BTD, cache
@@ -116,18 +115,17 @@ class Decoder(nn.Module):
             return self.embed.embedding.T.astype(self.policy.compute), None
         return self.head.kernel.astype(self.policy.compute), self.head.bias
 
-    def _embedded(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, tuple[Array, Array] | None]:
-        cfg = self.config
-        x_BTD, rope = self.embed(tokens_BT), None
+    def _embedded(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Tables]:
+        cfg, compute = self.config, self.policy.compute
+        x_BTD = self.embed(tokens_BT)
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":
             table_SD = jnp.asarray(sinusoidal_table(cfg.max_seq_len, cfg.d_model), x_BTD.dtype)
             x_BTD = x_BTD * cfg.d_model**0.5 + table_SD[positions_BT]  # the scale of Vaswani et al. 2017, section 3.4
-        elif cfg.positions == "rope":
-            rope = rope_table(positions_BT, rope_frequencies(cfg.head_dim, cfg.rope_theta), self.policy.compute)
+        ropes = tuple(rope_table(positions_BT, rope_frequencies(rope.dim, rope.theta), compute) for rope in cfg.ropes)
         x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng("dropout"))
-        return constrain(x_BTD, "batch", "seq", "features"), rope
+        return constrain(x_BTD, "batch", "seq", "features"), ropes
 
 
 def abstract_params(decoder: Decoder) -> tuple[Params, Params]:
@@ -155,11 +153,10 @@ def init_params(decoder: Decoder, key: jax.Array) -> Params:
 def init_cache(decoder: Decoder, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` rows of up to `slots` tokens, shaped as the decoder's layers are."""
     cfg = decoder.config
-    layer = KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, decoder.policy.compute)
+    pattern = tuple(empty_cache(kind, cfg, decoder.policy, batch, slots) for kind in cfg.pattern)
     if not cfg.scanned:
-        return (layer,) * cfg.n_layers
-    stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cfg.repeats, *leaf.shape)), layer)
-    return (stacked,) * len(cfg.pattern)
+        return pattern * cfg.repeats
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cfg.repeats, *leaf.shape)), pattern)
 
 
 def unstack_layers(params: Params, cfg: config.Model) -> Params:

@@ -13,6 +13,7 @@ from jaxlm.mesh import constrain
 from jaxlm.models.layers import Linear
 from jaxlm.numerics import Policy
 from jaxlm.ops import ffn
+from jaxlm.ops.attention import Places
 
 
 class MLP(nn.Module):
@@ -22,7 +23,7 @@ class MLP(nn.Module):
     policy: Policy
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x_BTD: Float[Array, "b t d"], places: Places | None = None) -> Float[Array, "b t d"]:
         cfg = self.config
         up_BTF = self._expand("up_proj")(x_BTD)
         if cfg.activation == "swiglu":
@@ -33,7 +34,7 @@ class MLP(nn.Module):
         down_proj = Linear(
             (cfg.d_model,),
             ("mlp", "embed"),
-            std=cfg.init_std / (2 * cfg.n_layers) ** 0.5,
+            std=cfg.residual_std,
             policy=self.policy,
             use_bias="mlp" in cfg.biases,
             name="down_proj",

@@ -5,6 +5,7 @@ Shapes: B batch, T length, D width, N heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(
             (config.n_heads, config.head_dim),
             (config.d_model,),
-            std=config.init_std / (2 * config.n_layers) ** 0.5,
+            std=config.residual_std,
             policy=policy,
             use_bias="attention_out" in config.biases,
         )
@@ -60,6 +61,13 @@ class Attention(nn.Module):
             cache = cache.append(k_BTKH, v_BTKH, places)
             mixed = cached_attention(q_BTNH, cache.keys, cache.values, places, cache.places)
         return self.o_proj(mixed), cache
+
+    @staticmethod
+    def empty_cache(
+        cfg: config.Model, policy: Policy, batch: int, slots: int, device: torch.device | str = "cpu"
+    ) -> KVCache:
+        """A cache that has seen nothing."""
+        return KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, policy.compute, device)
 
     def _project(self, heads: int) -> Linear:
         cfg = self.config

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from jaxlm import config
-from jaxlm.config import parse_block
 from torch_ref.models.attention import Attention
 from torch_ref.models.ffn import MLP
 from torch_ref.models.layers import Norm
 from torch_ref.numerics import Policy
 from torch_ref.ops.attention import Places
+
+Tables = tuple[tuple[Tensor, Tensor], ...]
+"""Sine and cosine of every rotation of the model, in the order of `config.Model.ropes`."""
 
 MIXERS = {"attention": Attention}
 FFNS = {"mlp": MLP}
@@ -27,23 +30,33 @@ class Block(nn.Module):
 
     def __init__(self, kind: str, config: config.Model, policy: Policy) -> None:
         super().__init__()
-        mixer_name, ffn_name = parse_block(kind)
+        halves, rope = config.halves(kind), config.halves(kind).mixer.rope
         self.config = config
-        self.mixer = MIXERS[mixer_name](config, policy)
-        self.ffn = FFNS[ffn_name](config, policy)
+        self.table = config.ropes.index(rope) if halves.mixer_name == "attention" and rope else None
+        self.mixer = MIXERS[halves.mixer_name](halves.mixer, policy)
         self.mixer_norm = Norm(config.norm, config.norm_eps, policy, config.d_model)
-        self.ffn_norm = Norm(config.norm, config.norm_eps, policy, config.d_model)
+        self.ffn = FFNS[halves.ffn_name](halves.ffn, policy) if halves.ffn_name else None
+        if halves.ffn_name:
+            self.ffn_norm = Norm(config.norm, config.norm_eps, policy, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Float[Tensor, "b t d"], places: Places, rope: tuple[Tensor, Tensor] | None, cache: Any
+        self, x_BTD: Float[Tensor, "b t d"], places: Places, ropes: Tables, cache: Any
     ) -> tuple[Float[Tensor, "b t d"], Any]:
-        if self.config.norm_position == "pre":
-            mixed, cache = self.mixer(self.mixer_norm(x_BTD), places, rope, cache)
-            x_BTD = x_BTD + self.dropout(mixed)
-            x_BTD = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
-        else:
-            mixed, cache = self.mixer(x_BTD, places, rope, cache)
-            x_BTD = self.mixer_norm(x_BTD + self.dropout(mixed))
-            x_BTD = self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
+        pre, table = self.config.norm_position == "pre", None if self.table is None else ropes[self.table]
+        mixed, cache = self.mixer(self.mixer_norm(x_BTD) if pre else x_BTD, places, table, cache)
+        x_BTD = x_BTD + self.dropout(mixed) if pre else self.mixer_norm(x_BTD + self.dropout(mixed))
+        if self.ffn is not None:
+            if pre:
+                x_BTD = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), places))
+            else:
+                x_BTD = self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD, places)))
         return x_BTD, cache
+
+
+def empty_cache(
+    kind: str, cfg: config.Model, policy: Policy, batch: int, slots: int, device: torch.device | str = "cpu"
+) -> Any:
+    """What a block remembers before the first token of `batch` rows of up to `slots` tokens."""
+    halves = cfg.halves(kind)
+    return MIXERS[halves.mixer_name].empty_cache(halves.mixer, policy, batch, slots, device)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jaxlm import config
-from torch_ref.models.block import Block
-from torch_ref.models.cache import KVCache
-from torch_ref.models.layers import Embed, Head, Linear, Norm
+from torch_ref.models.block import Block, Tables, empty_cache
+from torch_ref.models.layers import Embed, Head, Norm
 from torch_ref.numerics import Policy, wide, wide_matmul
 from torch_ref.ops.attention import Places
 from torch_ref.ops.rope import rope_frequencies, rope_table, sinusoidal_table
@@ -33,7 +32,6 @@ class Decoder(nn.Module):
     """A decoder-only language model; everything about it is in the config."""
 
     sinusoids_SD: Tensor
-    frequencies_P: Tensor
 
     def __init__(self, config: config.Model, policy: Policy = Policy()) -> None:  # noqa: B008 (Policy is immutable)
         super().__init__()
@@ -44,11 +42,10 @@ class Decoder(nn.Module):
         elif config.positions == "sinusoidal":
             table = sinusoidal_table(config.max_seq_len, config.d_model)
             self.register_buffer("sinusoids_SD", torch.as_tensor(table, dtype=policy.compute), persistent=False)
-        elif config.positions == "rope":
-            frequencies = torch.as_tensor(
-                rope_frequencies(config.head_dim, config.rope_theta), dtype=wide(policy.compute)
-            )
-            self.register_buffer("frequencies_P", frequencies, persistent=False)
+        self.n_ropes = len(config.ropes)
+        for i, rope in enumerate(config.ropes):
+            frequencies = torch.as_tensor(rope_frequencies(rope.dim, rope.theta), dtype=wide(policy.compute))
+            self.register_buffer(f"frequencies_{i}", frequencies, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(kind, config, policy) for kind in config.pattern * config.repeats)
         if config.final_norm:
@@ -83,12 +80,12 @@ class Decoder(nn.Module):
         """What the head sees, after the final norm: training computes the loss from it block by block."""
         cfg = self.config
         places = Places(positions_BT, segments_BT)
-        x_BTD, rope = self._embedded(tokens_BT, positions_BT)
+        x_BTD, ropes = self._embedded(tokens_BT, positions_BT)
         # The recomputation of `dots` is that of `full`: PyTorch has no policy that is as cheap as XLA's.
         recompute = cfg.remat != "none" and torch.is_grad_enabled()
         after = []
         for i, layer in enumerate(self.layers):
-            inputs = (x_BTD, places, rope, None if cache is None else cache[i])
+            inputs = (x_BTD, places, ropes, None if cache is None else cache[i])
             x_BTD, layer_cache = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             after.append(layer_cache)
         cache = None if cache is None else tuple(after)
@@ -106,34 +103,33 @@ class Decoder(nn.Module):
             return self.embed.weight.T.to(self.policy.compute), None
         return self.head.weight.T.to(self.policy.compute), self.head.bias
 
-    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tables]:
         cfg = self.config
-        x_BTD, rope = self.embed(tokens_BT), None
+        x_BTD = self.embed(tokens_BT)
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":
             x_BTD = x_BTD * cfg.d_model**0.5 + self.sinusoids_SD[positions_BT]
-        elif cfg.positions == "rope":
-            rope = rope_table(positions_BT, self.frequencies_P, self.policy.compute)
-        return self.dropout(x_BTD), rope
+        ropes = tuple(
+            rope_table(positions_BT, getattr(self, f"frequencies_{i}"), self.policy.compute)
+            for i in range(self.n_ropes)
+        )
+        return self.dropout(x_BTD), ropes
 
 
 def init_params(decoder: Decoder, seed: int) -> Decoder:
     """Fill `decoder` with random parameters of jaxlm's distributions, the same values on any device. Returns it."""
     generator = torch.Generator().manual_seed(seed)
     for module in decoder.modules():
-        if isinstance(module, Linear | Embed | Head | Norm):
-            module.reset_parameters(generator)
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
     return decoder
 
 
 def init_cache(decoder: Decoder, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` rows of up to `slots` tokens, on the decoder's device."""
     cfg, device = decoder.config, decoder.embed.weight.device
-    return tuple(
-        KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, decoder.policy.compute, device)
-        for _ in range(cfg.n_layers)
-    )
+    return tuple(empty_cache(kind, cfg, decoder.policy, batch, slots, device) for kind in cfg.pattern * cfg.repeats)
 
 
 __all__ = ["Cache", "Decoder", "init_cache", "init_params"]

@@ -12,6 +12,7 @@ from jaxlm import config
 from torch_ref.models.layers import Linear
 from torch_ref.numerics import Policy
 from torch_ref.ops import ffn
+from torch_ref.ops.attention import Places
 
 
 class MLP(nn.Module):
@@ -26,12 +27,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(
             (config.d_ff,),
             (config.d_model,),
-            std=config.init_std / (2 * config.n_layers) ** 0.5,
+            std=config.residual_std,
             policy=policy,
             use_bias="mlp" in config.biases,
         )
 
-    def forward(self, x_BTD: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def forward(self, x_BTD: Float[Tensor, "b t d"], places: Places | None = None) -> Float[Tensor, "b t d"]:
         up_BTF = self.up_proj(x_BTD)
         if self.config.activation == "swiglu":
             hidden_BTF = ffn.swiglu(self.gate_proj(x_BTD), up_BTF)

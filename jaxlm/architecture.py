@@ -1,0 +1,383 @@
+"""What a model is: the section `[model]` and its parts. A block is a token mixer and a channel mixer.
+
+    pattern = ["attention(window=1024)+mlp", "mamba", "attention+moe(n_experts=16)"]
+
+A block is `MIXER` or `MIXER+FFN`; each half may set options of its own in parentheses, and has those of `[model]`
+otherwise. This module imports neither jax nor torch, so both backends share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import tomllib
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from jaxlm.errors import did_you_mean
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RopeScaling:
+    """How rotary frequencies are stretched, so that a model serves longer texts than it was trained on."""
+
+    kind: Literal["none", "linear", "ntk", "llama3", "yarn"] = "none"
+    """`linear`: positions / factor (Chen et al. 2023). `ntk`: a larger base. `llama3`: long waves only. `yarn`: by the
+    number of turns within the trained length, with an attention temperature (Peng et al. 2023)."""
+    factor: NonNegativeFloat = 0.0
+    """How many times longer; 0 takes `model.max_seq_len / original_max_seq_len`."""
+    original_max_seq_len: NonNegativeInt = 0
+    """The trained length, in tokens; `llama3`, `yarn` and a factor of 0 need it."""
+    low_freq_factor: PositiveFloat = 1.0
+    """`llama3`: waves longer than the trained length over this are stretched wholly."""
+    high_freq_factor: PositiveFloat = 4.0
+    """`llama3`: waves shorter than the trained length over this stay."""
+    beta_slow: PositiveFloat = 1.0
+    """`yarn`: frequencies with fewer turns than this within the trained length are stretched wholly."""
+    beta_fast: PositiveFloat = 32.0
+    """`yarn`: frequencies with more turns than this stay."""
+    attention_factor: NonNegativeFloat = 0.0
+    """`yarn`: sine and cosine are multiplied by this; 0 takes 0.1 ln(factor) + 1."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MoE:
+    """The mixture of experts, the feed-forward `moe`."""
+
+    n_experts: PositiveInt = 8
+    """Routed experts E."""
+    top_k: PositiveInt = 2
+    """Experts of one token; 1 with `renormalize = false` is the Switch layer."""
+    d_ff: NonNegativeInt = 0
+    """Width of one expert; 0 takes `model.d_ff`."""
+    n_shared: NonNegativeInt = 0
+    """Experts that every token passes, kept as one feed-forward of `n_shared` times the width."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores: over all experts, or each for itself."""
+    renormalize: bool = True
+    """Divide the scores of the chosen experts by their sum."""
+    route_scale: PositiveFloat = 1.0
+    """The routed output is multiplied by this."""
+    n_groups: PositiveInt = 1
+    """Groups of neighbouring experts; a token chooses among its `top_groups` best (DeepSeek-V3, section 2.1.2)."""
+    top_groups: PositiveInt = 1
+    """Groups that a token may choose from."""
+    noisy: bool = False
+    """While training, add learned noise to the logits (Shazeer et al. 2017, equation 4)."""
+    capacity_factor: NonNegativeFloat = 0.0
+    """Places of an expert, as a multiple of the mean load; what exceeds them is dropped and counted. 0: dropless."""
+    balance_loss: NonNegativeFloat = 0.0
+    """Weight of the Switch loss: E sum f_e P_e (Fedus et al. 2021, equation 4)."""
+    importance_loss: NonNegativeFloat = 0.0
+    """Weight of the squared coefficient of variation of the summed scores (Shazeer et al. 2017, equation 7)."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the mean squared log-partition of the router (Zoph et al. 2022, equation 5)."""
+    selection_bias: bool = False
+    """Choose experts by score + bias, a state that balances the load without a loss (Wang et al. 2024)."""
+    bias_update_rate: NonNegativeFloat = 1e-3
+    """How far a step moves the selection bias of an expert, up if its load was below the mean."""
+    impl: Literal["auto", "naive", "blocks", "ragged"] = "auto"
+    """How tokens reach their experts; `auto` picks for the hardware. All compute the same function."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Mamba:
+    """The selective state-space mixers `mamba` (Gu & Dao 2023) and `mamba2` (Dao & Gu 2024)."""
+
+    d_state: NonNegativeInt = 0
+    """Numbers of state a channel P; 0 takes 16 for `mamba` and 128 for `mamba2`."""
+    expand: PositiveInt = 2
+    """Channels of the scan are `expand * d_model`."""
+    d_conv: PositiveInt = 4
+    """Taps of the causal convolution."""
+    dt_rank: NonNegativeInt = 0
+    """`mamba`: width of the bottleneck of the step size; 0 takes d_model / 16, rounded up."""
+    head_dim: PositiveInt = 64
+    """`mamba2`: channels of one head."""
+    n_groups: PositiveInt = 1
+    """`mamba2`: groups of heads that share B and C."""
+    dt_min: PositiveFloat = 1e-3
+    """Step sizes begin between this ..."""
+    dt_max: PositiveFloat = 1e-1
+    """... and this, evenly in the logarithm."""
+    dt_floor: PositiveFloat = 1e-4
+    """No step size begins below this."""
+    conv_bias: bool = True
+    """The convolution has a bias."""
+    proj_bias: bool = False
+    """The projections in and out have biases."""
+    inner_norms: bool = False
+    """`mamba`: RMS-normalise the step size's bottleneck, B and C, as Jamba does."""
+    chunk: PositiveInt = 64
+    """Tokens of one chunk of the scan while training."""
+    impl: Literal["auto", "sequential", "chunked"] = "auto"
+    """`sequential` is the recurrence, token by token; all compute the same function."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """The architecture: the model repeats `pattern`."""
+
+    pattern: tuple[str, ...] = ("attention+mlp",)
+    """Blocks of one repeat, each `MIXER` or `MIXER+FFN`; `n_layers` is a multiple of its length."""
+    vocab_size: NonNegativeInt = 0
+    """Number of token ids V; 0 takes the tokenizer's."""
+    d_model: PositiveInt = 256
+    """Width D of the residual stream."""
+    n_layers: PositiveInt = 4
+    """Number of blocks L."""
+    n_heads: PositiveInt = 4
+    """Query heads N."""
+    n_kv_heads: NonNegativeInt = 0
+    """Key and value heads K, a divisor of `n_heads`: N is MHA, 1 is MQA; 0 takes `n_heads`."""
+    head_dim: NonNegativeInt = 0
+    """Width H of one head; 0 takes `d_model / n_heads`."""
+    d_ff: NonNegativeInt = 0
+    """Width F of the feed-forward; 0 takes 8/3 D rounded up to 64 for SwiGLU and 4 D otherwise."""
+    max_seq_len: NonNegativeInt = 0
+    """Longest context, in tokens; 0 takes `data.seq_len`. The table size of learned positions."""
+    activation: Literal["swiglu", "swiglu_clamped", "gelu", "gelu_tanh", "relu", "silu"] = "swiglu"
+    """Feed-forward: gated SwiGLU with three matrices, or two matrices around one function (`gelu` is the erf form)."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation of the residual stream."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance (mean square) before the root."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """`pre`: x + f(norm(x)). `post`: norm(x + f(x)), as in Vaswani et al. 2017."""
+    final_norm: bool = True
+    """Normalise once more before the head."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys over each head before the rotation."""
+    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    """How a token knows its place: rotated queries and keys, a learned table, fixed sines, or not at all."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    rope_layout: Literal["half", "interleaved"] = "half"
+    """Rotary pairs: (i, i + H/2) as in Hugging Face's Llama, or (2i, 2i + 1) as in the paper and in Meta's Llama."""
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    rotary_fraction: PositiveFloat = 1.0
+    """Share of each head that is rotated, its first elements."""
+    window: NonNegativeInt = 0
+    """Tokens that a query sees, itself included; 0: all before it."""
+    keep_first: NonNegativeInt = 0
+    """With a window: the first tokens of a document that stay visible (StreamingLLM, Xiao et al. 2023)."""
+    sink_logits: bool = False
+    """A learned logit for each head takes part in the softmax and has no value (gpt-oss)."""
+    sink_tokens: NonNegativeInt = 0
+    """Learned vectors of each layer that every query sees as keys and values without a position."""
+    softcap: NonNegativeFloat = 0.0
+    """Bounds attention logits: cap * tanh(logits / cap) (Gemma 2); 0: unbounded."""
+    moe: MoE = dataclasses.field(default_factory=MoE)
+    mamba: Mamba = dataclasses.field(default_factory=Mamba)
+    biases: tuple[Literal["qkv", "attention_out", "mlp", "head", "router", "experts"], ...] = ()
+    """Which linear maps have a bias."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output matrix."""
+    dropout: NonNegativeFloat = 0.0
+    """Rate after the embedding and after each mixer and feed-forward, while training."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of kernels and embeddings; the two output projections of a block get std / sqrt(2 L)."""
+    attention_impl: Literal["auto", "xla", "blockwise", "cudnn"] = "auto"
+    """Attention kernel; `auto` picks for the hardware. All compute the same function."""
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
+    """`scan` compiles one repeat at any depth, `unroll` runs faster; `auto` unrolls 8 layers at most, without remat."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or the whole block.
+
+    XLA on a CPU undoes it where layers are unrolled.
+    """
+
+    def __post_init__(self) -> None:
+        fill = {
+            "n_kv_heads": self.n_heads,
+            "head_dim": self.d_model // self.n_heads,
+            "d_ff": 64 * -(-8 * self.d_model // 192)
+            if self.activation in ("swiglu", "swiglu_clamped")
+            else 4 * self.d_model,
+        }
+        if not self.head_dim:
+            require(
+                self.d_model % self.n_heads == 0,
+                f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
+            )
+        for name, value in fill.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+        require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
+        )
+        require(
+            self.rotary_dim % 2 == 0 or self.positions != "rope",
+            f"model.head_dim = {self.head_dim}: rotary positions need pairs, {self.rotary_dim} elements are odd",
+        )
+        require(self.dropout < 1, f"model.dropout = {self.dropout} must be below 1")
+        require(
+            not (self.tie_embeddings and "head" in self.biases),
+            "model.biases has 'head', which a tied head does not have",
+        )
+        require(len(self.pattern) > 0, "model.pattern is empty")
+        for kind in self.pattern:
+            if "(" in kind:
+                self.halves(kind)
+            else:
+                parse_block(kind)
+        require(
+            self.n_layers % len(self.pattern) == 0,
+            f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.pattern)} blocks of model.pattern",
+        )
+
+    @property
+    def repeats(self) -> int:
+        """How often the pattern is repeated, R."""
+        return self.n_layers // len(self.pattern)
+
+    @property
+    def scanned(self) -> bool:
+        """Whether the layers are one scan over stacked parameters."""
+        return self.layer_loop == "scan" or (self.layer_loop == "auto" and (self.n_layers > 8 or self.remat != "none"))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading elements of each head that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def rope(self) -> Rope | None:
+        """The rotation of queries and keys, None without one."""
+        return None if self.positions != "rope" else Rope(self.rotary_dim, self.rope_theta, self.resolved_scaling)
+
+    @property
+    def resolved_scaling(self) -> RopeScaling:
+        """`rope_scaling` with its factor filled in."""
+        scaling = self.rope_scaling
+        if scaling.kind == "none" or scaling.factor:
+            return scaling
+        return dataclasses.replace(scaling, factor=self.max_seq_len / scaling.original_max_seq_len)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotations of the attention blocks of the pattern."""
+        halves = (self.halves(kind) for kind in self.pattern)
+        found = (half.mixer.rope for half in halves if half.mixer_name == "attention")
+        return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of the maps of a half that write into the residual stream: `init_std / sqrt(b L)`.
+
+        b are the branches of its block, 2 with a feed-forward and 1 without (GPT-2, section 2.3; Mamba does the same).
+        """
+        return self.init_std / ((1 + ("+" in self.pattern[0])) * self.n_layers) ** 0.5
+
+    def halves(self, kind: str) -> Halves:
+        """The two halves of a block of the pattern, each with the options that hold for it."""
+        return _halves(self, kind)
+
+
+class Rope(NamedTuple):
+    """One rotation: rotated elements of a head, base, scaling."""
+
+    dim: int
+    theta: float
+    scaling: RopeScaling
+
+
+class Halves(NamedTuple):
+    """A block: the names of its mixer and feed-forward (empty: none), and `[model]` as each of them sees it."""
+
+    mixer_name: str
+    mixer: Model
+    ffn_name: str
+    ffn: Model
+
+
+_ATTENTION = (
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "qk_norm",
+    "positions",
+    "rope_theta",
+    "rotary_fraction",
+    "window",
+    "keep_first",
+    "sink_logits",
+    "sink_tokens",
+    "softcap",
+)
+_FIELDS = {section: tuple(field.name for field in dataclasses.fields(section)) for section in (MoE, Mamba)}
+MIXERS = {"attention": _ATTENTION, "mamba": _FIELDS[Mamba], "mamba2": _FIELDS[Mamba]}
+"""Token mixers, and the options that a block may set for its own."""
+FFNS = {"mlp": ("d_ff", "activation"), "moe": (*_FIELDS[MoE], "activation")}
+"""Channel mixers, and the options that a block may set for its own."""
+_SECTION = {"mamba": "mamba", "mamba2": "mamba", "moe": "moe"}
+
+
+class ParsedBlock(NamedTuple):
+    """A block as it is written."""
+
+    mixer: str
+    mixer_options: dict[str, Any]
+    ffn: str
+    ffn_options: dict[str, Any]
+
+
+def parse_block(kind: str) -> ParsedBlock:
+    """Split `"attention(window=64)+mlp"` into names and options. The feed-forward may be left out."""
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*?)\))?\s*(?:\+\s*(\w+)\s*(?:\((.*?)\))?)?\s*", kind)
+    require(match is not None, f"model.pattern: {kind!r} is not of the form MIXER(key=value)+FFN(key=value)")
+    assert match is not None
+    mixer, mixer_text, ffn, ffn_text = match.groups(default="")
+    require(mixer in MIXERS, f"model.pattern: unknown mixer {mixer!r} in {kind!r}", did_you_mean(mixer, MIXERS))
+    require(not ffn or ffn in FFNS, f"model.pattern: unknown feed-forward {ffn!r} in {kind!r}", did_you_mean(ffn, FFNS))
+    return ParsedBlock(
+        mixer,
+        _options(kind, mixer_text, MIXERS[mixer]),
+        ffn,
+        _options(kind, ffn_text, FFNS[ffn] if ffn else ()),
+    )
+
+
+def _options(kind: str, text: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (word.strip() for word in part.partition("="))
+        require(bool(equals), f"model.pattern: {part!r} in {kind!r} is not of the form key=value")
+        require(key in allowed, f"model.pattern: unknown option {key!r} in {kind!r}", did_you_mean(key, allowed))
+        try:
+            found[key] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _halves(model: Model, kind: str) -> Halves:
+    parsed = parse_block(kind)
+    plain = "+".join(filter(None, (parsed.mixer, parsed.ffn)))
+    base = dataclasses.replace(model, pattern=(plain,))
+    sides = [(parsed.mixer, parsed.mixer_options), (parsed.ffn, parsed.ffn_options)]
+    mixer, ffn = (_with(base, _SECTION.get(name), options) for name, options in sides)
+    return Halves(parsed.mixer, mixer, parsed.ffn, ffn)
+
+
+def _with(model: Model, section: str | None, options: dict[str, Any]) -> Model:
+    """`model` with options of a half: those of its section, and those of `[model]`."""
+    if section:
+        part = getattr(model, section)
+        inside = {key: value for key, value in options.items() if key in _FIELDS[type(part)]}
+        options = {key: value for key, value in options.items() if key not in inside}
+        options |= {section: dataclasses.replace(part, **inside)} if inside else {}
+    return dataclasses.replace(model, **options) if options else model
+
+
+def require(condition: bool, message: str, hint: str = "") -> None:
+    """Refuse a config: pydantic turns the ValueError into the user's line."""
+    if not condition:
+        raise ValueError(message if not hint else f"{message} ({hint})")

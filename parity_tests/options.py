@@ -1,0 +1,88 @@
+"""Every option of the model alone, and mixtures of them: what the rungs from logits to optimiser steps walk through.
+
+An entry holds options of `config.Model` on top of `pairs.BASE`; `loss` are options of the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Options = dict[str, dict[str, Any]]
+
+DENSE: Options = {
+    "base": {},
+    "one layer": {"n_layers": 1},
+    "unroll": {"layer_loop": "unroll"},
+    "pattern of two": {"pattern": ("attention+mlp", "attention+mlp"), "n_layers": 4},
+    "pattern of two, unroll": {"pattern": ("attention+mlp", "attention+mlp"), "n_layers": 2, "layer_loop": "unroll"},
+    "layernorm": {"norm": "layernorm"},
+    "eps": {"norm_eps": 1e-6},
+    "post": {"norm_position": "post"},
+    "no final norm": {"final_norm": False},
+    "rope interleaved": {"rope_layout": "interleaved"},
+    "rope theta": {"rope_theta": 5e5},
+    "learned": {"positions": "learned"},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "no positions": {"positions": "none"},
+    "MHA": {"n_kv_heads": 4},
+    "MQA": {"n_kv_heads": 1},
+    "head dim": {"head_dim": 10},
+    "odd sizes": {"d_model": 33, "head_dim": 7, "d_ff": 41, "positions": "sinusoidal", "n_heads": 3, "n_kv_heads": 3},
+    "bias qkv": {"biases": ("qkv",)},
+    "bias qkv, no positions": {"biases": ("qkv",), "positions": "none"},
+    "bias out": {"biases": ("attention_out",)},
+    "bias mlp": {"biases": ("mlp",)},
+    "bias head": {"biases": ("head",), "tie_embeddings": False},
+    "qk norm": {"qk_norm": True},
+    "gelu": {"activation": "gelu"},
+    "gelu tanh": {"activation": "gelu_tanh"},
+    "relu": {"activation": "relu"},
+    "silu": {"activation": "silu"},
+    "untied": {"tie_embeddings": False},
+    "remat full": {"remat": "full"},
+    "remat dots": {"remat": "dots", "layer_loop": "unroll"},
+    "attention auto": {"attention_impl": "auto"},
+    "attention auto, unroll": {"attention_impl": "auto", "layer_loop": "unroll"},
+    "attention blockwise": {"attention_impl": "blockwise"},
+    "z-loss": {"loss": {"z_loss": 1e-2}},
+    "label smoothing": {"loss": {"label_smoothing": 0.1}},
+}
+ATTENTION: Options = {}
+MOE: Options = {}
+MAMBA: Options = {}
+OPTIONS: Options = DENSE | ATTENTION | MOE | MAMBA
+
+MIXTURES: Options = {
+    "llama": {"attention_impl": "auto", "norm_eps": 1e-6, "tie_embeddings": False, "rope_theta": 5e5},
+    "gpt2": {
+        "attention_impl": "auto",
+        "norm": "layernorm",
+        "positions": "learned",
+        "activation": "gelu_tanh",
+        "biases": ("qkv", "attention_out", "mlp"),
+        "n_kv_heads": 4,
+        "layer_loop": "unroll",
+    },
+    "2017": {
+        "attention_impl": "auto",
+        "norm": "layernorm",
+        "norm_position": "post",
+        "positions": "sinusoidal",
+        "activation": "relu",
+        "final_norm": False,
+        "head_dim": 9,
+        "loss": {"label_smoothing": 0.1},
+    },
+    "all else": {
+        "attention_impl": "auto",
+        "qk_norm": True,
+        "rope_layout": "interleaved",
+        "n_kv_heads": 1,
+        "biases": ("qkv", "attention_out", "mlp", "head"),
+        "tie_embeddings": False,
+        "remat": "full",
+        "pattern": ("attention+mlp", "attention+mlp"),
+        "n_layers": 2,
+        "loss": {"z_loss": 1e-2, "label_smoothing": 0.1},
+    },
+}
