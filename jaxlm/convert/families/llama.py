@@ -28,6 +28,13 @@ ONLY = {
     "qk_norm": False,
     "positions": "rope",
     "activation": "swiglu",
+    "rotary_fraction": 1.0,
+    "rope_scaling": config.RopeScaling(),
+    "window": 0,
+    "keep_first": 0,
+    "sink_logits": False,
+    "sink_tokens": 0,
+    "softcap": 0.0,
 }
 
 
