@@ -139,6 +139,32 @@ def parity(
         raise typer.Exit(1)
 
 
+@app.command("eval")
+def evaluate(
+    run: ModelPath,
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="`position`: perplexity against position.")],
+    length: Annotated[int, typer.Option(help="position: tokens of a text; 0: 8 times data.seq_len.")] = 0,
+    window: Annotated[int, typer.Option(min=0, help="position: also with this attention window.")] = 0,
+    keep_first: Annotated[int, typer.Option(min=0, help="position: and with so many retained first tokens.")] = 4,
+    texts: Annotated[int, typer.Option(help="position: texts side by side.")] = 8,
+    buckets: Annotated[int, typer.Option(help="position: rows of the table.")] = 16,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a trained model; results are kept in RUN/eval."""
+    from jaxlm.errors import did_you_mean
+    from jaxlm.eval.perplexity import position
+
+    for task in tasks:
+        if task != "position":
+            raise UserError(f"unknown task {task!r}", did_you_mean(task, ("position",)))
+    options = {"window": window, "keep_first": keep_first, "texts": texts, "buckets": buckets}
+    report = position(run, length=length, **options)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        _show(report)
+
+
 @app.command()
 def info(path: ConfigPath, overrides: Overrides = None, as_json: JsonFlag = False) -> None:
     """Count the parameters, FLOPs and memory of CONFIG (or of a run) without allocating anything."""

@@ -153,9 +153,10 @@ def init_params(decoder: Decoder, key: jax.Array) -> Params:
 def init_cache(decoder: Decoder, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` rows of up to `slots` tokens, shaped as the decoder's layers are."""
     cfg = decoder.config
-    pattern = tuple(empty_cache(kind, cfg, decoder.policy, batch, slots) for kind in cfg.pattern)
+    kinds = cfg.pattern if cfg.scanned else cfg.pattern * cfg.repeats  # each its own buffers, which can be donated
+    pattern = tuple(empty_cache(kind, cfg, decoder.policy, batch, slots) for kind in kinds)
     if not cfg.scanned:
-        return pattern * cfg.repeats
+        return pattern
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cfg.repeats, *leaf.shape)), pattern)
 
 
