@@ -146,7 +146,7 @@ def evaluate(
     length: Annotated[int, typer.Option(help="position: tokens of a text; 0: 8 times data.seq_len.")] = 0,
     window: Annotated[int, typer.Option(min=0, help="position: also with this attention window.")] = 0,
     keep_first: Annotated[int, typer.Option(min=0, help="position: and with so many retained first tokens.")] = 4,
-    texts: Annotated[int, typer.Option(help="position: texts side by side.")] = 8,
+    texts: Annotated[int, typer.Option(help="position: texts side by side.")] = 16,
     buckets: Annotated[int, typer.Option(help="position: rows of the table.")] = 16,
     as_json: JsonFlag = False,
 ) -> None:

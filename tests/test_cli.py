@@ -151,3 +151,16 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("train", "generate", "convert", "parity", "info", "tokenizer", "data"):
         assert run(verb, "--help") == 0
     assert "Exit code 0: the same" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_eval_position(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("eval", workplace / "run", "position", "--length", 64, "--window", 8, "--texts", 2, "--buckets", 4)
+    assert run(*args, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [variant["name"] for variant in report["variants"]] == ["as trained", "window 8", "window 8, first 4"]
+    assert (workplace / "run" / "eval" / "position.json").exists()
+    assert run(*args) == 0
+    shown = capsys.readouterr().out
+    assert "window 8, first 4" in shown and "49 - 64" in shown
+    assert run("eval", workplace / "run", "positon") == 2
+    assert capsys.readouterr().err == "error: unknown task 'positon' (did you mean 'position'?)\n"

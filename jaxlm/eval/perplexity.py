@@ -109,7 +109,7 @@ def position(
     length: int = 0,
     window: int = 0,
     keep_first: int = 4,
-    texts: int = 8,
+    texts: int = 16,
     buckets: int = 16,
 ) -> PositionReport:
     """Measure the model at `path` on its own held-out documents; write `eval/position.json` and `.png` beside it.
@@ -163,7 +163,8 @@ def losses(
     cache: Any = init_cache(decoder, b, -(-n // CHUNK) * CHUNK)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     found = []
-    for start in track(range(0, n, CHUNK), told, console=Console(stderr=True), transient=True):
+    console = Console(stderr=True)
+    for start in track(range(0, n, CHUNK), told, console=console, transient=True, disable=not console.is_terminal):
         width = min(CHUNK, n - start)
         padded = np.zeros((b, CHUNK + 1), np.int32)
         padded[:, : width + 1] = rows_BT[:, start : start + width + 1]
@@ -246,6 +247,7 @@ def _plot(variants: Sequence[Variant], trained_length: int, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4), dpi=144)
     for variant in variants:
@@ -253,6 +255,8 @@ def _plot(variants: Sequence[Variant], trained_length: int, path: Path) -> None:
         axes.plot(middles, [bucket.perplexity for bucket in variant.buckets], marker="o", ms=3, label=variant.name)
     axes.axvline(trained_length, color="grey", ls="--", lw=1, label="training length")
     axes.set(xlabel="tokens before", ylabel="perplexity", yscale="log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.tight_layout()
