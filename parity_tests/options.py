@@ -106,6 +106,20 @@ MAMBA: Options = {}
 OPTIONS: Options = DENSE | ATTENTION | MOE | MAMBA
 
 MIXTURES: Options = {
+    "window and sinks": {
+        "attention_impl": "auto",
+        "window": 50,
+        "keep_first": 3,
+        "n_layers": 1,
+        "sink_logits": True,
+        "sink_tokens": 2,
+        "softcap": 5.0,
+        "rope_scaling": {"kind": "yarn", "original_max_seq_len": 64},
+        "n_heads": 16,  # of a gradient of few elements, one a head, the error is chance
+        "head_dim": 8,
+        "biases": ("qkv", "attention_out"),
+        "layer_loop": "unroll",
+    },
     "llama": {"attention_impl": "auto", "norm_eps": 1e-6, "tie_embeddings": False, "rope_theta": 5e5},
     "gpt2": {
         "attention_impl": "auto",

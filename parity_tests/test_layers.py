@@ -42,11 +42,10 @@ def where_tokens_stand(cfg: config.Model, rng: np.random.Generator) -> tuple[tup
     """Places and rotary table of packed rows, for each framework."""
     batch = pairs.packed_batch(cfg, rng, T)
     positions, segments = batch["positions"], batch["segments"]
-    frequencies = jax_rope.rope_frequencies(cfg.head_dim, cfg.rope_theta)
     jax_table = torch_table = None
-    if cfg.positions == "rope":
-        jax_table = jax_rope.rope_table(jnp.asarray(positions), frequencies, jnp.float64)
-        torch_table = torch_rope.rope_table(torch.tensor(positions), frequencies, torch.float64)
+    if cfg.rope is not None:
+        jax_table = jax_rope.rope_table_of(jnp.asarray(positions), cfg.rope, jnp.float64)
+        torch_table = torch_rope.rope_table_of(torch.tensor(positions), cfg.rope, torch.float64)
     return (
         (jax_ops.Places(jnp.asarray(positions), jnp.asarray(segments)), jax_table, None),
         (torch_ops.Places(torch.tensor(positions), torch.tensor(segments)), torch_table, None),
@@ -88,6 +87,7 @@ def block(cfg: config.Model, policy: Any) -> nn.Module:
     return jax_block.Block("attention+mlp", cfg, policy)
 
 
+EVERY_SINK = {"window": 9, "keep_first": 2, "sink_logits": True, "sink_tokens": 2, "softcap": 2.0, "qk_norm": True}
 MIXER, FFN, BLOCK = "layers.0.mixer", "layers.0.ffn", "layers.0"
 CASES = {
     "linear": Case(f"{MIXER}.q_proj", q_proj),
@@ -104,6 +104,8 @@ CASES = {
     "GQA": Case(MIXER, jax_attention.Attention, {"biases": BIASES, "qk_norm": True}, placed=True),
     "MQA": Case(MIXER, jax_attention.Attention, {"n_kv_heads": 1, "rope_layout": "interleaved"}, placed=True),
     "odd heads": Case(MIXER, jax_attention.Attention, {"head_dim": 7, "positions": "none"}, placed=True),
+    "window, first tokens": Case(MIXER, jax_attention.Attention, {"window": 9, "keep_first": 2}, placed=True),
+    "every sink": Case(MIXER, jax_attention.Attention, EVERY_SINK, placed=True),
     "pre-norm block": Case(BLOCK, block, placed=True, block=True),
     "post-norm block": Case(BLOCK, block, {"norm_position": "post", "norm": "layernorm"}, placed=True, block=True),
 }
@@ -224,7 +226,13 @@ def other_eps(decoder: torch_decoder.Decoder) -> None:
     decoder.final_norm.eps = 1e-6
 
 
+def no_sink_logits(decoder: torch_decoder.Decoder) -> None:
+    decoder.get_parameter(f"{MIXER}.sink_logits").data.fill_(-torch.inf)
+
+
 FAULTS = {
+    "sink logits dropped": ("every sink", no_sink_logits),
+    "retained tokens at their own distance": ("window, first tokens", reconfigure(MIXER, keep_first=3)),
     "transposed kernel": ("linear", transpose(f"{MIXER}.q_proj.weight")),
     "swapped gate and up": ("mlp swiglu", swap_gate_and_up),
     "gelu tanh for erf": ("mlp gelu", reconfigure(FFN, activation="gelu_tanh")),

@@ -51,22 +51,17 @@ class Attention(nn.Module):
             k_BTKH = apply_rope(k_BTKH, *rope, layout=cfg.rope_layout)
         q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", "head_dim")
 
-        slots = None
-        if cache is not None:
-            slots, cache = cache.extend(k_BTKH, v_BTKH, places)
         options: Any = {"window": cfg.window, "softcap": cfg.softcap}
-        if not (cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
-            if slots is None:
-                options |= {"impl": cfg.attention_impl, "aligned": True}
-                mixed = ops.attention(q_BTNH, k_BTKH, v_BTKH, places, places, **options)
-            else:
-                mixed = ops.cached_attention(q_BTNH, slots.keys, slots.values, places, slots.places, **options)
+        if cache is None:
+            mix, part, held = ops.attention, ops.attend, (k_BTKH, v_BTKH, places, places)
+            options |= {"impl": cfg.attention_impl, "aligned": True}
         else:
-            if slots is None:
-                aligned: Any = {"impl": cfg.attention_impl, "aligned": True}
-                parts = [ops.attend(q_BTNH, k_BTKH, v_BTKH, places, places, **options, **aligned)]
-            else:
-                parts = [ops.cached_attend(q_BTNH, slots.keys, slots.values, places, slots.places, **options)]
+            slots, cache = cache.extend(k_BTKH, v_BTKH, places)
+            mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
+        if not (cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
+            mixed = mix(q_BTNH, *held, **options)
+        else:
+            parts = [part(q_BTNH, *held, **options)]
             if cfg.keep_first:
                 first = cache.first if isinstance(cache, WindowCache) else None
                 parts.append(self._retained(bare_BTNH, k_BTKH, v_BTKH, places, first))

@@ -111,5 +111,5 @@ def test_mistakes(tmp_path: Path, options: dict[str, Any], arguments: dict[str, 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path)
     (path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         perplexity.position(path)

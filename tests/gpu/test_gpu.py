@@ -49,7 +49,7 @@ def error(got: Any, golden: Any) -> float:
     return float(np.linalg.norm(got - golden) / np.linalg.norm(golden))
 
 
-def attention_and_gradients(device: jax.Device, dtype: Any, impl: str) -> list[np.ndarray]:
+def attention_and_gradients(device: jax.Device, dtype: Any, impl: str, window: int = 0) -> list[np.ndarray]:
     random = np.random.default_rng(0)
     places = packed()
     real = np.asarray(places.segments != 0)[..., None, None]
@@ -60,17 +60,20 @@ def attention_and_gradients(device: jax.Device, dtype: Any, impl: str) -> list[n
 
     @jax.jit
     def both(q, k, v, dout, places):
-        out, vjp = jax.vjp(lambda *qkv: attention(*qkv, places, places, impl=impl, aligned=True), q, k, v)
+        out, vjp = jax.vjp(
+            lambda *qkv: attention(*qkv, places, places, impl=impl, aligned=True, window=window), q, k, v
+        )
         return out, *vjp(dout)
 
     return [np.asarray(x, np.float64) for x in both(*jax.device_put((q, k, v, dout, places), device))]
 
 
-def test_cudnn_attention_is_the_readable_one(gpu: jax.Device) -> None:
+@pytest.mark.parametrize("window", [0, 100])
+def test_cudnn_attention_is_the_readable_one(gpu: jax.Device, window: int) -> None:
     """Packed documents, grouped heads, bfloat16: cuDNN errs at most twice as much as `xla` does."""
     with jax.enable_x64(True):
-        golden = attention_and_gradients(jax.devices("cpu")[0], jnp.float64, "xla")
-    fused, readable = (attention_and_gradients(gpu, jnp.bfloat16, impl) for impl in ("cudnn", "xla"))
+        golden = attention_and_gradients(jax.devices("cpu")[0], jnp.float64, "xla", window)
+    fused, readable = (attention_and_gradients(gpu, jnp.bfloat16, impl, window) for impl in ("cudnn", "xla"))
     for name, got, ours, best in zip(("out", "dq", "dk", "dv"), fused, readable, golden, strict=True):
         assert error(got, best) <= 2 * error(ours, best), name
     np.testing.assert_array_equal(fused[0][np.asarray(packed().segments) == 0], 0)

@@ -76,6 +76,16 @@ def test_eight_devices_compute_what_one_does(mesh, layer_loop, microbatches, bat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), alone, sharded)
 
 
+def test_windows_and_sinks_on_eight_devices(batches):
+    """Sinks are split like the features and the heads."""
+    options = {"window": 3, "keep_first": 1, "sink_logits": True, "sink_tokens": 2, "softcap": 3.0}
+    model = dataclasses.replace(MODEL, attention_impl="blockwise", **options)
+    with jax.enable_x64(True):
+        alone = three_steps(Layout.from_config(config.Mesh(), jax.devices()[:1]), model, 1, batches)
+        sharded = three_steps(Layout.from_config(MESHES["data.fsdp.tensor"]), model, 1, batches)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), alone, sharded)
+
+
 def test_moments_lie_where_their_parameters_do():
     decoder, layout = Decoder(MODEL), Layout.from_config(MESHES["data.fsdp.tensor"])
     state = state_shardings(decoder, make_optimizer(config.Train()), layout)
