@@ -41,8 +41,25 @@ class RopeScaling:
     """`yarn`: frequencies with fewer turns than this within the trained length are stretched wholly."""
     beta_fast: PositiveFloat = 32.0
     """`yarn`: frequencies with more turns than this stay."""
+    truncate: bool = True
+    """`yarn`: between the two, begin and end at whole pairs (as published; gpt-oss does not)."""
     attention_factor: NonNegativeFloat = 0.0
     """`yarn`: sine and cosine are multiplied by this; 0 takes 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "none":
+            return
+        key = "model.rope_scaling"
+        require(
+            self.factor >= 1 or not self.factor, f"{key}.factor = {self.factor} is below 1", "0 takes it from lengths"
+        )
+        require(
+            self.original_max_seq_len > 0 or (self.factor > 0 and self.kind in ("linear", "ntk")),
+            f"{key}.kind = {self.kind!r} with factor = {self.factor} needs {key}.original_max_seq_len",
+        )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            values = getattr(self, low), getattr(self, high)
+            require(values[0] < values[1], f"{key}.{low} = {values[0]} is not below {key}.{high} = {values[1]}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -165,7 +182,10 @@ class Model:
     window: NonNegativeInt = 0
     """Tokens that a query sees, itself included; 0: all before it."""
     keep_first: NonNegativeInt = 0
-    """With a window: the first tokens of a document that stay visible (StreamingLLM, Xiao et al. 2023)."""
+    """With a window: the first tokens of a document that stay visible (StreamingLLM, Xiao et al. 2023).
+
+    Once they have left the window, their distance is that of a cache without gaps: `window + keep_first - 1` at most.
+    """
     sink_logits: bool = False
     """A learned logit for each head takes part in the softmax and has no value (gpt-oss)."""
     sink_tokens: NonNegativeInt = 0
@@ -215,6 +235,21 @@ class Model:
         require(
             self.rotary_dim % 2 == 0 or self.positions != "rope",
             f"model.head_dim = {self.head_dim}: rotary positions need pairs, {self.rotary_dim} elements are odd",
+        )
+        require(
+            self.rotary_fraction <= 1 and (self.rotary_dim > 0 or self.positions != "rope"),
+            f"model.rotary_fraction = {self.rotary_fraction} rotates {self.rotary_dim} of {self.head_dim} elements",
+        )
+        require(
+            self.window > 0 or not self.keep_first,
+            f"model.keep_first = {self.keep_first} needs a window, model.window is 0",
+            "a block may have both: attention(window=1024, keep_first=4)",
+        )
+        scaling = self.rope_scaling
+        require(
+            scaling.kind == "none" or scaling.factor > 0 or not 0 < self.max_seq_len < scaling.original_max_seq_len,
+            f"model.max_seq_len = {self.max_seq_len} is below model.rope_scaling.original_max_seq_len = "
+            f"{scaling.original_max_seq_len}",
         )
         require(self.dropout < 1, f"model.dropout = {self.dropout} must be below 1")
         require(
@@ -266,6 +301,15 @@ class Model:
         halves = (self.halves(kind) for kind in self.pattern)
         found = (half.mixer.rope for half in halves if half.mixer_name == "attention")
         return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+
+    @property
+    def streams(self) -> bool:
+        """Whether a text may go on for ever: no position ends, no block remembers all of it or looks back further than
+        it was trained to."""
+        if self.positions in ("learned", "sinusoidal"):
+            return False
+        blocks = (half.mixer for half in map(self.halves, self.pattern) if half.mixer_name == "attention")
+        return all(0 < block.window <= self.max_seq_len - block.keep_first for block in blocks)
 
     @property
     def residual_std(self) -> float:
@@ -360,6 +404,10 @@ def _options(kind: str, text: str, allowed: tuple[str, ...]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4096)
 def _halves(model: Model, kind: str) -> Halves:
     parsed = parse_block(kind)
+    require(
+        parsed.mixer_options.get("positions") in (None, "rope", "none"),
+        f"model.pattern: positions in {kind!r} is neither 'rope' nor 'none'",
+    )
     plain = "+".join(filter(None, (parsed.mixer, parsed.ffn)))
     base = dataclasses.replace(model, pattern=(plain,))
     sides = [(parsed.mixer, parsed.mixer_options), (parsed.ffn, parsed.ffn_options)]

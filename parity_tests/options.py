@@ -47,7 +47,60 @@ DENSE: Options = {
     "z-loss": {"loss": {"z_loss": 1e-2}},
     "label smoothing": {"loss": {"label_smoothing": 0.1}},
 }
-ATTENTION: Options = {}
+ATTENTION: Options = {
+    "window": {"window": 40},
+    "window of one token": {"window": 1, "n_layers": 1},
+    "window beyond the row": {"window": 600, "n_layers": 1, "attention_impl": "blockwise"},
+    "window, unroll, blockwise": {"window": 40, "attention_impl": "blockwise", "layer_loop": "unroll", "n_layers": 2},
+    "window and all": {"pattern": ("attention(window=16)+mlp", "attention+mlp"), "n_layers": 2},
+    "window and NoPE": {"pattern": ("attention(window=32)+mlp", "attention(positions=none)+mlp"), "n_layers": 2},
+    "two rotations": {
+        "pattern": ("attention(window=32)+mlp", "attention(rope_theta=1e6, rotary_fraction=0.5)+mlp"),
+        "n_layers": 2,
+        "layer_loop": "unroll",
+    },
+    "heads of their own": {
+        "pattern": ("attention(n_heads=2, n_kv_heads=1, head_dim=12)+mlp", "attention(qk_norm=true)+mlp"),
+        "n_layers": 2,
+        "layer_loop": "unroll",
+    },
+    "keep first": {"window": 24, "keep_first": 3},
+    "keep first, learned": {"window": 24, "keep_first": 3, "positions": "learned", "n_layers": 1},
+    "sink logits": {"sink_logits": True},
+    "sink tokens": {"sink_tokens": 2},
+    "sink tokens, qk norm, biases": {"sink_tokens": 2, "qk_norm": True, "biases": ("qkv",), "n_layers": 1},
+    "soft cap": {"softcap": 2.0},
+    "soft cap, blockwise": {"softcap": 2.0, "attention_impl": "blockwise", "n_layers": 1},
+    "every sink": {
+        "window": 40,
+        "keep_first": 3,
+        "sink_tokens": 2,
+        "sink_logits": True,
+        "softcap": 3.0,
+        "attention_impl": "blockwise",
+        "layer_loop": "unroll",
+        "n_layers": 2,
+    },
+    "partial rotary": {"rotary_fraction": 0.5, "n_layers": 1},
+    "partial rotary, interleaved": {"rotary_fraction": 0.5, "rope_layout": "interleaved", "n_layers": 1},
+    "linear": {"rope_scaling": {"kind": "linear", "factor": 3.0}, "n_layers": 1},
+    "ntk": {"rope_scaling": {"kind": "ntk", "factor": 3.0}, "n_layers": 1},
+    "llama3": {"rope_scaling": {"kind": "llama3", "original_max_seq_len": 64}, "n_layers": 1},
+    "llama3, factors": {
+        "rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 64}
+        | {"low_freq_factor": 2.0, "high_freq_factor": 16.0},
+        "n_layers": 1,
+    },
+    "yarn": {"rope_scaling": {"kind": "yarn", "original_max_seq_len": 64}, "head_dim": 16},
+    "yarn, factors": {
+        "rope_scaling": {"kind": "yarn", "factor": 8.0, "original_max_seq_len": 64, "truncate": False}
+        | {"beta_slow": 0.5, "beta_fast": 8.0, "attention_factor": 1.1},
+        "head_dim": 16,
+        "window": 24,
+        "keep_first": 3,
+        "n_layers": 1,
+    },
+}
 MOE: Options = {}
 MAMBA: Options = {}
 OPTIONS: Options = DENSE | ATTENTION | MOE | MAMBA

@@ -40,7 +40,9 @@ ZERO = 1e-14  # the norm of a float64 gradient that is zero in exact arithmetic 
 
 
 def model(**options: Any) -> config.Model:
-    """The base model with these options."""
+    """The base model with these options; a section is given as its options."""
+    if "rope_scaling" in options:
+        options["rope_scaling"] = config.RopeScaling(**options["rope_scaling"])
     return config.Model(**{**BASE, **options})
 
 

@@ -59,7 +59,7 @@ def test_float64(name: str, rng: np.random.Generator) -> None:
 
 
 def test_every_option_is_tried() -> None:
-    """A new field of `Model` or of a section of it differs in one of OPTIONS, or stands here with a reason."""
+    """A new field of `Model` or of a section differs in one of OPTIONS, or stands here with the reason why not."""
     untried = set(fields_of(config.Model())) - {
         name
         for options in OPTIONS.values()

@@ -17,7 +17,7 @@ from jaxlm.numerics import Policy, wide
 from jaxlm.ops import norm
 
 
-def logical(init: Callable, *axes: str) -> Callable:
+def logical(init: Callable, *axes: str | None) -> Callable:
     """An initialiser whose array carries the names of its axes."""
     return nn.with_logical_partitioning(init, axes)
 

@@ -115,7 +115,7 @@ def _outputs(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            captured[name] = output[0] if isinstance(output, tuple) else output
+            captured.setdefault(name, output[0] if isinstance(output, tuple) else output)  # of sinks: the second call
 
         return keep
 
