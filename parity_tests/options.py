@@ -48,7 +48,36 @@ DENSE: Options = {
     "label smoothing": {"loss": {"label_smoothing": 0.1}},
 }
 ATTENTION: Options = {}
-MOE: Options = {}
+# Blocks of 64 tokens: the last block of an expert reaches into the rows of the next one.
+EXPERTS = {"pattern": ("attention+moe",), "n_layers": 2}
+GROUPS = {"n_experts": 8, "n_groups": 4, "top_groups": 2, "top_k": 3}
+MOE: Options = {
+    "moe": EXPERTS,
+    "moe unroll": {**EXPERTS, "layer_loop": "unroll"},
+    "moe and mlp": {"pattern": ("attention+mlp", "attention+moe"), "n_layers": 4},
+    "moe of two kinds": {
+        "pattern": ("attention+moe(n_experts=4, top_k=1, d_ff=24)", "attention+mlp", "attention+moe(balance_loss=0.1)"),
+        "layer_loop": "unroll",
+        "moe": {"z_loss": 1e-2, "selection_bias": True},
+    },
+    "moe naive": {**EXPERTS, "moe": {"impl": "naive"}},
+    "moe blocks": {**EXPERTS, "moe": {"impl": "blocks"}},
+    "moe ragged": {**EXPERTS, "moe": {"impl": "ragged"}},
+    "moe sizes": {**EXPERTS, "moe": {"n_experts": 6, "top_k": 3, "d_ff": 20}},
+    "moe shared": {**EXPERTS, "moe": {"n_shared": 2, "d_ff": 20}, "biases": ("mlp",)},
+    "moe sigmoid": {**EXPERTS, "moe": {"router": "sigmoid", "route_scale": 2.5, "z_loss": 1e-2, "balance_loss": 0.1}},
+    "moe switch": {**EXPERTS, "moe": {"top_k": 1, "renormalize": False, "balance_loss": 1e-2}},
+    "moe groups": {**EXPERTS, "moe": GROUPS},
+    "moe selection bias": {**EXPERTS, "moe": {**GROUPS, "selection_bias": True, "bias_update_rate": 0.01}},
+    "moe noisy": {**EXPERTS, "moe": {"noisy": True}},
+    "moe capacity": {**EXPERTS, "moe": {"capacity_factor": 0.75, "impl": "ragged"}},
+    "moe losses": {**EXPERTS, "moe": {"balance_loss": 0.1, "importance_loss": 0.2, "z_loss": 1e-2}},
+    "moe losses, remat": {**EXPERTS, "moe": {"balance_loss": 0.1, "capacity_factor": 1.25}, "remat": "full"},
+    "moe clamped": {**EXPERTS, "activation": "swiglu_clamped", "biases": ("router", "experts")},
+    "moe gelu": {**EXPERTS, "activation": "gelu", "biases": ("experts",), "moe": {"impl": "blocks"}},
+    "moe gelu ragged": {**EXPERTS, "activation": "gelu", "biases": ("experts",), "moe": {"impl": "ragged"}},
+    "mlp clamped": {"activation": "swiglu_clamped"},
+}
 MAMBA: Options = {}
 OPTIONS: Options = DENSE | ATTENTION | MOE | MAMBA
 
