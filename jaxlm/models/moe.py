@@ -20,6 +20,16 @@ from jaxlm.numerics import Policy, wide
 from jaxlm.ops import moe, router
 from jaxlm.ops.attention import Places
 
+SPLIT_AXES = {
+    "gate": ("experts", None, "mlp"),
+    "up": ("experts", None, "mlp"),
+    "down": ("experts", "mlp", None),
+    "gate_bias": ("experts", "mlp"),
+    "up_bias": ("experts", "mlp"),
+    "down_bias": ("experts", None),
+}
+"""How the experts' weights are split while they compute: the residual stream is whole."""
+
 
 class MoE(nn.Module):
     """`sum_k weight_k expert_k(x)`, plus `shared(x)` if there are shared experts. Padding passes no routed expert."""
@@ -41,8 +51,8 @@ class MoE(nn.Module):
 class Router(nn.Module):
     """Scores in float32 or wider: `kernel` [D, E], and what the options add: `bias`, `selection_bias`, `noise`.
 
-    Where the collection `routing` is mutable, it receives `load` and `dropped` (counts), the means of `ops.router.Balance`
-    and `loss`, their sum with the weights of the config. While training, noise comes from the rng `dropout`.
+    Where the collection `routing` is mutable, it receives the terms of `ops.router.Balance` and `loss`, their sum with
+    the weights of the config. While training, noise comes from the rng `dropout`.
     """
 
     config: config.Model
@@ -109,9 +119,9 @@ class Experts(nn.Module):
         return _local_moe(x_BTD, routing.weights, routing.experts, parameters, options)
 
     def _stack(self, name: str, inputs: int, features: int) -> tuple[Array, Array | None]:
-        axes, std = (("embed", "mlp"), self.config.init_std)
-        if name == "down_proj":
-            axes, std = axes[::-1], self.config.residual_std
+        down = name == "down_proj"
+        axes = ("mlp", "embed") if down else ("embed", "mlp")
+        std = self.config.residual_std if down else self.config.init_std
         shape = (self.config.moe.n_experts, inputs, features)
         return ExpertLinear(shape, axes, std, self.policy, "experts" in self.config.biases, name=name)()
 
@@ -137,8 +147,8 @@ class ExpertLinear(nn.Module):
 
 
 def _local_moe(x_BTD: Array, weights_BTK: Array, experts_BTK: Array, parameters: moe.Experts, options: dict) -> Array:
-    flat = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, experts_BTK))
-    return moe.moe(*flat, parameters, **options).reshape(x_BTD.shape)
+    x_TD, weights_TK, experts_TK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, experts_BTK))
+    return moe.moe(x_TD, weights_TK, experts_TK, parameters, **options).reshape(x_BTD.shape)
 
 
 def _split_moe(layout: Layout, x_BTD: Array, routing: router.Routing, parameters: moe.Experts, options: dict) -> Array:
@@ -147,15 +157,12 @@ def _split_moe(layout: Layout, x_BTD: Array, routing: router.Routing, parameters
     The tokens of the devices along the axis of the experts are gathered and the outputs summed back to where they
     belong: shapes are static and nothing is dropped.
     """
-    (along,) = layout.spec(("experts",))
-    (across,) = layout.spec(("mlp",))
-    tokens = layout.spec(("batch", "seq", None))
-    kernel, bias = layout.spec(("experts", None, "mlp")), layout.spec(("experts", "mlp"))
-    down, down_bias = layout.spec(("experts", "mlp", None)), layout.spec(("experts", None))
-    specs = moe.Experts(kernel, kernel, down, bias, bias, down_bias)
-    specs = moe.Experts(*(None if p is None else spec for p, spec in zip(parameters, specs, strict=True)))
+    (along,), (across,), tokens = layout.spec(("experts",)), layout.spec(("mlp",)), layout.spec(("batch", "seq", None))
+    named = {name: leaf for name, leaf in parameters._asdict().items() if leaf is not None}
+    places = {name: layout.spec(SPLIT_AXES[name]) for name in named}
 
-    def local(x_BTD: Array, weights_BTK: Array, experts_BTK: Array, parameters: moe.Experts) -> Array:
+    def local(x_BTD: Array, weights_BTK: Array, experts_BTK: Array, named: dict[str, Array]) -> Array:
+        parameters = moe.Experts(**{"gate": None, **named})
         n_local = parameters.up.shape[0]
         gathered = (jax.lax.all_gather(a, along, axis=0, tiled=True) for a in (x_BTD, weights_BTK, experts_BTK))
         x, weights, experts = gathered
@@ -168,6 +175,6 @@ def _split_moe(layout: Layout, x_BTD: Array, routing: router.Routing, parameters
         return jax.lax.psum_scatter(y, along, scatter_dimension=0, tiled=True)
 
     run = jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, check_vma=False
+        local, mesh=layout.mesh, in_specs=(tokens, tokens, tokens, places), out_specs=tokens, check_vma=False
     )
-    return run(x_BTD, routing.weights, routing.experts, parameters)
+    return run(x_BTD, routing.weights, routing.experts, named)

@@ -1,8 +1,8 @@
 """The experts of a mixture: each token passes the feed-forwards that its router chose, and their outputs are summed.
 
-`naive` computes every expert for every token, masked: the readable reference, which costs E / K times too much. `blocks`
-and `ragged` sort the assignments by expert and compute those alone; nothing is dropped and every shape is static. The
-weight of an assignment multiplies the hidden layer, which by linearity is to multiply the output.
+`naive` computes every expert for every token, masked: the readable reference, which costs E / K times too much.
+`blocks` and `ragged` sort the assignments by expert and compute those alone; nothing is dropped and every shape is
+static. The weight of an assignment multiplies the hidden layer, which by linearity is to multiply the output.
 
 Shapes: T tokens, D width, F width of one expert, E experts, K experts of one token, R = T K assignments.
 """
@@ -237,7 +237,7 @@ def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, A
         dgate, dup = pull((dweighted * weight[:, None]).astype(dtype))
         dweight = jnp.sum(dweighted * hidden.astype(width), axis=1)
         out = product(dup, one.up.T)
-        if dgate is not None:
+        if one.gate is not None:
             out = out + product(dgate, one.gate.T)
         if one.down_bias is not None:
             dweight = dweight + jnp.sum(dy_block.astype(width) * one.down_bias.astype(width), axis=1)

@@ -185,7 +185,7 @@ _logits = jax.jit(lambda decoder, params, *places: decoder.apply({"params": para
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) -> Any:
-    """The update of training, without random numbers; jitted here, so that it is compiled once for all comparisons of a model."""
+    """The update of training without noise; jitted here, so that it is compiled once for all comparisons of a model."""
     objective = loss_fn(decoder, train)
     still: LossFn = lambda params, batch, _: objective(params, batch, None)  # noqa: E731  # pyright: ignore
     options: Any = {"seed": 0, "matmul": "highest", "model": decoder.config}

@@ -108,8 +108,9 @@ class Experts(nn.Module):
         gate, gate_bias = self.gate_proj() if self.gate_proj is not None else (None, None)
         (up, up_bias), (down, down_bias) = self.up_proj(), self.down_proj()
         parameters = moe.Experts(gate, up, down, gate_bias, up_bias, down_bias)
-        flat = (a.flatten(0, 1) for a in (x_BTD, routing.weights, routing.experts))
-        y_TD = moe.moe(*flat, parameters, activation=self.config.activation, impl=self.config.moe.impl)
+        x_TD, weights_TK, experts_TK = (a.flatten(0, 1) for a in (x_BTD, routing.weights, routing.experts))
+        options = {"activation": self.config.activation, "impl": self.config.moe.impl}
+        y_TD = moe.moe(x_TD, weights_TK, experts_TK, parameters, **options)
         return y_TD.reshape(x_BTD.shape)
 
     def _stack(self, inputs: int, features: int, std: float, policy: Policy) -> ExpertLinear:

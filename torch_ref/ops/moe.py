@@ -9,7 +9,7 @@ Shapes: T tokens, D width, F width of one expert, E experts, K experts of one to
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -48,7 +48,8 @@ def moe(
     """
     y_TD = x_TD.new_zeros(x_TD.shape, dtype=weights_TK.dtype)
     for e in range(parameters.up.shape[0]):
-        one = Experts(*(None if p is None else p[e] for p in parameters))
+        single: dict[str, Any] = {name: None if p is None else p[e] for name, p in parameters._asdict().items()}
+        one = Experts(**single)
         chosen_TK = experts_TK == e
         weights_T = weights_TK.masked_fill(~chosen_TK, 0).sum(dim=-1)
         if impl == "naive":
