@@ -87,11 +87,15 @@ class MoE:
     noisy: bool = False
     """While training, add learned noise to the logits (Shazeer et al. 2017, equation 4)."""
     capacity_factor: NonNegativeFloat = 0.0
-    """Places of an expert, as a multiple of the mean load; what exceeds them is dropped and counted. 0: dropless."""
+    """Places of an expert, as a multiple of the mean load; what exceeds them is dropped and counted. 0: dropless.
+
+    What is dropped depends on all tokens of a call, so cached decoding differs from a whole pass: generate with 0.
+    """
     balance_loss: NonNegativeFloat = 0.0
     """Weight of the Switch loss: E sum f_e P_e (Fedus et al. 2021, equation 4)."""
     importance_loss: NonNegativeFloat = 0.0
-    """Weight of the squared coefficient of variation of the summed scores (Shazeer et al. 2017, equation 7)."""
+    """Weight of the squared coefficient of variation of the summed scores (Shazeer et al. 2017, equation 7, with the
+    scores of all experts: Riquelme et al. 2021, appendix A.2)."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the mean squared log-partition of the router (Zoph et al. 2022, equation 5)."""
     selection_bias: bool = False
@@ -100,6 +104,21 @@ class MoE:
     """How far a step moves the selection bias of an expert, up if its load was below the mean."""
     impl: Literal["auto", "naive", "blocks", "ragged"] = "auto"
     """How tokens reach their experts; `auto` picks for the hardware. All compute the same function."""
+
+    def __post_init__(self) -> None:
+        experts, top_k, groups = self.n_experts, self.top_k, self.n_groups
+        require(top_k <= experts, f"model.moe.top_k = {top_k} is more than model.moe.n_experts = {experts}")
+        require(experts % groups == 0, f"model.moe.n_groups = {groups} does not divide model.moe.n_experts = {experts}")
+        if groups == 1:
+            return
+        size, kept = experts // groups, self.top_groups
+        require(kept <= groups, f"model.moe.top_groups = {kept} is more than model.moe.n_groups = {groups}")
+        require(size >= 2, f"model.moe.n_groups = {groups}: a group of {size} expert has no two best scores")
+        require(
+            size * kept > top_k,
+            f"model.moe: {kept} groups of {size} experts leave top_k = {top_k} no choice",
+            "n_experts / n_groups * top_groups must exceed top_k",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -216,9 +235,7 @@ class Model:
         fill = {
             "n_kv_heads": self.n_heads,
             "head_dim": self.d_model // self.n_heads,
-            "d_ff": 64 * -(-8 * self.d_model // 192)
-            if self.activation in ("swiglu", "swiglu_clamped")
-            else 4 * self.d_model,
+            "d_ff": 64 * -(-8 * self.d_model // 192) if self.gated else 4 * self.d_model,
         }
         if not self.head_dim:
             require(
@@ -276,6 +293,22 @@ class Model:
     def scanned(self) -> bool:
         """Whether the layers are one scan over stacked parameters."""
         return self.layer_loop == "scan" or (self.layer_loop == "auto" and (self.n_layers > 8 or self.remat != "none"))
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation joins two projections."""
+        return self.activation in ("swiglu", "swiglu_clamped")
+
+    @property
+    def moes(self) -> tuple[MoE, ...]:
+        """The experts' options of each block of the pattern that has experts."""
+        halves = (self.halves(kind) for kind in self.pattern)
+        return tuple(half.ffn.moe for half in halves if half.ffn_name == "moe")
+
+    @property
+    def random(self) -> bool:
+        """Whether the forward pass of training draws random numbers."""
+        return self.dropout > 0 or any(moe.noisy for moe in self.moes)
 
     @property
     def rotary_dim(self) -> int:

@@ -112,7 +112,7 @@ def _activations(cfg: config.Config, sizes: Mapping[str, int]) -> int:
     """Elements that one token leaves behind in each layer, by the remat policy, times the tokens of a microbatch."""
     model = cfg.model
     inner = (2 * model.n_heads + 3 * model.n_kv_heads) * model.head_dim  # q, k before and after rotation, v, mixed
-    mlp = (3 if model.activation == "swiglu" else 2) * model.d_ff
+    mlp = (3 if model.gated else 2) * model.d_ff
     kept = {"none": 4 * model.d_model + inner + mlp, "dots": 2 * model.d_model + inner + mlp, "full": model.d_model}
     tokens = cfg.train.batch_size * cfg.data.seq_len // cfg.train.microbatches
     local = tokens // math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "context"))

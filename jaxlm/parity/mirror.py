@@ -86,7 +86,7 @@ class TorchSide:
     def _updates(self, decoder: Decoder, inputs: Inputs, begin: Arrays) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
         train, batch, levels = self._settings.train, _tensors(inputs.step_rows), {}
-        step = make_step(loss_fn(decoder, train), make_optimizer(decoder, train), train, seed=0)
+        step = make_step(loss_fn(decoder, train), make_optimizer(decoder, train), train, seed=0, decoder=decoder)
         state = TrainState()
         with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
             for number in range(1, max(STEPS) + 1):

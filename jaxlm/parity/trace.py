@@ -27,7 +27,7 @@ from jaxlm.numerics import Policy
 from jaxlm.parity.inputs import Inputs
 from jaxlm.recipes.pretrain import loss_fn
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.step import TrainState, init_state, make_step
+from jaxlm.train.step import LossFn, TrainState, init_state, make_step
 
 Arrays = dict[str, np.ndarray]
 
@@ -185,9 +185,11 @@ _logits = jax.jit(lambda decoder, params, *places: decoder.apply({"params": para
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) -> Any:
-    """The update of training; jitted here, so that it is compiled once for all comparisons of a model."""
-    step = make_step(loss_fn(decoder, train), make_optimizer(train), train, seed=0, matmul="highest")
-    return step(state, batch)
+    """The update of training without noise; jitted here, so that it is compiled once for all comparisons of a model."""
+    objective = loss_fn(decoder, train)
+    still: LossFn = lambda params, batch, _: objective(params, batch, None)  # noqa: E731  # pyright: ignore
+    options: Any = {"seed": 0, "matmul": "highest", "model": decoder.config}
+    return make_step(still, make_optimizer(train), train, **options)(state, batch)
 
 
 def _outputs(captured: Mapping[str, Any], prefix: str = "") -> Arrays:

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def flops_per_token(model: config.Model, matmul_params: int, seq_len: int) -> in
     the two products of attention over half the context, since it is causal. Recomputation (remat) is not counted.
     """
     return 6 * matmul_params + 6 * model.n_layers * seq_len * model.n_heads * model.head_dim
+
+
+def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of either framework as floats, and arrays as lists."""
+    return {name: value.tolist() if value.ndim else float(value) for name, value in metrics.items()}
 
 
 class MetricsLog:
