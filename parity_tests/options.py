@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxlm import config
+
 Options = dict[str, dict[str, Any]]
 
 DENSE: Options = {
@@ -49,7 +51,50 @@ DENSE: Options = {
 }
 ATTENTION: Options = {}
 MOE: Options = {}
-MAMBA: Options = {}
+
+
+def small(**options: Any) -> config.Mamba:
+    """Mamba with a state of 5 and heads of 8."""
+    return config.Mamba(d_state=5, head_dim=8, **options)
+
+
+JAMBA = ("mamba+mlp", "mamba(d_state=3)", "attention+mlp")
+MAMBA: Options = {
+    "mamba": {"pattern": ("mamba",), "n_layers": 2},
+    "mamba unroll": {
+        "pattern": ("mamba",),
+        "n_layers": 1,
+        "layer_loop": "unroll",
+        "mamba": small(expand=3, d_conv=3, dt_rank=5),
+    },
+    "mamba sequential": {
+        "pattern": ("mamba",),
+        "n_layers": 1,
+        "mamba": small(impl="sequential", conv_bias=False, d_conv=1),
+    },
+    "mamba biases": {
+        "pattern": ("mamba+mlp",),
+        "n_layers": 1,
+        "mamba": small(proj_bias=True, inner_norms=True, chunk=7),
+    },
+    "mamba post": {"pattern": ("mamba+mlp",), "n_layers": 1, "mamba": small(), "norm_position": "post"},
+    "mamba2": {"pattern": ("mamba2",), "n_layers": 1, "mamba": config.Mamba(head_dim=16)},
+    "mamba2 groups": {
+        "pattern": ("mamba2",),
+        "n_layers": 2,
+        "layer_loop": "unroll",
+        "mamba": small(n_groups=4, chunk=100),
+    },
+    "mamba2 sequential": {
+        "pattern": ("mamba2+mlp",),
+        "n_layers": 1,
+        "mamba": small(impl="sequential", n_groups=2),
+    },
+    "mamba2 biases": {"pattern": ("mamba2(chunk=9)",), "n_layers": 2, "mamba": small(proj_bias=True, conv_bias=False)},
+    "jamba": {"pattern": JAMBA, "mamba": small()},
+    "jamba unroll": {"pattern": JAMBA, "mamba": small(inner_norms=True), "layer_loop": "unroll"},
+    "mamba2 hybrid": {"pattern": ("attention+mlp", "mamba2", "mamba+mlp"), "mamba": small(), "remat": "full"},
+}
 OPTIONS: Options = DENSE | ATTENTION | MOE | MAMBA
 
 MIXTURES: Options = {

@@ -8,8 +8,9 @@ from torch import nn
 from jaxlm import config
 from jaxlm.train.schedule import learning_rate
 from torch_ref.models.layers import Embed, Head, Linear
+from torch_ref.models.mamba import CausalConv, StepSize
 
-DECAYED = (Linear, Embed, Head)
+DECAYED = (Linear, Embed, Head, CausalConv, StepSize)
 
 
 def make_optimizer(decoder: nn.Module, train: config.Train) -> torch.optim.AdamW:

@@ -71,7 +71,7 @@ def causal_conv(
     front_BS = jnp.argsort(~real_BS, axis=1, stable=True)
     joined_BSF = jnp.take_along_axis(joined_BSF, front_BS[..., None], axis=1)
     y_BTF = convolve(joined_BSF, nothing)
-    y_BTF = jnp.take_along_axis(y_BTF, rank_BS[:, taps - 1 :, None] - taps, axis=1, mode="clip")
+    y_BTF = jnp.take_along_axis(y_BTF, jnp.maximum(rank_BS[:, taps - 1 :, None] - taps, 0), axis=1)
     last_BJ = rank_BS[:, -1:] - (taps - 1) + jnp.arange(taps - 1)
     return y_BTF, jnp.take_along_axis(joined_BSF, last_BJ[..., None], axis=1)
 
@@ -105,24 +105,22 @@ def selective_scan(
     width, real_BT = wide(u_BTF.dtype), segments_BT != 0
     u_wide = u_BTF.astype(width)
     dt_BTF = jnp.where(real_BT[..., None], dt_BTF.astype(width), 0)
-    keep_BT, state_BPF = _carried(segments_BT, state_BPF, (*a_FP.shape[::-1],), width)
+    keep_BT, h_BPF = _carried(segments_BT, state_BPF, a_FP.shape[::-1], width)
     inputs = (dt_BTF, dt_BTF * u_wide, a_FP.T.astype(width), b_BTP.astype(width), c_BTP.astype(width))
     if impl == "sequential" or u_BTF.shape[1] == 1:
-        y_BTF, state_BPF = _scan_tokens(*inputs, keep_BT, state_BPF)
+        y_BTF, h_BPF = _scan_tokens(*inputs, keep_BT, h_BPF)
     elif impl in ("chunked", "auto"):
         short = -u_BTF.shape[1] % chunk  # a step size of zero changes nothing
         dt, w, a, b, c = (_chunks(x, chunk, short) if x.ndim == 3 else x for x in inputs)
         keep_CQB = _chunks(jnp.pad(keep_BT, ((0, 0), (0, short)), constant_values=1), chunk, 0)
-        y_CQBF, state_BPF = _scan_chunks(dt, w, a, b, c, keep_CQB, state_BPF)
+        y_CQBF, h_BPF = _scan_chunks(dt, w, a, b, c, keep_CQB, h_BPF)
         y_BTF = _tokens(y_CQBF)[:, : u_BTF.shape[1]]
     else:
         raise ValueError(f"unknown scan implementation {impl!r}")
-    return (y_BTF + d_F.astype(width) * u_wide).astype(u_BTF.dtype), state_BPF
+    return (y_BTF + d_F.astype(width) * u_wide).astype(u_BTF.dtype), h_BPF
 
 
-def _carried(
-    segments_BT: Array, state: Array | None, shape: tuple[int, ...], width: jnp.dtype
-) -> tuple[Array, Array]:
+def _carried(segments_BT: Array, state: Array | None, shape: tuple[int, ...], width: jnp.dtype) -> tuple[Array, Array]:
     """What of the state before reaches each token, 1 or 0, and the state before the first."""
     if state is None:
         return (~starts(segments_BT)).astype(width), jnp.zeros((segments_BT.shape[0], *shape), width)
@@ -242,8 +240,8 @@ def ssd(
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b n h p"]]:
     """Mamba-2's scan: the recurrence of `selective_scan` with one A and one dt a head (Dao & Gu 2024, section 5).
 
-    Heads n share the B and C of group `n // (N / G)`. `chunked` computes a chunk as masked attention without softmax and
-    carries the state from chunk to chunk (section 6); the backward pass keeps the states between chunks alone.
+    Heads n share the B and C of group `n // (N / G)`. `chunked` computes a chunk as masked attention without softmax
+    and carries the state from chunk to chunk (section 6); the backward pass keeps the states between chunks alone.
 
     Args and returns as `selective_scan`.
     """

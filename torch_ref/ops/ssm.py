@@ -106,7 +106,7 @@ def selective_scan(
     width, real_BT = wide(u_BTF.dtype), segments_BT != 0
     u_wide = u_BTF.to(width)
     dt_BTF = torch.where(real_BT[..., None], dt_BTF.to(width), 0)
-    keep_BT, state_BPF = _carried(segments_BT, state_BPF, (*a_FP.shape[::-1],), width)
+    keep_BT, h_BPF = _carried(segments_BT, state_BPF, a_FP.shape[::-1], width)
     inputs = (dt_BTF, dt_BTF * u_wide, b_BTP.to(width), c_BTP.to(width), keep_BT)
     if impl not in ("sequential", "chunked", "auto"):
         raise ValueError(f"unknown scan implementation {impl!r}")
@@ -115,11 +115,11 @@ def selective_scan(
     a_PF, ys = a_FP.T.to(width), []
     for tokens in zip(*(x.split(size, dim=1) for x in inputs), strict=True):
         if recompute:
-            y_BQF, state_BPF = checkpoint(_scan, a_PF, state_BPF, *tokens, use_reentrant=False)
+            y_BQF, h_BPF = checkpoint(_scan, a_PF, h_BPF, *tokens, use_reentrant=False)
         else:
-            y_BQF, state_BPF = _scan(a_PF, state_BPF, *tokens)
+            y_BQF, h_BPF = _scan(a_PF, h_BPF, *tokens)
         ys.append(y_BQF)
-    return (torch.cat(ys, dim=1) + d_F.to(width) * u_wide).to(u_BTF.dtype), state_BPF
+    return (torch.cat(ys, dim=1) + d_F.to(width) * u_wide).to(u_BTF.dtype), h_BPF
 
 
 def _carried(
@@ -136,8 +136,8 @@ def _scan(
     a_PF: Tensor, h_BPF: Tensor, dt_BTF: Tensor, w_BTF: Tensor, b_BTP: Tensor, c_BTP: Tensor, keep_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token."""
-    ys = []
-    for dt_BF, w_BF, b_BP, c_BP, keep_B in zip(*(x.unbind(1) for x in (dt_BTF, w_BTF, b_BTP, c_BTP, keep_BT))):
+    ys, tokens = [], (x.unbind(1) for x in (dt_BTF, w_BTF, b_BTP, c_BTP, keep_BT))
+    for dt_BF, w_BF, b_BP, c_BP, keep_B in zip(*tokens, strict=True):
         decay_BPF = torch.exp(dt_BF[:, None] * a_PF) * keep_B[:, None, None]
         h_BPF = decay_BPF * h_BPF + w_BF[:, None] * b_BP[:, :, None]
         ys.append(torch.sum(h_BPF * c_BP[:, :, None], dim=1))
@@ -159,8 +159,8 @@ def ssd(
 ) -> tuple[Float[Tensor, "b t n h"], Float[Tensor, "b n h p"]]:
     """Mamba-2's scan: the recurrence of `selective_scan` with one A and one dt a head (Dao & Gu 2024, section 5).
 
-    Heads n share the B and C of group `n // (N / G)`. `chunked` computes a chunk as masked attention without softmax and
-    carries the state from chunk to chunk (section 6); the backward pass keeps the states between chunks alone.
+    Heads n share the B and C of group `n // (N / G)`. `chunked` computes a chunk as masked attention without softmax
+    and carries the state from chunk to chunk (section 6); the backward pass keeps the states between chunks alone.
 
     Args and returns as `selective_scan`.
     """
@@ -184,8 +184,8 @@ def ssd(
 
 
 def _ssd_tokens(w: Tensor, log: Tensor, b: Tensor, c: Tensor, keep_BT: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    ys = []
-    for w_BGMH, log_BGM, b_BGP, c_BGP, keep_B in zip(*(x.unbind(1) for x in (w, log, b, c, keep_BT))):
+    ys, tokens = [], (x.unbind(1) for x in (w, log, b, c, keep_BT))
+    for w_BGMH, log_BGM, b_BGP, c_BGP, keep_B in zip(*tokens, strict=True):
         decay_BGM = torch.exp(log_BGM) * keep_B[:, None, None]
         state = decay_BGM[..., None, None] * state + w_BGMH[..., None] * b_BGP[:, :, None, None]
         ys.append(torch.einsum("bgmhp,bgp->bgmh", state, c_BGP))
