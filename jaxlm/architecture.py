@@ -149,10 +149,28 @@ class Mamba:
     """The projections in and out have biases."""
     inner_norms: bool = False
     """`mamba`: RMS-normalise the step size's bottleneck, B and C, as Jamba does."""
-    chunk: PositiveInt = 64
-    """Tokens of one chunk of the scan while training."""
+    chunk: NonNegativeInt = 0
+    """Tokens between two states that training keeps; 0 takes 8 for `mamba` and 64 for `mamba2`."""
     impl: Literal["auto", "sequential", "chunked"] = "auto"
     """`sequential` is the recurrence, token by token; all compute the same function."""
+
+    def filled(self, mixer: str, d_model: int) -> Mamba:
+        """The options of a mixer with what is 0 filled in."""
+        first = mixer == "mamba"
+        fill = {"d_state": 16 if first else 128, "dt_rank": -(-d_model // 16), "chunk": 8 if first else 64}
+        return dataclasses.replace(self, **{name: getattr(self, name) or value for name, value in fill.items()})
+
+    def check_heads(self, d_model: int) -> None:
+        """Refuse heads of `mamba2` that do not come out even."""
+        inner = self.expand * d_model
+        require(
+            inner % self.head_dim == 0,
+            f"model.mamba.head_dim = {self.head_dim} does not divide expand * d_model = {inner}",
+        )
+        require(
+            inner // self.head_dim % self.n_groups == 0,
+            f"model.mamba.n_groups = {self.n_groups} does not divide the {inner // self.head_dim} heads of mamba2",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -237,7 +255,8 @@ class Model:
             "head_dim": self.d_model // self.n_heads,
             "d_ff": 64 * -(-8 * self.d_model // 192) if self.gated else 4 * self.d_model,
         }
-        if not self.head_dim:
+        attends = any(parse_block(kind).mixer == "attention" for kind in self.pattern)
+        if not self.head_dim and attends:
             require(
                 self.d_model % self.n_heads == 0,
                 f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
@@ -250,7 +269,7 @@ class Model:
             f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
         )
         require(
-            self.rotary_dim % 2 == 0 or self.positions != "rope",
+            self.rotary_dim % 2 == 0 or self.positions != "rope" or not attends,
             f"model.head_dim = {self.head_dim}: rotary positions need pairs, {self.rotary_dim} elements are odd",
         )
         require(
@@ -277,8 +296,8 @@ class Model:
         for kind in self.pattern:
             if "(" in kind:
                 self.halves(kind)
-            else:
-                parse_block(kind)
+            elif parse_block(kind).mixer == "mamba2":
+                self.mamba.check_heads(self.d_model)
         require(
             self.n_layers % len(self.pattern) == 0,
             f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.pattern)} blocks of model.pattern",
@@ -442,8 +461,13 @@ def _halves(model: Model, kind: str) -> Halves:
         f"model.pattern: positions in {kind!r} is neither 'rope' nor 'none'",
     )
     plain = "+".join(filter(None, (parsed.mixer, parsed.ffn)))
-    base = dataclasses.replace(model, pattern=(plain,))
-    sides = [(parsed.mixer, parsed.mixer_options), (parsed.ffn, parsed.ffn_options)]
+    changes: dict[str, Any] = {"pattern": (plain,)}
+    mixer_options = parsed.mixer_options
+    if _SECTION.get(parsed.mixer) == "mamba":
+        mamba = dataclasses.replace(model.mamba, **mixer_options)
+        changes["mamba"], mixer_options = mamba.filled(parsed.mixer, model.d_model), {}
+    base = dataclasses.replace(model, **changes)
+    sides = [(parsed.mixer, mixer_options), (parsed.ffn, parsed.ffn_options)]
     mixer, ffn = (_with(base, _SECTION.get(name), options) for name, options in sides)
     return Halves(parsed.mixer, mixer, parsed.ffn, ffn)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxlm import config
+
 Options = dict[str, dict[str, Any]]
 
 DENSE: Options = {
