@@ -35,13 +35,6 @@ RANKS = {
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NEUTRAL = {"architecture", "config", "config_file", "errors", "flops", "data"}  # the parts that both frameworks share
-    "architecture",
-    "config",
-    "config_file",
-    "errors",
-    "flops",
-    "data",
-}  # the parts of jaxlm that both frameworks share
 NEUTRAL_MODULES = {"jaxlm.train.schedule", "jaxlm.train.metrics"}  # and single modules of other parts
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
