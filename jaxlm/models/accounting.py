@@ -24,7 +24,7 @@ class Account:
     total: int
     """Parameters."""
     active: int
-    """Parameters that take part in computing one token: without look-up tables, and of experts the `top_k` chosen."""
+    """Parameters without the experts that a token does not pass, as the literature counts (Jiang et al. 2024)."""
     embedding: int
     """Parameters in look-up tables: token embedding and learned positions."""
     matmul: int
@@ -79,15 +79,15 @@ def account(cfg: config.Config) -> Account:
     leaves = _leaves(decoder)
     sizes = {name: max(size, 1) for name, size in dataclasses.asdict(cfg.mesh).items()}
     embedding = sum(leaf.size for path, leaf, _ in leaves if path[-1] == "embedding")
-    head = model.vocab_size * model.d_model if model.tie_embeddings else 0
+    total, active = parameters(model)
     matmul = matmul_params(decoder)
     forward = forward_flops(model, matmul, cfg.data.seq_len)
     local = sum(_local_size(leaf, axes, sizes) for _, leaf, axes in leaves)
     width = policy.params.itemsize
     growing, fixed = _cache_bytes(decoder, cfg.data.seq_len)
     return Account(
-        total=sum(leaf.size for _, leaf, _ in leaves),
-        active=sum(_active(path, leaf.size, axes, model) for path, leaf, axes in leaves) - embedding + head,
+        total=total,
+        active=active,
         embedding=embedding,
         matmul=matmul,
         forward_flops=forward,
@@ -100,6 +100,13 @@ def account(cfg: config.Config) -> Account:
         cache_bytes_per_token=growing,
         cache_bytes_fixed=fixed,
     )
+
+
+def parameters(model: config.Model) -> tuple[int, int]:
+    """Parameters of a model: all, and those that one token meets."""
+    leaves = _leaves(Decoder(model))
+    active = sum(_active(path, leaf.size, axes, model) for path, leaf, axes in leaves)
+    return sum(leaf.size for _, leaf, _ in leaves), active
 
 
 def matmul_params(decoder: Decoder) -> int:
