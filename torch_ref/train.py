@@ -20,10 +20,10 @@ from jaxlm import config
 from jaxlm.data.completion import Sampling
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.train.metrics import PEAK_FLOPS, flops_per_token, plain
+from jaxlm.flops import flops_per_token
+from jaxlm.train.metrics import PEAK_FLOPS, plain
 from torch_ref.checkpoint import Checkpointer
 from torch_ref.models.decoder import Decoder, init_params
-from torch_ref.models.layers import Head, Linear
 from torch_ref.numerics import Policy
 from torch_ref.optim import make_optimizer
 from torch_ref.step import LossFn, Sums, TrainState, loss_fn, make_eval, make_step
@@ -123,9 +123,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def matmul_params(decoder: Decoder) -> int:
-    """Parameters that take part in matrix products for each token: all kernels, and a tied embedding as the head."""
-    kernels = sum(module.weight.numel() for module in decoder.modules() if isinstance(module, Linear | Head))
-    return kernels + (decoder.embed.weight.numel() if decoder.config.tie_embeddings else 0)
+    """Parameters in matrix products for one token: all kernels, of experts the `top_k` that it passes, and the head."""
+    cfg = decoder.config
+    total = decoder.embed.weight.numel() if cfg.tie_embeddings else 0
+    for name, parameter in decoder.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or parameter.ndim < 2 or "conv" in module or module in ("embed", "position_embed"):
+            continue
+        if parameter.ndim == 3:  # a stack of experts
+            moe = cfg.halves(cfg.pattern[int(name.split(".")[1]) % len(cfg.pattern)]).ffn.moe
+            total += parameter.numel() * moe.top_k // moe.n_experts
+        else:
+            total += parameter.numel()
+    return total
 
 
 def measured_flops(device: torch.device, size: int = 1536, tries: int = 3) -> float:

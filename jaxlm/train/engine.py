@@ -16,11 +16,12 @@ import optax
 from jaxlm import config
 from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
 from jaxlm.errors import UserError
+from jaxlm.flops import flops_per_token
 from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
-from jaxlm.train.metrics import PEAK_FLOPS, flops_per_token, plain
+from jaxlm.train.metrics import PEAK_FLOPS, plain
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
 
@@ -60,7 +61,7 @@ class JaxEngine:
         self._under_way: collections.deque[Any] = collections.deque()
         self._checkpointer: Any = None
 
-        multiplied = matmul_params(self.state.params, cfg.model)
+        multiplied = matmul_params(self.decoder)
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len)
         self._peak_flops: float | None = None
 
