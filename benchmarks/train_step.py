@@ -126,12 +126,12 @@ def child(name: str) -> None:
 
 def flops_per_token() -> float:
     """Forward and backward, as `jaxlm train` counts them for its MFU."""
+    from jaxlm import flops
     from jaxlm.models.accounting import matmul_params
-    from jaxlm.models.decoder import Decoder, abstract_params
-    from jaxlm.train.metrics import flops_per_token
+    from jaxlm.models.decoder import Decoder
 
     model = jaxlm_model()
-    return flops_per_token(model, matmul_params(abstract_params(Decoder(model))[0], model), LENGTH)
+    return flops.flops_per_token(model, matmul_params(Decoder(model)), LENGTH)
 
 
 def run(rounds: int, out: Path | None = None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Backend(StrEnum):
     torch = "torch"
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False)]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file or a name.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options that differ from the file.")
 ]
@@ -166,11 +166,23 @@ def evaluate(
 
 
 @app.command()
-def info(path: ConfigPath, overrides: Overrides = None, as_json: JsonFlag = False) -> None:
+def info(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A TOML file, a name or a run; none: list the names.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: JsonFlag = False,
+    show_list: Annotated[bool, typer.Option("--list", help="List the named configurations.")] = False,
+) -> None:
     """Count the parameters, FLOPs and memory of CONFIG (or of a run) without allocating anything."""
     from jaxlm import config_file
     from jaxlm.models.accounting import account
+    from jaxlm.models.catalogue import catalogue
 
+    if path is None or show_list:
+        named = catalogue()
+        print(json.dumps(dataclasses.asdict(named)["rows"])) if as_json else _show(named)
+        return
     cfg = config_file.load(path / "config.toml" if path.is_dir() else path, overrides or ())
     if not cfg.model.vocab_size:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=_tokenizer_size(cfg)))

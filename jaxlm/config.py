@@ -213,6 +213,8 @@ class Config:
 
     recipe: Literal["pretrain"] = "pretrain"
     """The training stage."""
+    aliases: tuple[str, ...] = ()
+    """Other names of this config, if it is one of `configs/models`, such as the one that its source gave it."""
     out_dir: str = ""
     """The run directory; empty: `runs/` and the name of the config file."""
     seed: NonNegativeInt = 0

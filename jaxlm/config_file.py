@@ -21,6 +21,7 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
+from jaxlm import registry
 from jaxlm.config import Config
 from jaxlm.errors import UserError, did_you_mean
 
@@ -28,10 +29,12 @@ from jaxlm.errors import UserError, did_you_mean
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides (values in TOML syntax; a bare word is a string).
 
+    `path` may be the name or an alias of a file of `configs/models`: see `registry`.
+
     Raises:
         UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or contradicts another.
     """
-    path = Path(path)
+    path = registry.find(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.infer import generate as jax_generate
 from jaxlm.infer.text import generate_text
 from jaxlm.models import decoder as jax_decoder
+from parity_tests.options import MAMBA
 from parity_tests.pairs import Pair, model, pair, random_params
 from parity_tests.tolerances import FLOAT64
 from torch_ref import generate as torch_generate
@@ -39,13 +40,18 @@ VARIANTS = [
         "rotary_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16},
     },
+    MAMBA["mamba"],
+    MAMBA["mamba2 groups"],
+    MAMBA["jamba"],
 ]
 VARIED = Sampling(temperature=0.0, repetition_penalty=2.0)  # greedy text of random weights falls into loops
 WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
 
 
 @pytest.fixture(
-    scope="module", params=VARIANTS, ids=["base", "learned", "sinusoidal", "interleaved", "window", "sinks"]
+    scope="module",
+    params=VARIANTS,
+    ids=["base", "learned", "sinusoidal", "interleaved", "window", "sinks", "mamba", "mamba2", "jamba"],
 )
 def models(request: pytest.FixtureRequest) -> Pair:
     cfg = model(**request.param)

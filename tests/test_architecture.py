@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 RANKS = {
     **dict.fromkeys(["errors"], 0),
     **dict.fromkeys(["architecture"], 1),
-    **dict.fromkeys(["config"], 2),
-    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation"], 3),
+    **dict.fromkeys(["config", "registry"], 2),
+    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation", "flops"], 3),
     **dict.fromkeys(["ops"], 4),
     **dict.fromkeys(["models", "objectives", "data"], 5),
     **dict.fromkeys(["train"], 6),
@@ -34,7 +34,7 @@ RANKS = {
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
-NEUTRAL = {"architecture", "config", "config_file", "errors", "data"}  # the parts of jaxlm that both frameworks share
+NEUTRAL = {"architecture", "config", "config_file", "errors", "flops", "registry", "data"}  # both frameworks share them
 NEUTRAL_MODULES = {"jaxlm.train.schedule", "jaxlm.train.metrics"}  # and single modules of other parts
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400

@@ -20,10 +20,10 @@ from jaxlm import config
 from jaxlm.data.completion import Sampling
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.train.metrics import PEAK_FLOPS, flops_per_token
+from jaxlm.flops import flops_per_token
+from jaxlm.train.metrics import PEAK_FLOPS, plain
 from torch_ref.checkpoint import Checkpointer
 from torch_ref.models.decoder import Decoder, init_params
-from torch_ref.models.layers import Head, Linear
 from torch_ref.numerics import Policy
 from torch_ref.optim import make_optimizer
 from torch_ref.step import LossFn, Sums, TrainState, loss_fn, make_eval, make_step
@@ -53,7 +53,7 @@ class TorchEngine:
             objective = _autocast(objective, self.device, narrow)
         if cfg.torch.compile:
             objective = torch.compile(objective)
-        self._step = make_step(objective, self.optimizer, cfg.train, seed=cfg.seed)
+        self._step = make_step(objective, self.optimizer, cfg.train, seed=cfg.seed, decoder=self.decoder)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(self.decoder), cfg.data.seq_len)
@@ -79,8 +79,8 @@ class TorchEngine:
         self.state, metrics = self._step(self.state, self._place(batch))
         return metrics
 
-    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-        return [{name: float(value) for name, value in one.items()} for one in metrics]
+    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [plain(one) for one in metrics]
 
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
         self.decoder.eval()
@@ -123,9 +123,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def matmul_params(decoder: Decoder) -> int:
-    """Parameters that take part in matrix products for each token: all kernels, and a tied embedding as the head."""
-    kernels = sum(module.weight.numel() for module in decoder.modules() if isinstance(module, Linear | Head))
-    return kernels + (decoder.embed.weight.numel() if decoder.config.tie_embeddings else 0)
+    """Parameters in matrix products for one token: all kernels, of experts the `top_k` that it passes, and the head."""
+    cfg = decoder.config
+    total = decoder.embed.weight.numel() if cfg.tie_embeddings else 0
+    for name, parameter in decoder.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or parameter.ndim < 2 or "conv" in module or module in ("embed", "position_embed"):
+            continue
+        if parameter.ndim == 3:  # a stack of experts
+            moe = cfg.halves(cfg.pattern[int(name.split(".")[1]) % len(cfg.pattern)]).ffn.moe
+            total += parameter.numel() * moe.top_k // moe.n_experts
+        else:
+            total += parameter.numel()
+    return total
 
 
 def measured_flops(device: torch.device, size: int = 1536, tries: int = 3) -> float:

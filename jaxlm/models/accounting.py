@@ -10,8 +10,10 @@ from typing import Any
 import jax
 
 from jaxlm import config
+from jaxlm.architecture import Halves
+from jaxlm.flops import forward_flops
 from jaxlm.mesh import AXES, RULES, Axes
-from jaxlm.models.decoder import Decoder, abstract_params
+from jaxlm.models.decoder import Decoder, abstract_params, init_cache
 from jaxlm.numerics import Policy
 
 
@@ -22,13 +24,13 @@ class Account:
     total: int
     """Parameters."""
     active: int
-    """Parameters that take part in computing one token: all but the unused rows of look-up tables."""
+    """Parameters without the experts that a token does not pass, as the literature counts (Jiang et al. 2024)."""
     embedding: int
     """Parameters in look-up tables: token embedding and learned positions."""
     matmul: int
-    """Parameters in matrix products for each token: all kernels, and a tied embedding as the head."""
+    """Parameters in matrix products for one token: active kernels, and a tied embedding as the head."""
     forward_flops: int
-    """FLOP of the forward pass for one token at the training context, causal attention counted as half."""
+    """FLOP of the forward pass for one token at the training context: see `jaxlm.flops`."""
     train_flops: int
     """FLOP of forward and backward for one token."""
     devices: int
@@ -38,7 +40,9 @@ class Account:
     activation_bytes: int
     """Estimate: what the backward pass keeps of one microbatch, and one block of logits."""
     cache_bytes_per_token: int
-    """KV cache of one token of one row."""
+    """What the cache of one row grows by with each token: keys and values of attention without a window."""
+    cache_bytes_fixed: int
+    """What the cache of one row has whatever its length: windows, convolution and SSM state."""
 
     @property
     def bytes(self) -> int:
@@ -60,7 +64,8 @@ class Account:
             ("  optimiser", _mib(self.optimizer_bytes)),
             ("  gradients", _mib(self.gradient_bytes)),
             ("  activations, estimated", _mib(self.activation_bytes)),
-            ("KV cache a token", f"{self.cache_bytes_per_token:,} B"),
+            ("cache of a row, for each token", f"{self.cache_bytes_per_token:,} B"),
+            ("  and at any length", f"{self.cache_bytes_fixed:,} B"),
         ):
             table.add_row(label, value)
         table.columns[1].justify = "right"
@@ -70,20 +75,19 @@ class Account:
 def account(cfg: config.Config) -> Account:
     """Count everything about a run; an axis of the mesh that is -1 counts as 1."""
     model, policy = cfg.model, Policy.from_config(cfg.numerics)
-    shapes, axes = abstract_params(Decoder(model, policy))
+    decoder = Decoder(model, policy)
+    leaves = _leaves(decoder)
     sizes = {name: max(size, 1) for name, size in dataclasses.asdict(cfg.mesh).items()}
-    leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    total = sum(leaf.size for _, leaf in leaves)
-    tables = {path: leaf.size for path, leaf in leaves if path[-1].key == "embedding"}
-    embedding = sum(tables.values())
-    matmul = matmul_params(shapes, model)
-    local = sum(_local_size(leaf, names, sizes) for leaf, names in _pairs(shapes, axes))
+    embedding = sum(leaf.size for path, leaf, _ in leaves if path[-1] == "embedding")
+    total, active = parameters(model)
+    matmul = matmul_params(decoder)
+    forward = forward_flops(model, matmul, cfg.data.seq_len)
+    local = sum(_local_size(leaf, axes, sizes) for _, leaf, axes in leaves)
     width = policy.params.itemsize
-    attention = 2 * model.n_layers * cfg.data.seq_len * model.n_heads * model.head_dim
-    forward = 2 * matmul + attention
+    growing, fixed = _cache_bytes(decoder, cfg.data.seq_len)
     return Account(
         total=total,
-        active=total - embedding + (model.vocab_size * model.d_model if model.tie_embeddings else 0),
+        active=active,
         embedding=embedding,
         matmul=matmul,
         forward_flops=forward,
@@ -93,15 +97,58 @@ def account(cfg: config.Config) -> Account:
         optimizer_bytes=2 * local * width,
         gradient_bytes=local * width,
         activation_bytes=_activations(cfg, sizes),
-        cache_bytes_per_token=2 * model.n_layers * model.n_kv_heads * model.head_dim * policy.compute.itemsize,
+        cache_bytes_per_token=growing,
+        cache_bytes_fixed=fixed,
     )
 
 
-def matmul_params(shapes: Mapping[str, Any], model: config.Model) -> int:
-    """Parameters that take part in matrix products for each token."""
-    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    kernels = sum(leaf.size for path, leaf in flat if path[-1].key == "kernel")
-    return kernels + (model.vocab_size * model.d_model if model.tie_embeddings else 0)
+def parameters(model: config.Model) -> tuple[int, int]:
+    """Parameters of a model: all, and those that one token meets."""
+    leaves = _leaves(Decoder(model))
+    active = sum(_active(path, leaf.size, axes, model) for path, leaf, axes in leaves)
+    return sum(leaf.size for _, leaf, _ in leaves), active
+
+
+def matmul_params(decoder: Decoder) -> int:
+    """Parameters in matrix products for one token: all kernels, of experts the `top_k` that it passes, and the head."""
+    model = decoder.config
+    kernels = (
+        _active(path, leaf.size, axes, model)
+        for path, leaf, axes in _leaves(decoder)
+        if path[-1] == "kernel" and not any("conv" in name for name in path)  # `jaxlm.flops` has the convolution
+    )
+    return sum(kernels) + (model.vocab_size * model.d_model if model.tie_embeddings else 0)
+
+
+def _leaves(decoder: Decoder) -> list[tuple[tuple[str, ...], Any, Axes]]:
+    """Path, shape and axes of every parameter; the layers are stacked, so that depth costs no time."""
+    decoder = decoder.clone(config=dataclasses.replace(decoder.config, layer_loop="scan"))
+    shapes, axes = abstract_params(decoder)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    names = tree.flatten_up_to(axes)
+    return [(tuple(key.key for key in path), leaf, at) for (path, leaf), at in zip(leaves, names, strict=True)]
+
+
+def _active(path: tuple[str, ...], size: int, axes: Axes, model: config.Model) -> int:
+    """How many of the parameters of a leaf one token meets: of a stack of experts, the `top_k` that it passes."""
+    if "experts" not in axes:
+        return size
+    moe = model.halves(model.pattern[int(path[1].removeprefix("slot_"))]).ffn.moe
+    return size * moe.top_k // moe.n_experts
+
+
+def _cache_bytes(decoder: Decoder, seq_len: int) -> tuple[int, int]:
+    """Bytes that the cache of one row has for each token, and those that it has at any length past all windows."""
+
+    def row(slots: int) -> int:
+        one, two = (jax.tree.leaves(jax.eval_shape(lambda n=n: init_cache(decoder, n, slots))) for n in (1, 2))
+        return sum((b.size - a.size) * a.dtype.itemsize for a, b in zip(one, two, strict=True))
+
+    model = decoder.config
+    windows = (half.window + half.keep_first for half in (model.halves(kind).mixer for kind in model.pattern))
+    long = 2 * max(seq_len, model.max_seq_len, *windows)
+    growing = (row(2 * long) - row(long)) // long
+    return growing, row(long) - growing * long
 
 
 def _mib(size: int) -> str:
@@ -109,21 +156,57 @@ def _mib(size: int) -> str:
 
 
 def _activations(cfg: config.Config, sizes: Mapping[str, int]) -> int:
-    """Elements that one token leaves behind in each layer, by the remat policy, times the tokens of a microbatch."""
+    """Elements that one token leaves behind in each block, by the remat policy, times the tokens of a microbatch."""
     model = cfg.model
-    inner = (2 * model.n_heads + 3 * model.n_kv_heads) * model.head_dim  # q, k before and after rotation, v, mixed
-    mlp = (3 if model.activation == "swiglu" else 2) * model.d_ff
-    kept = {"none": 4 * model.d_model + inner + mlp, "dots": 2 * model.d_model + inner + mlp, "full": model.d_model}
     tokens = cfg.train.batch_size * cfg.data.seq_len // cfg.train.microbatches
     local = tokens // math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
     width = Policy.from_config(cfg.numerics).compute.itemsize
     logits = min(cfg.train.loss_block, local) * model.vocab_size // sizes["tensor"] * 4
-    return local * model.n_layers * kept[model.remat] * width // sizes["tensor"] + 2 * logits
+    kept = model.repeats * sum(_kept(model, kind) for kind in model.pattern)
+    return local * kept * width // sizes["tensor"] + 2 * logits
 
 
-def _pairs(shapes: Any, axes: Any) -> list[tuple[Any, Axes]]:
-    leaves, tree = jax.tree.flatten(shapes)
-    return list(zip(leaves, tree.flatten_up_to(axes), strict=True))
+def _kept(model: config.Model, kind: str) -> int:
+    """Elements that one token leaves behind in one block."""
+    halves = model.halves(kind)
+    stream = 4 * model.d_model if halves.ffn_name else 2 * model.d_model  # both norms and both residuals
+    if model.remat == "full":
+        return model.d_model
+    if model.remat == "dots":
+        stream //= 2
+    return stream + _MIXERS[halves.mixer_name](halves.mixer) + (_ffn(halves) if halves.ffn_name else 0)
+
+
+def _attention(model: config.Model) -> int:
+    """Queries and keys before and after rotation, values, what is mixed."""
+    return (2 * model.n_heads + 3 * model.n_kv_heads) * model.head_dim
+
+
+def _mamba(model: config.Model) -> int:
+    """x and the gate, x convolved and activated, step size, output, gated output; one state a chunk; B and C."""
+    part, channels = model.mamba, model.mamba.expand * model.d_model
+    state = part.d_state or 16
+    return channels * (7 + state // part.chunk) + 2 * state + (part.dt_rank or -(-model.d_model // 16))
+
+
+def _mamba2(model: config.Model) -> int:
+    """The same, with B and C convolved, and for each head the decays of a chunk."""
+    part, channels = model.mamba, model.mamba.expand * model.d_model
+    state = part.d_state or 128
+    heads = channels // part.head_dim
+    return channels * (6 + state // part.chunk) + 6 * part.n_groups * state + 2 * heads * part.chunk
+
+
+_MIXERS = {"attention": _attention, "mamba": _mamba, "mamba2": _mamba2}
+
+
+def _ffn(halves: Halves) -> int:
+    """What the second matrix product needs, and for experts the tokens as they are sent."""
+    model, moe = halves.ffn, halves.ffn.moe
+    wide = 3 if model.activation in ("swiglu", "swiglu_clamped") else 2
+    if halves.ffn_name == "mlp":
+        return wide * model.d_ff
+    return (moe.top_k + moe.n_shared) * wide * (moe.d_ff or model.d_ff) + 2 * moe.top_k * model.d_model + moe.n_experts
 
 
 def _local_size(leaf: Any, names: Axes, sizes: Mapping[str, int]) -> int:

@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         if cfg.scanned:
             scanned = nn.scan(
                 Repeat,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "routing": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.repeats,

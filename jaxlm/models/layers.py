@@ -26,7 +26,7 @@ class Linear(nn.Module):
     """`x @ kernel (+ bias)` over the last `n_in` axes of x, in the compute dtype. Kernel [in..., out...]."""
 
     features: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     std: float
     policy: Policy
     n_in: int = 1

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,9 @@ PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by the 
 }
 
 
-def flops_per_token(model: config.Model, matmul_params: int, seq_len: int) -> int:
-    """Floating-point operations of forward and backward for one token: `6 N + 6 L T N_heads H`.
-
-    Two for each of the N parameters in matrix products and twice that backward (Kaplan et al. 2020, section 2.1), and
-    the two products of attention over half the context, since it is causal. Recomputation (remat) is not counted.
-    """
-    return 6 * matmul_params + 6 * model.n_layers * seq_len * model.n_heads * model.head_dim
+def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of either framework as floats, and arrays as lists."""
+    return {name: value.tolist() if value.ndim else float(value) for name, value in metrics.items()}
 
 
 class MetricsLog:

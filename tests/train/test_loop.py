@@ -9,7 +9,7 @@ import pytest
 from jaxlm.errors import UserError
 from jaxlm.train import loop
 from jaxlm.train.engine import JaxEngine
-from jaxlm.train.metrics import MetricsLog, flops_per_token, read_metrics
+from jaxlm.train.metrics import MetricsLog, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
 OPTIONS = ("model.dropout=0.0", "train.microbatches=1", "model.layer_loop=unroll")
@@ -113,11 +113,6 @@ def test_a_disk_that_fails_is_one_error(tmp_path):
     message = r"No space left on device \(mend it, then continue with --resume\)"
     with pytest.raises(UserError, match=message), loop._writing(tmp_path):
         raise OSError(28, "No space left on device")
-
-
-def test_flops(runs, tmp_path):
-    model = runs.config(tmp_path).model
-    assert flops_per_token(model, 1000, 16) == 6 * 1000 + 6 * 2 * 16 * 2 * 8
 
 
 def test_json_lines_are_plain(runs, tmp_path):

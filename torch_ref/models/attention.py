@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jaxlm import config
 from torch_ref.models.cache import KVCache, Slots, WindowCache
-from torch_ref.models.layers import Linear, Norm, _normal
+from torch_ref.models.layers import Linear, Norm, normal_
 from torch_ref.numerics import Policy
 from torch_ref.ops import attention as ops
 from torch_ref.ops.attention import Mixed, Places
@@ -48,9 +48,9 @@ class Attention(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal sinks."""
         if self.config.sink_tokens:
-            _normal(self.sink_tokens, self.config.init_std, generator)
+            normal_(self.sink_tokens, self.config.init_std, generator)
         if self.config.sink_logits:
-            _normal(self.sink_logits, self.config.init_std, generator)
+            normal_(self.sink_logits, self.config.init_std, generator)
 
     def forward(
         self,
