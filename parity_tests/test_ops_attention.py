@@ -28,25 +28,33 @@ OPTIONS = [{"window": 2}, {"window": 17}, {"window": 500}, {"softcap": 1.5}, {"w
 
 def both(jax_op: Callable, torch_op: Callable, shapes: list[tuple[int, ...]], rng: np.random.Generator) -> None:
     """Both ops on the same random inputs and cotangents: outputs and gradients of the inputs."""
+    all_of(jax_op, {"": torch_op}, shapes, rng)
+
+
+def all_of(
+    jax_op: Callable, torch_ops: dict[str, Callable], shapes: list[tuple[int, ...]], rng: np.random.Generator
+) -> None:
+    """`both` for each op of torch."""
     arrays = [rng.standard_normal(shape) for shape in shapes]
 
     def flat(out: Any) -> tuple:
         return tuple(out) if isinstance(out, tuple) else (out,)
 
-    inputs = [torch.tensor(x, requires_grad=True) for x in arrays]
-    ours = flat(torch_op(*inputs))
-    cotangents = [rng.standard_normal(x.shape) for x in ours]
-    gradients = torch.autograd.grad(ours, inputs, [torch.tensor(x) for x in cotangents])
+    cotangents: list[np.ndarray] = []
 
     @jax.jit
     def run(cotangents: Any, *arrays: jax.Array) -> tuple:
         out, pull = jax.vjp(lambda *x: flat(jax_op(*x)), *arrays)
         return *out, *pull(tuple(cotangents))
 
-    theirs = run(cotangents, *arrays)
-    names = [f"output {i}" for i in range(len(ours))] + [f"gradient {i}" for i in range(len(inputs))]
-    for name, a, b in zip(names, (*ours, *gradients), theirs, strict=True):
-        FLOAT64.check(pairs.error(a.detach().numpy(), np.asarray(b)), name)
+    for told, torch_op in torch_ops.items():
+        inputs = [torch.tensor(x, requires_grad=True) for x in arrays]
+        ours = flat(torch_op(*inputs))
+        cotangents = cotangents or [rng.standard_normal(x.shape) for x in ours]
+        gradients = torch.autograd.grad(ours, inputs, [torch.tensor(x) for x in cotangents])
+        names = [f"{told}output {i}" for i in range(len(ours))] + [f"{told}gradient {i}" for i in range(len(inputs))]
+        for name, a, b in zip(names, (*ours, *gradients), run(cotangents, *arrays), strict=True):
+            FLOAT64.check(pairs.error(a.detach().numpy(), np.asarray(b)), name)
 
 
 def places(rng: np.random.Generator) -> tuple[Any, Any]:
@@ -66,13 +74,11 @@ def finite(mixed: Any, where: Callable) -> tuple:
 def test_attention(impl: str, options: dict[str, Any], rng: np.random.Generator) -> None:
     """Each kernel of jaxlm that runs on the CPU against each of torch."""
     ours, theirs = places(rng)
-    for torch_impl in ("xla", "blockwise", "cudnn", "auto"):
-        both(
-            lambda *x: jax_ops.attention(*x, ours, ours, impl=impl, aligned=True, **options),
-            lambda *x, to=torch_impl: torch_ops.attention(*x, theirs, theirs, impl=to, aligned=True, **options),
-            QKV,
-            rng,
-        )
+    mirrors = {
+        f"{to} ": lambda *x, to=to: torch_ops.attention(*x, theirs, theirs, impl=to, aligned=True, **options)
+        for to in ("xla", "blockwise", "cudnn", "auto")
+    }
+    all_of(lambda *x: jax_ops.attention(*x, ours, ours, impl=impl, aligned=True, **options), mirrors, QKV, rng)
 
 
 @pytest.mark.parametrize("impl", ["xla", "blockwise"])

@@ -72,20 +72,20 @@ def pair_of(options: dict[str, Any]) -> Pair:
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", list(VARIANTS)[1:])
 def test_ten_windows_in_chunks_with_padding_anywhere(name: str, framework: str, rng: np.random.Generator) -> None:
     """Rows that start late, pause, and get chunks of any length: each logit of each token is that of one whole pass."""
     models, (apply, init_cache) = pair_of(VARIANTS[name]), FRAMEWORKS[framework]
-    rows, total = 4, 10 * WINDOW + 20
+    rows, total = 4, 10 * WINDOW + 40
     tokens = rng.integers(0, models.jax.config.vocab_size, (rows, total), dtype=np.int32)
     places = np.broadcast_to(np.arange(total, dtype=np.int32), tokens.shape)
     whole, _ = apply(models, (tokens, places, np.ones_like(places)))
 
     done, cache, worst = np.zeros(rows, int), init_cache(models, rows, total), 0.0
-    widths = [19, 1, 1, 1, 1, 8, 1, 1, 1, 8, 8, *[1] * 24, 19]
+    widths = [19, 1, 1, 1, 1, 19, 1, 1, 1, 19, *[1] * 24, 19]
     for number, width in enumerate(widths):
-        before = np.array([0, number % 3 * (width > 1), 0, 3 * (width > 8)])  # padding on the left
-        after = np.array([0, 0, number % 4 * (width > 1), 2 * (width > 8)])  # and on the right
+        before = np.array([0, number % 3 * (width > 1), 0, 3 * (width > 1)])  # padding on the left
+        after = np.array([0, 0, number % 4 * (width > 1), 2 * (width > 1)])  # and on the right
         lengths = np.maximum(width - before - after, 0)
         lengths[[row for row in range(1, rows) if width == 1 and (number + row) % 3 == 0]] = 0  # some rows pause
         lengths = np.minimum(lengths, total - done)
