@@ -118,6 +118,19 @@ def test_memory_is_the_window(options: dict[str, Any]) -> None:
     assert bytes_of(100) == (3 * slots * a_slot,) * 2
 
 
+def test_the_cost_of_a_prompt_is_linear_in_its_length() -> None:
+    """Attention of 8,192 tokens to a cache of 64 and to one another."""
+    decoder = jax_decoder.Decoder(model(window=64, n_layers=1, layer_loop="unroll", attention_impl="auto"))
+    shapes, _ = jax_decoder.abstract_params(decoder)
+
+    def flops(t: int) -> float:
+        rows = jax.ShapeDtypeStruct((1, t), np.int32)
+        cache = jax.eval_shape(lambda: jax_decoder.init_cache(decoder, 1, t))
+        return jax.jit(decoder.apply).lower({"params": shapes}, rows, rows, rows, cache).cost_analysis()["flops"]
+
+    assert flops(8192) < 2.1 * flops(4096)
+
+
 def test_text_without_end(caplog: pytest.LogCaptureFixture) -> None:
     """Eight times the training length, the same tokens in both frameworks, no refusal and no warning."""
     models = pair_of(VARIANTS["first tokens"] | {"max_seq_len": 16})

@@ -52,16 +52,20 @@ class Attention(nn.Module):
         q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", "head_dim")
 
         options: Any = {"window": cfg.window, "softcap": cfg.softcap}
+        aligned: Any = options | {"impl": cfg.attention_impl, "aligned": True}
+        new, several = (k_BTKH, v_BTKH, places, places), False
         if cache is None:
-            mix, part, held = ops.attention, ops.attend, (k_BTKH, v_BTKH, places, places)
-            options |= {"impl": cfg.attention_impl, "aligned": True}
+            mix, part, held, options = ops.attention, ops.attend, new, aligned
         else:
             slots, cache = cache.extend(k_BTKH, v_BTKH, places)
+            several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
             mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
-        if not (cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
+        if not (several or cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
             mixed = mix(q_BTNH, *held, **options)
         else:
             parts = [part(q_BTNH, *held, **options)]
+            if several:
+                parts.append(ops.attend(q_BTNH, *new, **aligned))
             if cfg.keep_first:
                 first = cache.first if isinstance(cache, WindowCache) else None
                 parts.append(self._retained(bare_BTNH, k_BTKH, v_BTKH, places, first))

@@ -126,9 +126,9 @@ class WindowCache(NamedTuple):
     def extend(self, k_BTKH: Array, v_BTKH: Array, places: Places) -> tuple[Slots, WindowCache]:
         """What the new tokens attend to, within the window, and the cache after them.
 
-        One token attends to the cache as it will be. Several attend to the cache as it was and to one another.
+        One token attends to the cache as it will be. Several attend to the cache as it was, and to one another besides.
         """
-        real_BT, size, t = places.segments != 0, self.window.positions.shape[1], places.positions.shape[1]
+        real_BT, size = places.segments != 0, self.window.positions.shape[1]
         positions_BT = jnp.where(real_BT, places.positions, -1).astype(jnp.int32)
         newest_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
         slots_BT = jnp.where(real_BT & (positions_BT > newest_B1 - size), positions_BT % size, size)
@@ -138,11 +138,4 @@ class WindowCache(NamedTuple):
             first = first.write(
                 k_BTKH, v_BTKH, positions_BT, jnp.where(real_BT, positions_BT, first.positions.shape[1])
             )
-        cache = WindowCache(window, first)
-        if t == 1:
-            return window, cache
-        k_BKHT = jnp.transpose(k_BTKH, (0, 2, 3, 1)).astype(window.keys.dtype)
-        v_BKTH = jnp.transpose(v_BTKH, (0, 2, 1, 3)).astype(window.values.dtype)
-        old, axes = self.window, (3, 2, 1)
-        joined = zip(old, (k_BKHT, v_BKTH, positions_BT), axes, strict=True)
-        return Slots(*(jnp.concatenate([a, b], axis=axis) for a, b, axis in joined)), cache
+        return (window if places.positions.shape[1] == 1 else self.window), WindowCache(window, first)

@@ -135,17 +135,13 @@ class WindowCache(NamedTuple):
     def extend(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> tuple[Slots, WindowCache]:
         """What the new tokens attend to, within the window, and the cache after them, whose buffers are the same.
 
-        One token attends to the cache as it will be. Several attend to the cache as it was and to one another.
+        One token attends to the cache as it will be. Several attend to the cache as it was, and to one another besides.
         """
-        real_BT, size, t = places.segments != 0, self.window.positions.shape[1], places.positions.shape[1]
+        real_BT, size = places.segments != 0, self.window.positions.shape[1]
         positions_BT = torch.where(real_BT, places.positions, -1).int()
         newest_B1 = positions_BT.amax(dim=1, keepdim=True)
-        attended = self.window
-        if t > 1:
-            k_BKHT = k_BTKH.permute(0, 2, 3, 1).to(attended.keys.dtype)
-            v_BKTH = v_BTKH.transpose(1, 2).to(attended.values.dtype)
-            joined = zip(attended, (k_BKHT, v_BKTH, positions_BT), (3, 2, 1), strict=True)
-            attended = Slots(*(torch.cat([a, b], dim=axis) for a, b, axis in joined))
+        several = places.positions.shape[1] > 1
+        attended = Slots(*(buffer.clone() for buffer in self.window)) if several else self.window
         slots_BT = torch.where(real_BT & (positions_BT > newest_B1 - size), positions_BT % size, size)
         self.window.write(k_BTKH, v_BTKH, positions_BT, slots_BT)
         keep_first = self.first.positions.shape[1]
