@@ -96,6 +96,41 @@ def test_flops_of_state_space_mixers():
     assert flops.mixing_flops(mamba2, 64) == flops.mixing_flops(mamba2, 10**6) == conv + scores + values + states
 
 
+def test_products_of_experts_are_those_of_the_program():
+    """With all experts chosen, those of the naive dispatch, which computes every expert, and its weighted sum."""
+    moe = config.MoE(n_experts=4, top_k=4, d_ff=20, n_shared=1, impl="naive")
+    model = dataclasses.replace(TINY, pattern=("attention+moe",), moe=moe)
+    forward, arguments = traced(model, 64)
+    counted = 2 * matmul_params(Decoder(model)) + 2 * flops.mixing_flops(model, 64)
+    measured = dot_flops(jax.make_jaxpr(forward)(*arguments).jaxpr) / 64
+    assert counted <= measured <= counted + 2 * 2 * 4 * 16  # the sum may be a product of its own
+
+
+def test_a_token_meets_the_experts_that_it_passes():
+    def counts(top_k: int) -> tuple[int, int, int]:
+        moe = config.MoE(n_experts=4, top_k=top_k, d_ff=20, n_shared=1)
+        counted = account(run(dataclasses.replace(TINY, pattern=("attention+moe", "attention+mlp"), moe=moe)))
+        return counted.total, counted.active, counted.matmul
+
+    expert = 3 * 16 * 20
+    dense = account(run(TINY)).total - 3 * 16 * 24
+    for top_k in (1, 3):
+        assert counts(top_k)[:2] == (dense + 5 * expert + 4 * 16, dense + (1 + top_k) * expert + 4 * 16)
+    assert counts(3)[2] - counts(1)[2] == 2 * expert
+
+
+def test_caches_that_do_not_grow():
+    """A window of 16 has 16 slots of keys, values and positions; Mamba its convolution and state."""
+    window = account(run(dataclasses.replace(TINY, window=16)))
+    assert (window.cache_bytes_per_token, window.cache_bytes_fixed) == (
+        0,
+        16 * account(run(TINY)).cache_bytes_per_token,
+    )
+    mamba = account(run(dataclasses.replace(TINY, pattern=("mamba", "attention+mlp"))))
+    assert mamba.cache_bytes_per_token == account(run(TINY)).cache_bytes_per_token / 2
+    assert mamba.cache_bytes_fixed == 32 * (3 + 16) * 4
+
+
 def test_parameters():
     untied = dataclasses.replace(TINY, tie_embeddings=False, positions="learned")
     counted = account(run(untied))
