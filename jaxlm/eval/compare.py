@@ -46,7 +46,7 @@ class Measured:
     loss: float
     """Of training, at the last step."""
     largest_rise: float
-    """How far the training loss ever stood above its lowest before: a spike would show here."""
+    """How far the training loss, as the mean of five reports, ever stood above its lowest before: a spike shows here."""
     validation_loss: float
     bits_per_byte: float
     tokens_per_second: float
@@ -140,11 +140,12 @@ def compare(
     return comparison
 
 
-def largest_rise(losses: Sequence[float]) -> float:
-    """How far a loss ever stood above the lowest before it; 0 for one that only falls."""
+def largest_rise(losses: Sequence[float], width: int = 5) -> float:
+    """How far the mean of `width` losses ever stood above the lowest before it; 0 for one that only falls."""
+    means = [statistics.fmean(losses[max(0, i - width) : i]) for i in range(min(width, len(losses)), len(losses) + 1)]
     lowest, rise = float("inf"), 0.0
-    for loss in losses:
-        rise, lowest = max(rise, loss - lowest), min(lowest, loss)
+    for mean in means:
+        rise, lowest = max(rise, mean - lowest), min(lowest, mean)
     return rise
 
 

@@ -131,7 +131,9 @@ def test_a_process_that_only_finds_a_finished_run_does_not_lower_the_peak(tmp_pa
 
 def test_a_spike_is_seen() -> None:
     assert largest_rise([5.0, 4.0, 3.0]) == 0
-    assert largest_rise([5.0, 4.0, 4.2, 3.0, 6.5, 3.1]) == 3.5
+    assert largest_rise([5.0, 4.0, 3.0, 6.0, 3.5, 3.0], width=2) == 1.25  # means 4.5, 3.5, 4.5, 4.75, 3.25
+    noise = [4.0, 4.3, 3.9, 4.2, 3.8, 4.1, 3.7, 4.0, 3.6]
+    assert largest_rise(noise) < 0.05 < 1 < largest_rise([*noise, 9.0, 10.0, 9.0])
 
 
 def test_the_four_of_the_repository_have_one_budget() -> None:

@@ -121,13 +121,11 @@ def test_a_token_meets_the_experts_that_it_passes():
 
 def test_caches_that_do_not_grow():
     """A window of 16 has 16 slots of keys, values and positions; Mamba its convolution and state."""
+    a_token = account(run(TINY)).cache_bytes_per_token
     window = account(run(dataclasses.replace(TINY, window=16)))
-    assert (window.cache_bytes_per_token, window.cache_bytes_fixed) == (
-        0,
-        16 * account(run(TINY)).cache_bytes_per_token,
-    )
+    assert (window.cache_bytes_per_token, window.cache_bytes_fixed) == (0, 16 * a_token)
     mamba = account(run(dataclasses.replace(TINY, pattern=("mamba", "attention+mlp"))))
-    assert mamba.cache_bytes_per_token == account(run(TINY)).cache_bytes_per_token / 2
+    assert mamba.cache_bytes_per_token == a_token / 2
     assert mamba.cache_bytes_fixed == 32 * (3 + 16) * 4
 
 
