@@ -46,7 +46,7 @@ class Measured:
     loss: float
     """Of training, at the last step."""
     largest_rise: float
-    """How far the training loss, as the mean of five reports, ever stood above its lowest before: a spike shows here."""
+    """How far the training loss, the mean of five reports, ever stood above its lowest before: a spike shows here."""
     validation_loss: float
     bits_per_byte: float
     tokens_per_second: float

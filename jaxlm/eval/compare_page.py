@@ -90,14 +90,15 @@ def page(comparison: Comparison, plots: Path) -> str:
                 f'<img class=half alt="{label}" src="{_inline(plots / f"{name}.png")}">'
                 for name, (label, _) in BARS.items()
             ),
-            "<h2>Models</h2><table><tr><th>model<th>pattern<th>FLOP a token<th>largest rise<th>cache a token<th>and fixed",
+            "<h2>Models</h2><table><tr><th>model<th>pattern<th>FLOP a token<th>largest rise",
+            "<th>cache a token<th>and fixed",
             *(
                 f"<tr><td>{escape(row.name)}<td>{escape(', '.join(row.pattern))}<td>{row.train_flops:,}"
                 f"<td>{row.largest_rise:.3f}<td>{row.cache_bytes_per_token:,} B<td>{row.cache_bytes_fixed:,} B"
                 for row in comparison.rows
             ),
-            "</table><p class=dim>FLOP of forward and backward. Largest rise: how far the training loss, the mean of five",
-            "reports, ever stood above its lowest before, nats a token. Cache: bytes of one row while decoding.</p>",
+            "</table><p class=dim>FLOP of forward and backward. Largest rise: how far the training loss, the mean",
+            "of five reports, ever stood above its lowest before, nats a token. Cache: bytes of one row while decoding.</p>",
             *(_sample(comparison.out / row.name, row.name) for row in comparison.rows),
             "</html>\n",
         ]
