@@ -97,8 +97,8 @@ def page(comparison: Comparison, plots: Path) -> str:
                 f"<td>{row.largest_rise:.3f}<td>{row.cache_bytes_per_token:,} B<td>{row.cache_bytes_fixed:,} B"
                 for row in comparison.rows
             ),
-            "</table><p class=dim>FLOP of forward and backward. Largest rise: how far the training loss, the mean",
-            "of five reports, ever stood above its lowest before, nats a token. Cache: bytes of one row while decoding.</p>",
+            "</table><p class=dim>FLOP of forward and backward. Largest rise: how far the training loss, the mean of",
+            "five reports, ever stood above its lowest before, nats a token. Cache: bytes of one row, decoding.</p>",
             *(_sample(comparison.out / row.name, row.name) for row in comparison.rows),
             "</html>\n",
         ]
