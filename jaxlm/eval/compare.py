@@ -85,26 +85,27 @@ class Comparison:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=self.warning or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for label, _ in COLUMNS:
-            table.add_column(label, justify="left" if label == "model" else "right", no_wrap=" " not in label)
+        told = "loss: held out, nats a token. GiB: peak memory of training. decode/s: tokens/s of one row."
+        table = Table(title=self.warning or None, caption=told, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for label, _, _ in COLUMNS:
+            table.add_column(label, justify="left" if label == "model" else "right", no_wrap=True)
         for row in self.rows:
-            table.add_row(*(text(row) for _, text in COLUMNS))
+            table.add_row(*(text(row) for _, _, text in COLUMNS))
         return table
 
 
-COLUMNS: tuple[tuple[str, Callable[[Measured], str]], ...] = (
-    ("model", lambda row: row.name),
-    ("parameters", lambda row: f"{row.parameters / 1e6:,.2f}M"),
-    ("active", lambda row: f"{row.active / 1e6:,.2f}M"),
-    ("validation loss", lambda row: f"{row.validation_loss:.4f}"),
-    ("bits/byte", lambda row: f"{row.bits_per_byte:.3f}"),
-    ("tokens/s", lambda row: f"{row.tokens_per_second:,.0f}"),
-    ("MFU", lambda row: f"{row.mfu:.1%}"),
-    ("peak memory", lambda row: f"{row.peak_memory / 2**20:,.0f} MiB"),
-    ("decode tokens/s", lambda row: f"{row.decode_tokens_per_second:,.0f}"),
+COLUMNS: tuple[tuple[str, str, Callable[[Measured], str]], ...] = (
+    ("model", "model", lambda row: row.name),
+    ("parameters", "parameters", lambda row: f"{row.parameters / 1e6:,.2f}M"),
+    ("active", "active", lambda row: f"{row.active / 1e6:,.2f}M"),
+    ("loss", "validation loss", lambda row: f"{row.validation_loss:.3f}"),
+    ("bits/byte", "bits/byte", lambda row: f"{row.bits_per_byte:.3f}"),
+    ("tokens/s", "tokens/s", lambda row: f"{row.tokens_per_second:,.0f}"),
+    ("MFU", "MFU", lambda row: f"{row.mfu:.1%}"),
+    ("GiB", "peak memory, GiB", lambda row: f"{row.peak_memory / 2**30:,.2f}"),
+    ("decode/s", "decode, tokens/s", lambda row: f"{row.decode_tokens_per_second:,.0f}"),
 )
-"""What a table shows, and how."""
+"""What a table shows: its heading on a terminal and on the page, and the text of a cell."""
 
 
 def compare(

@@ -74,8 +74,8 @@ def page(comparison: Comparison, plots: Path) -> str:
     """The whole page as text."""
     from jaxlm.eval.compare import COLUMNS
 
-    head = "".join(f"<th>{label}" for label, _ in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(text(row))}" for _, text in COLUMNS) for row in comparison.rows)
+    head = "".join(f"<th>{label}" for _, label, _ in COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{escape(text(row))}" for _, _, text in COLUMNS) for row in comparison.rows)
     tokens = comparison.rows[0].tokens
     return "\n".join(
         [
