@@ -1,1 +1,1 @@
-"""What a trained model is worth: measurements of runs."""
+"""Measure a trained model."""
