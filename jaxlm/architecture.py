@@ -41,8 +41,25 @@ class RopeScaling:
     """`yarn`: frequencies with fewer turns than this within the trained length are stretched wholly."""
     beta_fast: PositiveFloat = 32.0
     """`yarn`: frequencies with more turns than this stay."""
+    truncate: bool = True
+    """`yarn`: between the two, begin and end at whole pairs (as published; gpt-oss does not)."""
     attention_factor: NonNegativeFloat = 0.0
     """`yarn`: sine and cosine are multiplied by this; 0 takes 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "none":
+            return
+        key = "model.rope_scaling"
+        require(
+            self.factor >= 1 or not self.factor, f"{key}.factor = {self.factor} is below 1", "0 takes it from lengths"
+        )
+        require(
+            self.original_max_seq_len > 0 or (self.factor > 0 and self.kind in ("linear", "ntk")),
+            f"{key}.kind = {self.kind!r} with factor = {self.factor} needs {key}.original_max_seq_len",
+        )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            values = getattr(self, low), getattr(self, high)
+            require(values[0] < values[1], f"{key}.{low} = {values[0]} is not below {key}.{high} = {values[1]}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -70,11 +87,15 @@ class MoE:
     noisy: bool = False
     """While training, add learned noise to the logits (Shazeer et al. 2017, equation 4)."""
     capacity_factor: NonNegativeFloat = 0.0
-    """Places of an expert, as a multiple of the mean load; what exceeds them is dropped and counted. 0: dropless."""
+    """Places of an expert, as a multiple of the mean load; what exceeds them is dropped and counted. 0: dropless.
+
+    What is dropped depends on all tokens of a call, so cached decoding differs from a whole pass: generate with 0.
+    """
     balance_loss: NonNegativeFloat = 0.0
     """Weight of the Switch loss: E sum f_e P_e (Fedus et al. 2021, equation 4)."""
     importance_loss: NonNegativeFloat = 0.0
-    """Weight of the squared coefficient of variation of the summed scores (Shazeer et al. 2017, equation 7)."""
+    """Weight of the squared coefficient of variation of the summed scores (Shazeer et al. 2017, equation 7, with the
+    scores of all experts: Riquelme et al. 2021, appendix A.2)."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the mean squared log-partition of the router (Zoph et al. 2022, equation 5)."""
     selection_bias: bool = False
@@ -83,6 +104,21 @@ class MoE:
     """How far a step moves the selection bias of an expert, up if its load was below the mean."""
     impl: Literal["auto", "naive", "blocks", "ragged"] = "auto"
     """How tokens reach their experts; `auto` picks for the hardware. All compute the same function."""
+
+    def __post_init__(self) -> None:
+        experts, top_k, groups = self.n_experts, self.top_k, self.n_groups
+        require(top_k <= experts, f"model.moe.top_k = {top_k} is more than model.moe.n_experts = {experts}")
+        require(experts % groups == 0, f"model.moe.n_groups = {groups} does not divide model.moe.n_experts = {experts}")
+        if groups == 1:
+            return
+        size, kept = experts // groups, self.top_groups
+        require(kept <= groups, f"model.moe.top_groups = {kept} is more than model.moe.n_groups = {groups}")
+        require(size >= 2, f"model.moe.n_groups = {groups}: a group of {size} expert has no two best scores")
+        require(
+            size * kept > top_k,
+            f"model.moe: {kept} groups of {size} experts leave top_k = {top_k} no choice",
+            "n_experts / n_groups * top_groups must exceed top_k",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -113,10 +149,28 @@ class Mamba:
     """The projections in and out have biases."""
     inner_norms: bool = False
     """`mamba`: RMS-normalise the step size's bottleneck, B and C, as Jamba does."""
-    chunk: PositiveInt = 64
-    """Tokens of one chunk of the scan while training."""
+    chunk: NonNegativeInt = 0
+    """Tokens between two states that training keeps; 0 takes 8 for `mamba` and 64 for `mamba2`."""
     impl: Literal["auto", "sequential", "chunked"] = "auto"
     """`sequential` is the recurrence, token by token; all compute the same function."""
+
+    def filled(self, mixer: str, d_model: int) -> Mamba:
+        """The options of a mixer with what is 0 filled in."""
+        first = mixer == "mamba"
+        fill = {"d_state": 16 if first else 128, "dt_rank": -(-d_model // 16), "chunk": 8 if first else 64}
+        return dataclasses.replace(self, **{name: getattr(self, name) or value for name, value in fill.items()})
+
+    def check_heads(self, d_model: int) -> None:
+        """Refuse heads of `mamba2` that do not come out even."""
+        inner = self.expand * d_model
+        require(
+            inner % self.head_dim == 0,
+            f"model.mamba.head_dim = {self.head_dim} does not divide expand * d_model = {inner}",
+        )
+        require(
+            inner // self.head_dim % self.n_groups == 0,
+            f"model.mamba.n_groups = {self.n_groups} does not divide the {inner // self.head_dim} heads of mamba2",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -165,7 +219,10 @@ class Model:
     window: NonNegativeInt = 0
     """Tokens that a query sees, itself included; 0: all before it."""
     keep_first: NonNegativeInt = 0
-    """With a window: the first tokens of a document that stay visible (StreamingLLM, Xiao et al. 2023)."""
+    """With a window: the first tokens of a document that stay visible (StreamingLLM, Xiao et al. 2023).
+
+    Once they have left the window, their distance is that of a cache without gaps: `window + keep_first - 1` at most.
+    """
     sink_logits: bool = False
     """A learned logit for each head takes part in the softmax and has no value (gpt-oss)."""
     sink_tokens: NonNegativeInt = 0
@@ -196,11 +253,10 @@ class Model:
         fill = {
             "n_kv_heads": self.n_heads,
             "head_dim": self.d_model // self.n_heads,
-            "d_ff": 64 * -(-8 * self.d_model // 192)
-            if self.activation in ("swiglu", "swiglu_clamped")
-            else 4 * self.d_model,
+            "d_ff": 64 * -(-8 * self.d_model // 192) if self.gated else 4 * self.d_model,
         }
-        if not self.head_dim:
+        attends = any(parse_block(kind).mixer == "attention" for kind in self.pattern)
+        if not self.head_dim and attends:
             require(
                 self.d_model % self.n_heads == 0,
                 f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
@@ -213,8 +269,23 @@ class Model:
             f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
         )
         require(
-            self.rotary_dim % 2 == 0 or self.positions != "rope",
+            self.rotary_dim % 2 == 0 or self.positions != "rope" or not attends,
             f"model.head_dim = {self.head_dim}: rotary positions need pairs, {self.rotary_dim} elements are odd",
+        )
+        require(
+            self.rotary_fraction <= 1 and (self.rotary_dim > 0 or self.positions != "rope"),
+            f"model.rotary_fraction = {self.rotary_fraction} rotates {self.rotary_dim} of {self.head_dim} elements",
+        )
+        require(
+            self.window > 0 or not self.keep_first,
+            f"model.keep_first = {self.keep_first} needs a window, model.window is 0",
+            "a block may have both: attention(window=1024, keep_first=4)",
+        )
+        scaling = self.rope_scaling
+        require(
+            scaling.kind == "none" or scaling.factor > 0 or not 0 < self.max_seq_len < scaling.original_max_seq_len,
+            f"model.max_seq_len = {self.max_seq_len} is below model.rope_scaling.original_max_seq_len = "
+            f"{scaling.original_max_seq_len}",
         )
         require(self.dropout < 1, f"model.dropout = {self.dropout} must be below 1")
         require(
@@ -225,8 +296,8 @@ class Model:
         for kind in self.pattern:
             if "(" in kind:
                 self.halves(kind)
-            else:
-                parse_block(kind)
+            elif parse_block(kind).mixer == "mamba2":
+                self.mamba.check_heads(self.d_model)
         require(
             self.n_layers % len(self.pattern) == 0,
             f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.pattern)} blocks of model.pattern",
@@ -241,6 +312,22 @@ class Model:
     def scanned(self) -> bool:
         """Whether the layers are one scan over stacked parameters."""
         return self.layer_loop == "scan" or (self.layer_loop == "auto" and (self.n_layers > 8 or self.remat != "none"))
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation joins two projections."""
+        return self.activation in ("swiglu", "swiglu_clamped")
+
+    @property
+    def moes(self) -> tuple[MoE, ...]:
+        """The experts' options of each block of the pattern that has experts."""
+        halves = (self.halves(kind) for kind in self.pattern)
+        return tuple(half.ffn.moe for half in halves if half.ffn_name == "moe")
+
+    @property
+    def random(self) -> bool:
+        """Whether the forward pass of training draws random numbers."""
+        return self.dropout > 0 or any(moe.noisy for moe in self.moes)
 
     @property
     def rotary_dim(self) -> int:
@@ -266,6 +353,15 @@ class Model:
         halves = (self.halves(kind) for kind in self.pattern)
         found = (half.mixer.rope for half in halves if half.mixer_name == "attention")
         return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+
+    @property
+    def streams(self) -> bool:
+        """Whether a text may go on for ever: no position ends, no block remembers all of it or looks back further than
+        it was trained to."""
+        if self.positions in ("learned", "sinusoidal"):
+            return False
+        blocks = (half.mixer for half in map(self.halves, self.pattern) if half.mixer_name == "attention")
+        return all(0 < block.window <= self.max_seq_len - block.keep_first for block in blocks)
 
     @property
     def residual_std(self) -> float:
@@ -360,9 +456,18 @@ def _options(kind: str, text: str, allowed: tuple[str, ...]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4096)
 def _halves(model: Model, kind: str) -> Halves:
     parsed = parse_block(kind)
+    require(
+        parsed.mixer_options.get("positions") in (None, "rope", "none"),
+        f"model.pattern: positions in {kind!r} is neither 'rope' nor 'none'",
+    )
     plain = "+".join(filter(None, (parsed.mixer, parsed.ffn)))
-    base = dataclasses.replace(model, pattern=(plain,))
-    sides = [(parsed.mixer, parsed.mixer_options), (parsed.ffn, parsed.ffn_options)]
+    changes: dict[str, Any] = {"pattern": (plain,)}
+    mixer_options = parsed.mixer_options
+    if _SECTION.get(parsed.mixer) == "mamba":
+        mamba = dataclasses.replace(model.mamba, **mixer_options)
+        changes["mamba"], mixer_options = mamba.filled(parsed.mixer, model.d_model), {}
+    base = dataclasses.replace(model, **changes)
+    sides = [(parsed.mixer, mixer_options), (parsed.ffn, parsed.ffn_options)]
     mixer, ffn = (_with(base, _SECTION.get(name), options) for name, options in sides)
     return Halves(parsed.mixer, mixer, parsed.ffn, ffn)
 

@@ -127,14 +127,19 @@ class Layout:
 
 def unsplit() -> bool:
     """Whether arrays are whole: no layout is active, or it has one device."""
+    return split_layout() is None
+
+
+def split_layout() -> Layout | None:
+    """The active layout, if it has more than one device."""
     layout = _current.get()
-    return layout is None or layout.mesh.size == 1
+    return None if layout is None or layout.mesh.size == 1 else layout
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the partitioner where an activation with these logical axes lies. Without an active layout: nothing."""
-    layout = _current.get()
-    if layout is None or unsplit():
+    layout = split_layout()
+    if layout is None:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape, "activation"))
 

@@ -17,6 +17,8 @@ from jaxlm.convert.native import to_torch
 from jaxlm.models import decoder as jax_decoder
 from jaxlm.numerics import Policy as JaxPolicy
 from jaxlm.objectives import lm as jax_lm
+from jaxlm.train import balance as jax_balance
+from torch_ref import balance as torch_balance
 from torch_ref.models import decoder as torch_decoder
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.objectives import lm as torch_lm
@@ -40,8 +42,10 @@ ZERO = 1e-14  # the norm of a float64 gradient that is zero in exact arithmetic 
 
 
 def model(**options: Any) -> config.Model:
-    """The base model with these options."""
-    return config.Model(**{**BASE, **options})
+    """The base model with these options; sections may be given as dicts."""
+    sections = {"rope_scaling": config.RopeScaling, "moe": config.MoE, "mamba": config.Mamba}
+    made = {name: sections[name](**value) if isinstance(value, dict) else value for name, value in options.items()}
+    return config.Model(**{**BASE, **made})
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def pair(cfg: config.Model, values: Params, params: str = "float64", compute: st
     values = jax.tree.map(lambda leaf: jnp.asarray(leaf, params), values)
     mirror = torch_decoder.Decoder(cfg, TorchPolicy.from_config(numerics))
     mirror.load_state_dict(state_dict(values, cfg), strict=True)
-    return Pair(jax_decoder.Decoder(cfg, JaxPolicy.from_config(numerics)), values, mirror)
+    return Pair(jax_decoder.Decoder(cfg, JaxPolicy.from_config(numerics)), values, mirror.eval())
 
 
 def random_params(cfg: config.Model, rng: np.random.Generator) -> Params:
@@ -120,11 +124,12 @@ def _run_jax(decoder: jax_decoder.Decoder, options: tuple, params: Params, batch
     places = batch["tokens"], batch["positions"], batch["segments"]
 
     def loss(params: Params) -> Any:
-        hidden, _ = decoder.apply({"params": params}, *places, method="hidden")
+        (hidden, _), told = decoder.apply({"params": params}, *places, method="hidden", mutable=["routing"])
         kernel, bias = decoder.apply({"params": params}, method="unembedding")
         sums = jax_lm.lm_loss(hidden, kernel, bias, batch["targets"], batch["weights"], block=300, **dict(options))
         logits = decoder.apply({"params": params}, hidden, method="unembed")  # as `__call__`, without the layers again
-        return sums.loss / sums.weight, (sums, logits)
+        auxiliary = jax_balance.collect(told["routing"], decoder.config).loss if decoder.config.moes else 0
+        return sums.loss / sums.weight + auxiliary, (sums, logits)
 
     gradients, (sums, logits) = jax.grad(loss, has_aux=True)(params)
     return sums, logits, gradients
@@ -137,10 +142,14 @@ def run_torch(decoder: torch_decoder.Decoder, batch: Arrays, **options: float) -
     decoder.zero_grad()
     hidden, _ = decoder.hidden(*places)
     sums = torch_lm.lm_loss(hidden, *decoder.unembedding(), arrays["targets"], arrays["weights"], block=300, **options)
-    (sums.loss / sums.weight).backward()
+    auxiliary = torch_balance.collect(decoder).loss if decoder.config.moes else 0
+    (sums.loss / sums.weight + auxiliary).backward()
     with torch.no_grad():
         logits, _ = decoder(*places)
-    gradients = {name: _wide(parameter.grad) for name, parameter in decoder.named_parameters()}
+    gradients = {
+        name: np.zeros(parameter.shape) if parameter.grad is None else _wide(parameter.grad)
+        for name, parameter in decoder.named_parameters()
+    }
     return Result(_wide(logits), {k: _wide(v) for k, v in sums._asdict().items()}, gradients)
 
 

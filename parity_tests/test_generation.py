@@ -17,6 +17,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.infer import generate as jax_generate
 from jaxlm.infer.text import generate_text
 from jaxlm.models import decoder as jax_decoder
+from parity_tests.options import MAMBA
 from parity_tests.pairs import Pair, model, pair, random_params
 from parity_tests.tolerances import FLOAT64
 from torch_ref import generate as torch_generate
@@ -29,12 +30,29 @@ VARIANTS = [
     {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": ("qkv", "mlp"), "n_kv_heads": 4},
     {"positions": "sinusoidal", "tie_embeddings": False, "norm_position": "post", "n_kv_heads": 1},
     {"rope_layout": "interleaved", "qk_norm": True, "layer_loop": "unroll"},
+    {"window": 7, "keep_first": 2, "layer_loop": "unroll", "n_layers": 2},
+    {
+        "pattern": ("attention(window=5, keep_first=1)+mlp", "attention(positions=none)+mlp"),
+        "n_layers": 2,
+        "sink_logits": True,
+        "sink_tokens": 2,
+        "softcap": 3.0,
+        "rotary_fraction": 0.5,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16},
+    },
+    MAMBA["mamba"],
+    MAMBA["mamba2 groups"],
+    MAMBA["jamba"],
 ]
 VARIED = Sampling(temperature=0.0, repetition_penalty=2.0)  # greedy text of random weights falls into loops
 WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=["base", "learned", "sinusoidal", "interleaved"])
+@pytest.fixture(
+    scope="module",
+    params=VARIANTS,
+    ids=["base", "learned", "sinusoidal", "interleaved", "window", "sinks", "mamba", "mamba2", "jamba"],
+)
 def models(request: pytest.FixtureRequest) -> Pair:
     cfg = model(**request.param)
     return pair(cfg, random_params(cfg, np.random.default_rng(7)))

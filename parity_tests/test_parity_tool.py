@@ -99,6 +99,9 @@ class Truth:
             self.traces[dtype] = self.side.trace(dtype, inputs, told)
         return self.traces[dtype]
 
+    def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        return self.side.gradients(dtype, rows)
+
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         return self.side.next_logits(dtype, ids)
 
@@ -173,7 +176,7 @@ def positions_off_by_one(cfg: config.Config, tensors: dict[str, np.ndarray], pat
     return cfg, tensors
 
 
-def one_document(q: Places, k: Places) -> torch.Tensor:
+def one_document(q: Places, k: Places, window: int = 0) -> torch.Tensor:
     real = (q.segments[:, :, None] != 0) & (k.segments[:, None, :] != 0)
     return real & (q.positions[:, :, None] >= k.positions[:, None, :])
 
@@ -223,7 +226,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "cache one token late": (
         "base",
         patched(
-            "torch_ref.models.cache.KVCache.places",
+            "torch_ref.models.cache.Slots.places",
             property(lambda cache: Places(cache.positions + 1, (cache.positions >= 0).int())),
         ),
         "generation",

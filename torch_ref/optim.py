@@ -8,8 +8,10 @@ from torch import nn
 from jaxlm import config
 from jaxlm.train.schedule import learning_rate
 from torch_ref.models.layers import Embed, Head, Linear
+from torch_ref.models.mamba import CausalConv, StepSize
+from torch_ref.models.moe import ExpertLinear, Router
 
-DECAYED = (Linear, Embed, Head)
+DECAYED = (Linear, Embed, Head, ExpertLinear, Router, CausalConv, StepSize)
 
 
 def make_optimizer(decoder: nn.Module, train: config.Train) -> torch.optim.AdamW:

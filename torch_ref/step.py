@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jaxlm import config
+from torch_ref.balance import collect, load_metrics, update_biases
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.lm import lm_loss
 from torch_ref.optim import set_learning_rate
@@ -25,6 +26,8 @@ from torch_ref.optim import set_learning_rate
 Batch = Mapping[str, Tensor]
 Sums = dict[str, Tensor]
 LossFn = Callable[[Batch], tuple[Tensor, Sums]]
+COUNTS = ("weight", "expert_load", "dropped")
+"""Sums that are no weighted sums over targets."""
 
 
 class TrainState(NamedTuple):
@@ -36,12 +39,19 @@ class TrainState(NamedTuple):
 
 
 def make_step(
-    loss_fn: LossFn, optimizer: torch.optim.Optimizer, train: config.Train, *, seed: int
+    loss_fn: LossFn,
+    optimizer: torch.optim.Optimizer,
+    train: config.Train,
+    *,
+    seed: int,
+    decoder: Decoder | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update `(state, batch) -> (state, metrics)`.
 
     A non-finite loss or gradient changes nothing but the counters. Metrics: `loss` and the means of the other sums,
-    `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row).
+    `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row). With a
+    `decoder` that has experts, its selection biases are moved after the update by the load of the whole batch, and
+    there are the metrics of `load_metrics`.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:  # a parameter that takes no part has a gradient of zero, as in JAX, and decays
@@ -53,7 +63,7 @@ def make_step(
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         weight = sums["weight"].clamp(min=1)
         grad_norm = torch.nn.utils.get_total_norm(grads) / weight
-        metrics = {name: value / weight for name, value in sums.items() if name != "weight"}
+        metrics = {name: value / weight for name, value in sums.items() if name not in COUNTS}
 
         scale = 1 / weight
         if train.clip_norm:
@@ -64,6 +74,8 @@ def make_step(
             for grad in grads:
                 grad.mul_(scale.to(grad.dtype))
             optimizer.step()
+            if decoder is not None and decoder.config.moes:
+                update_biases(decoder, sums["expert_load"])
         skipped = 0 if finite else state.skipped + 1
         metrics |= {
             "weight": sums["weight"],
@@ -71,17 +83,19 @@ def make_step(
             "learning_rate": torch.tensor(rate, dtype=torch.float64),
             "skipped": torch.tensor(skipped),
         }
+        if decoder is not None and decoder.config.moes:
+            metrics |= load_metrics(decoder, sums)
         return TrainState(state.step + 1, skipped), metrics
 
     return step
 
 
 def make_eval(loss_fn: LossFn) -> Callable[[Batch], Sums]:
-    """`batch -> sums`, without gradients."""
+    """`batch -> sums`, numbers only, without gradients."""
 
     def evaluate(batch: Batch) -> Sums:
         with torch.no_grad():
-            return loss_fn(batch)[1]
+            return {name: value for name, value in loss_fn(batch)[1].items() if value.ndim == 0}
 
     return evaluate
 
@@ -102,7 +116,12 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
             label_smoothing=train.label_smoothing,
             block=train.loss_block,
         )
-        return terms.loss, {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
+        sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
+        if decoder.config.moes:
+            routed = collect(decoder)
+            sums |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
+            sums["loss"] = terms.loss + routed.loss * terms.weight
+        return sums["loss"], sums
 
     return compute
 

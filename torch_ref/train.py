@@ -21,7 +21,7 @@ from jaxlm.data.completion import Sampling
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.flops import flops_per_token
-from jaxlm.train.metrics import PEAK_FLOPS
+from jaxlm.train.metrics import PEAK_FLOPS, plain
 from torch_ref.checkpoint import Checkpointer
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.numerics import Policy
@@ -53,7 +53,7 @@ class TorchEngine:
             objective = _autocast(objective, self.device, narrow)
         if cfg.torch.compile:
             objective = torch.compile(objective)
-        self._step = make_step(objective, self.optimizer, cfg.train, seed=cfg.seed)
+        self._step = make_step(objective, self.optimizer, cfg.train, seed=cfg.seed, decoder=self.decoder)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(self.decoder), cfg.data.seq_len)
@@ -79,8 +79,8 @@ class TorchEngine:
         self.state, metrics = self._step(self.state, self._place(batch))
         return metrics
 
-    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-        return [{name: float(value) for name, value in one.items()} for one in metrics]
+    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [plain(one) for one in metrics]
 
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
         self.decoder.eval()

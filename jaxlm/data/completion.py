@@ -80,7 +80,7 @@ def right_padded(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> t
 
 
 def check_prompts(cfg: config.Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse what the model cannot complete; log a warning when rotary positions go further than in training.
+    """Refuse what the model cannot complete; log a warning when it looks back further than in training.
 
     Raises:
         UserError: no prompt, an empty one, an id outside the vocabulary, or more tokens than there are positions.
@@ -98,7 +98,7 @@ def check_prompts(cfg: config.Model, prompts: Sequence[Sequence[int]], max_new_t
                 "use the tokenizer that the model was trained with",
             )
     longest = max(map(len, prompts))
-    if longest + max_new_tokens <= cfg.max_seq_len or not cfg.max_seq_len:
+    if longest + max_new_tokens <= cfg.max_seq_len or not cfg.max_seq_len or cfg.streams:
         return
     told = f"a prompt of {longest} and {max_new_tokens} new tokens exceed model.max_seq_len = {cfg.max_seq_len}"
     if cfg.positions in ("learned", "sinusoidal"):

@@ -1,20 +1,24 @@
-"""The attention mixer: projections, optional QK-norm, rotation, cache.
+"""The attention mixer: projections, optional QK-norm, rotation, window, sinks, cache.
 
-Shapes: B batch, T length, D width, N heads, K kv heads, H head dim.
+Shapes: B batch, T length, D width, N heads, K kv heads, H head dim, M sink tokens.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm import config
 from jaxlm.mesh import constrain
-from jaxlm.models.cache import KVCache
-from jaxlm.models.layers import Linear, Norm
+from jaxlm.models.cache import KVCache, Slots, WindowCache
+from jaxlm.models.layers import Linear, Norm, logical
 from jaxlm.numerics import Policy
-from jaxlm.ops.attention import Places, attention, cached_attention
-from jaxlm.ops.rope import apply_rope
+from jaxlm.ops import attention as ops
+from jaxlm.ops.attention import Mixed, Places
+from jaxlm.ops.rope import apply_rope, rope_table_of
 
 
 class Attention(nn.Module):
@@ -29,25 +33,54 @@ class Attention(nn.Module):
         x_BTD: Float[Array, "b t d"],
         places: Places,
         rope: tuple[Array, Array] | None,
-        cache: KVCache | None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        cache: KVCache | WindowCache | None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | WindowCache | None]:
         cfg = self.config
-        q_BTNH = self._project("q_proj", cfg.n_heads, "heads")(x_BTD)
-        k_BTKH = self._project("k_proj", cfg.n_kv_heads, "kv_heads")(x_BTD)
-        v_BTKH = self._project("v_proj", cfg.n_kv_heads, "kv_heads")(x_BTD)
+        q_proj = self._project("q_proj", cfg.n_heads, "heads")
+        k_proj = self._project("k_proj", cfg.n_kv_heads, "kv_heads")
+        v_proj = self._project("v_proj", cfg.n_kv_heads, "kv_heads")
+        q_BTNH, k_BTKH, v_BTKH = q_proj(x_BTD), k_proj(x_BTD), v_proj(x_BTD)
+        k_norm = None
         if cfg.qk_norm:
             q_BTNH = Norm("rmsnorm", cfg.norm_eps, self.policy, axis="head_dim", name="q_norm")(q_BTNH)
-            k_BTKH = Norm("rmsnorm", cfg.norm_eps, self.policy, axis="head_dim", name="k_norm")(k_BTKH)
+            k_norm = Norm("rmsnorm", cfg.norm_eps, self.policy, axis="head_dim", name="k_norm")
+            k_BTKH = k_norm(k_BTKH)
+        bare_BTNH = q_BTNH
         if rope is not None:
             q_BTNH = apply_rope(q_BTNH, *rope, layout=cfg.rope_layout)
             k_BTKH = apply_rope(k_BTKH, *rope, layout=cfg.rope_layout)
         q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", "head_dim")
 
-        if cache is None:
-            mixed = attention(q_BTNH, k_BTKH, v_BTKH, places, places, impl=cfg.attention_impl, aligned=True)
+        slots = None
+        if cache is not None:
+            slots, cache = cache.extend(k_BTKH, v_BTKH, places)
+        options: Any = {"window": cfg.window, "softcap": cfg.softcap}
+        if not (cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
+            if slots is None:
+                options |= {"impl": cfg.attention_impl, "aligned": True}
+                mixed = ops.attention(q_BTNH, k_BTKH, v_BTKH, places, places, **options)
+            else:
+                mixed = ops.cached_attention(q_BTNH, slots.keys, slots.values, places, slots.places, **options)
         else:
-            cache = cache.append(k_BTKH, v_BTKH, places)
-            mixed = cached_attention(q_BTNH, cache.keys, cache.values, places, cache.places)
+            if slots is None:
+                aligned: Any = {"impl": cfg.attention_impl, "aligned": True}
+                parts = [ops.attend(q_BTNH, k_BTKH, v_BTKH, places, places, **options, **aligned)]
+            else:
+                parts = [ops.cached_attend(q_BTNH, slots.keys, slots.values, places, slots.places, **options)]
+            if cfg.keep_first:
+                first = cache.first if isinstance(cache, WindowCache) else None
+                parts.append(self._retained(bare_BTNH, k_BTKH, v_BTKH, places, first))
+            if cfg.sink_tokens:
+                init = logical(nn.initializers.normal(cfg.init_std), None, "embed")
+                sinks_MD = self.param("sink_tokens", init, (cfg.sink_tokens, x_BTD.shape[-1]), self.policy.params)
+                k_MKH, v_MKH = k_proj(sinks_MD), v_proj(sinks_MD)
+                k_MKH = k_MKH if k_norm is None else k_norm(k_MKH)
+                parts.append(ops.attend_sinks(bare_BTNH, k_MKH, v_MKH, places.segments, softcap=cfg.softcap))
+            sink_logits_N = None
+            if cfg.sink_logits:
+                init = logical(nn.initializers.normal(cfg.init_std), "heads")
+                sink_logits_N = self.param("sink_logits", init, (cfg.n_heads,), self.policy.params)
+            mixed = ops.merge(parts, sink_logits_N, v_BTKH.dtype)
 
         o_proj = Linear(
             (cfg.d_model,),
@@ -61,9 +94,24 @@ class Attention(nn.Module):
         return o_proj(mixed), cache
 
     @staticmethod
-    def empty_cache(cfg: config.Model, policy: Policy, batch: int, slots: int) -> KVCache:
+    def empty_cache(cfg: config.Model, policy: Policy, batch: int, slots: int) -> KVCache | WindowCache:
         """A cache that has seen nothing."""
-        return KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, policy.compute)
+        sizes = cfg.n_kv_heads, cfg.head_dim, policy.compute
+        if cfg.window:
+            return WindowCache.empty(batch, min(slots, cfg.window), cfg.keep_first, *sizes)
+        return KVCache.empty(batch, slots, *sizes)
+
+    def _retained(self, bare_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, first: Slots | None) -> Mixed:
+        """What queries take from the first tokens beyond the window, at the distance of a cache without gaps."""
+        cfg, q_BTNH = self.config, bare_BTNH
+        if cfg.rope is not None:
+            near = rope_table_of(jnp.minimum(places.positions, cfg.window + cfg.keep_first - 1), cfg.rope, q_BTNH.dtype)
+            q_BTNH = apply_rope(q_BTNH, *near, layout=cfg.rope_layout)
+        if first is not None:
+            options: Any = {"beyond": cfg.window, "softcap": cfg.softcap}
+            return ops.cached_attend(q_BTNH, first.keys, first.values, places, first.places, **options)
+        options = {"keep_first": cfg.keep_first, "window": cfg.window, "softcap": cfg.softcap}
+        return ops.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
 
     def _project(self, name: str, heads: int, axis: str) -> Linear:
         cfg = self.config

@@ -16,14 +16,16 @@ from jaxlm.mesh import constrain
 from jaxlm.models.attention import Attention
 from jaxlm.models.ffn import MLP
 from jaxlm.models.layers import Norm
+from jaxlm.models.mamba import Mamba, Mamba2
+from jaxlm.models.moe import MoE
 from jaxlm.numerics import Policy
 from jaxlm.ops.attention import Places
 
 Tables = tuple[tuple[Array, Array], ...]
 """Sine and cosine of every rotation of the model, in the order of `config.Model.ropes`."""
 
-MIXERS = {"attention": Attention}
-FFNS = {"mlp": MLP}
+MIXERS = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
+FFNS = {"mlp": MLP, "moe": MoE}
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 

@@ -26,7 +26,7 @@ from jaxlm.models.block import Repeat, Tables, empty_cache, rematerialised
 from jaxlm.models.layers import Embed, Head, Norm
 from jaxlm.numerics import Policy, wide
 from jaxlm.ops.attention import Places
-from jaxlm.ops.rope import rope_frequencies, rope_table, sinusoidal_table
+from jaxlm.ops.rope import rope_table_of, sinusoidal_table
 
 Params = dict[str, Any]
 Cache = tuple[Any, ...]
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         if cfg.scanned:
             scanned = nn.scan(
                 Repeat,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "routing": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.repeats,
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         elif cfg.positions == "sinusoidal":
             table_SD = jnp.asarray(sinusoidal_table(cfg.max_seq_len, cfg.d_model), x_BTD.dtype)
             x_BTD = x_BTD * cfg.d_model**0.5 + table_SD[positions_BT]  # the scale of Vaswani et al. 2017, section 3.4
-        ropes = tuple(rope_table(positions_BT, rope_frequencies(rope.dim, rope.theta), compute) for rope in cfg.ropes)
+        ropes = tuple(rope_table_of(positions_BT, rope, compute) for rope in cfg.ropes)
         x_BTD = self.dropout(x_BTD, deterministic=not self.has_rng("dropout"))
         return constrain(x_BTD, "batch", "seq", "features"), ropes
 

@@ -1,4 +1,4 @@
-"""The dense feed-forward: two matrices around an activation, or three for SwiGLU.
+"""The dense feed-forward: two matrices around an activation, or three for SwiGLU and its clamped form.
 
 Shapes: B batch, T length, D width, F feed-forward width.
 """
@@ -17,7 +17,7 @@ from jaxlm.ops.attention import Places
 
 
 class MLP(nn.Module):
-    """`down(swiglu(gate(x), up(x)))` or `down(activate(up(x)))`."""
+    """`down(gated(gate(x), up(x)))` or `down(activate(up(x)))`."""
 
     config: config.Model
     policy: Policy
@@ -26,8 +26,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: Float[Array, "b t d"], places: Places | None = None) -> Float[Array, "b t d"]:
         cfg = self.config
         up_BTF = self._expand("up_proj")(x_BTD)
-        if cfg.activation == "swiglu":
-            hidden_BTF = ffn.swiglu(self._expand("gate_proj")(x_BTD), up_BTF)
+        if cfg.gated:
+            hidden_BTF = ffn.gated(cfg.activation, self._expand("gate_proj")(x_BTD), up_BTF)
         else:
             hidden_BTF = ffn.activate(cfg.activation, up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "seq", "mlp")

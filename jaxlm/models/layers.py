@@ -17,7 +17,7 @@ from jaxlm.numerics import Policy, wide
 from jaxlm.ops import norm
 
 
-def logical(init: Callable, *axes: str) -> Callable:
+def logical(init: Callable, *axes: str | None) -> Callable:
     """An initialiser whose array carries the names of its axes."""
     return nn.with_logical_partitioning(init, axes)
 
@@ -26,7 +26,7 @@ class Linear(nn.Module):
     """`x @ kernel (+ bias)` over the last `n_in` axes of x, in the compute dtype. Kernel [in..., out...]."""
 
     features: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     std: float
     policy: Policy
     n_in: int = 1

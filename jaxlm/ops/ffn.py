@@ -1,11 +1,12 @@
 """Feed-forward activations. Computed in the input's dtype, as matrix products are.
 
-`swiglu` joins two projections (Shazeer 2020, equation 6); the others act on one.
+`swiglu` joins two projections (Shazeer 2020, equation 6), as does its clamped form; the others act on one.
 """
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -20,6 +21,11 @@ def activate(name: str, up: Float[Array, "..."]) -> Float[Array, "..."]:
     if name == "silu":
         return jax.nn.silu(up)
     raise ValueError(f"unknown activation {name!r}")
+
+
+def gated(name: str, gate: Float[Array, "... f"], up: Float[Array, "... f"]) -> Float[Array, "... f"]:
+    """One of the activations of two projections: `swiglu` or `swiglu_clamped`."""
+    return {"swiglu": swiglu, "swiglu_clamped": swiglu_clamped}[name](gate, up)
 
 
 @jax.custom_vjp
@@ -39,3 +45,12 @@ def _swiglu_backward(inputs: tuple[Array, Array], dout: Array) -> tuple[Array, A
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def swiglu_clamped(
+    gate: Float[Array, "... f"], up: Float[Array, "... f"], alpha: float = 1.702, limit: float = 7.0
+) -> Float[Array, "... f"]:
+    """`gate sigmoid(alpha gate) (up + 1)` with gate at most `limit` and up within it (gpt-oss, OpenAI 2025)."""
+    gate = jnp.where(gate > limit, limit, gate)  # the gradient at the limit is 1, as of torch's clamp
+    up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)

@@ -20,6 +20,22 @@ def rms_norm(x: Float[Array, "... d"], scale_D: Float[Array, " d"], *, eps: floa
     return (w * scale_D).astype(x.dtype)
 
 
+def gated_rms_norm(
+    x: Float[Array, "... d"],
+    gate: Float[Array, "... d"],
+    scale_D: Float[Array, " d"],
+    *,
+    eps: float,
+    groups: int,
+) -> Float[Array, "... d"]:
+    """`rms_norm(x * silu(gate))` over each of `groups` equal parts of the last axis (Dao & Gu 2024, section 7.1)."""
+    width = wide(x.dtype)
+    w = x.astype(width) * jax.nn.silu(gate.astype(width))
+    parts = w.reshape(*w.shape[:-1], groups, -1)
+    parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + eps)
+    return (parts.reshape(w.shape) * scale_D).astype(x.dtype)
+
+
 def layer_norm(
     x: Float[Array, "... d"], scale_D: Float[Array, " d"], bias_D: Float[Array, " d"], *, eps: float
 ) -> Float[Array, "... d"]:

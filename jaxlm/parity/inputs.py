@@ -63,6 +63,13 @@ class Inputs:
     new_tokens: int
     text: str
     """Where the tokens come from, in words."""
+    stream: Int[np.ndarray, " n"]
+    vocab_size: int
+
+    def other_rows(self, number: int) -> Mapping[str, np.ndarray]:
+        """Rows of the shape of `rows`, of the same tokens in another order."""
+        shuffled = np.random.default_rng(number).permutation(self.stream)
+        return packed(shuffled, self.rows["tokens"].shape[1], self.vocab_size)
 
 
 def make_inputs(model: config.Model, tokenizer_path: Path | None = None) -> Inputs:
@@ -85,6 +92,8 @@ def make_inputs(model: config.Model, tokenizer_path: Path | None = None) -> Inpu
         (*prompts, (model.vocab_size - 1,) * lengths[-1]),
         max(1, min(NEW_TOKENS, longest - max(lengths))),
         text,
+        stream,
+        model.vocab_size,
     )
 
 

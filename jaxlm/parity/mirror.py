@@ -49,20 +49,18 @@ class TorchSide:
         with torch.no_grad(), _outputs(decoder) as captured:
             captured["logits"] = decoder(batch["tokens"], batch["positions"], batch["segments"])[0]
         levels = {"forward": {name: _array(tensor) for name, tensor in captured.items()}}
-        loss, sums = loss_fn(decoder, self._settings.train)(batch)
-        (loss / sums["weight"]).backward()
+        sums, levels["gradients"] = self._gradients(decoder, batch)
         levels["loss"] = {name: _array(sums[name] / sums["weight"]) for name in ("loss", "nll")}
-        levels["gradients"] = {
-            name: _array(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-            for name, parameter in decoder.named_parameters()
-        }
-        decoder.zero_grad()
         told("greedy tokens")
         tokens = generate(decoder, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
         weights = {name: _array(parameter).copy() for name, parameter in decoder.named_parameters()}
         told("optimiser steps")
         levels |= self._updates(decoder, inputs, weights)
         return Trace(levels, tokens, weights)
+
+    def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        """See `trace.Side`."""
+        return self._gradients(self._decoder(dtype), _tensors(rows))[1]
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         """See `trace.Side`."""
@@ -72,6 +70,17 @@ class TorchSide:
                 tokens_1T, torch.arange(len(ids)).expand_as(tokens_1T), torch.ones_like(tokens_1T)
             )
         return _array(logits[0, -1])
+
+    def _gradients(self, decoder: Decoder, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Arrays]:
+        """Sums of the loss, and the gradient of its mean."""
+        loss, sums = loss_fn(decoder, self._settings.train)(batch)
+        (loss / sums["weight"]).backward()
+        gradients = {
+            name: _array(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            for name, parameter in decoder.named_parameters()
+        }
+        decoder.zero_grad()
+        return sums, gradients
 
     def _decoder(self, dtype: str) -> Decoder:
         numerics, model = numerics_of(dtype), self._settings.model
@@ -86,7 +95,7 @@ class TorchSide:
     def _updates(self, decoder: Decoder, inputs: Inputs, begin: Arrays) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
         train, batch, levels = self._settings.train, _tensors(inputs.step_rows), {}
-        step = make_step(loss_fn(decoder, train), make_optimizer(decoder, train), train, seed=0)
+        step = make_step(loss_fn(decoder, train), make_optimizer(decoder, train), train, seed=0, decoder=decoder)
         state = TrainState()
         with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
             for number in range(1, max(STEPS) + 1):
@@ -115,7 +124,7 @@ def _outputs(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            captured[name] = output[0] if isinstance(output, tuple) else output
+            captured.setdefault(name, output[0] if isinstance(output, tuple) else output)  # of sinks: the second call
 
         return keep
 

@@ -27,7 +27,7 @@ from jaxlm.numerics import Policy
 from jaxlm.parity.inputs import Inputs
 from jaxlm.recipes.pretrain import loss_fn
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.step import TrainState, init_state, make_step
+from jaxlm.train.step import LossFn, TrainState, init_state, make_step
 
 Arrays = dict[str, np.ndarray]
 
@@ -60,6 +60,10 @@ class Side(Protocol):
 
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         """Compute everything in `dtype`; `told` is called with the name of each part as it is begun."""
+        ...
+
+    def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        """The gradients of these rows alone, by the names of torch_ref."""
         ...
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
@@ -96,19 +100,14 @@ class JaxSide:
 
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         """See `Side`."""
-        train = self._settings.train
         with _precision(dtype):
             decoder, params = self._decoder(dtype)
-            open_decoder = unrolled(without_remat(decoder))
             told("forward and gradient")
-            computed = _forward_and_gradient(
-                open_decoder, train, unstack_layers(params, decoder.config), dict(inputs.rows)
-            )
-            captured, sums, gradients = jax.device_get(computed)
+            captured, sums, gradients = self._compute(decoder, params, inputs.rows)
             levels = {
                 "forward": _outputs(captured),
                 "loss": {name: sums[name] for name in ("loss", "nll")},
-                "gradients": dict(to_torch(gradients, open_decoder.config)),
+                "gradients": gradients,
             }
             told("optimiser steps")
             levels |= self._updates(decoder, params, inputs)
@@ -116,6 +115,11 @@ class JaxSide:
             tokens = generate(decoder, params, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
             weights = dict(to_torch(jax.device_get(params), decoder.config))
         return Trace(levels, tokens, weights)
+
+    def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        """See `Side`."""
+        with _precision(dtype):
+            return self._compute(*self._decoder(dtype), rows)[2]
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         """See `Side`."""
@@ -128,6 +132,16 @@ class JaxSide:
         policy = Policy.from_config(numerics_of(dtype))
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, policy.params), self._params)
         return Decoder(self._settings.model, policy), params
+
+    def _compute(
+        self, decoder: Decoder, params: Params, rows: Mapping[str, np.ndarray]
+    ) -> tuple[Mapping[str, Any], Arrays, Arrays]:
+        """Outputs of all modules, means of the loss, and gradients by the names of torch_ref."""
+        opened = unrolled(without_remat(decoder))
+        params = unstack_layers(params, decoder.config)
+        computed = _forward_and_gradient(opened, self._settings.train, params, dict(rows))
+        captured, sums, gradients = jax.device_get(computed)
+        return captured, sums, dict(to_torch(gradients, opened.config))
 
     def _updates(self, decoder: Decoder, params: Params, inputs: Inputs) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
@@ -185,9 +199,11 @@ _logits = jax.jit(lambda decoder, params, *places: decoder.apply({"params": para
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) -> Any:
-    """The update of training; jitted here, so that it is compiled once for all comparisons of a model."""
-    step = make_step(loss_fn(decoder, train), make_optimizer(train), train, seed=0, matmul="highest")
-    return step(state, batch)
+    """The update of training without noise; jitted here, so that it is compiled once for all comparisons of a model."""
+    objective = loss_fn(decoder, train)
+    still: LossFn = lambda params, batch, _: objective(params, batch, None)  # noqa: E731  # pyright: ignore
+    options: Any = {"seed": 0, "matmul": "highest", "model": decoder.config}
+    return make_step(still, make_optimizer(train), train, **options)(state, batch)
 
 
 def _outputs(captured: Mapping[str, Any], prefix: str = "") -> Arrays:

@@ -56,17 +56,20 @@ def _import_ahead(backend: config.Backend) -> None:
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`, for `train.step`."""
     from jaxlm.objectives.lm import lm_loss
+    from jaxlm.train.balance import collect
 
     def compute(params: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         variables = {"params": params}
-        hidden_BTD, _ = decoder.apply(
+        applied: Any = decoder.apply(
             variables,
             batch["tokens"],
             batch["positions"],
             batch["segments"],
             method="hidden",
-            rngs={} if key is None or not decoder.config.dropout else {"dropout": key},
+            rngs={} if key is None or not decoder.config.random else {"dropout": key},
+            mutable=["routing"],
         )
+        (hidden_BTD, _), told = applied
         unembedding: Any = decoder.apply(variables, method="unembedding")
         kernel_DV, bias_V = unembedding
         terms = lm_loss(
@@ -79,6 +82,11 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
             label_smoothing=train.label_smoothing,
             block=train.loss_block,
         )
-        return terms.loss, {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
+        sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
+        if decoder.config.moes:
+            routed = collect(told["routing"], decoder.config)
+            sums |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
+            sums["loss"] = terms.loss + routed.loss * terms.weight
+        return sums["loss"], sums
 
     return compute

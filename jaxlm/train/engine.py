@@ -21,7 +21,7 @@ from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
-from jaxlm.train.metrics import PEAK_FLOPS
+from jaxlm.train.metrics import PEAK_FLOPS, plain
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
 
@@ -55,7 +55,7 @@ class JaxEngine:
             compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
         )
         self.state = start(jax.random.key(cfg.seed))
-        step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, **context)
+        step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, model=cfg.model, **context)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
         self._eval = jax.jit(make_eval(loss_fn, **context), out_shardings=self.layout.replicated)
         self._under_way: collections.deque[Any] = collections.deque()
@@ -100,8 +100,8 @@ class JaxEngine:
             jax.block_until_ready(self._under_way.popleft())
         return metrics
 
-    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-        return [{name: float(value) for name, value in one.items()} for one in jax.device_get(list(metrics))]
+    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [plain(one) for one in jax.device_get(list(metrics))]
 
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
         totals: dict[str, float] = collections.defaultdict(float)

@@ -52,8 +52,8 @@ class Engine(Protocol):
         """One update; the metrics may still be under way on the device."""
         ...
 
-    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-        """Wait for metrics and bring them to the host."""
+    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Wait for metrics and bring them to the host: floats, and lists of numbers."""
         ...
 
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -191,12 +191,12 @@ class _Run:
         self.display.status(row)
         self._judge(steps, fetched)
 
-    def _fetch(self) -> tuple[list[int], list[dict[str, float]]]:
+    def _fetch(self) -> tuple[list[int], list[dict[str, Any]]]:
         """Steps and metrics since the last report, brought to the host."""
         pending, self.pending = self.pending, []
         return [step for step, _ in pending], self.engine.fetch([metrics for _, metrics in pending])
 
-    def _judge(self, steps: list[int], fetched: list[dict[str, float]]) -> None:
+    def _judge(self, steps: list[int], fetched: list[dict[str, Any]]) -> None:
         """Speak of skipped updates; stop after too many in a row. The state has kept the last good parameters."""
         for step, metrics in zip(steps, fetched, strict=True):
             if metrics["skipped"]:

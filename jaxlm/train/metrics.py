@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by the 
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
+
+
+def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of either framework as floats, and arrays as lists."""
+    return {name: value.tolist() if value.ndim else float(value) for name, value in metrics.items()}
 
 
 class MetricsLog:

@@ -22,11 +22,14 @@ from jaxtyping import Array, Int
 
 from jaxlm import config
 from jaxlm.mesh import Layout
+from jaxlm.train.balance import load_metrics, update_biases
 from jaxlm.train.schedule import learning_rate
 
 Batch = Mapping[str, Array]
 Sums = dict[str, Array]
 LossFn = Callable[[Any, Batch, Array], tuple[Array, Sums]]
+COUNTS = ("weight", "expert_load", "dropped")
+"""Sums that are no weighted sums over targets."""
 
 
 class TrainState(NamedTuple):
@@ -52,30 +55,36 @@ def make_step(
     seed: int,
     layout: Layout | None = None,
     matmul: str = "default",
+    model: config.Model | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update as a pure function `(state, batch) -> (state, metrics)`; jit it with the state donated.
 
     A non-finite loss or gradient changes nothing but the counters. Metrics: `loss` and the means of the other sums,
-    `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row).
+    `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row). With a
+    `model` that has experts, its selection biases are moved after the update by the load of the whole batch, and there
+    are the metrics of `load_metrics`.
     """
+    balanced = model if model and model.moes else None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         sums, grads = _gradient(loss_fn, state.params, batch, key, train.microbatches)
         weight = jnp.maximum(sums["weight"], 1)
         grad_norm = optax.tree.norm(grads) / weight
-        metrics = {name: value / weight for name, value in sums.items() if name != "weight"}
+        metrics = {name: value / weight for name, value in sums.items() if name not in COUNTS}
 
         scale = 1 / weight
         if train.clip_norm:
             scale = scale * jnp.minimum(1, train.clip_norm / (grad_norm + 1e-6))  # the 1e-6 of torch's clip_grad_norm_
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updated = (optax.apply_updates(state.params, updates), opt_state)
+        params = optax.apply_updates(state.params, updates)
+        if balanced:
+            params = update_biases(params, sums["expert_load"], balanced)
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics |= {
@@ -84,6 +93,8 @@ def make_step(
             "learning_rate": learning_rate(train, _updates_made(state.opt_state).astype(float), jnp),
             "skipped": skipped,
         }
+        if balanced:
+            metrics |= load_metrics(params, sums, balanced)
         return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
     return _within(layout, matmul, step)
@@ -92,10 +103,11 @@ def make_step(
 def make_eval(
     loss_fn: LossFn, *, layout: Layout | None = None, matmul: str = "default"
 ) -> Callable[[Any, Batch], Sums]:
-    """`(params, batch) -> sums`, without dropout."""
+    """`(params, batch) -> sums`, numbers only, without dropout."""
 
     def evaluate(params: Any, batch: Batch) -> Sums:
-        return loss_fn(params, batch, None)[1]  # pyright: ignore[reportArgumentType]
+        sums = loss_fn(params, batch, None)[1]  # pyright: ignore[reportArgumentType]
+        return {name: value for name, value in sums.items() if value.ndim == 0}
 
     return _within(layout, matmul, evaluate)
 

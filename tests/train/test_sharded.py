@@ -18,7 +18,12 @@ from jaxlm.train.step import init_state, make_step
 
 B, T, V = 32, 8, 32
 MODEL = config.Model(vocab_size=V, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, max_seq_len=T)
-MESHES = {"data.fsdp.tensor": config.Mesh(data=2, fsdp=2, tensor=2), "fsdp": config.Mesh(data=1, fsdp=8)}
+MESHES = {
+    "data.fsdp.tensor": config.Mesh(data=2, fsdp=2, tensor=2),
+    "fsdp": config.Mesh(data=1, fsdp=8),
+    "data.expert": config.Mesh(data=2, expert=4),
+    "data.expert.tensor": config.Mesh(data=2, expert=2, tensor=2),
+}
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def three_steps(layout, model, microbatches, batches):
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     step = jax.jit(
-        make_step(loss_fn(decoder, train), optimizer, train, seed=0, layout=layout),
+        make_step(loss_fn(decoder, train), optimizer, train, seed=0, layout=layout, model=model),
         out_shardings=(shardings, layout.replicated),
     )
     seen = [jax.device_get(state.params)]
@@ -73,6 +78,26 @@ def test_eight_devices_compute_what_one_does(mesh, layer_loop, microbatches, bat
         alone = three_steps(Layout.from_config(config.Mesh(), jax.devices()[:1]), model, microbatches, batches)
         sharded = three_steps(Layout.from_config(MESHES[mesh]), model, microbatches, batches)
     jax.tree.map(np.testing.assert_array_equal, alone[0][0], sharded[0][0])  # initial parameters: the same bits
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), alone, sharded)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("data.expert", {"selection_bias": True, "balance_loss": 0.1, "importance_loss": 0.1, "z_loss": 1e-2}),
+        ("data.expert.tensor", {"n_shared": 1, "router": "sigmoid", "capacity_factor": 1.1}),
+        ("data.fsdp.tensor", {"impl": "ragged"}),
+    ],
+)
+def test_eight_devices_share_the_experts(mesh, options, batches):
+    experts = config.MoE(**options)
+    model = dataclasses.replace(MODEL, pattern=("attention+moe",), moe=experts, biases=("experts", "router"))
+    with jax.enable_x64(True):
+        alone = three_steps(Layout.from_config(config.Mesh(), jax.devices()[:1]), model, 2, batches)
+        sharded = three_steps(Layout.from_config(MESHES[mesh]), model, 2, batches)
+    metrics = alone[0][-1][0]
+    assert metrics["expert_load"].sum() == 2 * B * T * experts.top_k
+    assert (metrics["dropped"] > 0) == (experts.capacity_factor > 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), alone, sharded)
 
 

@@ -1,20 +1,23 @@
-"""The attention mixer: projections, optional QK-norm, rotation, cache.
+"""The attention mixer: projections, optional QK-norm, rotation, window, sinks, cache.
 
-Shapes: B batch, T length, D width, N heads, K kv heads, H head dim.
+Shapes: B batch, T length, D width, N heads, K kv heads, H head dim, M sink tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from jaxlm import config
-from torch_ref.models.cache import KVCache
-from torch_ref.models.layers import Linear, Norm
+from torch_ref.models.cache import KVCache, Slots, WindowCache
+from torch_ref.models.layers import Linear, Norm, normal_
 from torch_ref.numerics import Policy
-from torch_ref.ops.attention import Places, attention, cached_attention
-from torch_ref.ops.rope import apply_rope
+from torch_ref.ops import attention as ops
+from torch_ref.ops.attention import Mixed, Places
+from torch_ref.ops.rope import apply_rope, rope_table_of
 
 
 class Attention(nn.Module):
@@ -37,37 +40,84 @@ class Attention(nn.Module):
             use_bias="attention_out" in config.biases,
         )
 
+        if config.sink_tokens:
+            self.sink_tokens = nn.Parameter(torch.empty(config.sink_tokens, config.d_model, dtype=policy.params))
+        if config.sink_logits:
+            self.sink_logits = nn.Parameter(torch.empty(config.n_heads, dtype=policy.params))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Normal sinks."""
+        if self.config.sink_tokens:
+            normal_(self.sink_tokens, self.config.init_std, generator)
+        if self.config.sink_logits:
+            normal_(self.sink_logits, self.config.init_std, generator)
+
     def forward(
         self,
         x_BTD: Float[Tensor, "b t d"],
         places: Places,
         rope: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None,
-    ) -> tuple[Float[Tensor, "b t d"], KVCache | None]:
+        cache: KVCache | WindowCache | None,
+    ) -> tuple[Float[Tensor, "b t d"], KVCache | WindowCache | None]:
         cfg = self.config
-        q_BTNH = self.q_proj(x_BTD)
-        k_BTKH = self.k_proj(x_BTD)
-        v_BTKH = self.v_proj(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if cfg.qk_norm:
-            q_BTNH = self.q_norm(q_BTNH)
-            k_BTKH = self.k_norm(k_BTKH)
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        bare_BTNH = q_BTNH
         if rope is not None:
             q_BTNH = apply_rope(q_BTNH, *rope, layout=cfg.rope_layout)
             k_BTKH = apply_rope(k_BTKH, *rope, layout=cfg.rope_layout)
 
-        if cache is None:
-            mixed = attention(q_BTNH, k_BTKH, v_BTKH, places, places, impl=cfg.attention_impl, aligned=True)
+        slots = None
+        if cache is not None:
+            slots, cache = cache.extend(k_BTKH, v_BTKH, places)
+        options: Any = {"window": cfg.window, "softcap": cfg.softcap}
+        if not (cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
+            if slots is None:
+                options |= {"impl": cfg.attention_impl, "aligned": True}
+                mixed = ops.attention(q_BTNH, k_BTKH, v_BTKH, places, places, **options)
+            else:
+                mixed = ops.cached_attention(q_BTNH, slots.keys, slots.values, places, slots.places, **options)
+            return self.o_proj(mixed), cache
+
+        if slots is None:
+            aligned: Any = {"impl": cfg.attention_impl, "aligned": True}
+            parts = [ops.attend(q_BTNH, k_BTKH, v_BTKH, places, places, **options, **aligned)]
         else:
-            cache = cache.append(k_BTKH, v_BTKH, places)
-            mixed = cached_attention(q_BTNH, cache.keys, cache.values, places, cache.places)
+            parts = [ops.cached_attend(q_BTNH, slots.keys, slots.values, places, slots.places, **options)]
+        if cfg.keep_first:
+            first = cache.first if isinstance(cache, WindowCache) else None
+            parts.append(self._retained(bare_BTNH, k_BTKH, v_BTKH, places, first))
+        if cfg.sink_tokens:
+            k_MKH, v_MKH = self.k_proj(self.sink_tokens), self.v_proj(self.sink_tokens)
+            k_MKH = self.k_norm(k_MKH) if cfg.qk_norm else k_MKH
+            parts.append(ops.attend_sinks(bare_BTNH, k_MKH, v_MKH, places.segments, softcap=cfg.softcap))
+        mixed = ops.merge(parts, self.sink_logits if cfg.sink_logits else None, v_BTKH.dtype)
         return self.o_proj(mixed), cache
 
     @staticmethod
     def empty_cache(
         cfg: config.Model, policy: Policy, batch: int, slots: int, device: torch.device | str = "cpu"
-    ) -> KVCache:
+    ) -> KVCache | WindowCache:
         """A cache that has seen nothing."""
-        return KVCache.empty(batch, slots, cfg.n_kv_heads, cfg.head_dim, policy.compute, device)
+        sizes = cfg.n_kv_heads, cfg.head_dim, policy.compute, device
+        if cfg.window:
+            return WindowCache.empty(batch, min(slots, cfg.window), cfg.keep_first, *sizes)
+        return KVCache.empty(batch, slots, *sizes)
+
+    def _retained(
+        self, bare_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, places: Places, first: Slots | None
+    ) -> Mixed:
+        """What queries take from the first tokens beyond the window, at the distance of a cache without gaps."""
+        cfg, q_BTNH = self.config, bare_BTNH
+        if cfg.rope is not None:
+            near = rope_table_of(places.positions.clamp(max=cfg.window + cfg.keep_first - 1), cfg.rope, q_BTNH.dtype)
+            q_BTNH = apply_rope(q_BTNH, *near, layout=cfg.rope_layout)
+        if first is not None:
+            options: Any = {"beyond": cfg.window, "softcap": cfg.softcap}
+            return ops.cached_attend(q_BTNH, first.keys, first.values, places, first.places, **options)
+        options = {"keep_first": cfg.keep_first, "window": cfg.window, "softcap": cfg.softcap}
+        return ops.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
 
     def _project(self, heads: int) -> Linear:
         cfg = self.config

@@ -15,14 +15,16 @@ from jaxlm import config
 from torch_ref.models.attention import Attention
 from torch_ref.models.ffn import MLP
 from torch_ref.models.layers import Norm
+from torch_ref.models.mamba import Mamba, Mamba2
+from torch_ref.models.moe import MoE
 from torch_ref.numerics import Policy
 from torch_ref.ops.attention import Places
 
 Tables = tuple[tuple[Tensor, Tensor], ...]
 """Sine and cosine of every rotation of the model, in the order of `config.Model.ropes`."""
 
-MIXERS = {"attention": Attention}
-FFNS = {"mlp": MLP}
+MIXERS = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
+FFNS = {"mlp": MLP, "moe": MoE}
 
 
 class Block(nn.Module):

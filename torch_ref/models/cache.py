@@ -1,6 +1,6 @@
 """What a decoder remembers between calls: explicit tensors, handed in and handed back.
 
-Shapes: B batch, T new tokens, S slots, K kv heads, H head dim.
+Shapes: B batch, T new tokens, S slots, W slots of a window, F retained first tokens, K kv heads, H head dim.
 """
 
 from __future__ import annotations
@@ -12,6 +12,45 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torch_ref.ops.attention import Places
+
+
+class Slots(NamedTuple):
+    """Keys and values as a cache keeps them, and which token each slot holds."""
+
+    keys: Float[Tensor, "b k h s"]
+    values: Float[Tensor, "b k s h"]
+    positions: Int[Tensor, "b s"]
+    """Position of the token in each slot, -1 when empty or padding."""
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        slots: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Slots:
+        """Slots that hold nothing."""
+        return cls(
+            torch.zeros(batch, n_kv_heads, head_dim, slots, dtype=dtype, device=device),
+            torch.zeros(batch, n_kv_heads, slots, head_dim, dtype=dtype, device=device),
+            torch.full((batch, slots), -1, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def places(self) -> Places:
+        """Positions and segments of the slots: 1 when filled, 0 when empty."""
+        return Places(self.positions, (self.positions >= 0).int())
+
+    def write(self, k_BTKH: Tensor, v_BTKH: Tensor, positions_BT: Tensor, slots_BT: Tensor) -> None:
+        """Write each token into the slot of its row, in place; a slot beyond the last is none. No two share one."""
+        rows, tokens = (slots_BT < self.positions.shape[1]).nonzero(as_tuple=True)
+        slots = slots_BT[rows, tokens].long()
+        self.keys[rows, :, :, slots] = k_BTKH[rows, tokens].to(self.keys.dtype)
+        self.values[rows, :, slots] = v_BTKH[rows, tokens].to(self.values.dtype)
+        self.positions[rows, slots] = positions_BT[rows, tokens]
 
 
 class KVCache(NamedTuple):
@@ -39,17 +78,18 @@ class KVCache(NamedTuple):
         device: torch.device | str = "cpu",
     ) -> KVCache:
         """A cache that has seen nothing."""
-        return cls(
-            torch.zeros(batch, n_kv_heads, head_dim, slots, dtype=dtype, device=device),
-            torch.zeros(batch, n_kv_heads, slots, head_dim, dtype=dtype, device=device),
-            torch.full((batch, slots), -1, dtype=torch.int32, device=device),
-            torch.zeros((), dtype=torch.int32, device=device),
-        )
+        held = Slots.empty(batch, slots, n_kv_heads, head_dim, dtype, device)
+        return cls(*held, torch.zeros((), dtype=torch.int32, device=device))
 
     @property
     def places(self) -> Places:
         """Positions and segments of the slots: 1 when filled, 0 when empty."""
-        return Places(self.positions, (self.positions >= 0).int())
+        return Slots(*self[:3]).places
+
+    def extend(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> tuple[Slots, KVCache]:
+        """What the new tokens attend to, and the cache after them."""
+        cache = self.append(k_BTKH, v_BTKH, places)
+        return Slots(*cache[:3]), cache
 
     def append(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> KVCache:
         """Write T new tokens side by side, in place. Padding (segment 0) takes a slot but is never seen.
@@ -65,3 +105,50 @@ class KVCache(NamedTuple):
         positions_BT = torch.where(places.segments != 0, places.positions, -1)
         self.positions.index_copy_(1, at_T, positions_BT.to(self.positions.dtype))
         return self._replace(written=self.written + t)
+
+
+class WindowCache(NamedTuple):
+    """The newest W tokens of each row, and its first F: memory is the window, not the text. A row holds one document.
+
+    The slot of a token is its position modulo W, so that it takes the place of the one that has left the window, in
+    rows of any lengths; padding takes no slot. The first tokens have slots of their own.
+    """
+
+    window: Slots
+    first: Slots
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        window: int,
+        keep_first: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> WindowCache:
+        """A cache that has seen nothing."""
+        sizes = n_kv_heads, head_dim, dtype, device
+        return cls(Slots.empty(batch, window, *sizes), Slots.empty(batch, keep_first, *sizes))
+
+    def extend(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> tuple[Slots, WindowCache]:
+        """What the new tokens attend to, within the window, and the cache after them, whose buffers are the same.
+
+        One token attends to the cache as it will be. Several attend to the cache as it was and to one another.
+        """
+        real_BT, size, t = places.segments != 0, self.window.positions.shape[1], places.positions.shape[1]
+        positions_BT = torch.where(real_BT, places.positions, -1).int()
+        newest_B1 = positions_BT.amax(dim=1, keepdim=True)
+        attended = self.window
+        if t > 1:
+            k_BKHT = k_BTKH.permute(0, 2, 3, 1).to(attended.keys.dtype)
+            v_BKTH = v_BTKH.transpose(1, 2).to(attended.values.dtype)
+            joined = zip(attended, (k_BKHT, v_BKTH, positions_BT), (3, 2, 1), strict=True)
+            attended = Slots(*(torch.cat([a, b], dim=axis) for a, b, axis in joined))
+        slots_BT = torch.where(real_BT & (positions_BT > newest_B1 - size), positions_BT % size, size)
+        self.window.write(k_BTKH, v_BTKH, positions_BT, slots_BT)
+        keep_first = self.first.positions.shape[1]
+        if keep_first:
+            self.first.write(k_BTKH, v_BTKH, positions_BT, torch.where(real_BT, positions_BT, keep_first))
+        return attended, self

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from jaxlm import config
 from torch_ref.models.block import Block, Tables, empty_cache
 from torch_ref.models.layers import Embed, Head, Norm
-from torch_ref.numerics import Policy, wide, wide_matmul
+from torch_ref.numerics import Policy, wide_matmul
 from torch_ref.ops.attention import Places
-from torch_ref.ops.rope import rope_frequencies, rope_table, sinusoidal_table
+from torch_ref.ops.rope import rope_table_of, sinusoidal_table
 
 Cache = tuple[Any, ...]
 
@@ -42,10 +42,6 @@ class Decoder(nn.Module):
         elif config.positions == "sinusoidal":
             table = sinusoidal_table(config.max_seq_len, config.d_model)
             self.register_buffer("sinusoids_SD", torch.as_tensor(table, dtype=policy.compute), persistent=False)
-        self.n_ropes = len(config.ropes)
-        for i, rope in enumerate(config.ropes):
-            frequencies = torch.as_tensor(rope_frequencies(rope.dim, rope.theta), dtype=wide(policy.compute))
-            self.register_buffer(f"frequencies_{i}", frequencies, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(kind, config, policy) for kind in config.pattern * config.repeats)
         if config.final_norm:
@@ -110,10 +106,7 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":
             x_BTD = x_BTD * cfg.d_model**0.5 + self.sinusoids_SD[positions_BT]
-        ropes = tuple(
-            rope_table(positions_BT, getattr(self, f"frequencies_{i}"), self.policy.compute)
-            for i in range(self.n_ropes)
-        )
+        ropes = tuple(rope_table_of(positions_BT, rope, self.policy.compute) for rope in cfg.ropes)
         return self.dropout(x_BTD), ropes
 
 

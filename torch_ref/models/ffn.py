@@ -1,4 +1,4 @@
-"""The dense feed-forward: two matrices around an activation, or three for SwiGLU.
+"""The dense feed-forward: two matrices around an activation, or three for SwiGLU and its clamped form.
 
 Shapes: B batch, T length, D width, F feed-forward width.
 """
@@ -16,13 +16,13 @@ from torch_ref.ops.attention import Places
 
 
 class MLP(nn.Module):
-    """`down(swiglu(gate(x), up(x)))` or `down(activate(up(x)))`."""
+    """`down(gated(gate(x), up(x)))` or `down(activate(up(x)))`."""
 
     def __init__(self, config: config.Model, policy: Policy) -> None:
         super().__init__()
         self.config, self.policy = config, policy
         self.up_proj = self._expand()
-        if config.activation == "swiglu":
+        if config.gated:
             self.gate_proj = self._expand()
         self.down_proj = Linear(
             (config.d_ff,),
@@ -34,8 +34,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "b t d"], places: Places | None = None) -> Float[Tensor, "b t d"]:
         up_BTF = self.up_proj(x_BTD)
-        if self.config.activation == "swiglu":
-            hidden_BTF = ffn.swiglu(self.gate_proj(x_BTD), up_BTF)
+        if self.config.gated:
+            hidden_BTF = ffn.gated(self.config.activation, self.gate_proj(x_BTD), up_BTF)
         else:
             hidden_BTF = ffn.activate(self.config.activation, up_BTF)
         return self.down_proj(hidden_BTF)

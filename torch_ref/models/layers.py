@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal weight, zero bias."""
-        _normal(self.weight, self.std, generator)
+        normal_(self.weight, self.std, generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -53,7 +53,7 @@ class Embed(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal weight."""
-        _normal(self.weight, self.std, generator)
+        normal_(self.weight, self.std, generator)
 
     def forward(self, ids_BT: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         return F.embedding(ids_BT, self.weight).to(self.policy.compute)
@@ -70,7 +70,7 @@ class Head(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal weight, zero bias."""
-        _normal(self.weight, self.std, generator)
+        normal_(self.weight, self.std, generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -96,7 +96,7 @@ class Norm(nn.Module):
         return norm.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
-def _normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
+def normal_(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
     """Normal values of the generator, which is on the host: the same values on any device."""
     with torch.no_grad():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std)

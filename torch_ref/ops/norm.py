@@ -7,6 +7,7 @@ input's dtype. Shapes: `...` any leading axes, D normalised width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,22 @@ def rms_norm(x: Float[Tensor, "... d"], scale_D: Float[Tensor, " d"], *, eps: fl
     w = x.to(wide(x.dtype))
     w = w * torch.rsqrt(torch.mean(w * w, dim=-1, keepdim=True) + eps)
     return (w * scale_D).to(x.dtype)
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "... d"],
+    gate: Float[Tensor, "... d"],
+    scale_D: Float[Tensor, " d"],
+    *,
+    eps: float,
+    groups: int,
+) -> Float[Tensor, "... d"]:
+    """`rms_norm(x * silu(gate))` over each of `groups` equal parts of the last axis (Dao & Gu 2024, section 7.1)."""
+    width = wide(x.dtype)
+    w = x.to(width) * F.silu(gate.to(width))
+    parts = w.unflatten(-1, (groups, -1))
+    parts = parts * torch.rsqrt(torch.mean(parts * parts, dim=-1, keepdim=True) + eps)
+    return (parts.flatten(-2) * scale_D).to(x.dtype)
 
 
 def layer_norm(

@@ -6,6 +6,7 @@ part of the layout: it plays no role in what the weights compute.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,12 @@ ONLY = {
     "qk_norm": False,
     "positions": "rope",
     "activation": "swiglu",
+    "rotary_fraction": 1.0,
+    "rope_scaling": config.RopeScaling(),
+    "window": 0,
+    "sink_logits": False,
+    "sink_tokens": 0,
+    "softcap": 0.0,
 }
 
 
@@ -85,7 +92,10 @@ def config_to_hf(cfg: config.Model, *, dtype: str, eos: int | None = None, pad: 
     """
     for key, value in ONLY.items():
         if getattr(cfg, key) != value:
-            _refuse(f"model.{key} = {getattr(cfg, key)!r}", f"it knows only {value!r}; --to torch takes every model")
+            hint = "--to torch takes every model"
+            if dataclasses.is_dataclass(value):
+                _refuse(f"[model.{key}]", hint)
+            _refuse(f"model.{key} = {getattr(cfg, key)!r}", f"it knows only {value!r}; {hint}")
     if set(cfg.pattern) != {"attention+mlp"}:
         _refuse(f"model.pattern = {list(cfg.pattern)}", 'it knows only ["attention+mlp"]')
     if "head" in cfg.biases:

@@ -1,0 +1,73 @@
+"""An alarm about a gradient below float64 is confirmed on other rows: luck passes, what rounds too often does not."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+
+from jaxlm.parity.compare import Finding, look_again
+from jaxlm.parity.inputs import Inputs, make_inputs
+from jaxlm.parity.trace import Trace
+from parity_tests import pairs
+
+NAME = "layers.0.mixer.D"
+
+
+class Noisy:
+    """A side whose gradient of four elements has an error of this size."""
+
+    def __init__(self, size: float, salt: int) -> None:
+        self.name, self.size, self.salt, self.asked = "noisy", size, salt, 0
+
+    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
+        raise NotImplementedError
+
+    def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
+        raise NotImplementedError
+
+    def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> pairs.Arrays:
+        self.asked += 1
+        exact = np.ones(4)
+        seed = zlib.crc32(rows["tokens"].tobytes())
+        noise = np.random.default_rng([seed, self.salt]).standard_normal(4)
+        return {NAME: exact if dtype == "float64" else exact + self.size * noise}
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    return make_inputs(pairs.model())
+
+
+def alarm(level: str = "gradients", error: float = 9e-5) -> Finding:
+    return Finding("float32", level, NAME, error, 4e-5, errors=(2e-5, error))
+
+
+@pytest.mark.parametrize("salt", range(5))
+def test_bad_luck_passes(inputs: Inputs, salt: int) -> None:
+    (found,) = look_again("float32", [alarm()], inputs, (Noisy(3e-5, salt), Noisy(3e-5, 100 + salt)))
+    assert found.ok and found.errors is not None
+    assert found.bound == 2 * min(found.errors)
+    assert "16 other draws" in found.note
+
+
+@pytest.mark.parametrize("salt", range(5))
+def test_what_is_four_times_as_wrong_does_not(inputs: Inputs, salt: int) -> None:
+    (found,) = look_again("float32", [alarm()], inputs, (Noisy(1.2e-4, salt), Noisy(3e-5, 100 + salt)))
+    assert not found.ok
+
+
+def test_nothing_else_is_judged_anew(inputs: Inputs) -> None:
+    side = Noisy(3e-5, 0)
+    before = [alarm("forward"), alarm(error=float("inf")), alarm(error=1e-5)]
+    assert [*look_again("float32", before, inputs, (side, side))] == before
+    assert side.asked == 0
+
+
+def test_other_rows_are_other_rows(inputs: Inputs) -> None:
+    one, two = inputs.other_rows(1), inputs.other_rows(2)
+    assert not np.array_equal(one["tokens"], two["tokens"])
+    for name in ("positions", "segments", "weights"):
+        np.testing.assert_array_equal(one[name], inputs.rows[name])
