@@ -166,6 +166,24 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    configs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG | SECTION.KEY=VALUE]...", help="Default: the four of configs/compare."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of each; 0: as the configs say.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of report.html.")] = Path("runs/compare"),
+) -> None:
+    """Train architectures on the same text and budget, and show loss, speed and memory side by side."""
+    from jaxlm.eval.compare import compare
+
+    given = configs or []
+    overrides = [one for one in given if "=" in one]
+    _show(compare([one for one in given if "=" not in one], overrides, out=out, steps=steps))
+    print(f"{out / 'report.html'}")
+
+
+@app.command()
 def info(
     path: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="A TOML file, a name or a run; none: list the names.")

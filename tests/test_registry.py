@@ -83,6 +83,10 @@ def test_every_named_configuration_of_the_sources_is_there() -> None:
         ("s3-gpu-full", 252_925_952),
         ("s4-showcase", 856_832),
         ("s4-larger", 4_864_000),
+        ("moe-800m", 812_669_376),  # this and the next by hand: the source has none or other mathematics
+        ("s1-800m", 4_381_473_216),
+        ("s2-tiny-mamba", 115_096_320),
+        ("s2-xlarge-hybrid", 2_175_212_032),
     ],
 )
 def test_where_the_mathematics_is_the_sources_so_is_the_count(alias: str, parameters_of_the_source: int) -> None:

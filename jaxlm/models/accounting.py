@@ -163,6 +163,8 @@ def _activations(cfg: config.Config, sizes: Mapping[str, int]) -> int:
     width = Policy.from_config(cfg.numerics).compute.itemsize
     logits = min(cfg.train.loss_block, local) * model.vocab_size // sizes["tensor"] * 4
     kept = model.repeats * sum(_kept(model, kind) for kind in model.pattern)
+    if model.remat != "none":  # one block is there wholly while it is recomputed
+        kept += max(_kept(dataclasses.replace(model, remat="none"), kind) for kind in model.pattern)
     return local * kept * width // sizes["tensor"] + 2 * logits
 
 

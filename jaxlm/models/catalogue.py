@@ -19,8 +19,7 @@ class Named:
     total: int
     active: int
     pattern: tuple[str, ...]
-    n_layers: int
-    d_model: int
+    repeats: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +29,19 @@ class Catalogue:
     rows: tuple[Named, ...]
 
     def __rich__(self) -> Any:
+        from rich import box
         from rich.table import Table
 
-        table = Table("name", "aliases", "parameters", "active", "blocks", "width", "pattern")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("name", no_wrap=True, min_width=max(len(row.name) for row in self.rows))
+        table.add_column("aliases", min_width=max(len(alias) for row in self.rows for alias in row.aliases))
+        table.add_column("parameters", justify="right", no_wrap=True, min_width=10)
+        table.add_column("active", justify="right", no_wrap=True, min_width=8)
+        table.add_column("pattern", overflow="fold")
         for row in self.rows:
-            counts = (f"{row.total:,}", f"{row.active:,}" if row.active != row.total else "")
-            sizes = (str(row.n_layers), str(row.d_model))
-            table.add_row(row.name, ", ".join(row.aliases), *counts, *sizes, ", ".join(row.pattern))
-        for column in table.columns[2:6]:
-            column.justify = "right"
+            active = f"{row.active / 1e6:,.1f}M" if row.active != row.total else ""
+            pattern = f"{row.repeats}x {', '.join(row.pattern)}"
+            table.add_row(row.name, ", ".join(row.aliases), f"{row.total / 1e6:,.1f}M", active, pattern)
         return table
 
 
@@ -51,4 +54,4 @@ def _rows() -> Iterator[Named]:
     for path, aliases in registry.entries().items():
         model = config_file.load(path).model
         total, active = parameters(model)
-        yield Named(path.stem, aliases, total, active, model.pattern, model.n_layers, model.d_model)
+        yield Named(path.stem, aliases, total, active, model.pattern, model.repeats)

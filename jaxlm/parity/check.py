@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config, config_file
+from jaxlm import config, config_file, registry
 from jaxlm.compilation import enable_compilation_cache
 from jaxlm.convert.load import Model, load
 from jaxlm.errors import UserError
@@ -152,7 +152,7 @@ def _mirror() -> Any:
 def _open(model: str | Path | Model) -> Subject:
     if isinstance(model, Model):
         return Subject(f"{model.kind} in memory", model.config, model.params, model.tokenizer_path, None)
-    path = Path(model)
+    path = Path(model) if Path(model).is_dir() else registry.find(model)
     if path.suffix == ".toml":
         settings = config_file.load(path)
         if not settings.model.vocab_size:

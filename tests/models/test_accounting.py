@@ -96,6 +96,39 @@ def test_flops_of_state_space_mixers():
     assert flops.mixing_flops(mamba2, 64) == flops.mixing_flops(mamba2, 10**6) == conv + scores + values + states
 
 
+def test_products_of_experts_are_those_of_the_program():
+    """With all experts chosen, those of the naive dispatch, which computes every expert, and its weighted sum."""
+    moe = config.MoE(n_experts=4, top_k=4, d_ff=20, n_shared=1, impl="naive")
+    model = dataclasses.replace(TINY, pattern=("attention+moe",), moe=moe)
+    forward, arguments = traced(model, 64)
+    counted = 2 * matmul_params(Decoder(model)) + 2 * flops.mixing_flops(model, 64)
+    measured = dot_flops(jax.make_jaxpr(forward)(*arguments).jaxpr) / 64
+    assert counted <= measured <= counted + 2 * 2 * 4 * 16  # the sum may be a product of its own
+
+
+def test_a_token_meets_the_experts_that_it_passes():
+    def counts(top_k: int) -> tuple[int, int, int]:
+        moe = config.MoE(n_experts=4, top_k=top_k, d_ff=20, n_shared=1)
+        counted = account(run(dataclasses.replace(TINY, pattern=("attention+moe", "attention+mlp"), moe=moe)))
+        return counted.total, counted.active, counted.matmul
+
+    expert = 3 * 16 * 20
+    dense = account(run(TINY)).total - 3 * 16 * 24
+    for top_k in (1, 3):
+        assert counts(top_k)[:2] == (dense + 5 * expert + 4 * 16, dense + (1 + top_k) * expert + 4 * 16)
+    assert counts(3)[2] - counts(1)[2] == 2 * expert
+
+
+def test_caches_that_do_not_grow():
+    """A window of 16 has 16 slots of keys, values and positions; Mamba its convolution and state."""
+    a_token = account(run(TINY)).cache_bytes_per_token
+    window = account(run(dataclasses.replace(TINY, window=16)))
+    assert (window.cache_bytes_per_token, window.cache_bytes_fixed) == (0, 16 * a_token)
+    mamba = account(run(dataclasses.replace(TINY, pattern=("mamba", "attention+mlp"))))
+    assert mamba.cache_bytes_per_token == a_token / 2
+    assert mamba.cache_bytes_fixed == 32 * (3 + 16) * 4
+
+
 def test_parameters():
     untied = dataclasses.replace(TINY, tie_embeddings=False, positions="learned")
     counted = account(run(untied))
@@ -114,13 +147,15 @@ def test_bytes():
     assert one.bytes == 4 * one.parameter_bytes + one.activation_bytes
     four = account(dataclasses.replace(run(TINY), mesh=config.Mesh(fsdp=4)))
     assert four.devices == 4 and four.parameter_bytes == one.parameter_bytes / 4
-    remat = account(run(dataclasses.replace(TINY, remat="full")))
-    assert remat.activation_bytes < one.activation_bytes / 3
+    whole, remat = (account(run(dataclasses.replace(TINY, n_layers=12, remat=name))) for name in ("none", "full"))
+    assert remat.activation_bytes < whole.activation_bytes / 3
 
 
-def test_an_estimate_of_activations_is_near_xlas(tmp_path):
+@pytest.mark.parametrize("pattern", [("attention+mlp",), ("attention+moe",), ("mamba",), ("mamba2", "attention+mlp")])
+def test_an_estimate_of_activations_is_near_xlas(pattern):
     """What XLA allots to a training step besides its arguments lies within a factor of two of the estimate."""
-    model = dataclasses.replace(TINY, vocab_size=256, d_model=64, head_dim=16, d_ff=192, layer_loop="unroll")
+    options = {"vocab_size": 256, "d_model": 64, "head_dim": 16, "d_ff": 192, "layer_loop": "unroll"}
+    model = dataclasses.replace(TINY, **options, pattern=pattern, mamba=config.Mamba(head_dim=32))
     cfg = dataclasses.replace(run(model), train=config.Train(batch_size=16))
     decoder = Decoder(model)
     ids = jax.ShapeDtypeStruct((16, 64), jnp.int32)
