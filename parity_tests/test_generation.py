@@ -29,12 +29,13 @@ VARIANTS = [
     {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": ("qkv", "mlp"), "n_kv_heads": 4},
     {"positions": "sinusoidal", "tie_embeddings": False, "norm_position": "post", "n_kv_heads": 1},
     {"rope_layout": "interleaved", "qk_norm": True, "layer_loop": "unroll"},
+    {"pattern": ("attention+moe", "attention+mlp"), "n_layers": 2, "moe": {"n_shared": 1, "router": "sigmoid"}},
 ]
 VARIED = Sampling(temperature=0.0, repetition_penalty=2.0)  # greedy text of random weights falls into loops
 WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=["base", "learned", "sinusoidal", "interleaved"])
+@pytest.fixture(scope="module", params=VARIANTS, ids=["base", "learned", "sinusoidal", "interleaved", "moe"])
 def models(request: pytest.FixtureRequest) -> Pair:
     cfg = model(**request.param)
     return pair(cfg, random_params(cfg, np.random.default_rng(7)))

@@ -118,8 +118,13 @@ def judged(name: str, rng: np.random.Generator, **wrong: Any) -> dict[str, float
     module = MoE(cfg, Policy.from_config(config.Numerics(params="float64", compute="float64")))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf.detach().numpy()), ours(named))
     places = Places(jnp.zeros((2, T), jnp.int32), jnp.ones((2, T), jnp.int32))
-    y, pull = jax.vjp(lambda params, x: module.apply({"params": params}, x, places), params, jnp.asarray(x))
-    dparams, dx = pull(jnp.asarray(dy))
+
+    @jax.jit
+    def run(params: Any, x: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda params, x: module.apply({"params": params}, x, places), params, x)
+        return y, *pull(jnp.asarray(dy))
+
+    y, dparams, dx = run(params, jnp.asarray(x))
     pairs_of = {"output": (y, out), "input": (dx, x_.grad)}
     flat = zip(jax.tree_util.tree_leaves_with_path(dparams), jax.tree.leaves(ours(gradients)), strict=True)
     pairs_of |= {jax.tree_util.keystr(path): (mine, other) for (path, mine), other in flat}

@@ -43,8 +43,8 @@ CHOICES = {
 }
 
 
-def forward_backward(impl: str, activation: str, x, weights, chosen, parameters, dy):  # noqa: ANN001, ANN201
-    def run(x, weights, parameters):  # noqa: ANN001, ANN202
+def forward_backward(impl: str, activation: str, x, weights, chosen, parameters, dy):
+    def run(x, weights, parameters):
         return moe.moe(x, weights, chosen, parameters, activation=activation, impl=impl)
 
     y, pull = jax.jit(lambda *inputs: jax.vjp(run, *inputs))(x, weights, parameters)
@@ -75,9 +75,7 @@ def test_bfloat16_sums_are_wide(impl: str, rng: np.random.Generator) -> None:
     x, dy, wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), narrow((x, dy, wide)))
     expected = forward_backward("naive", "swiglu", x, weights, chosen, wide, dy)
     args = narrow(x), weights.astype(jnp.float32), chosen, narrow(wide), narrow(dy)
-    for a, b in zip(
-        jax.tree.leaves(forward_backward(impl, "swiglu", *args)), jax.tree.leaves(expected), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(forward_backward(impl, "swiglu", *args)), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 0.01 * np.linalg.norm(b)
 
 
