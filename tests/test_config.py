@@ -157,7 +157,7 @@ def test_a_block_has_options_of_its_own():
         ("attention+moe(n_groups=2, top_groups=3)", "model.moe.top_groups = 3 is more than model.moe.n_groups = 2"),
         (
             "attention+moe(n_groups=2, top_k=4)",
-            "model.moe.top_groups = 1: groups of 4 experts leave top_k = 4 no choice",
+            "model.moe.top_groups = 1: groups of 4 experts leave top_k = 4 no",
         ),
     ],
 )

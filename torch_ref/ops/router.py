@@ -135,7 +135,7 @@ def balance(logits: Float[Tensor, "*t e"], chosen: Routing, carried_out: Routing
         dropped,
         balance=n_experts * (load / (tokens * top_k) * mean_share).sum(),
         importance=mean_share.var(correction=0)
-        * n_experts**2,  # the shares of a token sum to 1, so their mean is 1 / E
+        * n_experts**2,  # shares sum to 1, so their mean is 1 / E
         z=(partition**2 * weight).sum() / tokens,
         entropy=(entropy * weight).sum() / tokens,
     )
