@@ -16,9 +16,10 @@ from jaxlm import config
 from jaxlm.ops import router as jax_router
 from jaxlm.train.optim import decay_mask
 from parity_tests import pairs
-from parity_tests.test_optimiser import Trace, check_same, run_jax, run_torch
+from parity_tests.test_optimiser import Trace, check_changes, check_same, run_jax, run_torch
 from parity_tests.tolerances import FLOAT64
 from torch_ref import optim as torch_optim
+from torch_ref import step as torch_step
 from torch_ref.ops import router as torch_router
 
 T, E = 400, 12
@@ -79,14 +80,38 @@ def test_routing(name: str, rng: np.random.Generator) -> None:
     assert inputs[3].grad is None
 
 
-def unstable_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Ties to the higher index."""
+def ties_to_the_higher(values: torch.Tensor, k: int) -> torch.Tensor:
     flipped = torch.sort(values.flip(-1), dim=-1, descending=True, stable=True).indices[..., :k]
     return values.shape[-1] - 1 - flipped
 
 
-def test_other_ties_are_seen(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_router, "_top_k", unstable_top_k)
+def biased_weights(logits: torch.Tensor, bias: torch.Tensor, **options: Any) -> torch_router.Routing:
+    right = ROUTE(logits, bias, **options)
+    return right._replace(weights=right.weights + bias[right.experts])
+
+
+def padding_is_routed(routing: torch_router.Routing, real: torch.Tensor) -> torch_router.Routing:
+    return routing
+
+
+def last_come_first(routing: torch_router.Routing, factor: float) -> torch_router.Routing:
+    kept = DROP(routing._replace(experts=routing.experts.flip(0)), factor)
+    return kept._replace(experts=kept.experts.flip(0))
+
+
+ROUTE, DROP = torch_router.route, torch_router.drop_overflow
+FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "ties to the higher index": ("_top_k", ties_to_the_higher),
+    "the selection bias in the weights": ("route", biased_weights),
+    "padding takes places": ("mask_padding", padding_is_routed),
+    "the first tokens are dropped": ("drop_overflow", last_come_first),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, wrong = FAULTS[fault]
+    monkeypatch.setattr(torch_router, name, wrong)
     with pytest.raises(AssertionError):
         test_routing("groups", rng)
 
@@ -135,6 +160,13 @@ def test_microbatches_move_the_bias_once() -> None:
         for number in (1, 3):
             a, b = (trace.changes[number]["update"][name] for trace in (one, four))
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_bias_that_nobody_moves_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_step, "update_biases", lambda decoder, load_LE: None)
+    wrong = updates.__wrapped__(run_torch, 4)
+    with pytest.raises(AssertionError, match=r"update of .*selection_bias after 1"):
+        check_changes(wrong, updates(run_jax, 4))
 
 
 def test_the_same_parameters_decay() -> None:
