@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("train_step", "decode", "startup")
+NAMES = ("train_step", "moe_step", "decode", "startup")
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ class MoE:
         require(size >= 2, f"model.moe.n_groups = {groups}: a group of {size} expert has no two best scores")
         require(
             size * kept > top_k,
-            f"model.moe: {kept} groups of {size} experts leave top_k = {top_k} no choice",
+            f"model.moe.top_groups = {kept}: groups of {size} experts leave top_k = {top_k} no choice",
             "n_experts / n_groups * top_groups must exceed top_k",
         )
 

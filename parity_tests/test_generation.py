@@ -43,6 +43,7 @@ VARIANTS = [
     MAMBA["mamba"],
     MAMBA["mamba2 groups"],
     MAMBA["jamba"],
+    {"pattern": ("attention+moe", "attention+mlp"), "n_layers": 2, "moe": {"n_shared": 1, "router": "sigmoid"}},
 ]
 VARIED = Sampling(temperature=0.0, repetition_penalty=2.0)  # greedy text of random weights falls into loops
 WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
@@ -51,7 +52,7 @@ WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_pe
 @pytest.fixture(
     scope="module",
     params=VARIANTS,
-    ids=["base", "learned", "sinusoidal", "interleaved", "window", "sinks", "mamba", "mamba2", "jamba"],
+    ids=["base", "learned", "sinusoidal", "interleaved", "window", "sinks", "mamba", "mamba2", "jamba", "moe"],
 )
 def models(request: pytest.FixtureRequest) -> Pair:
     cfg = model(**request.param)

@@ -98,7 +98,7 @@ CASES = {
     "norm of heads": Case(f"{MIXER}.q_norm", qk_norm, {"qk_norm": True}, (2, T, 4, 8)),
     **{
         f"mlp {name}": Case(FFN, jax_ffn.MLP, {"activation": name, "biases": BIASES})
-        for name in ("swiglu", "gelu", "gelu_tanh", "relu", "silu")
+        for name in ("swiglu", "swiglu_clamped", "gelu", "gelu_tanh", "relu", "silu")
     },
     "MHA": Case(MIXER, jax_attention.Attention, {"n_kv_heads": 4}, placed=True),
     "GQA": Case(MIXER, jax_attention.Attention, {"biases": BIASES, "qk_norm": True}, placed=True),

@@ -134,6 +134,11 @@ MIRRORED: list[dict[str, Any]] = [
     {"tie_embeddings": False, "biases": ("qkv", "attention_out", "mlp", "head"), "norm": "layernorm"},
     {"positions": "learned", "activation": "gelu", "qk_norm": True, "n_kv_heads": 1, "layer_loop": "unroll"},
     {"final_norm": False, "norm_position": "post", "positions": "sinusoidal"},
+    {
+        "pattern": ("attention+moe",),
+        "moe": {"n_shared": 1, "selection_bias": True, "noisy": True},
+        "biases": ("router", "experts", "mlp"),
+    },
 ]
 
 

@@ -151,6 +151,14 @@ def test_a_block_has_options_of_its_own():
         ("attention+", "'attention+' is not of the form"),
         ("mamba(d_conv=0)", "d_conv"),
         ("attention(head_dim=7)+mlp", "model.head_dim = 7"),
+        ("attention+moe(top_k=9)", "model.moe.top_k = 9 is more than model.moe.n_experts = 8"),
+        ("attention+moe(n_groups=3)", "model.moe.n_groups = 3 does not divide model.moe.n_experts = 8"),
+        ("attention+moe(n_groups=8, top_groups=4)", "model.moe.n_groups = 8: a group of 1 expert has no two best"),
+        ("attention+moe(n_groups=2, top_groups=3)", "model.moe.top_groups = 3 is more than model.moe.n_groups = 2"),
+        (
+            "attention+moe(n_groups=2, top_k=4)",
+            "model.moe.top_groups = 1: groups of 4 experts leave top_k = 4 no",
+        ),
     ],
 )
 def test_a_block_that_is_none_is_refused(block, message):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from torch_ref.models.moe import Router
+from torch_ref.numerics import wide
 
 TERMS = {"balance": "balance_loss", "z": "router_z", "entropy": "router_entropy"}
 """Means that are reported, and their names in the metrics."""
@@ -51,7 +52,7 @@ def update_biases(decoder: nn.Module, load_LE: Int[Tensor, "l e"]) -> None:
     """Move each selection bias by `rate * sign(mean load - load)` (Wang et al. 2024, algorithm 1)."""
     for load_E, router in zip(load_LE, _routers(decoder), strict=True):
         if router.selection_bias is not None:
-            load = load_E[: router.config.moe.n_experts].double()
+            load = load_E[: router.config.moe.n_experts].to(wide(router.weight.dtype))
             change = router.config.moe.bias_update_rate * torch.sign(load.mean() - load)
             router.selection_bias.add_(change.to(router.selection_bias.dtype))
 
@@ -60,16 +61,17 @@ def update_biases(decoder: nn.Module, load_LE: Int[Tensor, "l e"]) -> None:
 def load_metrics(decoder: nn.Module, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`expert_load`, the share `dropped`, `load_max` (the fullest expert over the mean, of the worst layer), and
     `bias_range` (largest minus smallest selection bias, of the widest layer) where there is one."""
-    load_LE, routers = counts["expert_load"], _routers(decoder)
+    routers = _routers(decoder)
+    load_LE, width = counts["expert_load"], wide(routers[0].weight.dtype)
     fullest = [
-        load.max() * router.config.moe.n_experts / load.sum().clamp(min=1).double()
+        load.max() * router.config.moe.n_experts / load.sum().clamp(min=1).to(width)
         for load, router in zip(load_LE, routers, strict=True)
     ]
     biases = [router.selection_bias for router in routers if router.selection_bias is not None]
     ranges = {"bias_range": torch.stack([bias.max() - bias.min() for bias in biases]).max()} if biases else {}
     return {
         "expert_load": load_LE,
-        "dropped": counts["dropped"] / load_LE.sum().clamp(min=1).double(),
+        "dropped": counts["dropped"] / load_LE.sum().clamp(min=1).to(width),
         "load_max": torch.stack(fullest).max(),
         **ranges,
     }

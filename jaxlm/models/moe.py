@@ -123,11 +123,11 @@ class Experts(nn.Module):
         axes = ("mlp", "embed") if down else ("embed", "mlp")
         std = self.config.residual_std if down else self.config.init_std
         shape = (self.config.moe.n_experts, inputs, features)
-        return ExpertLinear(shape, axes, std, self.policy, "experts" in self.config.biases, name=name)()
+        return ExpertLinear(shape, axes, std, self.policy, "experts" in self.config.biases, name=name).weights()
 
 
 class ExpertLinear(nn.Module):
-    """The linear maps of all experts, `kernel` [E, in, out] and `bias` [E, out] or None, in the compute dtype."""
+    """The linear maps of all experts, `kernel` [E, in, out] and `bias` [E, out] or None; it computes nothing."""
 
     shape: tuple[int, int, int]
     axes: tuple[str, str]
@@ -136,7 +136,8 @@ class ExpertLinear(nn.Module):
     use_bias: bool
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, "e i o"], Float[Array, "e o"] | None]:
+    def weights(self) -> tuple[Float[Array, "e i o"], Float[Array, "e o"] | None]:
+        """Kernel and bias, in the compute dtype."""
         params, compute = self.policy.params, self.policy.compute
         normal = logical(nn.initializers.normal(self.std), "experts", *self.axes)
         kernel = self.param("kernel", normal, self.shape, params).astype(compute)

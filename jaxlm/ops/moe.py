@@ -129,15 +129,18 @@ def _ragged(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Exper
     x_RD, weights_R = _take(x_TD, plan.order // top_k), _take(weights_TK.reshape(-1), plan.order)
     expert_R = jnp.minimum(_take(experts_TK.reshape(-1), plan.order), parameters.up.shape[0] - 1)
 
+    def of_row(bias: Array | None) -> Any:  # wide, since its gradient is a sum over rows
+        return None if bias is None else bias.astype(weights_R.dtype)[expert_R]
+
     def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-        return _plus(jax.lax.ragged_dot(x, kernel, sizes), None if bias is None else bias[expert_R])
+        return _plus(jax.lax.ragged_dot(x, kernel, sizes), of_row(bias))
 
     gate_RF = None if parameters.gate is None else linear(x_RD, parameters.gate, parameters.gate_bias)
     hidden_RF = _activate(activation, gate_RF, linear(x_RD, parameters.up, parameters.up_bias))
     wide_type = weights_R.dtype
     y_RD = jax.lax.ragged_dot(_times(hidden_RF, weights_R), parameters.down, sizes, preferred_element_type=wide_type)
     if parameters.down_bias is not None:
-        y_RD = y_RD + weights_R[:, None] * parameters.down_bias[expert_R].astype(wide_type)
+        y_RD = y_RD + weights_R[:, None] * of_row(parameters.down_bias)
     return _combine(y_RD, plan, x_TD.dtype)
 
 

@@ -133,7 +133,7 @@ def balance(logits: Float[Array, "*t e"], chosen: Routing, carried_out: Routing,
         load,
         dropped,
         balance=n_experts * jnp.sum(load / (tokens * top_k) * mean_share),
-        importance=jnp.var(mean_share) / jnp.mean(mean_share) ** 2,
+        importance=jnp.var(mean_share) * n_experts**2,  # shares sum to 1, so their mean is 1 / E
         z=jnp.sum(partition**2 * weight) / tokens,
         entropy=jnp.sum(entropy * weight) / tokens,
     )

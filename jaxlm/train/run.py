@@ -15,7 +15,12 @@ from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError
 
 _SAME_ON_RESUME = ("recipe", "model", "tokenizer", "numerics.params")
-_FREE = ("model.dropout", "model.remat", "model.attention_impl")  # change neither parameters nor what they mean
+_FREE = (  # change neither parameters nor what they mean
+    "model.dropout",
+    "model.remat",
+    "model.attention_impl",
+    *(f"model.moe.{name}" for name in ("impl", "balance_loss", "importance_loss", "z_loss", "bias_update_rate")),
+)
 
 
 def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus]:

@@ -21,6 +21,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"tie_embeddings": False, "biases": ("qkv", "attention_out", "mlp", "head"), "norm": "layernorm"},
     {"positions": "learned", "activation": "gelu", "qk_norm": True, "n_kv_heads": 1, "head_dim": 6},
     {"final_norm": False, "n_kv_heads": 4, "pattern": ("attention+mlp",) * 2},
+    {
+        "pattern": ("attention+mlp", "attention+moe"),
+        "moe": config.MoE(n_experts=3, n_shared=1, selection_bias=True, noisy=True),
+        "biases": ("router", "experts", "mlp"),
+    },
 ]
 
 

@@ -105,8 +105,8 @@ class Experts(nn.Module):
         self.down_proj = self._stack(width, d_model, config.residual_std, policy)
 
     def forward(self, x_BTD: Float[Tensor, "b t d"], routing: router.Routing) -> Float[Tensor, "b t d"]:
-        gate, gate_bias = self.gate_proj() if self.gate_proj is not None else (None, None)
-        (up, up_bias), (down, down_bias) = self.up_proj(), self.down_proj()
+        gate, gate_bias = self.gate_proj.weights() if self.gate_proj is not None else (None, None)
+        (up, up_bias), (down, down_bias) = self.up_proj.weights(), self.down_proj.weights()
         parameters = moe.Experts(gate, up, down, gate_bias, up_bias, down_bias)
         x_TD, weights_TK, experts_TK = (a.flatten(0, 1) for a in (x_BTD, routing.weights, routing.experts))
         options = {"activation": self.config.activation, "impl": self.config.moe.impl}
@@ -118,7 +118,7 @@ class Experts(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """The linear maps of all experts, `weight` [E, out, in] and `bias` [E, out] or None."""
+    """The linear maps of all experts, `weight` [E, out, in] and `bias` [E, out] or None; it computes nothing."""
 
     def __init__(self, n_experts: int, inputs: int, features: int, std: float, policy: Policy, use_bias: bool) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class ExpertLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self) -> tuple[Float[Tensor, "e i o"], Float[Tensor, "e o"] | None]:
+    def weights(self) -> tuple[Float[Tensor, "e i o"], Float[Tensor, "e o"] | None]:
         """The kernels [E, in, out] of jaxlm and the biases, in the compute dtype."""
         compute = self.policy.compute
         return self.weight.transpose(1, 2).to(compute), None if self.bias is None else self.bias.to(compute)

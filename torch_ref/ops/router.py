@@ -134,7 +134,7 @@ def balance(logits: Float[Tensor, "*t e"], chosen: Routing, carried_out: Routing
         load,
         dropped,
         balance=n_experts * (load / (tokens * top_k) * mean_share).sum(),
-        importance=mean_share.var(correction=0) / mean_share.mean() ** 2,
+        importance=mean_share.var(correction=0) * n_experts**2,  # shares sum to 1, so their mean is 1 / E
         z=(partition**2 * weight).sum() / tokens,
         entropy=(entropy * weight).sum() / tokens,
     )
