@@ -34,7 +34,7 @@ def causal_conv(
     segments_BT: Int[Array, "b t"],
     state_BJF: Float[Array, "b j f"] | None = None,
 ) -> tuple[Float[Array, "b t f"], Float[Array, "b j f"] | None]:
-    """Depthwise convolution, `y_t = sum_k kernel_k x_(t-K+1+k) + bias`: the last tap reads the token itself.
+    """Depthwise convolution, `y_t = silu(sum_k kernel_k x_(t-K+1+k) + bias)`: the last tap reads the token itself.
 
     Args:
         state_BJF: the last K - 1 tokens of each row, zero before its first; padding between them and the new tokens, or
@@ -43,39 +43,77 @@ def causal_conv(
     Returns:
         y in the dtype of x, and the last K - 1 tokens of each row if a state was handed in.
     """
-    taps, width = kernel_KF.shape[0], wide(x_BTF.dtype)
-    kernel_KF = kernel_KF.astype(width)
-    bias_F = None if bias_F is None else bias_F.astype(width)
-
-    def convolve(padded_BSF: Array, keep: list[Array | None]) -> Array:
-        t = padded_BSF.shape[1] - taps + 1
-        y_BTF = jnp.zeros((), width) if bias_F is None else bias_F
-        for k in range(taps):
-            tap_BTF = padded_BSF[:, k : k + t].astype(width) * kernel_KF[k]
-            seen_BT = keep[k]
-            y_BTF = y_BTF + (tap_BTF if seen_BT is None else jnp.where(seen_BT[..., None], tap_BTF, 0))
-        return y_BTF.astype(x_BTF.dtype)
-
+    taps = kernel_KF.shape[0]
     if state_BJF is None:
-        padded_BSF = jnp.pad(x_BTF, ((0, 0), (taps - 1, 0), (0, 0)))
-        segments_BS = jnp.pad(segments_BT, ((0, 0), (taps - 1, 0)))
-        t = segments_BT.shape[1]
-        return convolve(padded_BSF, [segments_BS[:, k : k + t] == segments_BT for k in range(taps)]), None
-
+        return _conv_packed(x_BTF, kernel_KF, bias_F, segments_BT), None
     joined_BSF = jnp.concatenate([state_BJF, x_BTF.astype(state_BJF.dtype)], axis=1)
-    nothing: list[Array | None] = [None] * taps
     if x_BTF.shape[1] == 1:
         state = jnp.where((segments_BT != 0)[..., None], joined_BSF[:, 1:], state_BJF)
-        return convolve(joined_BSF, nothing), state
+        return _convolve(joined_BSF, kernel_KF, bias_F).astype(x_BTF.dtype), state
     # Real tokens move to the front, are convolved there, and each goes back to its place.
     real_BS = jnp.pad(segments_BT != 0, ((0, 0), (taps - 1, 0)), constant_values=True)
     rank_BS = jnp.cumsum(real_BS, axis=1)
     front_BS = jnp.argsort(~real_BS, axis=1, stable=True)
     joined_BSF = jnp.take_along_axis(joined_BSF, front_BS[..., None], axis=1)
-    y_BTF = convolve(joined_BSF, nothing)
+    y_BTF = _convolve(joined_BSF, kernel_KF, bias_F).astype(x_BTF.dtype)
     y_BTF = jnp.take_along_axis(y_BTF, jnp.maximum(rank_BS[:, taps - 1 :, None] - taps, 0), axis=1)
     last_BJ = rank_BS[:, -1:] - (taps - 1) + jnp.arange(taps - 1)
     return y_BTF, jnp.take_along_axis(joined_BSF, last_BJ[..., None], axis=1)
+
+
+def _convolve(before_BSF: Array, kernel_KF: Array, bias_F: Array | None, segments_BS: Array | None = None) -> Array:
+    """The convolution of all but the first K - 1 tokens; with segments, of tokens of one document."""
+    (taps, _), width = kernel_KF.shape, wide(before_BSF.dtype)
+    t = before_BSF.shape[1] - taps + 1
+    y_BTF = jnp.zeros((), width) if bias_F is None else bias_F.astype(width)
+    for k in range(taps):
+        tap_BTF = before_BSF[:, k : k + t].astype(width) * kernel_KF[k].astype(width)
+        if segments_BS is not None:
+            tap_BTF = jnp.where((segments_BS[:, k : k + t] == segments_BS[:, taps - 1 :])[..., None], tap_BTF, 0)
+        y_BTF = y_BTF + tap_BTF
+    return jax.nn.silu(y_BTF)
+
+
+@jax.custom_vjp
+def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
+    """The convolution of whole rows. The backward pass keeps the input alone."""
+    before = kernel_KF.shape[0] - 1
+    padded_BSF = jnp.pad(x_BTF, ((0, 0), (before, 0), (0, 0)))
+    segments_BS = jnp.pad(segments_BT, ((0, 0), (before, 0)))
+    return _convolve(padded_BSF, kernel_KF, bias_F, segments_BS).astype(x_BTF.dtype)
+
+
+def _conv_packed_forward(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> tuple:
+    return _conv_packed(x_BTF, kernel_KF, bias_F, segments_BT), (x_BTF, kernel_KF, bias_F, segments_BT)
+
+
+def _conv_packed_backward(inputs: tuple, dy_BTF: Array) -> tuple:
+    x_BTF, kernel_KF, bias_F, segments_BT = inputs
+    x_BTF = x_BTF + 0 * dy_BTF  # XLA on a CPU would else take what it has computed forward, and keep it: see attention
+    again = lambda *inputs: _conv_packed.__wrapped__(*inputs, segments_BT)  # noqa: E731
+    _, pull = jax.vjp(again, x_BTF, kernel_KF, bias_F)
+    return *pull(dy_BTF), None
+
+
+_conv_packed.defvjp(_conv_packed_forward, _conv_packed_backward)
+
+
+@jax.custom_vjp
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 + exp(x)). The backward pass keeps the result alone: the derivative is 1 - exp(-y)."""
+    return jax.nn.softplus(x)
+
+
+def _softplus_forward(x: Array) -> tuple[Array, Array]:
+    y = softplus(x)
+    return y, y
+
+
+def _softplus_backward(y: Array, dy: Array) -> tuple[Array]:
+    return (-dy * jnp.expm1(-y),)
+
+
+softplus.defvjp(_softplus_forward, _softplus_backward)
 
 
 def selective_scan(

@@ -18,6 +18,13 @@ from jaxlm.train.step import init_state, make_step
 
 B, T, V = 32, 8, 32
 MODEL = config.Model(vocab_size=V, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, max_seq_len=T)
+SSM = config.Mamba(d_state=4, head_dim=8)
+ARCHITECTURES = {
+    "dense": {},
+    "mamba": {"pattern": ("mamba",), "mamba": SSM},
+    "mamba2": {"pattern": ("mamba2",), "mamba": SSM},
+    "jamba": {"pattern": ("mamba+mlp", "attention+mlp"), "mamba": config.Mamba(d_state=4, inner_norms=True)},
+}
 MESHES = {"data.fsdp.tensor": config.Mesh(data=2, fsdp=2, tensor=2), "fsdp": config.Mesh(data=1, fsdp=8)}
 
 
@@ -64,11 +71,17 @@ def three_steps(layout, model, microbatches, batches):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "layer_loop", "microbatches"),
-    [("data.fsdp.tensor", "scan", 1), ("fsdp", "unroll", 4)],
+    ("architecture", "mesh", "layer_loop", "microbatches"),
+    [
+        ("dense", "data.fsdp.tensor", "scan", 1),
+        ("dense", "fsdp", "unroll", 4),
+        ("mamba", "data.fsdp.tensor", "scan", 1),
+        ("mamba2", "data.fsdp.tensor", "unroll", 1),
+        ("jamba", "data.fsdp.tensor", "scan", 1),
+    ],
 )
-def test_eight_devices_compute_what_one_does(mesh, layer_loop, microbatches, batches):
-    model = dataclasses.replace(MODEL, layer_loop=layer_loop)
+def test_eight_devices_compute_what_one_does(architecture, mesh, layer_loop, microbatches, batches):
+    model = dataclasses.replace(MODEL, layer_loop=layer_loop, **ARCHITECTURES[architecture])
     with jax.enable_x64(True):
         alone = three_steps(Layout.from_config(config.Mesh(), jax.devices()[:1]), model, microbatches, batches)
         sharded = three_steps(Layout.from_config(MESHES[mesh]), model, microbatches, batches)
