@@ -68,7 +68,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1))
 
 
-def jaxlm_step() -> Callable[[], float]:
+def jaxlm_step(model: Any = None) -> Callable[[], float]:
     """The step of `jaxlm train`: its engine, its recipe's loss, its memory settings."""
     from jaxlm.train.malloc import keep_freed_memory
 
@@ -80,7 +80,7 @@ def jaxlm_step() -> Callable[[], float]:
     from jaxlm.train.engine import JaxEngine
 
     cfg = config.Config(
-        model=jaxlm_model(),
+        model=model or jaxlm_model(),
         data=config.Data(seq_len=LENGTH, cache_dir=tempfile.mkdtemp(prefix="jaxlm-benchmark-")),
         train=config.Train(batch_size=ROWS, learning_rate=1e-3),
     )
@@ -96,11 +96,11 @@ def jaxlm_step() -> Callable[[], float]:
     return lambda: engine.fetch([engine.step(batch)])[0]["loss"]
 
 
-def transformers_step(compiled: bool) -> Callable[[], float]:
+def transformers_step(compiled: bool, model: Any = None) -> Callable[[], float]:
     """AdamW, clipping, the model's own loss."""
     import torch
 
-    model = transformers_model().train()
+    model = (model or transformers_model()).train()
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = torch.from_numpy(tokens())[:, :-1]
