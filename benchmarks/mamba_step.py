@@ -89,8 +89,8 @@ def run(hybrid: bool, compiled: bool, rounds: int, out: Path | None = None) -> d
     for name, one in found.items():
         one["tokens_per_s"] = train_step.ROWS * train_step.LENGTH / one["median_s"]
         print(
-            f"{name:30} {one['tokens_per_s']:9,.0f} tokens/s  median {one['median_s']:7.3f}s  least {one['min_s']:7.3f}s"
-            f"  cpu {one['cpu_s']:6.2f}s  {one['peak_bytes'] / 1e9:6.2f}GB"
+            f"{name:30} {one['tokens_per_s']:9,.0f} tokens/s  median {one['median_s']:7.3f}s  "
+            f"least {one['min_s']:7.3f}s  cpu {one['cpu_s']:6.2f}s  {one['peak_bytes'] / 1e9:6.2f}GB"
         )
     others = [one for name, one in found.items() if name not in PATTERNS]
     ratios: dict[str, float] = {}

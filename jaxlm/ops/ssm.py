@@ -12,6 +12,7 @@ dim; Q tokens of a chunk, C chunks.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,23 +75,28 @@ def _convolve(before_BSF: Array, kernel_KF: Array, bias_F: Array | None, segment
     return jax.nn.silu(y_BTF)
 
 
-@jax.custom_vjp
-def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
-    """The convolution of whole rows. The backward pass keeps the input alone."""
+def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
+    """The convolution of whole rows."""
     before = kernel_KF.shape[0] - 1
     padded_BSF = jnp.pad(x_BTF, ((0, 0), (before, 0), (0, 0)))
     segments_BS = jnp.pad(segments_BT, ((0, 0), (before, 0)))
     return _convolve(padded_BSF, kernel_KF, bias_F, segments_BS).astype(x_BTF.dtype)
 
 
+@jax.custom_vjp
+def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
+    """`_conv_rows`; its backward pass keeps the input alone."""
+    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT)
+
+
 def _conv_packed_forward(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> tuple:
-    return _conv_packed(x_BTF, kernel_KF, bias_F, segments_BT), (x_BTF, kernel_KF, bias_F, segments_BT)
+    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT), (x_BTF, kernel_KF, bias_F, segments_BT)
 
 
 def _conv_packed_backward(inputs: tuple, dy_BTF: Array) -> tuple:
     x_BTF, kernel_KF, bias_F, segments_BT = inputs
     x_BTF = x_BTF + 0 * dy_BTF  # XLA on a CPU would else take what it has computed forward, and keep it: see attention
-    again = lambda *inputs: _conv_packed.__wrapped__(*inputs, segments_BT)  # noqa: E731
+    again = lambda *inputs: _conv_rows(*inputs, segments_BT)  # noqa: E731
     _, pull = jax.vjp(again, x_BTF, kernel_KF, bias_F)
     return *pull(dy_BTF), None
 
@@ -150,7 +156,8 @@ def selective_scan(
     if impl == "sequential" or t == 1:
         y_BTF, h_BPF = _scan_tokens(tokens, weights, h_BPF)
     elif impl in ("chunked", "auto"):
-        y_BTF, h_BPF = _scan_chunks(_padded(tokens, -t % chunk), weights, h_BPF, chunk)
+        scanned: Any = _scan_chunks(_padded(tokens, -t % chunk), weights, h_BPF, chunk)
+        y_BTF, h_BPF = scanned
     else:
         raise ValueError(f"unknown scan implementation {impl!r}")
     return y_BTF[:, :t].astype(u_BTF.dtype), h_BPF
