@@ -96,8 +96,7 @@ def _conv_packed_forward(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, s
 def _conv_packed_backward(inputs: tuple, dy_BTF: Array) -> tuple:
     x_BTF, kernel_KF, bias_F, segments_BT = inputs
     x_BTF = x_BTF + 0 * dy_BTF  # XLA on a CPU would else take what it has computed forward, and keep it: see attention
-    again = lambda *inputs: _conv_rows(*inputs, segments_BT)  # noqa: E731
-    _, pull = jax.vjp(again, x_BTF, kernel_KF, bias_F)
+    _, pull = jax.vjp(lambda x, kernel, bias: _conv_rows(x, kernel, bias, segments_BT), x_BTF, kernel_KF, bias_F)
     return *pull(dy_BTF), None
 
 
