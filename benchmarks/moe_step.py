@@ -65,7 +65,7 @@ def child(name: str) -> None:
     else:
         experts = "eager" if "experts eager" in name else None
         make = lambda: transformers_model(experts)  # noqa: E731
-        peers.serve(lambda: train_step.transformers_step(False, make), peak_flops=peers.torch_peak)
+        peers.serve(lambda: train_step.transformers_step(False, make()), peak_flops=peers.torch_peak)
 
 
 def run(rounds: int, out: Path | None = None) -> dict[str, Any]:

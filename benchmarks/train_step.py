@@ -96,11 +96,11 @@ def jaxlm_step(model: Any = None) -> Callable[[], float]:
     return lambda: engine.fetch([engine.step(batch)])[0]["loss"]
 
 
-def transformers_step(compiled: bool, make: Callable[[], Any] = transformers_model) -> Callable[[], float]:
+def transformers_step(compiled: bool, model: Any = None) -> Callable[[], float]:
     """AdamW, clipping, the model's own loss."""
     import torch
 
-    model = make().train()
+    model = (model or transformers_model()).train()
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = torch.from_numpy(tokens())[:, :-1]

@@ -101,6 +101,25 @@ def test_cached_logits_are_the_uncached(models: Pair, framework: str, rng: np.ra
     FLOAT64.check(float(error), f"{framework}: cached logits")
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_prompt_in_pieces(models: Pair, framework: str, rng: np.random.Generator) -> None:
+    """Pieces of different lengths in each row, one of them empty, with padding on either side: as in one piece."""
+    apply, init_cache = FRAMEWORKS[framework]
+    tokens = rng.integers(0, models.jax.config.vocab_size, (3, 30), dtype=np.int32)
+    places = np.broadcast_to(np.arange(30, dtype=np.int32), tokens.shape)
+    uncached, _ = apply(models, (tokens, places, np.ones_like(places)))
+    cuts, cache = [[0, 11, 12, 30], [0, 1, 19, 30], [0, 15, 15, 30]], init_cache(models, 3, 60)
+    for i in range(3):
+        piece = np.zeros((3, 3, 20), np.int32)  # tokens, positions, segments
+        spans = [(row, slice(*cuts[row][i : i + 2]), i + row) for row in range(3)]
+        for row, span, left in spans:
+            at = slice(left % 3, left % 3 + span.stop - span.start)
+            piece[:, row, at] = tokens[row, span], places[row, span], np.ones_like(places[row, span])
+        logits, cache = apply(models, tuple(piece), cache)
+        for row, span, _ in spans:
+            FLOAT64.check(np.abs(logits[row][piece[2, row] != 0] - uncached[row, span]).max(initial=0), framework)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, VARIED, WARM], ids=["greedy", "varied", "warm"])
 def test_the_same_tokens_in_both(models: Pair, sampling: Sampling, rng: np.random.Generator) -> None:
     """64 tokens of rows of different lengths; the random numbers come from the seed and the row."""

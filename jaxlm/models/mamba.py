@@ -23,7 +23,7 @@ from jaxlm.models.layers import Linear, Norm, logical
 from jaxlm.numerics import Policy, wide
 from jaxlm.ops import norm, ssm
 from jaxlm.ops.attention import Places
-from jaxlm.ops.ffn import activate, swiglu
+from jaxlm.ops.ffn import swiglu
 
 
 class MambaCache(NamedTuple):
@@ -59,7 +59,7 @@ class Mamba(nn.Module):
         cfg, mamba, policy = self.config, self.config.mamba, self.policy
         inner, p, r, width = mamba.expand * cfg.d_model, mamba.d_state, mamba.dt_rank, wide(policy.compute)
         in_proj = _linear(self, "in_proj", (2, inner), ("embed", None, "inner"))
-        u_BTF, z_BTF = jnp.moveaxis(in_proj(x_BTD), -2, 0)
+        u_BTF, z_BTF = _pair(in_proj(x_BTD))
         u_BTF = constrain(u_BTF, "batch", "seq", "inner")
         conv = CausalConv(mamba.d_conv, mamba.conv_bias, "inner", policy, name="conv")
         u_BTF, conv_state = conv(u_BTF, places, None if cache is None else cache.conv)
@@ -114,7 +114,7 @@ class Mamba2(nn.Module):
         inner, groups, p = mamba.expand * cfg.d_model, mamba.n_groups, mamba.d_state
         heads = inner // mamba.head_dim
         in_proj = _linear(self, "in_proj", (2, inner), ("embed", None, "inner"))
-        z_BTF, x_BTF = jnp.moveaxis(in_proj(x_BTD), -2, 0)
+        z_BTF, x_BTF = _pair(in_proj(x_BTD))
         x_BTF = constrain(x_BTF, "batch", "seq", "inner")
         bc_BTQ = _linear(self, "bc_proj", (2 * groups * p,), ("embed", "state"))(x_BTD)
         conv = CausalConv(mamba.d_conv, mamba.conv_bias, "inner", policy, name="conv")
@@ -129,7 +129,7 @@ class Mamba2(nn.Module):
         skip_N = self.param("D", logical(nn.initializers.ones, "heads"), (heads,), policy.params)
         y_BTNH, state = ssm.ssd(
             x_BTF.reshape(b, t, heads, mamba.head_dim),
-            jax.nn.softplus(dt_BTN.astype(width) + bias_N.astype(width)),
+            ssm.softplus(dt_BTN.astype(width) + bias_N.astype(width)),
             -jnp.exp(log_N.astype(width)),
             b_BTGP,
             c_BTGP,
@@ -173,8 +173,7 @@ class CausalConv(nn.Module):
         kernel_KF = self.param("kernel", logical(_uniform(self.taps**-0.5), None, self.axis), shape, self.policy.params)
         zeros = logical(nn.initializers.zeros, self.axis)
         bias_F = self.param("bias", zeros, shape[1:], self.policy.params) if self.use_bias else None
-        y_BTF, state_BJF = ssm.causal_conv(x_BTF, kernel_KF, bias_F, places.segments, state_BJF)
-        return activate("silu", y_BTF), state_BJF
+        return ssm.causal_conv(x_BTF, kernel_KF, bias_F, places.segments, state_BJF)
 
 
 class StepSize(nn.Module):
@@ -191,7 +190,7 @@ class StepSize(nn.Module):
         kernel_RF = self.param("kernel", init, (rank, self.features), policy.params)
         bias_F = self.param("bias", logical(_step_bias(self.mamba), "inner"), (self.features,), policy.params)
         y_BTF = jnp.dot(dt_BTR.astype(policy.compute), kernel_RF.astype(policy.compute))
-        return jax.nn.softplus(y_BTF.astype(width) + bias_F.astype(width))
+        return ssm.softplus(y_BTF.astype(width) + bias_F.astype(width))
 
 
 class GatedNorm(nn.Module):
@@ -214,6 +213,10 @@ def _linear(
     cfg = mixer.config
     std, bias = std or cfg.init_std, cfg.mamba.proj_bias
     return Linear(features, axes, std=std, policy=mixer.policy, use_bias=bias, name=name)
+
+
+def _pair(x_BT2F: Array) -> tuple[Array, Array]:
+    return x_BT2F[..., 0, :], x_BT2F[..., 1, :]
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

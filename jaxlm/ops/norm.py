@@ -32,7 +32,9 @@ def gated_rms_norm(
     width = wide(x.dtype)
     w = x.astype(width) * jax.nn.silu(gate.astype(width))
     parts = w.reshape(*w.shape[:-1], groups, -1)
-    parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, axis=-1, keepdims=True) + eps)
+    # A product of matrices, because XLA on a CPU does not vectorise a sum over the last axis.
+    squares = jnp.einsum("...d,...d->...", parts, parts, precision="highest")[..., None]
+    parts = parts * jax.lax.rsqrt(squares / parts.shape[-1] + eps)
     return (parts.reshape(w.shape) * scale_D).astype(x.dtype)
 
 

@@ -11,6 +11,9 @@ dim; Q tokens of a chunk, C chunks.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,7 +35,7 @@ def causal_conv(
     segments_BT: Int[Array, "b t"],
     state_BJF: Float[Array, "b j f"] | None = None,
 ) -> tuple[Float[Array, "b t f"], Float[Array, "b j f"] | None]:
-    """Depthwise convolution, `y_t = sum_k kernel_k x_(t-K+1+k) + bias`: the last tap reads the token itself.
+    """Depthwise convolution, `y_t = silu(sum_k kernel_k x_(t-K+1+k) + bias)`: the last tap reads the token itself.
 
     Args:
         state_BJF: the last K - 1 tokens of each row, zero before its first; padding between them and the new tokens, or
@@ -41,39 +44,81 @@ def causal_conv(
     Returns:
         y in the dtype of x, and the last K - 1 tokens of each row if a state was handed in.
     """
-    taps, width = kernel_KF.shape[0], wide(x_BTF.dtype)
-    kernel_KF = kernel_KF.astype(width)
-    bias_F = None if bias_F is None else bias_F.astype(width)
-
-    def convolve(padded_BSF: Array, keep: list[Array | None]) -> Array:
-        t = padded_BSF.shape[1] - taps + 1
-        y_BTF = jnp.zeros((), width) if bias_F is None else bias_F
-        for k in range(taps):
-            tap_BTF = padded_BSF[:, k : k + t].astype(width) * kernel_KF[k]
-            seen_BT = keep[k]
-            y_BTF = y_BTF + (tap_BTF if seen_BT is None else jnp.where(seen_BT[..., None], tap_BTF, 0))
-        return y_BTF.astype(x_BTF.dtype)
-
+    taps = kernel_KF.shape[0]
     if state_BJF is None:
-        padded_BSF = jnp.pad(x_BTF, ((0, 0), (taps - 1, 0), (0, 0)))
-        segments_BS = jnp.pad(segments_BT, ((0, 0), (taps - 1, 0)))
-        t = segments_BT.shape[1]
-        return convolve(padded_BSF, [segments_BS[:, k : k + t] == segments_BT for k in range(taps)]), None
-
+        return _conv_packed(x_BTF, kernel_KF, bias_F, segments_BT), None
     joined_BSF = jnp.concatenate([state_BJF, x_BTF.astype(state_BJF.dtype)], axis=1)
-    nothing: list[Array | None] = [None] * taps
     if x_BTF.shape[1] == 1:
         state = jnp.where((segments_BT != 0)[..., None], joined_BSF[:, 1:], state_BJF)
-        return convolve(joined_BSF, nothing), state
+        return _convolve(joined_BSF, kernel_KF, bias_F).astype(x_BTF.dtype), state
     # Real tokens move to the front, are convolved there, and each goes back to its place.
     real_BS = jnp.pad(segments_BT != 0, ((0, 0), (taps - 1, 0)), constant_values=True)
     rank_BS = jnp.cumsum(real_BS, axis=1)
     front_BS = jnp.argsort(~real_BS, axis=1, stable=True)
     joined_BSF = jnp.take_along_axis(joined_BSF, front_BS[..., None], axis=1)
-    y_BTF = convolve(joined_BSF, nothing)
+    y_BTF = _convolve(joined_BSF, kernel_KF, bias_F).astype(x_BTF.dtype)
     y_BTF = jnp.take_along_axis(y_BTF, jnp.maximum(rank_BS[:, taps - 1 :, None] - taps, 0), axis=1)
     last_BJ = rank_BS[:, -1:] - (taps - 1) + jnp.arange(taps - 1)
     return y_BTF, jnp.take_along_axis(joined_BSF, last_BJ[..., None], axis=1)
+
+
+def _convolve(before_BSF: Array, kernel_KF: Array, bias_F: Array | None, segments_BS: Array | None = None) -> Array:
+    """The convolution of all but the first K - 1 tokens; with segments, of tokens of one document."""
+    (taps, _), width = kernel_KF.shape, wide(before_BSF.dtype)
+    t = before_BSF.shape[1] - taps + 1
+    y_BTF = jnp.zeros((), width) if bias_F is None else bias_F.astype(width)
+    for k in range(taps):
+        tap_BTF = before_BSF[:, k : k + t].astype(width) * kernel_KF[k].astype(width)
+        if segments_BS is not None:
+            tap_BTF = jnp.where((segments_BS[:, k : k + t] == segments_BS[:, taps - 1 :])[..., None], tap_BTF, 0)
+        y_BTF = y_BTF + tap_BTF
+    return jax.nn.silu(y_BTF)
+
+
+def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
+    """The convolution of whole rows."""
+    before = kernel_KF.shape[0] - 1
+    padded_BSF = jnp.pad(x_BTF, ((0, 0), (before, 0), (0, 0)))
+    segments_BS = jnp.pad(segments_BT, ((0, 0), (before, 0)))
+    return _convolve(padded_BSF, kernel_KF, bias_F, segments_BS).astype(x_BTF.dtype)
+
+
+@jax.custom_vjp
+def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
+    """`_conv_rows`; its backward pass keeps the input alone."""
+    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT)
+
+
+def _conv_packed_forward(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> tuple:
+    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT), (x_BTF, kernel_KF, bias_F, segments_BT)
+
+
+def _conv_packed_backward(inputs: tuple, dy_BTF: Array) -> tuple:
+    x_BTF, kernel_KF, bias_F, segments_BT = inputs
+    x_BTF = x_BTF + 0 * dy_BTF  # XLA on a CPU would else take what it has computed forward, and keep it: see attention
+    _, pull = jax.vjp(lambda x, kernel, bias: _conv_rows(x, kernel, bias, segments_BT), x_BTF, kernel_KF, bias_F)
+    return *pull(dy_BTF), None
+
+
+_conv_packed.defvjp(_conv_packed_forward, _conv_packed_backward)
+
+
+@jax.custom_vjp
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 + exp(x)). The backward pass keeps the result alone: the derivative is 1 - exp(-y)."""
+    return jax.nn.softplus(x)
+
+
+def _softplus_forward(x: Array) -> tuple[Array, Array]:
+    y = softplus(x)
+    return y, y
+
+
+def _softplus_backward(y: Array, dy: Array) -> tuple[Array]:
+    return (-dy * jnp.expm1(-y),)
+
+
+softplus.defvjp(_softplus_forward, _softplus_backward)
 
 
 def selective_scan(
@@ -102,22 +147,19 @@ def selective_scan(
     Returns:
         y in the dtype of u, and the state after the last token.
     """
-    width, real_BT = wide(u_BTF.dtype), segments_BT != 0
-    u_wide = u_BTF.astype(width)
+    t, width, real_BT = u_BTF.shape[1], wide(u_BTF.dtype), segments_BT != 0
     dt_BTF = jnp.where(real_BT[..., None], dt_BTF.astype(width), 0)
     keep_BT, h_BPF = _carried(segments_BT, state_BPF, a_FP.shape[::-1], width)
-    inputs = (dt_BTF, dt_BTF * u_wide, a_FP.T.astype(width), b_BTP.astype(width), c_BTP.astype(width))
-    if impl == "sequential" or u_BTF.shape[1] == 1:
-        y_BTF, h_BPF = _scan_tokens(*inputs, keep_BT, h_BPF)
+    tokens = (u_BTF.astype(width), dt_BTF, b_BTP.astype(width), c_BTP.astype(width), keep_BT)
+    weights = (a_FP.T.astype(width), d_F.astype(width))
+    if impl == "sequential" or t == 1:
+        y_BTF, h_BPF = _scan_tokens(tokens, weights, h_BPF)
     elif impl in ("chunked", "auto"):
-        short = -u_BTF.shape[1] % chunk  # a step size of zero changes nothing
-        dt, w, a, b, c = (_chunks(x, chunk, short) if x.ndim == 3 else x for x in inputs)
-        keep_CQB = _chunks(jnp.pad(keep_BT, ((0, 0), (0, short)), constant_values=1), chunk, 0)
-        y_CQBF, h_BPF = _scan_chunks(dt, w, a, b, c, keep_CQB, h_BPF)
-        y_BTF = _tokens(y_CQBF)[:, : u_BTF.shape[1]]
+        scanned: Any = _scan_chunks(_padded(tokens, -t % chunk), weights, h_BPF, chunk)
+        y_BTF, h_BPF = scanned
     else:
         raise ValueError(f"unknown scan implementation {impl!r}")
-    return (y_BTF + d_F.astype(width) * u_wide).astype(u_BTF.dtype), h_BPF
+    return y_BTF[:, :t].astype(u_BTF.dtype), h_BPF
 
 
 def _carried(segments_BT: Array, state: Array | None, shape: tuple[int, ...], width: jnp.dtype) -> tuple[Array, Array]:
@@ -127,15 +169,13 @@ def _carried(segments_BT: Array, state: Array | None, shape: tuple[int, ...], wi
     return jnp.ones(segments_BT.shape, width), state.astype(width)
 
 
-def _chunks(x: Array, chunk: int, short: int) -> Array:
-    """[B, T, ...] as [C, Q, B, ...], with `short` tokens of zero behind."""
-    x = jnp.pad(x, ((0, 0), (0, short), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 0, 2)
-
-
-def _tokens(x: Array) -> Array:
-    """[C, Q, B, ...] as [B, C Q, ...]."""
-    return jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, *x.shape[3:])
+def _padded(tokens: tuple[Array, ...], short: int) -> tuple[Array, ...]:
+    """`short` tokens more that change nothing: their step size is zero, and they keep the state."""
+    if not short:
+        return tokens
+    *rest, keep_BT = tokens
+    padded = (jnp.pad(x, ((0, 0), (0, short), (0, 0))) for x in rest)
+    return *padded, jnp.pad(keep_BT, ((0, 0), (0, short)), constant_values=1)
 
 
 def _decay(dt_BF: Array, a_PF: Array, keep_B: Array) -> Array:
@@ -146,75 +186,94 @@ def _outer(x_BF: Array, b_BP: Array) -> Array:
     return x_BF[:, None] * b_BP[:, :, None]
 
 
-def _step(h_BPF: Array, token: tuple[Array, ...], a_PF: Array) -> tuple[Array, Array]:
-    dt_BF, w_BF, b_BP, c_BP, keep_B = token
-    h_BPF = _decay(dt_BF, a_PF, keep_B) * h_BPF + _outer(w_BF, b_BP)
-    return h_BPF, jnp.sum(h_BPF * c_BP[:, :, None], axis=1)
+def _step(h_BPF: Array, token: tuple[Array, ...], weights: tuple[Array, Array]) -> tuple[Array, Array]:
+    (u_BF, dt_BF, b_BP, c_BP, keep_B), (a_PF, d_F) = token, weights
+    h_BPF = _decay(dt_BF, a_PF, keep_B) * h_BPF + _outer(dt_BF * u_BF, b_BP)
+    return h_BPF, jnp.sum(h_BPF * c_BP[:, :, None], axis=1) + d_F * u_BF
 
 
-def _scan_tokens(
-    dt_BTF: Array, w_BTF: Array, a_PF: Array, b_BTP: Array, c_BTP: Array, keep_BT: Array, h_BPF: Array
-) -> tuple[Array, Array]:
-    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (dt_BTF, w_BTF, b_BTP, c_BTP, keep_BT))
-    if dt_BTF.shape[1] == 1:
-        h_BPF, y_BF = _step(h_BPF, tuple(x[0] for x in tokens), a_PF)
+def _scan_tokens(tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array) -> tuple[Array, Array]:
+    if tokens[0].shape[1] == 1:
+        h_BPF, y_BF = _step(h_BPF, tuple(x[:, 0] for x in tokens), weights)
         return y_BF[:, None], h_BPF
-    h_BPF, y_TBF = lax.scan(lambda h, token: _step(h, token, a_PF), h_BPF, tokens)
+    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in tokens)
+    h_BPF, y_TBF = lax.scan(lambda h, token: _step(h, token, weights), h_BPF, tokens)
     return jnp.moveaxis(y_TBF, 0, 1), h_BPF
 
 
 # A chunk is unrolled: XLA on a CPU then fuses each token's state, output and gradients into a few loops over [B, P, F]
-# that stay in the cache. The states of a chunk live only while it is worked on.
+# that stay in the cache. Chunks are read from and written to arrays [B, T, F] in place, so none is transposed. The
+# states of a chunk live only while it is worked on; kept are those before each chunk.
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _scan_chunks(
-    dt_CQBF: Array, w_CQBF: Array, a_PF: Array, b_CQBP: Array, c_CQBP: Array, keep_CQB: Array, h_BPF: Array
+    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int
 ) -> tuple[Array, Array]:
-    return _scan_chunks_forward(dt_CQBF, w_CQBF, a_PF, b_CQBP, c_CQBP, keep_CQB, h_BPF)[0]
+    return _scan_chunks_forward(tokens, weights, h_BPF, chunk)[0]
+
+
+def _take(arrays: tuple[Array, ...], i: Array, chunk: int) -> list[tuple[Array, ...]]:
+    """The tokens of chunk i, one by one."""
+    cut = [lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in arrays]
+    return [tuple(x[:, q] for x in cut) for q in range(chunk)]
+
+
+def _put(x: Array, tokens: tuple[Array, ...], i: Array) -> Array:
+    """Write chunk i of x [B, T, ...]."""
+    return lax.dynamic_update_slice_in_dim(x, jnp.stack(tokens, axis=1), i * len(tokens), axis=1)
 
 
 def _scan_chunks_forward(
-    dt: Array, w: Array, a_PF: Array, b: Array, c: Array, keep: Array, h_BPF: Array
+    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int
 ) -> tuple[tuple[Array, Array], tuple]:
-    def chunk(h_BPF: Array, tokens: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        first_BPF, ys = h_BPF, []
-        for token in zip(*tokens, strict=True):
-            h_BPF, y_BF = _step(h_BPF, token, a_PF)
+    def work(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        h_BPF, y_BTF, before_CBPF = carry
+        before_CBPF = lax.dynamic_update_index_in_dim(before_CBPF, h_BPF, i, axis=0)
+        ys = []
+        for token in _take(tokens, i, chunk):
+            h_BPF, y_BF = _step(h_BPF, token, weights)
             ys.append(y_BF)
-        return h_BPF, (jnp.stack(ys), first_BPF)
+        return h_BPF, _put(y_BTF, tuple(ys), i), before_CBPF
 
-    tokens = (dt, w, b, c, keep)
-    h_BPF, (y_CQBF, first_CBPF) = lax.scan(chunk, h_BPF, tokens)
-    return (y_CQBF, h_BPF), (tokens, a_PF, first_CBPF)
+    chunks = tokens[0].shape[1] // chunk
+    carry = (h_BPF, jnp.zeros_like(tokens[0]), jnp.zeros((chunks, *h_BPF.shape), h_BPF.dtype))
+    h_BPF, y_BTF, before_CBPF = lax.fori_loop(0, chunks, work, carry)
+    return (y_BTF, h_BPF), (tokens, weights, before_CBPF)
 
 
-def _scan_chunks_backward(residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    tokens, a_PF, first_CBPF = residuals
-    dy_CQBF, dlast_BPF = cotangents
+def _scan_chunks_backward(chunk: int, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+    tokens, (a_PF, d_F), before_CBPF = residuals
+    dy_BTF, dlast_BPF = cotangents
+    chunks = before_CBPF.shape[0]
 
-    def chunk(carry: tuple[Array, Array], inputs: tuple) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-        (dh_BPF, da_PF), ((dt, w, b, c, keep), h_BPF, dy) = carry, inputs
-        decays, states = [], []
-        for q in range(dt.shape[0]):
-            decays.append(_decay(dt[q], a_PF, keep[q]))
-            h_BPF = decays[q] * h_BPF + _outer(w[q], b[q])
-            states.append(h_BPF)
+    def work(k: Array, carry: tuple) -> tuple:
+        i = chunks - 1 - k
+        dh_BPF, da_PF, written = carry
+        h_BPF = lax.dynamic_index_in_dim(before_CBPF, i, axis=0, keepdims=False)
+        inside = []
+        for token in _take((*tokens, dy_BTF), i, chunk):
+            u_BF, dt_BF, b_BP, _, keep_B, _ = token
+            decay_BPF, new_BPF = _decay(dt_BF, a_PF, keep_B), _outer(dt_BF * u_BF, b_BP)
+            h_BPF = decay_BPF * h_BPF + new_BPF
+            inside.append((token, decay_BPF, new_BPF, h_BPF))
         gradients, da_BPF = [], jnp.zeros_like(dh_BPF)
-        for q in reversed(range(dt.shape[0])):
-            g_BPF = dh_BPF + _outer(dy[q], c[q])
-            dh_BPF = decays[q] * g_BPF
-            dlog_BPF = g_BPF * (states[q] - _outer(w[q], b[q]))  # of the decay's logarithm, dt A
-            da_BPF = da_BPF + dlog_BPF * dt[q][:, None]
-            ddt_BF = jnp.sum(dlog_BPF * a_PF, axis=1)
-            dw_BF = jnp.sum(g_BPF * b[q][:, :, None], axis=1)
-            gradients.append((ddt_BF, dw_BF, _over_channels(g_BPF, w[q]), _over_channels(states[q], dy[q])))
-        gradients = tuple(jnp.stack(gradient) for gradient in zip(*gradients[::-1], strict=True))
-        return (dh_BPF, da_PF + jnp.sum(da_BPF, axis=0)), gradients
+        for (u_BF, dt_BF, b_BP, c_BP, _, dy_BF), decay_BPF, new_BPF, h_BPF in reversed(inside):
+            g_BPF = dh_BPF + _outer(dy_BF, c_BP)
+            dh_BPF = decay_BPF * g_BPF
+            dlog_BPF = g_BPF * (h_BPF - new_BPF)  # of the decay's logarithm, dt A
+            da_BPF = da_BPF + dlog_BPF * dt_BF[:, None]
+            dnew_BF = jnp.sum(g_BPF * b_BP[:, :, None], axis=1)  # of dt u
+            du_BF = dnew_BF * dt_BF + d_F * dy_BF
+            ddt_BF = jnp.sum(dlog_BPF * a_PF, axis=1) + dnew_BF * u_BF
+            gradients.append((du_BF, ddt_BF, _over_channels(g_BPF, dt_BF * u_BF), _over_channels(h_BPF, dy_BF)))
+        gradients = zip(*reversed(gradients), strict=True)
+        written = tuple(_put(x, new, i) for x, new in zip(written, gradients, strict=True))
+        return dh_BPF, da_PF + jnp.sum(da_BPF, axis=0), written
 
-    carry = (dlast_BPF, jnp.zeros_like(a_PF))
-    (dh_BPF, da_PF), (ddt, dw, db, dc) = lax.scan(chunk, carry, (tokens, first_CBPF, dy_CQBF), reverse=True)
-    return ddt, dw, da_PF, db, dc, None, dh_BPF
+    carry = (dlast_BPF, jnp.zeros_like(a_PF), tuple(jnp.zeros_like(x) for x in tokens[:4]))
+    dh_BPF, da_PF, dtokens = lax.fori_loop(0, chunks, work, carry)
+    return (*dtokens, None), (da_PF, jnp.sum(dy_BTF * tokens[0], axis=(0, 1))), dh_BPF
 
 
 _scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)
@@ -277,6 +336,17 @@ def _ssd_tokens(w: Array, log: Array, b: Array, c: Array, keep_BT: Array, state:
         return y[:, None], state
     state, y = lax.scan(step, state, tokens)
     return jnp.moveaxis(y, 0, 1), state
+
+
+def _chunks(x: Array, chunk: int, short: int) -> Array:
+    """[B, T, ...] as [C, Q, B, ...], with `short` tokens of zero behind."""
+    x = jnp.pad(x, ((0, 0), (0, short), *((0, 0),) * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 0, 2)
+
+
+def _tokens(x: Array) -> Array:
+    """[C, Q, B, ...] as [B, C Q, ...]."""
+    return jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, *x.shape[3:])
 
 
 def _ssd_chunks(

@@ -24,6 +24,13 @@ MESHES = {
     "data.expert": config.Mesh(data=2, expert=4),
     "data.expert.tensor": config.Mesh(data=2, expert=2, tensor=2),
 }
+SSM = config.Mamba(d_state=4, head_dim=8)
+ARCHITECTURES = {
+    "dense": {},
+    "mamba": {"pattern": ("mamba",), "mamba": SSM},
+    "mamba2": {"pattern": ("mamba2",), "mamba": SSM},
+    "jamba": {"pattern": ("mamba+mlp", "attention+mlp"), "mamba": config.Mamba(d_state=4, inner_norms=True)},
+}
 
 
 @pytest.fixture
@@ -69,11 +76,17 @@ def three_steps(layout, model, microbatches, batches):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "layer_loop", "microbatches"),
-    [("data.fsdp.tensor", "scan", 1), ("fsdp", "unroll", 4)],
+    ("architecture", "mesh", "layer_loop", "microbatches"),
+    [
+        ("dense", "data.fsdp.tensor", "scan", 1),
+        ("dense", "fsdp", "unroll", 4),
+        ("mamba", "data.fsdp.tensor", "scan", 1),
+        ("mamba2", "data.fsdp.tensor", "unroll", 1),
+        ("jamba", "data.fsdp.tensor", "scan", 1),
+    ],
 )
-def test_eight_devices_compute_what_one_does(mesh, layer_loop, microbatches, batches):
-    model = dataclasses.replace(MODEL, layer_loop=layer_loop)
+def test_eight_devices_compute_what_one_does(architecture, mesh, layer_loop, microbatches, batches):
+    model = dataclasses.replace(MODEL, layer_loop=layer_loop, **ARCHITECTURES[architecture])
     with jax.enable_x64(True):
         alone = three_steps(Layout.from_config(config.Mesh(), jax.devices()[:1]), model, microbatches, batches)
         sharded = three_steps(Layout.from_config(MESHES[mesh]), model, microbatches, batches)

@@ -19,7 +19,7 @@ from torch_ref.models.layers import Linear, Norm
 from torch_ref.numerics import Policy, wide
 from torch_ref.ops import norm, ssm
 from torch_ref.ops.attention import Places
-from torch_ref.ops.ffn import activate, swiglu
+from torch_ref.ops.ffn import swiglu
 
 
 class MambaCache(NamedTuple):
@@ -147,7 +147,7 @@ class Mamba2(nn.Module):
         b_BTGP, c_BTGP = bc_BTQ.unflatten(-1, (2, mamba.n_groups, mamba.d_state)).unbind(2)
         y_BTNH, state = ssm.ssd(
             x_BTF.unflatten(-1, (self.heads, mamba.head_dim)),
-            F.softplus(self.dt_proj(x_BTD).to(width) + self.dt_bias.to(width)),
+            ssm.softplus(self.dt_proj(x_BTD).to(width) + self.dt_bias.to(width)),
             -torch.exp(self.A_log.to(width)),
             b_BTGP,
             c_BTGP,
@@ -195,8 +195,7 @@ class CausalConv(nn.Module):
     def forward(
         self, x_BTF: Float[Tensor, "b t f"], places: Places, state_BJF: Float[Tensor, "b j f"] | None
     ) -> tuple[Float[Tensor, "b t f"], Float[Tensor, "b j f"] | None]:
-        y_BTF, state_BJF = ssm.causal_conv(x_BTF, self.weight.T, self.bias, places.segments, state_BJF)
-        return activate("silu", y_BTF), state_BJF
+        return ssm.causal_conv(x_BTF, self.weight.T, self.bias, places.segments, state_BJF)
 
 
 class StepSize(nn.Module):
@@ -218,7 +217,7 @@ class StepSize(nn.Module):
     def forward(self, dt_BTR: Float[Tensor, "b t r"]) -> Float[Tensor, "b t f"]:
         compute, width = self.policy.compute, wide(self.policy.compute)
         y_BTF = F.linear(dt_BTR.to(compute), self.weight.to(compute))
-        return F.softplus(y_BTF.to(width) + self.bias.to(width))
+        return ssm.softplus(y_BTF.to(width) + self.bias.to(width))
 
 
 class GatedNorm(nn.Module):
