@@ -16,11 +16,11 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from jaxlm.architecture import STRICT, require
-from jaxlm.architecture import Mamba as Mamba
 from jaxlm.architecture import Model as Model
-from jaxlm.architecture import MoE as MoE
-from jaxlm.architecture import RopeScaling as RopeScaling
+from jaxlm.parts import STRICT, require
+from jaxlm.parts import Mamba as Mamba
+from jaxlm.parts import MoE as MoE
+from jaxlm.parts import RopeScaling as RopeScaling
 
 Backend = Literal["jax", "torch"]
 

@@ -19,22 +19,23 @@ ROOT = Path(__file__).parents[1]
 # A part of jaxlm imports itself and parts of lower rank.
 RANKS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["architecture"], 1),
-    **dict.fromkeys(["config", "registry"], 2),
-    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation", "flops"], 3),
-    **dict.fromkeys(["ops"], 4),
-    **dict.fromkeys(["models", "objectives", "data"], 5),
-    **dict.fromkeys(["train"], 6),
-    **dict.fromkeys(["convert"], 7),  # opens and writes the checkpoints of train
-    **dict.fromkeys(["infer"], 8),  # opens whatever convert can open
-    **dict.fromkeys(["recipes", "eval"], 9),
-    **dict.fromkeys(["parity"], 10),  # steps the objective of a recipe
-    **dict.fromkeys(["cli"], 11),
-    **dict.fromkeys(["__main__"], 12),
+    **dict.fromkeys(["parts"], 1),
+    **dict.fromkeys(["architecture"], 2),
+    **dict.fromkeys(["config", "registry"], 3),
+    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation", "flops"], 4),
+    **dict.fromkeys(["ops"], 5),
+    **dict.fromkeys(["models", "objectives", "data"], 6),
+    **dict.fromkeys(["train"], 7),
+    **dict.fromkeys(["convert"], 8),  # opens and writes the checkpoints of train
+    **dict.fromkeys(["infer"], 9),  # opens whatever convert can open
+    **dict.fromkeys(["recipes", "eval"], 10),
+    **dict.fromkeys(["parity"], 11),  # steps the objective of a recipe
+    **dict.fromkeys(["cli"], 12),
+    **dict.fromkeys(["__main__"], 13),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
-NEUTRAL = {"architecture", "config", "config_file", "errors", "flops", "registry", "data"}  # both frameworks share them
+NEUTRAL = {"parts", "architecture", "config", "config_file", "errors", "flops", "registry", "data"}  # shared by both
 NEUTRAL_MODULES = {"jaxlm.train.schedule", "jaxlm.train.metrics"}  # and single modules of other parts
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400

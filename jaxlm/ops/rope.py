@@ -14,8 +14,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.architecture import Rope, RopeScaling
+from jaxlm.architecture import Rope
 from jaxlm.numerics import wide
+from jaxlm.parts import RopeScaling
 
 UNSCALED = RopeScaling()
 

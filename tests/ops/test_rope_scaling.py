@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.architecture import Model, RopeScaling
+from jaxlm.config import Model, RopeScaling
 from jaxlm.ops.rope import apply_rope, rope_frequencies, rope_table_of, rope_temperature
 
 LINEAR = RopeScaling(kind="linear", factor=4.0)

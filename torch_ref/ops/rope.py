@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jaxlm.architecture import Rope, RopeScaling
+from jaxlm.architecture import Rope
+from jaxlm.parts import RopeScaling
 from torch_ref.numerics import wide
 
 UNSCALED = RopeScaling()
