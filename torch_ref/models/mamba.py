@@ -132,7 +132,7 @@ class Mamba2(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """A even between 1 and 16, as in the code of Dao & Gu 2024; D one; step sizes as `StepSize`."""
         with torch.no_grad():
-            self.A_log.copy_(_evenly(self.A_log, 1, 16, generator).log())
+            self.A_log.copy_(_evenly(self.A_log, 1.0, 16.0, generator).log())
             self.D.fill_(1)
         _step_bias(self.dt_bias, self.config.mamba, generator)
 
