@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from jaxlm import config
+from jaxlm.models import decoder as jax_decoder
 from jaxlm.models import mamba as jax_mamba
 from jaxlm.ops import norm as jax_norm
 from jaxlm.ops import ssm as jax_ssm
@@ -235,6 +236,20 @@ def test_the_same_parameters_decay(name: str, rng: np.random.Generator) -> None:
     still = {key.rpartition(".")[2] for key, decays in theirs.items() if not decays}
     assert {"A_log", "D"} <= still <= {"A_log", "D", "dt_bias", "bias", "weight"}
     assert theirs[f"{MIXER}.conv.weight"] and not theirs.get(f"{MIXER}.norm.weight", False)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_first_values(kind: str) -> None:
+    """Both frameworks draw from the same distributions: constants are equal, quantiles of the others close."""
+    mamba = config.Mamba(d_state=64, head_dim=1, conv_bias=True, inner_norms=True, dt_rank=32)
+    cfg = pairs.model(d_model=256, n_layers=1, layer_loop="unroll", pattern=(kind,), mamba=mamba, positions="none")
+    params = jax_decoder.init_params(jax_decoder.Decoder(cfg), jax.random.key(5))
+    ours = torch_decoder.init_params(torch_decoder.Decoder(cfg), seed=5)
+    for name, theirs in pairs.torch_names(params, jax_decoder.Decoder(cfg)).items():
+        mine, at = ours.get_parameter(name).detach().double().numpy(), [0.02, 0.25, 0.5, 0.75, 0.98]
+        spread = np.std(theirs)
+        assert np.abs(np.quantile(mine, at) - np.quantile(theirs, at)).max() <= 0.25 * spread, name
+        assert spread > 0 or np.array_equal(mine, theirs), name
 
 
 def reverse_taps(decoder: torch_decoder.Decoder) -> None:
