@@ -1,4 +1,4 @@
-"""The parts of a model that have options of their own: the sections `[model.rope_scaling]`, `[model.moe]`, `[model.mamba]`.
+"""Parts of a model with options of their own: the sections `[model.rope_scaling]`, `[model.moe]`, `[model.mamba]`.
 
 This module imports neither jax nor torch, so both backends share it.
 """
