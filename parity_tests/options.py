@@ -95,7 +95,6 @@ ATTENTION: Options = {
         "n_layers": 1,
     },
 }
-# Blocks of 64 tokens: the last block of an expert reaches into the rows of the next one.
 EXPERTS = {"pattern": ("attention+moe",), "n_layers": 2}
 GROUPS = {"n_experts": 8, "n_groups": 4, "top_groups": 2, "top_k": 3}
 MOE: Options = {
