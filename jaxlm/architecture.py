@@ -278,8 +278,11 @@ def parse_block(kind: str) -> ParsedBlock:
     require(match is not None, f"model.pattern: {kind!r} is not of the form MIXER(key=value)+FFN(key=value)")
     assert match is not None
     mixer, mixer_text, ffn, ffn_text = match.groups(default="")
-    require(mixer in MIXERS, f"model.pattern: unknown mixer {mixer!r} in {kind!r}", did_you_mean(mixer, MIXERS))
-    require(not ffn or ffn in FFNS, f"model.pattern: unknown feed-forward {ffn!r} in {kind!r}", did_you_mean(ffn, FFNS))
+    for half, known, what in ((mixer, MIXERS, "mixer"), (ffn, {"": (), **FFNS}, "feed-forward")):
+        if half not in known:
+            require(
+                False, f"model.pattern: unknown {what} {half!r} in {kind!r}", did_you_mean(half, filter(None, known))
+            )
     return ParsedBlock(
         mixer,
         _options(kind, mixer_text, MIXERS[mixer]),
@@ -293,7 +296,8 @@ def _options(kind: str, text: str, allowed: tuple[str, ...]) -> dict[str, Any]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (word.strip() for word in part.partition("="))
         require(bool(equals), f"model.pattern: {part!r} in {kind!r} is not of the form key=value")
-        require(key in allowed, f"model.pattern: unknown option {key!r} in {kind!r}", did_you_mean(key, allowed))
+        if key not in allowed:
+            require(False, f"model.pattern: unknown option {key!r} in {kind!r}", did_you_mean(key, allowed))
         try:
             found[key] = tomllib.loads(f"v = {value}")["v"]
         except tomllib.TOMLDecodeError:

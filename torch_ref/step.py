@@ -102,6 +102,7 @@ def make_eval(loss_fn: LossFn) -> Callable[[Batch], Sums]:
 
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`, with dropout where that is in training mode."""
+    has_experts = bool(decoder.config.moes)
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
@@ -117,7 +118,7 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
             block=train.loss_block,
         )
         sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
-        if decoder.config.moes:
+        if has_experts:
             routed = collect(decoder)
             sums |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
             sums["loss"] = terms.loss + routed.loss * terms.weight

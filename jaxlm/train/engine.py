@@ -39,6 +39,8 @@ class JaxEngine:
         self, cfg: config.Config, make_loss: Callable[[Decoder, config.Train], LossFn], complete: Complete
     ) -> None:
         enable_compilation_cache(cfg.data.cache_dir)
+        # On a CPU a step that is begun before the last one has freed its temporary buffers takes as much again.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         self.config, self.layout, self._complete = cfg, Layout.from_config(cfg.mesh), complete
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self.policy = Policy.from_config(cfg.numerics)

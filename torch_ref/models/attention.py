@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from jaxlm import config
 from torch_ref.models.cache import KVCache, Slots, WindowCache
-from torch_ref.models.layers import Linear, Norm, normal_
+from torch_ref.models.layers import Linear, Norm, Rotation, normal_
 from torch_ref.numerics import Policy
 from torch_ref.ops import attention as ops
 from torch_ref.ops.attention import Mixed, Places
-from torch_ref.ops.rope import apply_rope, rope_table_of
+from torch_ref.ops.rope import apply_rope
 
 
 class Attention(nn.Module):
@@ -40,6 +40,8 @@ class Attention(nn.Module):
             use_bias="attention_out" in config.biases,
         )
 
+        rope = config.rope if config.keep_first else None
+        self.rotation = Rotation(rope, policy) if rope else None
         if config.sink_tokens:
             self.sink_tokens = nn.Parameter(torch.empty(config.sink_tokens, config.d_model, dtype=policy.params))
         if config.sink_logits:
@@ -107,8 +109,8 @@ class Attention(nn.Module):
     ) -> Mixed:
         """What queries take from the first tokens beyond the window, at the distance of a cache without gaps."""
         cfg, q_BTNH = self.config, bare_BTNH
-        if cfg.rope is not None:
-            near = rope_table_of(places.positions.clamp(max=cfg.window + cfg.keep_first - 1), cfg.rope, q_BTNH.dtype)
+        if self.rotation is not None:
+            near = self.rotation.table(places.positions.clamp(max=cfg.window + cfg.keep_first - 1))
             q_BTNH = apply_rope(q_BTNH, *near, layout=cfg.rope_layout)
         if first is not None:
             options: Any = {"beyond": cfg.window, "softcap": cfg.softcap}

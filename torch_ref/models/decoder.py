@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from jaxlm import config
 from torch_ref.models.block import Block, Tables, empty_cache
-from torch_ref.models.layers import Embed, Head, Norm
+from torch_ref.models.layers import Embed, Head, Norm, Rotation
 from torch_ref.numerics import Policy, wide_matmul
 from torch_ref.ops.attention import Places
-from torch_ref.ops.rope import rope_table_of, sinusoidal_table
+from torch_ref.ops.rope import sinusoidal_table
 
 Cache = tuple[Any, ...]
 
@@ -42,6 +42,7 @@ class Decoder(nn.Module):
         elif config.positions == "sinusoidal":
             table = sinusoidal_table(config.max_seq_len, config.d_model)
             self.register_buffer("sinusoids_SD", torch.as_tensor(table, dtype=policy.compute), persistent=False)
+        self.rotations: Any = nn.ModuleList(Rotation(rope, policy) for rope in config.ropes)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(kind, config, policy) for kind in config.pattern * config.repeats)
         if config.final_norm:
@@ -106,8 +107,7 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":
             x_BTD = x_BTD * cfg.d_model**0.5 + self.sinusoids_SD[positions_BT]
-        ropes = tuple(rope_table_of(positions_BT, rope, self.policy.compute) for rope in cfg.ropes)
-        return self.dropout(x_BTD), ropes
+        return self.dropout(x_BTD), tuple(rotation.table(positions_BT) for rotation in self.rotations)
 
 
 def init_params(decoder: Decoder, seed: int) -> Decoder:

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from torch_ref.numerics import Policy
+from jaxlm.architecture import Rope
+from torch_ref.numerics import Policy, wide
 from torch_ref.ops import norm
+from torch_ref.ops.rope import rope_frequencies, rope_table, rope_temperature
 
 
 class Linear(nn.Module):
@@ -94,6 +96,23 @@ class Norm(nn.Module):
         if self.bias is None:
             return norm.rms_norm(x, self.weight, eps=self.eps)
         return norm.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class Rotation(nn.Module):
+    """The rotary tables of one `Rope` of the config; its frequencies lie on the module's device."""
+
+    frequencies_P: Tensor
+
+    def __init__(self, rope: Rope, policy: Policy) -> None:
+        super().__init__()
+        dim, theta, scaling = rope
+        self.compute, self.temperature = policy.compute, rope_temperature(scaling)
+        frequencies = torch.as_tensor(rope_frequencies(dim, theta, scaling), dtype=wide(policy.compute))
+        self.register_buffer("frequencies_P", frequencies, persistent=False)
+
+    def table(self, positions_BT: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b t p"], Float[Tensor, "b t p"]]:
+        """Sine and cosine for these positions."""
+        return rope_table(positions_BT, self.frequencies_P, self.compute, self.temperature)
 
 
 def normal_(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
