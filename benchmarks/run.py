@@ -8,11 +8,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("train_step", "moe_step", "decode", "startup")
+COMMANDS = (
+    *("train_step", "moe_step", "mamba_step", "mamba_step --hybrid"),
+    *("decode", "mamba_decode", "compile_time", "startup"),
+)
 
 
 def main() -> None:
-    failed = [name for name in NAMES if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode]
+    failed = [
+        name for name in COMMANDS if subprocess.run([sys.executable, "-m", *f"benchmarks.{name}".split()]).returncode
+    ]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
