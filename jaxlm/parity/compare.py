@@ -102,7 +102,7 @@ def compare_by_ratio(dtype: str, golden: Trace, ours: Trace, theirs: Trace) -> I
 
 
 def look_again(dtype: str, found: Sequence[Finding], inputs: Inputs, sides: tuple[Side, Side]) -> Iterator[Finding]:
-    """`found`, with every alarm about a gradient judged anew, by its errors on `LOOKS` other draws of rows together.
+    """`found`, with every alarm about a gradient judged anew, by its median errors on `LOOKS` other draws of rows.
 
     The error of a few elements, or of many that share a cause, is a matter of luck, and so is the ratio of two. What
     rounds too often is as wrong on other rows.
@@ -111,20 +111,19 @@ def look_again(dtype: str, found: Sequence[Finding], inputs: Inputs, sides: tupl
     if not suspects:
         yield from found
         return
-    squares = {name: [0.0, 0.0] for name in suspects}
+    seen: dict[str, list[tuple[float, ...]]] = {name: [] for name in suspects}
     for number in range(1, LOOKS + 1):
         rows = inputs.other_rows(number)
         exact = sides[0].gradients("float64", rows)
-        for which, side in enumerate(sides):
-            gradients = side.gradients(dtype, rows)
-            for name in suspects:
-                squares[name][which] += relative(gradients[name], exact[name]) ** 2 / LOOKS
+        both = [side.gradients(dtype, rows) for side in sides]
+        for name in suspects:
+            seen[name].append(tuple(relative(gradients[name], exact[name]) for gradients in both))
     for one in found:
-        if one.level == "gradients" and one.name in squares:
-            errors = math.sqrt(squares[one.name][0]), math.sqrt(squares[one.name][1])
-            bound = RATIO.allowed * max(min(errors), FLOORS[dtype].allowed)
-            note = f"root mean square of {LOOKS} other draws"
-            yield dataclasses.replace(one, error=max(errors), bound=bound, errors=errors, note=note)
+        if one.level == "gradients" and one.name in seen:
+            mine, other = np.median(seen[one.name], axis=0).tolist()
+            bound = RATIO.allowed * max(min(mine, other), FLOORS[dtype].allowed)
+            note = f"medians of {LOOKS} other draws"
+            yield dataclasses.replace(one, error=max(mine, other), bound=bound, errors=(mine, other), note=note)
         else:
             yield one
 
