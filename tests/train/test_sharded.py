@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "mamba": {"pattern": ("mamba",), "mamba": SSM},
     "mamba2": {"pattern": ("mamba2",), "mamba": SSM},
     "jamba": {"pattern": ("mamba+mlp", "attention+mlp"), "mamba": config.Mamba(d_state=4, inner_norms=True)},
+    "hybrid with experts": {"pattern": ("mamba2+moe", "attention+mlp"), "mamba": SSM, "moe": config.MoE(n_shared=1)},
 }
 
 
@@ -83,6 +84,7 @@ def three_steps(layout, model, microbatches, batches):
         ("mamba", "data.fsdp.tensor", "scan", 1),
         ("mamba2", "data.fsdp.tensor", "unroll", 1),
         ("jamba", "data.fsdp.tensor", "scan", 1),
+        ("hybrid with experts", "data.expert.tensor", "scan", 1),
     ],
 )
 def test_eight_devices_compute_what_one_does(architecture, mesh, layer_loop, microbatches, batches):
