@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from jaxlm import config
 from parity_tests import pairs, test_generation, test_logits_gradients, test_optimiser
+from parity_tests.options import OPTIONS
+from parity_tests.test_logits_gradients import split
 
 PARTS, EXAMPLES = 6, 2  # twelve in all, in six tests so that workers share them
 TRAIN = config.Train(batch_size=2, steps=10, warmup_steps=0, learning_rate=1e-2, z_loss=1e-3)
@@ -126,3 +128,13 @@ def test_models_drawn_at_random(part: int) -> None:
         check(pairs.model(**options))
 
     each()
+
+
+NOISE = "bias qkv, no positions"  # softmax ignores the bias of such keys: its gradient is rounding, made a full update
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != NOISE and not split(OPTIONS[name])[0].random])
+def test_updates_of_every_option_alone(name: str) -> None:
+    """Where the step draws random numbers, each framework has its own; `test_moe.py` compares noise that is given."""
+    check(split(OPTIONS[name])[0])
