@@ -86,12 +86,8 @@ def run(hybrid: bool, compiled: bool, rounds: int, out: Path | None = None) -> d
     ours = [name for name in PATTERNS if ("hybrid" in name) == hybrid]
     table = [*(Peer(name) for name in ours), *opponents(compiled)]
     found = peers.compare("benchmarks.mamba_step", table, rounds, ["--hybrid"] * hybrid)
-    for name, one in found.items():
+    for one in found.values():
         one["tokens_per_s"] = train_step.ROWS * train_step.LENGTH / one["median_s"]
-        print(
-            f"{name:30} {one['tokens_per_s']:9,.0f} tokens/s  median {one['median_s']:7.3f}s  "
-            f"least {one['min_s']:7.3f}s  cpu {one['cpu_s']:6.2f}s  {one['peak_bytes'] / 1e9:6.2f}GB"
-        )
     others = [one for name, one in found.items() if name not in PATTERNS]
     ratios: dict[str, float] = {}
     for name in ours if others else ():
@@ -99,7 +95,7 @@ def run(hybrid: bool, compiled: bool, rounds: int, out: Path | None = None) -> d
         ratios[f"{label}_over_best"] = min(one["median_s"] for one in others) / mine["median_s"]
         ratios[f"{label}_over_best_cpu"] = min(one["cpu_s"] for one in others) / mine["cpu_s"]
         ratios[f"{label}_memory_over_least"] = mine["peak_bytes"] / min(one["peak_bytes"] for one in others)
-    print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    peers.print_steps("hybrid train step" if hybrid else "Mamba train step", found, ratios)
     results = {"rounds": rounds, "peers": found, "ratios": ratios}
     peers.save("hybrid_step" if hybrid else "mamba_step", results, out)
     return results

@@ -81,13 +81,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
         "memory_over_stock": ours["peak_bytes"] / theirs["transformers"]["peak_bytes"],
         "memory_over_least": ours["peak_bytes"] / min(one["peak_bytes"] for one in theirs.values()),
     }
-    print(f"{'MoE train step':34} {'tokens/s':>9} {'median':>8} {'least':>8} {'most':>8} {'cpu':>7} {'memory':>8}")
-    for name, one in found.items():
-        print(
-            f"{name:34} {one['tokens_per_s']:9,.0f} {one['median_s']:7.3f}s {one['min_s']:7.3f}s {one['max_s']:7.3f}s "
-            f"{one['cpu_s']:6.2f}s {one['peak_bytes'] / 1e9:6.2f}GB"
-        )
-    print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    peers.print_steps("MoE train step", found, ratios)
     results = {"rounds": rounds, "peers": found, "ratios": ratios}
     peers.save("moe_step", results, out)
     return results

@@ -143,6 +143,18 @@ def summary(ready: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> d
     }
 
 
+def print_steps(title: str, found: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, float]) -> None:
+    """The table of a benchmark of training steps: a line a peer, then the ratios."""
+    print(f"{title:34} {'tokens/s':>9} {'median':>8} {'least':>8} {'most':>8} {'cpu':>7} {'memory':>8} {'MFU':>6}")
+    for name, one in found.items():
+        mfu = f"{one['mfu']:6.1%}" if "mfu" in one else ""
+        print(
+            f"{name:34} {one['tokens_per_s']:9,.0f} {one['median_s']:7.3f}s {one['min_s']:7.3f}s {one['max_s']:7.3f}s "
+            f"{one['cpu_s']:6.2f}s {one['peak_bytes'] / 1e9:6.2f}GB {mfu}"
+        )
+    print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+
+
 def torch_peak() -> float:
     """FLOP/s of torch's float32 matrix product."""
     import torch

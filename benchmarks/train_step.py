@@ -152,15 +152,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
         "memory_over_eager": ours["peak_bytes"] / found["transformers eager"]["peak_bytes"],
         "memory_over_least": ours["peak_bytes"] / memory,
     }
-    print(
-        f"{'train step':30} {'tokens/s':>9} {'median':>8} {'least':>8} {'most':>8} {'cpu':>7} {'memory':>8} {'MFU':>6}"
-    )
-    for name, one in found.items():
-        print(
-            f"{name:30} {one['tokens_per_s']:9,.0f} {one['median_s']:7.3f}s {one['min_s']:7.3f}s {one['max_s']:7.3f}s "
-            f"{one['cpu_s']:6.2f}s {one['peak_bytes'] / 1e9:6.2f}GB {one['mfu']:6.1%}"
-        )
-    print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    peers.print_steps("train step", found, ratios)
     results = {"rounds": rounds, "peak_flops": peak, "peers": found, "ratios": ratios}
     peers.save("train_step", results, out)
     return results

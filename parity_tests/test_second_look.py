@@ -23,10 +23,10 @@ class Noisy:
         self.name, self.size, self.salt, self.asked = "noisy", size, salt, 0
 
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
-        raise NotImplementedError
+        raise AssertionError("only gradients are asked for")
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
-        raise NotImplementedError
+        raise AssertionError("only gradients are asked for")
 
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> pairs.Arrays:
         self.asked += 1

@@ -76,11 +76,6 @@ class KVCache(NamedTuple):
         """A cache that has seen nothing."""
         return cls(*Slots.empty(batch, slots, n_kv_heads, head_dim, dtype), jnp.zeros((), jnp.int32))
 
-    @property
-    def places(self) -> Places:
-        """Positions and segments of the slots: 1 when filled, 0 when empty."""
-        return Slots(*self[:3]).places
-
     def extend(self, k_BTKH: Array, v_BTKH: Array, places: Places) -> tuple[Slots, KVCache]:
         """What the new tokens attend to, and the cache after them."""
         cache = self.append(k_BTKH, v_BTKH, places)

@@ -81,11 +81,6 @@ class KVCache(NamedTuple):
         held = Slots.empty(batch, slots, n_kv_heads, head_dim, dtype, device)
         return cls(*held, torch.zeros((), dtype=torch.int32, device=device))
 
-    @property
-    def places(self) -> Places:
-        """Positions and segments of the slots: 1 when filled, 0 when empty."""
-        return Slots(*self[:3]).places
-
     def extend(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> tuple[Slots, KVCache]:
         """What the new tokens attend to, and the cache after them."""
         cache = self.append(k_BTKH, v_BTKH, places)
