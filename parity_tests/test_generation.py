@@ -159,7 +159,7 @@ def test_torch_blocks_are_the_whole(models: Pair, size: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A torch_ref folder with random weights."""
     from jaxlm.convert.native import to_torch
-    from jaxlm.convert.storage import write_folder
+    from jaxlm.convert.storage import planned, write_folder
 
     tokenizer = Tokenizer.bytes_level()
     cfg = model(vocab_size=tokenizer.vocab_size)
@@ -168,7 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("weights") / "torch"
     values = jax.tree.map(lambda leaf: leaf.astype(np.float64), random_params(cfg, np.random.default_rng(3)))
     files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
-    write_folder(path, to_torch(values, cfg), files, layout="torch")
+    write_folder(path, planned(to_torch(values, cfg)), files, layout="torch")
     return path
 
 

@@ -63,7 +63,7 @@ def torch_folder(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
 
     def write(cfg: config.Model, params: Any) -> Path:
         files = {"config.toml": config_file.to_toml(config.Config(model=cfg)), "tokenizer.json": tokenizer.to_json()}
-        storage.write_folder(tmp_path / "torch", native.to_torch(params, cfg), files, layout="torch")
+        storage.write_folder(tmp_path / "torch", storage.planned(native.to_torch(params, cfg)), files, layout="torch")
         return tmp_path / "torch"
 
     return write

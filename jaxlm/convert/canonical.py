@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -54,8 +54,30 @@ def leaves(cfg: config.Model) -> Mapping[str, Leaf]:
     return single | layers
 
 
-def canonical(params: Params, cfg: config.Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Every parameter of a live tree under its canonical name, on the host, scanned layers unstacked one at a time.
+class Tree(Mapping[str, np.ndarray]):
+    """The parameters of a live tree by canonical names, on the host, scanned layers unstacked one at a time."""
+
+    def __init__(self, flat: Mapping[tuple[str, ...], Any], cfg: config.Model) -> None:
+        self._flat, self._cfg = flat, cfg
+
+    def dtype(self, name: str) -> str:
+        """Of a parameter, without copying it to the host."""
+        return self._flat[locate(name, self._cfg)[0]].dtype.name
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        path, index = locate(name, self._cfg)
+        leaf = np.asarray(self._flat[path])
+        return leaf if index is None else leaf[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(leaves(self._cfg))
+
+    def __len__(self) -> int:
+        return len(leaves(self._cfg))
+
+
+def canonical(params: Params, cfg: config.Model) -> Tree:
+    """A live tree by canonical names.
 
     Raises:
         UserError: the tree is not that of `cfg`.
@@ -74,9 +96,7 @@ def canonical(params: Params, cfg: config.Model) -> Iterator[tuple[str, np.ndarr
         if path in flat and flat[path].shape != expected:
             problems.add("of another shape", [f"{'.'.join(path)} {list(flat[path].shape)} for {list(expected)}"])
     problems.refuse("the parameters are not those of [model]", "use the config that they were trained with")
-    for name, (path, index) in places.items():
-        leaf = np.asarray(flat[path])
-        yield name, leaf if index is None else leaf[index]
+    return Tree(flat, cfg)
 
 
 def from_canonical(tensors: Mapping[str, Any], cfg: config.Model, where: str = "tensors") -> Params:
@@ -86,33 +106,27 @@ def from_canonical(tensors: Mapping[str, Any], cfg: config.Model, where: str = "
         UserError: one line that names `where` and every kind of fault: missing, not expected, of another shape, no
             float, NaN or infinite.
     """
-    shapes = {name: leaf.shape for name, leaf in leaves(cfg).items()}
-    return build(tensors, shapes, lambda name, tensor: (name, tensor), cfg, where)
+    problems = Problems()
+    problems.add("missing", leaves(cfg).keys() - tensors.keys())
+    problems.add("not expected", tensors.keys() - leaves(cfg).keys())
+    for name, leaf in leaves(cfg).items():
+        if name in tensors and (found := fault(np.asarray(tensors[name]), leaf.shape)):
+            problems.add(found[0], [f"{name} {found[1]}".rstrip()])
+    problems.refuse(where, "does the config belong to these weights?")
+    return fill(tensors, cfg, where)
 
 
-def build(
-    tensors: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    place: Callable[[str, np.ndarray], tuple[str, np.ndarray]],
-    cfg: config.Model,
-    where: str,
-) -> Params:
-    """Check `tensors` against `shapes`, turn each by `place` into (canonical name, array) and fill a live tree.
+def fill(tensors: Mapping[str, Any], cfg: config.Model, where: str) -> Params:
+    """A live tree of sound tensors by canonical names, each read once.
 
     Raises:
-        UserError: as `from_canonical`, by the names of `shapes`.
+        UserError: the layers of a stack have several dtypes, or a tensor turns out to be damaged.
     """
     problems = Problems()
-    problems.add("missing", shapes.keys() - tensors.keys())
-    problems.add("not expected", tensors.keys() - shapes.keys())
     params: Params = {}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            continue
+    for name in leaves(cfg):
         tensor = np.asarray(tensors[name])
-        if fault := _fault(tensor, shape):
-            problems.add(fault[0], [f"{name} {fault[1]}".rstrip()])
-        elif not _insert(params, *place(name, tensor), cfg):
+        if not _insert(params, name, tensor, cfg):
             problems.add("in another dtype than the layer before", [f"{name} {tensor.dtype}"])
     problems.refuse(where, "does the config belong to these weights?")
     return params
@@ -167,7 +181,8 @@ def _insert(params: Params, name: str, tensor: np.ndarray, cfg: config.Model) ->
     return True
 
 
-def _fault(tensor: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:
+def fault(tensor: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """The kind of fault of a tensor and what of it, if it has one."""
     if tensor.dtype.name not in DTYPES:
         return "no float", tensor.dtype.name
     if tensor.shape != shape:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.load import TOKENIZER, Model, load
-from jaxlm.convert.rows import to_layout
+from jaxlm.convert.family import Family
+from jaxlm.convert.load import TOKENIZER, Model, Opened, open_model
+from jaxlm.convert.rows import plan
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError, did_you_mean
 
@@ -65,23 +66,24 @@ def convert(
         raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
     if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
         raise UserError(f"{dst} is or holds the source {src}", "name another destination")
-    model = load(src, step=step)
-    if model.tokenizer_path:
-        check_fits(Tokenizer.from_file(model.tokenizer_path), model.config.model.vocab_size)
-    if to == "jaxlm":
-        return _write_run(model, dst, overwrite)
+    model = open_model(src, step=step)
     cfg = model.config.model
+    if model.tokenizer_path:
+        check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
+    if to == "jaxlm":
+        return _write_run(model.read(), dst, overwrite)
     if to == "torch":
         files: dict[str, str | bytes] = {"config.toml": config_file.to_toml(_portable(model.config))}
         files |= _tokenizer_file(model)
-        tensors, limit = native.to_torch(model.params, cfg), None
+        rows, limit = native.rows(cfg), None
     else:
-        files = _public_files(model, to)
-        tensors, limit = to_layout(model.params, cfg, FAMILIES[to].rows(cfg)), shard_bytes
-    size = _bytes(model.params)
-    written = storage.write_folder(
-        dst, _shown(tensors, size, dst), files, layout=to, shard_bytes=limit, overwrite=overwrite
-    )
+        files = _public_files(model, FAMILIES[to])
+        rows, limit = FAMILIES[to].rows(cfg), shard_bytes
+    tensors = list(plan(model.parameters, cfg, rows))
+    with _progress(tensors, dst) as told:
+        written = storage.write_folder(
+            dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
+        )
     return Summary(dst, to, *written)
 
 
@@ -100,7 +102,7 @@ def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
             checkpoints = Checkpointer(stage)
             checkpoints.save_params(0, params)
             checkpoints.close()
-    return Summary(dst, "jaxlm", len(jax.tree.leaves(params)), _bytes(params))
+    return Summary(dst, "jaxlm", len(jax.tree.leaves(params)), sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 
 def _portable(settings: config.Config) -> config.Config:
@@ -111,16 +113,16 @@ def _portable(settings: config.Config) -> config.Config:
     return dataclasses.replace(settings, out_dir="", tokenizer=tokenizer)
 
 
-def _tokenizer_file(model: Model) -> dict[str, bytes]:
+def _tokenizer_file(model: Model | Opened) -> dict[str, bytes]:
     return {TOKENIZER: model.tokenizer_path.read_bytes()} if model.tokenizer_path else {}
 
 
-def _public_files(model: Model, family: str) -> dict[str, str | bytes]:
+def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
     """Everything that `from_pretrained` reads besides the weights."""
     tokenizer = Tokenizer.from_file(model.tokenizer_path) if model.tokenizer_path else None
     ids = {"eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
-    dtype = jax.tree.leaves(model.params)[0].dtype.name
-    hf = FAMILIES[family].config_to_hf(model.config.model, dtype=dtype, **ids)
+    dtype = model.parameters["embed.embedding"].dtype.name
+    hf = family.config_to_hf(model.config.model, dtype=dtype, **ids)
     special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files: dict[str, str | bytes] = {"config.json": _json(hf), "generation_config.json": _json(special_ids)}
     if tokenizer:
@@ -138,20 +140,16 @@ def _public_files(model: Model, family: str) -> dict[str, str | bytes]:
     return files
 
 
-def _shown(tensors: Iterable[tuple[str, np.ndarray]], size: int, dst: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The same tensors, with a progress bar on stderr when they are many bytes."""
+@contextlib.contextmanager
+def _progress(tensors: Sequence[storage.Planned], dst: Path) -> Iterator[Callable[[int], object]]:
+    """A function that is told of written bytes; there is a bar on stderr when they are many."""
     from rich.console import Console
     from rich.progress import Progress
 
+    size = sum(one.nbytes for one in tensors)
     with Progress(console=Console(stderr=True), transient=True, disable=size < _LONG) as progress:
         task = progress.add_task(f"writing {dst.name}", total=size)
-        for name, tensor in tensors:
-            yield name, tensor
-            progress.advance(task, tensor.nbytes)
-
-
-def _bytes(params: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        yield lambda size: progress.advance(task, size)
 
 
 def _json(content: Any) -> str:

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config, config_file
 from jaxlm.convert import native, storage
+from jaxlm.convert.canonical import canonical, fill
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.rows import from_layout
+from jaxlm.convert.rows import Parameters
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import Policy
@@ -31,11 +33,33 @@ class Model:
     config: config.Config
     params: Params
     tokenizer_path: Path | None
-    kind: Literal["run", "torch", "llama"]
+    kind: str
+    """`run`, `torch`, or the name of a family."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model on disk: its config, and its parameters by canonical names, each read when it is asked for."""
+
+    path: Path
+    config: config.Config
+    parameters: Mapping[str, np.ndarray]
+    kind: str
+    """`run`, `torch`, or the name of a family."""
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Of its tokenizer.json, if it has one."""
+        return self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None
+
+    def read(self) -> Model:
+        """The whole model in memory."""
+        params = fill(self.parameters, self.config.model, str(self.path))
+        return Model(self.config, params, self.tokenizer_path, self.kind)
 
 
 def load(path: str | Path, *, step: int | None = None) -> Model:
-    """Open a run directory, a torch_ref folder or a Hugging Face folder.
+    """Open a run directory, a torch_ref folder or a Hugging Face folder, and read it.
 
     Args:
         step: which checkpoint of a run; None: the newest.
@@ -43,22 +67,27 @@ def load(path: str | Path, *, step: int | None = None) -> Model:
     Raises:
         UserError: `path` is none of the three, or what it holds is damaged or does not fit its config.
     """
+    return open_model(path, step=step).read()
+
+
+def open_model(path: str | Path, *, step: int | None = None) -> Opened:
+    """As `load`, but nothing is read yet."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
     if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
-        return _load_run(path, step)
+        return _open_run(path, step)
     if step is not None:
         raise UserError(f"{path} is not a run, it has no step {step}")
     if (path / "config.toml").is_file():
         settings = _settings(path, "")
-        return Model(settings, _torch_params(path, settings), _tokenizer(path), "torch")
+        return Opened(path, settings, _torch_parameters(path, settings), "torch")
     if (path / "config.json").is_file():
-        return _load_family(path)
+        return _open_family(path)
     raise UserError(f"{path}: not a model", _WANTED)
 
 
-def _load_run(path: Path, step: int | None) -> Model:
+def _open_run(path: Path, step: int | None) -> Opened:
     settings = _settings(path, str(path))
     checkpoints = path / "checkpoints"
     steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
@@ -67,10 +96,10 @@ def _load_run(path: Path, step: int | None) -> Model:
         raise UserError(f"{checkpoints}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")
     newest = checkpoints / str(steps[-1] if step is None else step)
     if any(newest.glob("model.safetensors*")):  # a run of `--backend torch`
-        params = _torch_params(newest, settings)
+        parameters = _torch_parameters(newest, settings)
     else:
-        params = _orbax_params(path, settings, step)
-    return Model(settings, params, _tokenizer(path), "run")
+        parameters = canonical(_orbax_params(path, settings, step), settings.model)
+    return Opened(path, settings, parameters, "run")
 
 
 def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Params:
@@ -87,11 +116,11 @@ def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Para
         return jax.tree.map(np.asarray, params)
 
 
-def _torch_params(path: Path, settings: config.Config) -> Params:
-    return native.from_torch(storage.read_folder(path), settings.model, str(path))
+def _torch_parameters(path: Path, settings: config.Config) -> Parameters:
+    return Parameters(storage.read_folder(path), settings.model, native.rows(settings.model), str(path))
 
 
-def _load_family(path: Path) -> Model:
+def _open_family(path: Path) -> Opened:
     where = path / "config.json"
     hf = storage.read_json(where)
     family = FAMILIES.get(str(hf.get("model_type")))
@@ -100,18 +129,17 @@ def _load_family(path: Path) -> Model:
     model = family.config_from_hf(hf, str(where))
     tensors = storage.read_folder(path)
     tensors = tensors.without(family.extras(tensors, model))
-    params = from_layout(tensors, model, family.rows(model), str(path))
-    tokenizer = _tokenizer(path)
-    dtype = jax.tree.leaves(params)[0].dtype.name
+    parameters = Parameters(tensors, model, family.rows(model), str(path))
+    dtype = parameters.dtype("embed.embedding")
     tree: dict[str, Any] = {
         "numerics": {
             "params": "float64" if dtype == "float64" else "float32",
             "compute": dtype if dtype in ("bfloat16", "float64") else "float32",
         },
-        "tokenizer": {"kind": "file", "path": str(tokenizer)} if tokenizer else {},
+        "tokenizer": {"kind": "file", "path": str(path / TOKENIZER)} if (path / TOKENIZER).is_file() else {},
     }
     settings = dataclasses.replace(config_file.from_dict(tree, str(where)), model=model)
-    return Model(settings, params, tokenizer, hf["model_type"])
+    return Opened(path, settings, parameters, family.name)
 
 
 def _settings(path: Path, out_dir: str) -> config.Config:
@@ -121,10 +149,6 @@ def _settings(path: Path, out_dir: str) -> config.Config:
             f"{path / 'config.toml'}: model.vocab_size is 0", "the config of a finished run has it resolved"
         )
     return settings
-
-
-def _tokenizer(path: Path) -> Path | None:
-    return path / TOKENIZER if (path / TOKENIZER).is_file() else None
 
 
 _WANTED = (

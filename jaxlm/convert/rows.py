@@ -1,13 +1,17 @@
-"""A weight layout is a list of rows: our name, their name, and transforms that know their own inverse.
+"""A weight layout is a list of rows: our names, their names, and transforms that know their own inverse.
 
     Row("layers.{i}.mixer.q_proj.kernel", "model.layers.{i}.self_attn.q_proj.weight", matrix)
+    Row(("{i}.q.kernel", "{i}.k.kernel", "{i}.v.kernel"), "{i}.qkv.weight", matrix, join(0))     # several are one
+    Row("layers.{i}.ffn.experts.up_proj.kernel", "layers.{i}.experts.{e}.w3.weight", matrix, each)   # one is several
 
-`to_layout` reads the rows from left to right, `from_layout` the same rows from right to left.
+A layout is a bijection of parameters: `plan` reads the rows from left to right, `Parameters` the same rows from right
+to left. Both hand out one tensor at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,16 +19,27 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm import config
-from jaxlm.convert.canonical import Leaf, build, canonical, leaves
+from jaxlm.convert.canonical import DTYPES, Leaf, Problems, canonical, fault, fill, leaves
+from jaxlm.convert.storage import Planned
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
 
+Arrays = Sequence[np.ndarray]
+
 
 class Transform(NamedTuple):
-    """A bijection of arrays. `leaf` describes the parameter on our side."""
+    """A bijection of lists of arrays. `leaves` describes the parameters on our side, `like` what went into `out`."""
 
-    out: Callable[[np.ndarray, Leaf], np.ndarray]
-    back: Callable[[np.ndarray, Leaf], np.ndarray]
+    out: Callable[[Arrays, Sequence[Leaf]], Arrays]
+    back: Callable[[Arrays, Sequence[Leaf], Arrays], Arrays]
+
+
+def of_each(out: Callable[[np.ndarray, Leaf], np.ndarray], back: Callable[[np.ndarray, Leaf], np.ndarray]) -> Transform:
+    """A bijection of single arrays, for each of the list."""
+    return Transform(
+        lambda xs, leaves: [out(x, leaf) for x, leaf in zip(xs, leaves, strict=True)],
+        lambda xs, leaves, like: [back(x, leaf) for x, leaf in zip(xs, leaves, strict=True)],
+    )
 
 
 def inputs(leaf: Leaf) -> int:
@@ -45,56 +60,159 @@ def _stacked(leaf: Leaf) -> tuple[int, ...]:
     return leaf.shape[:1] if leaf.axes[0] == "experts" else ()
 
 
-matrix = Transform(
-    lambda x, leaf: x.reshape(*_stacked(leaf), math.prod(_single(leaf).shape[: inputs(_single(leaf))]), -1).swapaxes(
-        -1, -2
-    ),
-    lambda x, leaf: x.swapaxes(-1, -2).reshape(leaf.shape),
-)
-"""Kernel [in..., out...] to weight [out, in], all inputs and all outputs flattened; of a stack of experts each one."""
+def _two_axes(x: np.ndarray, leaf: Leaf) -> np.ndarray:
+    one = _single(leaf)
+    return x.reshape(*_stacked(leaf), math.prod(one.shape[: inputs(one)]), -1)
 
-flat = Transform(lambda x, leaf: x.reshape(*_stacked(leaf), -1), lambda x, leaf: x.reshape(leaf.shape))
+
+plain = of_each(_two_axes, lambda x, leaf: x.reshape(leaf.shape))
+"""Kernel [in..., out...] to [in, out], all inputs and all outputs flattened; of a stack of experts each one."""
+
+matrix = of_each(
+    lambda x, leaf: _two_axes(x, leaf).swapaxes(-1, -2), lambda x, leaf: x.swapaxes(-1, -2).reshape(leaf.shape)
+)
+"""The same as weight [out, in]."""
+
+flat = of_each(lambda x, leaf: x.reshape(*_stacked(leaf), -1), lambda x, leaf: x.reshape(leaf.shape))
 """Bias [out...] to [out]; of a stack of experts each one."""
 
-pairs_to_halves = Transform(
+pairs_to_halves = of_each(
     lambda x, leaf: x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape),
     lambda x, leaf: x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape),
 )
 """Last axis, a head: from rotary pairs (2i, 2i + 1) to (i, i + H/2)."""
 
 
+def join(axis: int) -> Transform:
+    """Several arrays one after the other along an axis of the file."""
+    return Transform(
+        lambda xs, leaves: [np.concatenate(xs, axis)],
+        lambda xs, leaves, like: np.split(xs[0], np.cumsum([x.shape[axis] for x in like])[:-1], axis),
+    )
+
+
+each = Transform(lambda xs, leaves: list(xs[0]), lambda xs, leaves, like: [np.stack(xs)])
+"""One array as a list along its first axis: a tensor for each expert."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter in two layouts; `{i}` stands for the number of a layer."""
+    """Parameters in two layouts; `{i}` stands for the number of a layer, `{e}` in their name for that of an expert."""
 
-    ours: str
-    theirs: str
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
     transforms: tuple[Transform, ...]
 
-    def __init__(self, ours: str, theirs: str, *transforms: Transform) -> None:
-        object.__setattr__(self, "ours", ours)
-        object.__setattr__(self, "theirs", theirs)
+    def __init__(self, ours: str | tuple[str, ...], theirs: str | tuple[str, ...], *transforms: Transform) -> None:
+        object.__setattr__(self, "ours", (ours,) if isinstance(ours, str) else ours)
+        object.__setattr__(self, "theirs", (theirs,) if isinstance(theirs, str) else theirs)
         object.__setattr__(self, "transforms", transforms)
 
-    def out(self, x: np.ndarray, leaf: Leaf) -> np.ndarray:
-        """Our array as theirs."""
+    def out(self, xs: Arrays, leaves: Sequence[Leaf]) -> Arrays:
+        """Our arrays as theirs."""
         for transform in self.transforms:
-            x = transform.out(x, leaf)
-        return x
+            xs = transform.out(xs, leaves)
+        return xs
 
-    def back(self, x: np.ndarray, leaf: Leaf) -> np.ndarray:
-        """Their array as ours."""
-        for transform in reversed(self.transforms):
-            x = transform.back(x, leaf)
-        return x
+    def back(self, xs: Arrays, leaves: Sequence[Leaf]) -> Arrays:
+        """Their arrays as ours."""
+        stages = [hollow(leaves)]
+        for transform in self.transforms[:-1]:
+            stages.append(transform.out(stages[-1], leaves))
+        for transform, like in zip(reversed(self.transforms), reversed(stages), strict=bool(self.transforms)):
+            xs = transform.back(xs, leaves, like)
+        return xs
 
-    def shape(self, leaf: Leaf) -> tuple[int, ...]:
-        """Shape of their array; an array of zero strides finds it without memory."""
-        return self.out(np.broadcast_to(np.float32(0), leaf.shape), leaf).shape
+    def shapes(self, leaves: Sequence[Leaf]) -> list[tuple[int, ...]]:
+        """Shapes of their arrays."""
+        return [x.shape for x in self.out(hollow(leaves), leaves)]
 
-    def of_layer(self, i: int) -> Row:
+    def of(self, **numbers: str) -> Row:
         """The row of one layer."""
-        return Row(self.ours.replace("{i}", str(i)), self.theirs.replace("{i}", str(i)), *self.transforms)
+        name = lambda text: functools.reduce(lambda t, n: t.replace(f"{{{n[0]}}}", n[1]), numbers.items(), text)  # noqa: E731
+        return Row(tuple(map(name, self.ours)), tuple(map(name, self.theirs)), *self.transforms)
+
+    def of_experts(self, count: int) -> Row:
+        """The row with a name for each expert."""
+        names = [name.replace("{e}", str(e)) for name in self.theirs for e in range(count)]
+        return Row(self.ours, tuple(names), *self.transforms)
+
+
+def hollow(leaves: Sequence[Leaf]) -> Arrays:
+    """Arrays of these shapes that take no memory, to see what becomes of a shape."""
+    return [np.broadcast_to(np.float32(0), leaf.shape) for leaf in leaves]
+
+
+def plan(parameters: Mapping[str, np.ndarray], cfg: config.Model, rows: Sequence[Row]) -> Iterator[Planned]:
+    """Every tensor of a layout; `parameters` by canonical names. `Parameters.dtype` saves reading for the sake of it.
+
+    Raises:
+        UserError: the layout has no row for a parameter.
+    """
+    dtype = getattr(parameters, "dtype", lambda name: parameters[name].dtype.name)
+    known = leaves(cfg)
+    for row in expand(rows, cfg):
+        mine = [known[name] for name in row.ours]
+        for number, (name, shape) in enumerate(zip(row.theirs, row.shapes(mine), strict=True)):
+            make = functools.partial(_make, parameters, row, mine, number)
+            yield Planned(name, shape, dtype(row.ours[0]), make)
+
+
+def _make(parameters: Mapping[str, np.ndarray], row: Row, mine: Sequence[Leaf], number: int) -> np.ndarray:
+    return row.out([parameters[name] for name in row.ours], mine)[number]
+
+
+class Parameters(Mapping[str, np.ndarray]):
+    """The parameters of a model by canonical names, out of tensors in the layout of `rows`, each read when asked for.
+
+    Raises:
+        UserError: one line with every missing, unexpected or mis-shaped tensor by the names of the layout; on access, a
+            tensor that is no float, not finite, or in another dtype than those it is joined with.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], cfg: config.Model, rows: Sequence[Row], where: str = "tensors"
+    ) -> None:
+        self._tensors, self._leaves, self._where = tensors, leaves(cfg), where
+        self._rows = {name: row for row in expand(rows, cfg) for name in row.ours}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for row in self._rows.values():
+            shapes |= zip(row.theirs, row.shapes([self._leaves[name] for name in row.ours]), strict=True)
+        shape_of = getattr(tensors, "shape", lambda name: tensors[name].shape)
+        problems = Problems()
+        problems.add("missing", shapes.keys() - tensors.keys())
+        problems.add("not expected", tensors.keys() - shapes.keys())
+        found = {name: shape_of(name) for name in shapes if name in tensors}
+        wrong = [name for name in found if found[name] != shapes[name]]
+        problems.add("of another shape", (f"{name} {list(found[name])} for {list(shapes[name])}" for name in wrong))
+        problems.add("no float", (f"{name} {self._type(name)}" for name in found if self._type(name) not in DTYPES))
+        problems.refuse(where, "does the config belong to these weights?")
+
+    def _type(self, theirs: str) -> str:
+        of = getattr(self._tensors, "dtype", lambda name: self._tensors[name].dtype.name)
+        return of(theirs)
+
+    def dtype(self, name: str) -> str:
+        """Of a parameter, without reading it."""
+        return self._type(self._rows[name].theirs[0])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        row = self._rows[name]
+        xs = [self._tensors[theirs] for theirs in row.theirs]
+        problems = Problems()
+        for theirs, x in zip(row.theirs, xs, strict=True):
+            if found := fault(x, x.shape):
+                problems.add(found[0], [f"{theirs} {found[1]}".rstrip()])
+            elif x.dtype != xs[0].dtype:
+                problems.add(f"in another dtype than {row.theirs[0]}", [f"{theirs} {x.dtype}"])
+        problems.refuse(self._where, "does the config belong to these weights?")
+        return row.back(xs, [self._leaves[mine] for mine in row.ours])[row.ours.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
 
 
 def to_layout(params: Params, cfg: config.Model, rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
@@ -103,28 +221,19 @@ def to_layout(params: Params, cfg: config.Model, rows: Sequence[Row]) -> Iterato
     Raises:
         UserError: the layout has no row for a parameter, or the tree is not that of `cfg`.
     """
-    by_name = {row.ours: row for row in expand(rows, cfg)}
-    for name, tensor in canonical(params, cfg):
-        row = by_name[name]
-        yield row.theirs, row.out(tensor, leaves(cfg)[name])
+    for one in plan(canonical(params, cfg), cfg, rows):
+        yield one.name, one.make()
 
 
 def from_layout(
     tensors: Mapping[str, np.ndarray], cfg: config.Model, rows: Sequence[Row], where: str = "tensors"
 ) -> Params:
-    """The live tree of `cfg` from tensors in the layout of `rows`, each read once.
+    """The live tree of `cfg` from tensors in the layout of `rows`.
 
     Raises:
-        UserError: one line with every missing, unexpected, mis-shaped, non-float or non-finite tensor, by their names.
+        UserError: see `Parameters`; or a stack of layers in two dtypes.
     """
-    by_name = {row.theirs: row for row in expand(rows, cfg)}
-    shapes = {name: row.shape(leaves(cfg)[row.ours]) for name, row in by_name.items()}
-
-    def place(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-        row = by_name[name]
-        return row.ours, row.back(tensor, leaves(cfg)[row.ours])
-
-    return build(tensors, shapes, place, cfg, where)
+    return fill(Parameters(tensors, cfg, rows, where), cfg, where)
 
 
 def expand(rows: Sequence[Row], cfg: config.Model) -> list[Row]:
@@ -132,16 +241,22 @@ def expand(rows: Sequence[Row], cfg: config.Model) -> list[Row]:
 
     Raises:
         UserError: a parameter has no row.
-        ValueError: two rows share a name, a mistake in the table.
+        ValueError: two rows share a name, or a row only has some of its parameters: a mistake in the table.
     """
-    every = [
-        one for row in rows for one in ([row.of_layer(i) for i in range(cfg.n_layers)] if "{i}" in row.ours else [row])
-    ]
-    used = [row for row in every if row.ours in leaves(cfg)]
+    known, used = leaves(cfg), []
+    for row in rows:
+        layers = range(cfg.n_layers) if any("{i}" in name for name in row.ours) else [0]
+        for one in (row.of(i=str(i)) for i in layers):
+            have = [name in known for name in one.ours]
+            if any(have) and not all(have):
+                raise ValueError(f"a row joins {one.ours}, of which the model has only some")
+            if any(have):
+                several = any("{e}" in name for name in one.theirs)
+                used.append(one.of_experts(known[one.ours[0]].shape[0]) if several else one)
     for side in ("ours", "theirs"):
-        names = [getattr(row, side) for row in used]
+        names = [name for row in used for name in getattr(row, side)]
         if len(names) != len(set(names)):
             raise ValueError(f"two rows share a name: {sorted(name for name in names if names.count(name) > 1)}")
-    if homeless := sorted(leaves(cfg).keys() - {row.ours for row in used}):
+    if homeless := sorted(known.keys() - {name for row in used for name in row.ours}):
         raise UserError(f"the layout has no place for {len(homeless)} parameters, such as {homeless[0]}")
     return used

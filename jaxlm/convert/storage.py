@@ -1,6 +1,6 @@
 """Folders of weights: safetensors with a sha256 manifest, written whole or not at all, read one tensor at a time.
 
-    write_folder("out", native.to_torch(params, cfg), {"config.toml": text}, layout="torch")
+    write_folder("out", planned(native.to_torch(params, cfg)), {"config.toml": text}, layout="torch")
     tensors = read_folder("out")        # a Mapping of numpy arrays; nothing is read before it is asked for
 
 `manifest.json` holds sha256 and size of each file, and sha256, dtype, shape and file of each tensor. Nothing is ever
@@ -13,9 +13,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,27 @@ FORMAT, FORMAT_VERSION = "jaxlm weights", 1
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class Planned(NamedTuple):
+    """A tensor that is yet to be made."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], np.ndarray]
+    """A view where nothing needs to be copied."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the values."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def planned(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[Planned]:
+    """Tensors that are there already."""
+    for name, array in tensors:
+        yield Planned(name, array.shape, array.dtype.name, lambda array=array: array)
 
 
 class Written(NamedTuple):
@@ -56,6 +78,15 @@ class LazyTensors(Mapping[str, np.ndarray]):
         except (safetensors.SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy has not
             raise UserError(f"{self.folder / file}: cannot read tensor {name!r}: {error}") from None
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header."""
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """From the header, by numpy's name."""
+        stored = self._files[self._where[name]].get_slice(name).get_dtype()
+        return next((mine for mine, theirs in DTYPES.items() if theirs == stored), stored)
+
     def __contains__(self, name: object) -> bool:
         return name in self._where  # Mapping's own would read the tensor
 
@@ -73,12 +104,13 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
 def write_folder(
     folder: str | Path,
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[Planned],
     files: Mapping[str, str | bytes],
     *,
     layout: str,
     shard_bytes: int | None = None,
     overwrite: bool = False,
+    told: Callable[[int], object] = lambda size: None,
 ) -> Written:
     """Write tensors, files and manifest; the folder appears complete or not at all.
 
@@ -86,12 +118,13 @@ def write_folder(
         layout: what the names mean (`torch`, `llama`); an earlier result in the same layout is replaced.
         shard_bytes: above this size the weights go into several files with an index; None: always one file.
         overwrite: replace whatever lies at `folder`.
+        told: called with the bytes of each tensor that is written.
 
     Raises:
         UserError: something else lies at `folder`, it cannot be written, or the disk is full.
     """
     with staged(folder, overwrite or is_own(Path(folder), layout)) as stage:
-        weights = _write_shards(stage, tensors, shard_bytes)
+        weights = _write_shards(stage, tensors, shard_bytes, told)
         for name, content in files.items():
             (stage / name).write_bytes(content.encode() if isinstance(content, str) else content)
         manifest = {
@@ -182,63 +215,49 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_shards(
-    stage: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int | None
+    stage: Path, tensors: Iterable[Planned], shard_bytes: int | None, told: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
     """One safetensors file, or several and their index; returns what the manifest says of each tensor."""
-    shards: list[dict[str, dict[str, Any]]] = []
-    waiting: dict[str, np.ndarray] = {}
-    size = 0
-
-    def flush() -> None:
-        shards.append(_write_safetensors(stage / f"{len(shards)}", waiting))
-        waiting.clear()
-
-    for name, tensor in tensors:
-        if waiting and shard_bytes is not None and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        waiting[name] = tensor
-        size += tensor.nbytes
-    flush()
-
+    shards: list[list[Planned]] = [[]]
+    for one in tensors:
+        if shards[-1] and shard_bytes is not None and sum(t.nbytes for t in shards[-1]) + one.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(one)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for i, name in enumerate(names):
-        (stage / f"{i}").rename(stage / name)
-    weights = {
-        key: {**entry, "file": name} for name, shard in zip(names, shards, strict=True) for key, entry in shard.items()
-    }
+    weights = {}
+    for name, shard in zip(names, shards, strict=True):
+        entries = _write_safetensors(stage / name, shard, told)
+        weights |= {key: {**entry, "file": name} for key, entry in entries.items()}
     if count > 1:
         total = sum((stage / name).stat().st_size for name in names)
-        _write_json(
-            stage / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": {key: entry["file"] for key, entry in weights.items()}},
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": {key: one["file"] for key, one in weights.items()}}
+        _write_json(stage / INDEX, index)
     return weights
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Write one file, turning one transposed view after the other into bytes.
+def _write_safetensors(
+    path: Path, tensors: Iterable[Planned], told: Callable[[int], object]
+) -> dict[str, dict[str, Any]]:
+    """Write one file, one tensor after the other.
 
     The library's writer wants every tensor contiguous in memory at once, a second copy of the model.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset := offset + tensor.nbytes],
-        }
+    for one in tensors:
+        ends = [offset, offset := offset + one.nbytes]
+        header[one.name] = {"dtype": DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": ends}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     entries = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            tensor = np.ascontiguousarray(tensor)
+        for one in tensors:
+            tensor = np.ascontiguousarray(one.make())
             file.write(_bytes(tensor))
-            entries[name] = {"sha256": _sha256(tensor), **{key: header[name][key] for key in ("dtype", "shape")}}
+            entries[one.name] = {"sha256": _sha256(tensor), "dtype": DTYPES[one.dtype], "shape": list(one.shape)}
+            told(tensor.nbytes)
     return entries
 
 

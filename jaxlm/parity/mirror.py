@@ -46,9 +46,7 @@ class TorchSide:
     def _trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         decoder, batch = self._decoder(dtype), _tensors(inputs.rows)
         told("forward and gradient")
-        with torch.no_grad(), _outputs(decoder) as captured:
-            captured["logits"] = decoder(batch["tokens"], batch["positions"], batch["segments"])[0]
-        levels = {"forward": {name: _array(tensor) for name, tensor in captured.items()}}
+        levels = {"forward": self._forward(decoder, batch)}
         sums, levels["gradients"] = self._gradients(decoder, batch)
         levels["loss"] = {name: _array(sums[name] / sums["weight"]) for name in ("loss", "nll")}
         told("greedy tokens")
@@ -57,6 +55,19 @@ class TorchSide:
         told("optimiser steps")
         levels |= self._updates(decoder, inputs, weights)
         return Trace(levels, tokens, weights)
+
+    def weights(self) -> Arrays:
+        """See `trace.Side`."""
+        return dict(self._tensors)
+
+    def forward(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        """See `trace.Side`."""
+        return self._forward(self._decoder(dtype), _tensors(rows))
+
+    def _forward(self, decoder: Decoder, batch: dict[str, Tensor]) -> Arrays:
+        with torch.no_grad(), _outputs(decoder) as captured:
+            captured["logits"] = decoder(batch["tokens"], batch["positions"], batch["segments"])[0]
+        return {name: _array(tensor) for name, tensor in captured.items()}
 
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         """See `trace.Side`."""

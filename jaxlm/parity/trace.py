@@ -62,6 +62,14 @@ class Side(Protocol):
         """Compute everything in `dtype`; `told` is called with the name of each part as it is begun."""
         ...
 
+    def weights(self) -> Arrays:
+        """The parameters as they are stored, by the names of torch_ref."""
+        ...
+
+    def forward(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        """The outputs of all modules for these rows, by the names of torch_ref, and `logits`."""
+        ...
+
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         """The gradients of these rows alone, by the names of torch_ref."""
         ...
@@ -115,6 +123,15 @@ class JaxSide:
             tokens = generate(decoder, params, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
             weights = dict(to_torch(jax.device_get(params), decoder.config))
         return Trace(levels, tokens, weights)
+
+    def weights(self) -> Arrays:
+        """See `Side`."""
+        return dict(to_torch(self._params, self._settings.model))
+
+    def forward(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        """See `Side`."""
+        with _precision(dtype):
+            return _outputs(self._compute(*self._decoder(dtype), rows)[0])
 
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         """See `Side`."""

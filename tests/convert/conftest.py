@@ -49,7 +49,7 @@ def torch_folder(tmp_path: Path, make_model: Callable[..., config.Model], make_p
     settings = config.Config(model=make_model())
     tensors = native.to_torch(make_params(settings.model), settings.model)
     files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
-    storage.write_folder(tmp_path / "torch", tensors, files, layout="torch")
+    storage.write_folder(tmp_path / "torch", storage.planned(tensors), files, layout="torch")
     return tmp_path / "torch"
 
 

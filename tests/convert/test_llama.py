@@ -43,9 +43,9 @@ def test_round_trip(
 @pytest.mark.parametrize("options", OPTIONS)
 def test_config_round_trip(make_model: Callable, options: dict) -> None:
     cfg = make_model(norm_eps=1e-6, rope_theta=5e5, **options)
-    back = llama.config_from_hf(llama.config_to_hf(cfg, dtype="float32"))
+    back = llama.FAMILY.config_from_hf(llama.FAMILY.config_to_hf(cfg, dtype="float32"))
     for key in ("pattern", "layer_loop"):
-        assert key not in llama.config_to_hf(cfg, dtype="float32")
+        assert key not in llama.FAMILY.config_to_hf(cfg, dtype="float32")
     assert back == config.Model(
         **{name: getattr(cfg, name) for name in cfg.__dataclass_fields__ if name not in ("pattern", "layer_loop")}
     )
@@ -97,7 +97,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "what"), REFUSED)
 def test_what_the_layout_cannot_express(make_model: Callable, options: dict, what: str) -> None:
     with pytest.raises(UserError) as caught:
-        llama.config_to_hf(make_model(**options), dtype="float32")
+        llama.FAMILY.config_to_hf(make_model(**options), dtype="float32")
     assert caught.value.message == f"the llama layout has no place for {what}"
     assert caught.value.hint
 
@@ -116,18 +116,18 @@ FOREIGN: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "what"), FOREIGN)
 def test_what_jaxlm_cannot_express(make_model: Callable, change: dict, what: str) -> None:
-    hf = {**llama.config_to_hf(make_model(), dtype="float32"), **change}
+    hf = {**llama.FAMILY.config_to_hf(make_model(), dtype="float32"), **change}
     with pytest.raises(UserError) as caught:
-        llama.config_from_hf(hf, "here/config.json")
+        llama.FAMILY.config_from_hf(hf, "here/config.json")
     assert caught.value.message.startswith("here/config.json: ")
     assert what in caught.value.message
 
 
 def test_a_missing_size_is_named(make_model: Callable) -> None:
-    hf = llama.config_to_hf(make_model(), dtype="float32")
+    hf = llama.FAMILY.config_to_hf(make_model(), dtype="float32")
     del hf["intermediate_size"]
     with pytest.raises(UserError, match=r"config.json: intermediate_size is missing"):
-        llama.config_from_hf(hf)
+        llama.FAMILY.config_from_hf(hf)
 
 
 def test_an_old_config_has_the_defaults_of_transformers() -> None:
@@ -138,7 +138,7 @@ def test_an_old_config_has_the_defaults_of_transformers() -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    cfg = llama.config_from_hf(sizes | {"rope_theta": 5e5, "rope_scaling": None, "head_dim": None})
+    cfg = llama.FAMILY.config_from_hf(sizes | {"rope_theta": 5e5, "rope_scaling": None, "head_dim": None})
     assert (cfg.n_kv_heads, cfg.head_dim, cfg.rope_theta, cfg.norm_eps) == (4, 16, 5e5, 1e-6)
     assert (cfg.tie_embeddings, cfg.biases, cfg.max_seq_len, cfg.rope_layout) == (False, (), 2048, "half")
 
@@ -148,11 +148,11 @@ def test_extras(make_model: Callable, make_params: Callable) -> None:
     tensors = dict(to_layout(make_params(cfg), cfg, llama.rows(cfg)))
     constant = "model.layers.1.self_attn.rotary_emb.inv_freq"
     tensors |= {constant: np.ones(2), "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    assert llama.extras(tensors, cfg) == {constant, "lm_head.weight"}
-    assert llama.extras(tensors, make_model(tie_embeddings=False)) == {constant}
+    assert llama.FAMILY.extras(tensors, cfg) == {constant, "lm_head.weight"}
+    assert llama.FAMILY.extras(tensors, make_model(tie_embeddings=False)) == {constant}
     tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
     with pytest.raises(UserError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
-        llama.extras(tensors, cfg)
+        llama.FAMILY.extras(tensors, cfg)
 
 
 def test_a_table_with_a_hole_or_a_clash_is_noticed(make_model: Callable) -> None:

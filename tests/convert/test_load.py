@@ -33,7 +33,7 @@ def write_torch(tmp_path: Path, make_params: Callable[..., Any]) -> Callable[...
         settings = config.Config(model=cfg, numerics=numerics)
         params = make_params(cfg, dtype)
         files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
-        storage.write_folder(tmp_path / "torch", native.to_torch(params, cfg), files, layout="torch")
+        storage.write_folder(tmp_path / "torch", storage.planned(native.to_torch(params, cfg)), files, layout="torch")
         return tmp_path / "torch", params
 
     return write
@@ -119,7 +119,7 @@ def test_a_run_trained_by_torch(tmp_path: Path, make_model: Callable, make_param
     for step, params in trees.items():
         folder = tmp_path / "checkpoints" / str(step)
         folder.mkdir(parents=True)
-        storage.write_folder(folder, native.to_torch(params, cfg), {}, layout="torch")
+        storage.write_folder(folder, storage.planned(native.to_torch(params, cfg)), {}, layout="torch")
     (tmp_path / "checkpoints" / "11.partial").mkdir()
     same(load(tmp_path).params, trees[10])
     same(load(tmp_path, step=2).params, trees[2])

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.convert import storage
-from jaxlm.convert.storage import INDEX, MANIFEST, SINGLE, read_folder, write_folder
+from jaxlm.convert.storage import INDEX, MANIFEST, SINGLE, planned, read_folder, write_folder
 from jaxlm.errors import UserError
 
 
@@ -33,13 +33,13 @@ def tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
-    write_folder(tmp_path / "w", tensors(rng).items(), {"config.toml": "x = 1\n"}, layout="torch")
+    write_folder(tmp_path / "w", planned(tensors(rng).items()), {"config.toml": "x = 1\n"}, layout="torch")
     return tmp_path / "w"
 
 
 @pytest.fixture
 def shards(tmp_path: Path, rng: np.random.Generator) -> Path:
-    write_folder(tmp_path / "w", tensors(rng).items(), {}, layout="llama", shard_bytes=70)
+    write_folder(tmp_path / "w", planned(tensors(rng).items()), {}, layout="llama", shard_bytes=70)
     return tmp_path / "w"
 
 
@@ -77,7 +77,9 @@ def test_the_library_reads_the_same(folder: Path) -> None:
 @pytest.mark.parametrize("shard_bytes", [None, 1, 70, 10**9])
 def test_bits_survive(tmp_path: Path, rng: np.random.Generator, shard_bytes: int | None) -> None:
     wanted = tensors(rng)
-    written = write_folder(tmp_path / "w", wanted.items(), {"note": b"\0"}, layout="x", shard_bytes=shard_bytes)
+    written = write_folder(
+        tmp_path / "w", planned(wanted.items()), {"note": b"\0"}, layout="x", shard_bytes=shard_bytes
+    )
     assert written.tensors == len(wanted)
     assert written.bytes == sum(p.stat().st_size for p in (tmp_path / "w").iterdir() if p.name != MANIFEST)
     found = read_folder(tmp_path / "w")
@@ -179,7 +181,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
 @given(at=st.integers(0, 10**6))
 def test_no_change_of_one_byte_passes_the_manifest(at: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("w") / "w"
-    write_folder(folder, [("a", np.arange(6, dtype=np.float32))], {}, layout="x")
+    write_folder(folder, planned([("a", np.arange(6, dtype=np.float32))]), {}, layout="x")
     size = (folder / SINGLE).stat().st_size
     flip(folder / SINGLE, at % size)
     refusal(folder)
@@ -232,14 +234,14 @@ def failing(rng: np.random.Generator, error: BaseException) -> Iterator[tuple[st
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("bad"), ValueError("bad")])
 def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, rng: np.random.Generator, error: BaseException) -> None:
     with pytest.raises(type(error)):
-        write_folder(tmp_path / "w", failing(rng, error), {}, layout="x", shard_bytes=1)
+        write_folder(tmp_path / "w", planned(failing(rng, error)), {}, layout="x", shard_bytes=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_writing_keeps_the_old_folder(folder: Path, rng: np.random.Generator) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(KeyboardInterrupt):
-        write_folder(folder, failing(rng, KeyboardInterrupt()), {}, layout="torch")
+        write_folder(folder, planned(failing(rng, KeyboardInterrupt())), {}, layout="torch")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -251,7 +253,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, rng: np.random.Generator) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a write beyond 1000 bytes fails in the system call
     try:
         with pytest.raises(UserError, match="the disk is full, nothing was kept"):
-            write_folder(tmp_path / "w", [("a", rng.standard_normal(1000))], {}, layout="x")
+            write_folder(tmp_path / "w", planned([("a", rng.standard_normal(1000))]), {}, layout="x")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -273,22 +275,22 @@ def test_what_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_only_its_own_kind_is_replaced(folder: Path, rng: np.random.Generator) -> None:
     pairs = [("z", np.ones(2, np.float32))]
-    write_folder(folder, pairs, {}, layout="torch")
+    write_folder(folder, planned(pairs), {}, layout="torch")
     assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, SINGLE]
     with pytest.raises(UserError, match="not an earlier result of this conversion"):
-        write_folder(folder, pairs, {}, layout="llama")
+        write_folder(folder, planned(pairs), {}, layout="llama")
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not an earlier result of this conversion"):
-        write_folder(folder, pairs, {}, layout="torch")
+        write_folder(folder, planned(pairs), {}, layout="torch")
     assert (folder / "notes.txt").exists()
-    write_folder(folder, pairs, {}, layout="llama", overwrite=True)
+    write_folder(folder, planned(pairs), {}, layout="llama", overwrite=True)
     assert not (folder / "notes.txt").exists()
     assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_an_empty_folder_is_filled_and_a_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    write_folder(tmp_path / "empty", [("z", np.ones(2, np.float32))], {}, layout="x")
+    write_folder(tmp_path / "empty", planned([("z", np.ones(2, np.float32))]), {}, layout="x")
     assert len(read_folder(tmp_path / "empty")) == 1
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="exists"):

@@ -16,7 +16,7 @@ import pytest
 from jaxlm import config, config_file
 from jaxlm.convert.load import load
 from jaxlm.convert.native import to_torch
-from jaxlm.convert.storage import write_folder
+from jaxlm.convert.storage import planned, write_folder
 from jaxlm.data.pipeline import prepare
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -43,7 +43,7 @@ def folder(path: Path, **options: Any) -> Path:
     )
     params = jax.tree.map(np.asarray, init_params(Decoder(settings.model), jax.random.key(0)))
     files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
-    write_folder(path / "model", to_torch(params, settings.model), files, layout="torch")
+    write_folder(path / "model", planned(to_torch(params, settings.model)), files, layout="torch")
     return path / "model"
 
 

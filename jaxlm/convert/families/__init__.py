@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
 
 from jaxlm.convert.families import llama
+from jaxlm.convert.family import Family
 
-FAMILIES: Mapping[str, ModuleType] = {"llama": llama}
+FAMILIES: Mapping[str, Family] = {one.name: one for one in (llama.FAMILY,)}
 """`model_type` of config.json to the family."""

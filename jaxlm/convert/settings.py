@@ -1,0 +1,253 @@
+"""config.json <-> `[model]`: a family lists its settings, each of which maps both ways.
+
+What a layout cannot express is not listed anywhere: a model goes out if its config.json comes back as the same model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from jaxlm import config
+from jaxlm.architecture import MIXERS
+from jaxlm.errors import UserError
+
+REQUIRED: Any = object()
+"""The default of a key that config.json must have."""
+
+
+@runtime_checkable
+class Setting(Protocol):
+    """Some keys of config.json and the options of `[model]` that they stand for, by dotted names: `moe.top_k`."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """Keys of config.json. What cannot be expressed may be left out: the way back finds it."""
+        ...
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of `[model]`; a key that is absent has the default of transformers.
+
+        Raises:
+            ValueError: a key says what jaxlm cannot express; the message names key and value.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key with the same value as one option."""
+
+    theirs: str
+    ours: str
+    default: Any = REQUIRED
+    """Of transformers; a value, or a function of config.json."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {self.theirs: operator.attrgetter(self.ours)(model)}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        value = hf.get(self.theirs)
+        if value is None:
+            if self.default is REQUIRED:
+                raise ValueError(f"{self.theirs} is missing")
+            value = self.default(hf) if callable(self.default) else self.default
+        return {self.ours: value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One key whose values have other names: the first spelling of each goes out."""
+
+    theirs: str
+    ours: str
+    values: Mapping[Any, Sequence[Any]]
+    """Our value to their spellings."""
+    default: Any
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        value = operator.attrgetter(self.ours)(model)
+        return {self.theirs: self.values[value][0]} if value in self.values else {}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        found = hf.get(self.theirs, self.default)
+        for value, spellings in self.values.items():
+            if found in spellings:
+                return {self.ours: value}
+        raise refusal(self.theirs, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Always:
+    """An option that every model of the layout has."""
+
+    ours: str
+    value: Any
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        return {self.ours: self.value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Says:
+    """A key that only goes out: it plays no role in what the weights compute."""
+
+    theirs: str
+    value: Any
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {self.theirs: self.value}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A key that jaxlm knows with one value only."""
+
+    theirs: str
+    value: Any
+    also: tuple[Any, ...] = ()
+    """Other spellings of it; None: the key may be absent or null."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {} if self.value is None else {self.theirs: self.value}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        if hf.get(self.theirs, self.value) not in (self.value, *self.also):
+            raise refusal(self.theirs, hf[self.theirs])
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Biases:
+    """One key for the biases of some maps. They come together or not at all."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    default: bool = False
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {self.theirs: self.ours[0] in model.biases}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        value = hf.get(self.theirs)
+        return {"biases": list(self.ours) if (self.default if value is None else value) else []}
+
+
+def refusal(key: str, value: Any) -> ValueError:
+    """The fault of a key that says what jaxlm cannot express."""
+    return ValueError(f"{key} = {value!r} is something that jaxlm cannot express yet")
+
+
+def tree(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Options by dotted names, those of all settings, as the nested section `[model]`; lists of biases add up."""
+    nested: dict[str, Any] = {}
+    for name, value in (pair for one in options for pair in one.items()):
+        *sections, last = name.split(".")
+        inside = nested
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[last] = [*inside.get(last, []), *value] if last == "biases" else value
+    return nested
+
+
+def shortest_pattern(blocks: Sequence[str]) -> list[str]:
+    """The least pattern whose repeats are these blocks."""
+    for length in range(1, len(blocks) + 1):
+        if len(blocks) % length == 0 and list(blocks[:length]) * (len(blocks) // length) == list(blocks):
+            return list(blocks[:length])
+    return list(blocks)
+
+
+_ATTENTION = (*MIXERS["attention"], "rope_scaling")
+_MOE_TRAINING = ("noisy", "balance_loss", "importance_loss", "z_loss", "bias_update_rate", "impl")
+_MAMBA_TRAINING = ("dt_min", "dt_max", "dt_floor", "chunk", "impl")
+_HALF_BIASES = {
+    "attention": ("qkv", "attention_out"),
+    "mlp": ("mlp",),
+    "moe": ("router", "experts", "mlp"),
+}
+_WHOLE = ("vocab_size", "d_model", "n_layers", "norm", "norm_eps", "norm_position", "final_norm", "tie_embeddings")
+
+
+def function_of(model: config.Model) -> dict[str, Any]:
+    """What decides the function that a model computes, by the names of `[model]`, each layer by itself.
+
+    Initialisation, dropout, balancing losses and the choice of kernels do not; nor does the rotary layout, which the
+    rows take care of.
+    """
+    said: dict[str, Any] = {name: getattr(model, name) for name in _WHOLE}
+    said["biases.head"] = "head" in model.biases
+    if model.positions in ("learned", "sinusoidal"):
+        said |= {"positions": model.positions, "max_seq_len": model.max_seq_len}
+    scaling = model.rope_scaling
+    if scaling.kind != "none" and not scaling.factor:
+        factor = model.max_seq_len / scaling.original_max_seq_len
+        model = dataclasses.replace(model, rope_scaling=dataclasses.replace(scaling, factor=factor))
+    for i in range(model.n_layers):
+        halves = model.halves(model.pattern[i % len(model.pattern)])
+        mixer, ffn = halves.mixer, halves.ffn
+        layer = {"mixer": halves.mixer_name, "ffn": halves.ffn_name}
+        if halves.mixer_name == "attention":
+            names = [n for n in _ATTENTION if mixer.positions == "rope" or not n.startswith(("rope", "rotary"))]
+            layer |= {name: getattr(mixer, name) for name in names}
+        elif halves.mixer_name:
+            layer |= _section("mamba", mixer.mamba.filled(halves.mixer_name, model.d_model), _MAMBA_TRAINING)
+        if halves.ffn_name:
+            layer |= {"activation": ffn.activation}
+            layer |= {"d_ff": ffn.d_ff} if halves.ffn_name == "mlp" or ffn.moe.d_ff == 0 else {}
+        if halves.ffn_name == "moe":
+            layer |= _section("moe", dataclasses.replace(ffn.moe, d_ff=ffn.moe.d_ff or ffn.d_ff), _MOE_TRAINING)
+        for half in (halves.mixer_name, halves.ffn_name):
+            layer |= {f"biases.{name}": name in model.biases for name in _HALF_BIASES.get(half, ())}
+        said |= {f"layers.{i}.{name}": value for name, value in layer.items()}
+    return said
+
+
+def _section(name: str, section: Any, without: Sequence[str]) -> dict[str, Any]:
+    return {f"{name}.{key}": value for key, value in dataclasses.asdict(section).items() if key not in without}
+
+
+def require_same(model: config.Model, back: config.Model, family: str) -> None:
+    """Refuse to write a model that would come back as another one.
+
+    Raises:
+        UserError: by the name of the first option that the layout cannot express.
+    """
+    mine, other = function_of(model), function_of(back)
+    for name, value in mine.items():
+        if other.get(name) != value:
+            hint = f"it would come back as {other.get(name)!r}; --to torch takes every model"
+            raise UserError(f"the {family} layout has no place for {_shown(name, model, mine)}", hint)
+
+
+def _shown(name: str, model: config.Model, said: Mapping[str, Any]) -> str:
+    """An option as the user wrote it, and in which layer if the others differ."""
+    value, (option, layer) = said[name], (name, "")
+    if name.startswith("layers."):
+        _, number, option = name.split(".", 2)
+        values = [said.get(f"layers.{i}.{option}") for i in range(model.n_layers)]
+        layer = "" if values.count(value) == len(values) else f" of layer {number}"
+    if option in ("mixer", "ffn"):
+        return f"model.pattern = {list(model.pattern)}"
+    if option.startswith("biases."):
+        return f"model.biases {'with' if value else 'without'} {option.removeprefix('biases.')!r}{layer}"
+    return f"model.{option} = {value!r}{layer}"
