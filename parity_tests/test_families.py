@@ -60,11 +60,15 @@ def test_every_bit_goes_out_and_comes_back(one: Example, dtype: str, tmp_path: P
 
 
 @every_example
-def test_the_rows_and_the_config_are_those_of_their_model(one: Example, tmp_path: Path) -> None:
+def test_the_rows_and_the_config_are_those_of_their_model(
+    one: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A model that transformers makes from a config of its own: the same tensors, the same `[model]`, the same keys."""
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(one.theirs()).save_pretrained(tmp_path / "theirs")
+    capsys.readouterr()
     ours = open_model(tmp_path / "theirs")
+    assert capsys.readouterr().err == ""  # no key of theirs is unknown
     assert function_of(ours.config.model) == function_of(one.model)
     shapes = {name: tensor.shape for name, tensor in storage.read_folder(tmp_path / "theirs").items()}
     out = exported(one, tmp_path)

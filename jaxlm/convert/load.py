@@ -127,8 +127,7 @@ def _open_family(path: Path) -> Opened:
     if family is None:
         raise UserError(f"{where}: model_type {hf.get('model_type')!r} is not known", f"known: {', '.join(FAMILIES)}")
     model = family.config_from_hf(hf, str(where))
-    tensors = storage.read_folder(path)
-    tensors = tensors.without(family.extras(tensors, model))
+    tensors = family.tensors(storage.read_folder(path), model)
     parameters = Parameters(tensors, model, family.rows(model), str(path))
     dtype = parameters.dtype("embed.embedding")
     tree: dict[str, Any] = {
