@@ -30,7 +30,8 @@ class Setting(Protocol):
         """Options of `[model]`; a key that is absent has the default of transformers.
 
         Raises:
-            ValueError: a key says what jaxlm cannot express; the message names key and value.
+            ValueError: a key says what jaxlm cannot express; the message names key and value. A second argument is a
+                hint.
         """
         ...
 
