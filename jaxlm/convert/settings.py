@@ -215,10 +215,8 @@ def function_of(model: config.Model) -> dict[str, Any]:
             names = [n for n in _ATTENTION if mixer.positions == "rope" or not n.startswith(("rope", "rotary"))]
             layer |= {name: getattr(mixer, name) for name in names}
             if mixer.rope:
-                options = {
-                    name: getattr(mixer.rope.scaling, name) for name in ("kind", *_SCALING[mixer.rope.scaling.kind])
-                }
-                layer |= {f"rope_scaling.{name}": value for name, value in options.items()}
+                scaling = mixer.rope.scaling
+                layer |= {f"rope_scaling.{name}": getattr(scaling, name) for name in ("kind", *_SCALING[scaling.kind])}
         elif halves.mixer_name:
             layer |= _section("mamba", mixer.mamba.filled(halves.mixer_name, model.d_model), _MAMBA_TRAINING)
         if halves.ffn_name:
@@ -259,5 +257,5 @@ def _shown(name: str, model: config.Model, said: Mapping[str, Any]) -> str:
     if option in ("mixer", "ffn"):
         return f"model.pattern = {list(model.pattern)}"
     if option.startswith("biases."):
-        return f"model.biases = {list(model.biases)}"
+        return f"model.biases {'with' if value else 'without'} {option.removeprefix('biases.')!r}{layer}"
     return f"model.{option} = {value!r}{layer}"
