@@ -22,8 +22,7 @@ INERT = re.compile(
     "_.*|jaxlm_.*|architectures|model_type|transformers_version|torch_dtype|dtype|use_cache|use_return_dict|return_dict|"
     "output_.*|.*_token_id|.*drop(out)?(_rate|_prob)?|initializer_.*|pretraining_tp|tokenizer_class|id2label|label2id|"
     "problem_type|task_specific_params|summary_.*|n_ctx|chunk_size_feed_forward|is_encoder_decoder|is_decoder|"
-    "finetuning_task|torchscript|use_bfloat16|prefix|pruned_heads|tie_encoder_decoder|router_aux_loss_coef|"
-    "time_step_(init_scheme|scale)|chunk_size|use_associative_scan|use_mambapy|use_mamba_kernels"
+    "finetuning_task|torchscript|use_bfloat16|prefix|pruned_heads|tie_encoder_decoder"
 )
 """Keys of config.json that say nothing of what a decoder computes."""
 
@@ -106,9 +105,14 @@ class Family:
         """
         prefix = self.embedding.partition(".")[0] + "."
         bare = not any(name.startswith(prefix) for name in stored)
-        names = {prefix + old if bare and old != self.head else old: old for old in stored}
-        now = {old: new for old, new in self.old_names.items() if new not in names}
-        full = Named(stored, {now.get(name, name): old for name, old in names.items()})
+        names: dict[str, str] = {}
+        for old in stored:
+            name = prefix + old if bare and old != self.head else old
+            name = self.old_names.get(name, name)
+            if name in names:
+                raise UserError(f"{old} and {names[name]} are the same tensor, {name}")
+            names[name] = old
+        full = Named(stored, names)
         return full.without(self.extras(full, cfg))
 
     def extras(self, tensors: Mapping[str, np.ndarray], cfg: config.Model) -> set[str]:
@@ -121,8 +125,7 @@ class Family:
         if cfg.tie_embeddings and {self.head, self.embedding} <= tensors.keys():
             if not np.array_equal(tensors[self.head], tensors[self.embedding]):
                 hint = "config.json says tie_word_embeddings: which is right?"
-                stored = getattr(tensors, "stored", lambda name: name)
-                raise UserError(f"{self.head} differs from {stored(self.embedding)}", hint)
+                raise UserError(f"{self.head} differs from {self.embedding}", hint)
             found.add(self.head)
         return found
 
@@ -150,38 +153,34 @@ class Asked(Mapping[str, Any]):
 class Named(Mapping[str, np.ndarray]):
     """Tensors under other names, each read when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> None:
-        self._tensors, self._names = tensors, names
+    def __init__(self, tensors: Mapping[str, np.ndarray], stored: Mapping[str, str]) -> None:
+        self._tensors, self._stored = tensors, stored
 
-    def without(self, left_out: set[str]) -> Named:
-        """The other tensors."""
-        return Named(self._tensors, {name: old for name, old in self._names.items() if name not in left_out})
-
-    def stored(self, name: str) -> str:
-        """The name that a tensor has in its file."""
-        return self._names[name]
+    def without(self, names: set[str]) -> Named:
+        """The same tensors but for `names`."""
+        return Named(self._tensors, {name: old for name, old in self._stored.items() if name not in names})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it if the folder knows."""
         of = getattr(self._tensors, "shape", lambda old: self._tensors[old].shape)
-        return of(self._names[name])
+        return of(self._stored[name])
 
     def dtype(self, name: str) -> str:
         """The same for its dtype, by numpy's name."""
         of = getattr(self._tensors, "dtype", lambda old: self._tensors[old].dtype.name)
-        return of(self._names[name])
+        return of(self._stored[name])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[self._names[name]]
+        return self._tensors[self._stored[name]]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the tensor
+        return name in self._stored  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._stored)
 
 
 def sizes(**ours: str) -> tuple[Setting, ...]:

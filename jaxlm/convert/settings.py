@@ -257,5 +257,5 @@ def _shown(name: str, model: config.Model, said: Mapping[str, Any]) -> str:
     if option in ("mixer", "ffn"):
         return f"model.pattern = {list(model.pattern)}"
     if option.startswith("biases."):
-        return f"model.biases {'with' if value else 'without'} {option.removeprefix('biases.')!r}{layer}"
+        return f"model.biases = {list(model.biases)}"
     return f"model.{option} = {value!r}{layer}"
