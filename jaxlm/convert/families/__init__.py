@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxlm.convert.families import llama
+from jaxlm.convert.families import dots1, gpt_oss, llama, mixtral, qwen3_moe
 from jaxlm.convert.family import Family
 
-FAMILIES: Mapping[str, Family] = {one.name: one for one in (llama.FAMILY,)}
+FAMILIES: Mapping[str, Family] = {
+    one.name: one
+    for one in (
+        llama.FAMILY,
+        mixtral.FAMILY,
+        qwen3_moe.FAMILY,
+        gpt_oss.FAMILY,
+        dots1.FAMILY,
+    )
+}
 """`model_type` of config.json to the family."""
+
+_MLA = "its attention keeps a latent in place of keys and values (MLA), which jaxlm cannot express yet"
+REFUSED: Mapping[str, str] = {"deepseek_v2": _MLA, "deepseek_v3": _MLA}
+"""`model_type` of layouts that jaxlm knows and cannot compute, and why."""
