@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Family:
     head: str = "lm_head.weight"
     ignored: str = ""
     """Pattern of tensors that old files carry and that say nothing."""
+    old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Spellings of old files that transformers still reads, and what they are now."""
 
     def config_to_hf(
         self, cfg: config.Model, *, dtype: str, bos: int | None = None, eos: int | None = None, pad: int | None = None
@@ -75,6 +77,15 @@ class Family:
                 raise UserError(f"{where}: {type(setting).__name__} is ill-formed: {error}") from None
         return config_file.from_dict({"model": tree(options)}, where).model
 
+    def rows_for(self, cfg: config.Model, tensors: Collection[str]) -> list[Row]:
+        """The rows, with the spellings of a file."""
+        spelled = lambda row: tuple(self._spelled(name, tensors) for name in row.theirs)  # noqa: E731
+        return [Row(row.ours, spelled(row), *row.transforms) for row in self.rows(cfg)]
+
+    def _spelled(self, name: str, tensors: Collection[str]) -> str:
+        old = (old for old, new in self.old_names.items() if new == name and old in tensors)
+        return name if name in tensors else next(old, name)
+
     def extras(self, tensors: Mapping[str, np.ndarray], cfg: config.Model) -> set[str]:
         """Stored tensors that say nothing: constants of old files, a second copy of the embedding of a tied model.
 
@@ -82,10 +93,11 @@ class Family:
             UserError: a tied model has a head that is not the embedding.
         """
         found = {name for name in tensors if self.ignored and re.fullmatch(self.ignored, name)}
-        if cfg.tie_embeddings and {self.head, self.embedding} <= tensors.keys():
-            if not np.array_equal(tensors[self.head], tensors[self.embedding]):
+        embedding = self._spelled(self.embedding, tensors)
+        if cfg.tie_embeddings and {self.head, embedding} <= tensors.keys():
+            if not np.array_equal(tensors[self.head], tensors[embedding]):
                 hint = "config.json says tie_word_embeddings: which is right?"
-                raise UserError(f"{self.head} differs from {self.embedding}", hint)
+                raise UserError(f"{self.head} differs from {embedding}", hint)
             found.add(self.head)
         return found
 

@@ -129,7 +129,7 @@ def _open_family(path: Path) -> Opened:
     model = family.config_from_hf(hf, str(where))
     tensors = storage.read_folder(path)
     tensors = tensors.without(family.extras(tensors, model))
-    parameters = Parameters(tensors, model, family.rows(model), str(path))
+    parameters = Parameters(tensors, model, family.rows_for(model, tensors), str(path))
     dtype = parameters.dtype("embed.embedding")
     tree: dict[str, Any] = {
         "numerics": {
