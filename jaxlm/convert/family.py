@@ -61,6 +61,8 @@ class Family:
     head: str = "lm_head.weight"
     ignored: str = ""
     """Pattern of tensors that old files carry and that say nothing."""
+    old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Spellings of old files that transformers still reads, and what they are now."""
 
     def config_to_hf(
         self, cfg: config.Model, *, dtype: str, bos: int | None = None, eos: int | None = None, pad: int | None = None
@@ -120,7 +122,8 @@ class Family:
         """
         prefix = self.embedding.partition(".")[0] + "."
         bare = not any(name.startswith(prefix) for name in stored)
-        full = Named(stored, {name if name == self.head or not bare else prefix + name: name for name in stored})
+        named = {name if name == self.head or not bare else prefix + name: name for name in stored}
+        full = Named(stored, {self.old_names.get(name, name): theirs for name, theirs in named.items()})
         return full.without(self.extras(full, cfg))
 
     def extras(self, tensors: Mapping[str, np.ndarray], cfg: config.Model) -> set[str]:

@@ -189,6 +189,10 @@ _SCALING = {
 }
 _MOE_TRAINING = ("noisy", "balance_loss", "importance_loss", "z_loss", "bias_update_rate", "impl")
 _MAMBA_TRAINING = ("dt_min", "dt_max", "dt_floor", "chunk", "impl")
+_MAMBA_UNUSED = {
+    "mamba": (*_MAMBA_TRAINING, "head_dim", "n_groups"),
+    "mamba2": (*_MAMBA_TRAINING, "dt_rank", "inner_norms"),
+}
 _HALF_BIASES = {
     "attention": ("qkv", "attention_out"),
     "mlp": ("mlp",),
@@ -220,7 +224,7 @@ def function_of(model: config.Model) -> dict[str, Any]:
                 }
                 layer |= {f"rope_scaling.{name}": value for name, value in options.items()}
         elif halves.mixer_name:
-            layer |= _section("mamba", mixer.mamba.filled(halves.mixer_name, model.d_model), _MAMBA_TRAINING)
+            layer |= _section("mamba", mixer.mamba, _MAMBA_UNUSED[halves.mixer_name])
         if halves.ffn_name:
             layer |= {"activation": ffn.activation}
             layer |= {"d_ff": ffn.d_ff} if halves.ffn_name == "mlp" else {}
