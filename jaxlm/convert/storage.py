@@ -224,8 +224,10 @@ def _write_shards(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One safetensors file, or several and their index; returns what the manifest says of each file and tensor.
 
-    All headers are known ahead, so the disk is claimed at once and the tensors may come in any order.
+    All headers are known ahead, so the tensors may come in any order, and a full disk shows before any work is done.
     """
+    if sum(one.nbytes for one in tensors) > shutil.disk_usage(stage).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     shards: list[list[Planned]] = [[]]
     size = 0
     for one in tensors:
@@ -242,8 +244,8 @@ def _write_shards(
             text, starts = header(shard)
             file = opened.enter_context((stage / name).open("wb", buffering=0))
             size = starts[-1] + shard[-1].nbytes if shard else len(text)
-            _claim(file.fileno(), size)
             file.write(text)
+            file.truncate(size)
             targets += [Target(one, file.fileno(), start) for one, start in zip(shard, starts, strict=True)]
             described[name] = {"header_sha256": header_sha256(text[8:]), "bytes": size}
         digests = write(targets, told)
@@ -257,16 +259,6 @@ def _write_shards(
         index = {"metadata": {"total_size": total}, "weight_map": {key: one["file"] for key, one in weights.items()}}
         _write_json(stage / INDEX, index)
     return described, weights
-
-
-def _claim(file: int, size: int) -> None:
-    """Give a file its size on the disk, so that a full disk shows before any work is done."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(file, size)
 
 
 def _flush(path: Path) -> None:

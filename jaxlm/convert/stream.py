@@ -111,14 +111,13 @@ def _write_one(target: Target, budget: _Budget, stop: threading.Event) -> str:
             _write_at(target.file, part, offset)
             offset += part.nbytes
             release(chunk)
-        os.posix_fadvise(target.file, target.offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)  # begins to write it out
     finally:
         budget.give(needed)
     return digest.hexdigest()
 
 
 def _write_at(file: int, part: np.ndarray, offset: int) -> None:
-    data = memoryview(part.reshape(-1).view(np.uint8))
+    data = part.reshape(-1).view(np.uint8).data
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
