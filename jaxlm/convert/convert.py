@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax
 
 from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
-from jaxlm.convert.load import TOKENIZER, Model, Opened, open_model
+from jaxlm.convert.load import TOKENIZER, Opened, open_model
 from jaxlm.convert.rows import plan
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError, did_you_mean
 
 SHARD_BYTES = 5_000_000_000
-"""Largest file of a public layout, as `save_pretrained` has it."""
+"""Largest weight file of a run and of a public layout, as `save_pretrained` has it."""
 
 _LONG = 2**28
 """Bytes that take more than a moment to write: from here on there is a progress bar."""
@@ -34,9 +33,14 @@ class Summary(NamedTuple):
     to: str
     tensors: int
     bytes: int
+    seconds: float
 
     def __str__(self) -> str:
-        return f"{self.destination}: {self.to}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB"
+        rate = self.bytes / 1e9 / self.seconds
+        return (
+            f"{self.destination}: {self.to}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB "
+            f"in {self.seconds:.1f} s, {rate:.2g} GB/s"
+        )
 
 
 def convert(
@@ -50,16 +54,17 @@ def convert(
 ) -> Summary:
     """Write the model at `src` as a run (`jaxlm`), a torch_ref folder (`torch`) or a public layout (`llama`).
 
-    Values never change. Only a run stores float32 or float64, so 16-bit weights are widened there, which is exact.
+    Values and their types never change, and the model is never in memory as a whole.
 
     Args:
         overwrite: replace whatever lies at `dst`.
         step: which checkpoint of a run; None: the newest.
-        shard_bytes: above this size a public layout has several weight files and an index.
+        shard_bytes: above this size a run and a public layout have several weight files and an index.
 
     Raises:
         UserError: what `load` and `storage.write_folder` refuse, an unknown `to`, a model that the layout cannot hold.
     """
+    began = time.perf_counter()
     src, dst = Path(src), Path(dst)
     targets = ("jaxlm", "torch", *FAMILIES)
     if to not in targets:
@@ -70,39 +75,35 @@ def convert(
     cfg = model.config.model
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
-    if to == "jaxlm":
-        return _write_run(model.read(), dst, overwrite)
-    if to == "torch":
-        files: dict[str, str | bytes] = {"config.toml": config_file.to_toml(_portable(model.config))}
-        files |= _tokenizer_file(model)
-        rows, limit = native.rows(cfg), None
-    else:
-        files = _public_files(model, FAMILIES[to])
-        rows, limit = FAMILIES[to].rows(cfg), shard_bytes
-    tensors = list(plan(model.parameters, cfg, rows))
+    files = _public_files(model, FAMILIES[to]) if to in FAMILIES else _own_files(model, dst if to == "jaxlm" else "")
+    tensors = list(plan(model.parameters, cfg, FAMILIES[to].rows(cfg) if to in FAMILIES else native.rows(cfg)))
+    limit = None if to == "torch" else shard_bytes
     with _progress(tensors, dst) as told:
-        written = storage.write_folder(
-            dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
-        )
-    return Summary(dst, to, *written)
+        if to == "jaxlm":
+            written = _write_run(dst, tensors, files, shard_bytes=limit, overwrite=overwrite, told=told)
+        else:
+            written = storage.write_folder(
+                dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
+            )
+    return Summary(dst, to, *written, time.perf_counter() - began)
 
 
-def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
-    """A run directory with one checkpoint at step 0, ready for generation and fine-tuning."""
-    from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
-
-    dtype = model.config.numerics.params
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
-    settings = dataclasses.replace(_portable(model.config), out_dir=str(dst))
+def _write_run(
+    dst: Path, tensors: Sequence[storage.Planned], files: Mapping[str, str | bytes], *, overwrite: bool, **how: Any
+) -> storage.Written:
+    """A run directory with parameters at step 0, for generation, evaluation and parity."""
     with storage.staged(dst, overwrite) as stage:
-        (stage / "config.toml").write_text(config_file.to_toml(settings), encoding="utf-8")
-        for name, content in _tokenizer_file(model).items():
-            (stage / name).write_bytes(content)
-        with jax.enable_x64(True):  # float64 parameters stay so
-            checkpoints = Checkpointer(stage)
-            checkpoints.save_params(0, params)
-            checkpoints.close()
-    return Summary(dst, "jaxlm", len(jax.tree.leaves(params)), sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+        for name, content in files.items():
+            (stage / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        checkpoint = stage / "checkpoints" / "0"
+        checkpoint.mkdir(parents=True)
+        return storage.write_weights(checkpoint, tensors, {}, layout="torch", **how)
+
+
+def _own_files(model: Opened, out_dir: str | Path) -> dict[str, str | bytes]:
+    """What lies beside the weights of a run or a torch_ref folder."""
+    settings = dataclasses.replace(_portable(model.config), out_dir=str(out_dir))
+    return {"config.toml": config_file.to_toml(settings), **_tokenizer_file(model)}
 
 
 def _portable(settings: config.Config) -> config.Config:
@@ -113,7 +114,7 @@ def _portable(settings: config.Config) -> config.Config:
     return dataclasses.replace(settings, out_dir="", tokenizer=tokenizer)
 
 
-def _tokenizer_file(model: Model | Opened) -> dict[str, bytes]:
+def _tokenizer_file(model: Opened) -> dict[str, bytes]:
     return {TOKENIZER: model.tokenizer_path.read_bytes()} if model.tokenizer_path else {}
 
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlm.convert import storage
+from jaxlm.convert.safetensors_file import MappedFile
 from jaxlm.convert.storage import INDEX, MANIFEST, SINGLE, planned, read_folder, write_folder
 from jaxlm.errors import UserError
 
@@ -93,21 +93,23 @@ def test_bits_survive(tmp_path: Path, rng: np.random.Generator, shard_bytes: int
 def test_manifest(folder: Path, rng: np.random.Generator) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["files"].keys() == {SINGLE, "config.toml"}
-    for name, entry in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    text = (folder / "config.toml").read_bytes()
+    assert manifest["files"]["config.toml"] == {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}
+    data = (folder / SINGLE).read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    assert manifest["files"][SINGLE] == {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": len(data)}
     for name, tensor in read_folder(folder).items():
         entry = manifest["tensors"][name]
         assert (entry["file"], entry["shape"]) == (SINGLE, list(tensor.shape))
         assert entry["sha256"] == hashlib.sha256(tensor.tobytes()).hexdigest()
-    assert manifest["jaxlm"] and manifest["format_version"] == 1
+    assert manifest["jaxlm"] and manifest["format_version"] == 2
     with safetensors.safe_open(folder / SINGLE, "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
 
 def test_damage_is_found_with_the_manifest(folder: Path) -> None:
     flip(folder / SINGLE, -1 - 2)  # a byte of d, the last tensor with any
-    assert refusal(folder) == f"{folder / SINGLE}: sha256 differs from {MANIFEST}, tensors d"
+    assert refusal(folder) == f"{folder / SINGLE}: tensor d differs from {MANIFEST}"
 
 
 def test_a_damaged_text_file_is_found(folder: Path) -> None:
@@ -116,10 +118,34 @@ def test_a_damaged_text_file_is_found(folder: Path) -> None:
 
 
 def test_a_wrong_digest_in_the_manifest_is_found(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][SINGLE]["sha256"] = "0" * 64
+    whole = (folder / MANIFEST).read_text()
+    manifest = json.loads(whole)
+    manifest["files"][SINGLE]["header_sha256"] = "0" * 64
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert refusal(folder) == f"{folder / SINGLE}: sha256 differs from {MANIFEST}, no tensor of it does"
+    assert refusal(folder) == f"{folder / SINGLE}: its header differs from {MANIFEST}"
+    manifest = json.loads(whole)
+    manifest["tensors"]["c.bias"]["sha256"] = "0" * 64
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert refusal(folder) == f"{folder / SINGLE}: tensor c.bias differs from {MANIFEST}"
+
+
+def test_a_tensor_is_compared_once_and_only_when_it_is_read(folder: Path) -> None:
+    flip(folder / SINGLE, -1 - 2)
+    found = read_folder(folder)
+    assert found["a.weight"].shape == (5, 3)
+    for _ in range(2):
+        with pytest.raises(UserError, match="tensor d differs"):
+            found["d"]
+
+
+def test_the_manifest_of_version_1_is_read(folder: Path, rng: np.random.Generator) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    digest = hashlib.sha256((folder / SINGLE).read_bytes()).hexdigest()
+    manifest["files"][SINGLE] = {"sha256": digest, "bytes": (folder / SINGLE).stat().st_size}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 1}))
+    assert dict(read_folder(folder)).keys() == tensors(rng).keys()
+    flip(folder / SINGLE, -1 - 2)
+    assert refusal(folder) == f"{folder / SINGLE}: tensor d differs from {MANIFEST}"
 
 
 def test_a_changed_type_is_found(folder: Path) -> None:
@@ -127,17 +153,24 @@ def test_a_changed_type_is_found(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][SINGLE]["bytes"] = (folder / SINGLE).stat().st_size
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert refusal(folder) == f"{folder / SINGLE}: sha256 differs from {MANIFEST}, tensors b.weight"
+    assert refusal(folder) == f"{folder / SINGLE}: {MANIFEST} says something else of tensor b.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda m: m["files"].pop(SINGLE), f"{SINGLE}: {MANIFEST} does not list it"),
-        (lambda m: m["files"].update({"gone": m["files"][SINGLE]}), f"gone: missing, though {MANIFEST} lists it"),
-        (lambda m: m["files"].update({"../x": m["files"][SINGLE]}), f"../x: missing, though {MANIFEST} lists it"),
+        (
+            lambda m: m["files"].update(gone=m["files"]["config.toml"]),
+            f"gone: missing, though {MANIFEST} lists it",
+        ),
+        (
+            lambda m: m["files"].update({"../x": m["files"]["config.toml"]}),
+            f"../x: missing, though {MANIFEST} lists it",
+        ),
         (lambda m: m["files"][SINGLE].update(bytes=7), f"bytes where {MANIFEST} says 7"),
-        (lambda m: m.update(format_version=99), f"{MANIFEST}: format version 99, this jaxlm reads 1"),
+        (lambda m: m.update(format_version=99), f"{MANIFEST}: format version 99, this jaxlm reads 1 and 2"),
+        (lambda m: m["tensors"].pop("d"), f"{MANIFEST} says something else of tensor d"),
         (lambda m: m.update(files=[]), f"{MANIFEST}: not a manifest of jaxlm"),
     ],
 )
@@ -298,16 +331,14 @@ def test_an_empty_folder_is_filled_and_a_file_is_not_replaced(tmp_path: Path) ->
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_tensor_is_read_when_it_is_asked_for(folder: Path) -> None:
-    found = read_folder(folder)
+def test_a_tensor_is_read_when_it_is_asked_for(
+    folder: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
-
-    class Spy:
-        def get_tensor(self, name: str) -> np.ndarray:
-            read.append(name)
-            return np.zeros(1)
-
-    lazy = storage.LazyTensors(folder, {SINGLE: Spy()}, dict.fromkeys(found, SINGLE))
-    assert set(lazy) == set(found) and "d" in lazy and lazy.without({"d"}).keys() == set(found) - {"d"}
+    monkeypatch.setattr(MappedFile, "read", lambda file, name: read.append(name) or np.zeros(1))
+    (folder / MANIFEST).unlink()
+    lazy = read_folder(folder)
+    assert set(lazy) == set(tensors(rng)) and "d" in lazy and lazy.without({"d"}).keys() == set(lazy) - {"d"}
+    assert (lazy.shape("a.weight"), lazy.dtype("b.weight")) == ((5, 3), "bfloat16")
     assert read == []
     assert lazy["a.weight"].shape == (1,) and read == ["a.weight"]
