@@ -61,6 +61,8 @@ class Family:
     head: str = "lm_head.weight"
     ignored: str = ""
     """Pattern of tensors that old files carry and that say nothing."""
+    inert: tuple[str, ...] = ()
+    """Keys of its config.json that say nothing of what the weights compute."""
     old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Spellings of old files that transformers still reads, and what they are now."""
 
@@ -82,7 +84,7 @@ class Family:
         # Only a note for the way back, where it makes the round trip exact; transformers keeps and ignores it.
         hf |= {"jaxlm_rope_layout": cfg.rope_layout} if cfg.rope_layout != "half" else {}
         try:
-            back = self.config_from_hf(hf)
+            back = self.config_from_hf(hf, "its config.json")
         except UserError as error:
             raise UserError(f"the {self.name} layout has no place for this model: {error}") from None
         require_same(cfg, back, self.name)
@@ -108,9 +110,12 @@ class Family:
             except (TypeError, AttributeError):
                 values = ", ".join(f"{key} = {hf[key]!r}" for key in asked.now if key in hf)
                 raise UserError(f"{where}: {values} is ill-formed") from None
-        if unknown := sorted(key for key in hf.keys() - asked.ever if not INERT.fullmatch(key)):
+        silent = asked.ever | {*self.inert}
+        if unknown := sorted(key for key in hf.keys() - silent if not INERT.fullmatch(key)):
             print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
-        return config_file.from_dict({"model": tree(options)}, where).model
+        model = tree(options)
+        learned = {"data": {"seq_len": model["max_seq_len"]}} if model.get("positions") == "learned" else {}
+        return config_file.from_dict({"model": model, **learned}, where).model
 
     def tensors(self, stored: Mapping[str, np.ndarray], cfg: config.Model) -> Named:
         """Stored tensors by the names of the layout, without those that say nothing.

@@ -133,6 +133,7 @@ def _open_family(path: Path) -> Opened:
     parameters = Parameters(tensors, model, family.rows(model), str(path))
     dtype = parameters.dtype("embed.embedding")
     tree: dict[str, Any] = {
+        "data": {"seq_len": min(config.Data().seq_len, model.max_seq_len)},
         "numerics": {
             "params": "float64" if dtype == "float64" else "float32",
             "compute": dtype if dtype in ("bfloat16", "float64") else "float32",

@@ -116,8 +116,8 @@ class Rope:
         said = {key: value for key, value in section.items() if value is not None}
         kind = said.pop("rope_type", said.pop("type", "default"))
         theta = said.pop("rope_theta", hf.get("rope_theta") or self.theta)
-        if said.pop("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1.0):
-            raise ValueError("partial_rotary_factor: a part of each head is rotated, which this layout has not")
+        if (share := said.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))) not in (None, 1.0):
+            raise refusal("partial_rotary_factor", share)
         said.pop("type", None)
         if kind not in self.SCALINGS:
             raise refusal("rope_type", kind)
