@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxlm import config, config_file
-from jaxlm.convert import native, storage
+from jaxlm.convert import llama2c, native, storage
+from jaxlm.convert.carried import PUBLIC, content
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
 from jaxlm.convert.load import TOKENIZER, Model, Opened, open_model
@@ -47,34 +48,39 @@ def convert(
     overwrite: bool = False,
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    tokenizer: str | Path | None = None,
 ) -> Summary:
     """Write the model at `src` as a run (`jaxlm`), a torch_ref folder (`torch`) or a public layout (`llama`).
 
-    Values never change. Only a run stores float32 or float64, so 16-bit weights are widened there, which is exact.
+    Values never change. Only a run stores float32 or float64, and llama2.c float32, so 16-bit weights are widened
+    there, which is exact. The files of the tokenizer go along as they are.
 
     Args:
         overwrite: replace whatever lies at `dst`.
         step: which checkpoint of a run; None: the newest.
         shard_bytes: above this size a public layout has several weight files and an index.
+        tokenizer: a tokenizer.json, or a tokenizer.bin of llama2.c, to use instead of that of `src`.
 
     Raises:
         UserError: what `load` and `storage.write_folder` refuse, an unknown `to`, a model that the layout cannot hold.
     """
     src, dst = Path(src), Path(dst)
-    targets = ("jaxlm", "torch", *FAMILIES)
+    targets = ("jaxlm", "torch", llama2c.NAME, *FAMILIES)
     if to not in targets:
         raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
     if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
         raise UserError(f"{dst} is or holds the source {src}", "name another destination")
-    model = open_model(src, step=step)
+    model = open_model(src, step=step, tokenizer=tokenizer)
     cfg = model.config.model
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
     if to == "jaxlm":
-        return _write_run(model.read(), dst, overwrite)
+        return _write_run(model.read(), _tokenizer_files(model), dst, overwrite)
+    if to == llama2c.NAME:
+        return _write_llama2c(model, dst, overwrite)
     if to == "torch":
         files: dict[str, str | bytes] = {"config.toml": config_file.to_toml(_portable(model.config))}
-        files |= _tokenizer_file(model)
+        files |= _tokenizer_files(model)
         rows, limit = native.rows(cfg), None
     else:
         files = _public_files(model, FAMILIES[to])
@@ -87,7 +93,7 @@ def convert(
     return Summary(dst, to, *written)
 
 
-def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
+def _write_run(model: Model, files: Mapping[str, bytes], dst: Path, overwrite: bool) -> Summary:
     """A run directory with one checkpoint at step 0, ready for generation and fine-tuning."""
     from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
 
@@ -96,8 +102,8 @@ def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
     settings = dataclasses.replace(_portable(model.config), out_dir=str(dst))
     with storage.staged(dst, overwrite) as stage:
         (stage / "config.toml").write_text(config_file.to_toml(settings), encoding="utf-8")
-        for name, content in _tokenizer_file(model).items():
-            (stage / name).write_bytes(content)
+        for name, stored in files.items():
+            (stage / name).write_bytes(stored)
         with jax.enable_x64(True):  # float64 parameters stay so
             checkpoints = Checkpointer(stage)
             checkpoints.save_params(0, params)
@@ -113,17 +119,35 @@ def _portable(settings: config.Config) -> config.Config:
     return dataclasses.replace(settings, out_dir="", tokenizer=tokenizer)
 
 
-def _tokenizer_file(model: Model | Opened) -> dict[str, bytes]:
-    return {TOKENIZER: model.tokenizer_path.read_bytes()} if model.tokenizer_path else {}
+def _write_llama2c(model: Opened, dst: Path, overwrite: bool) -> Summary:
+    """A folder with what llama2.c's run.c reads: `model.bin` and `tokenizer.bin`."""
+    cfg, path = model.config.model, model.tokenizer_path
+    with storage.staged(dst, overwrite) as stage:
+        if path:
+            (stage / llama2c.TOKENIZER).write_bytes(llama2c.tokenizer_bin(path, cfg.vocab_size))
+        told = (cfg, model.kept.get(llama2c.ROPE_TABLES))
+        return Summary(dst, llama2c.NAME, *llama2c.write(stage, model.parameters, *told))
+
+
+def _tokenizer_files(model: Opened) -> dict[str, bytes]:
+    """The tokenizer.json and the files beside it."""
+    path, own = model.tokenizer_path, dict(model.kept)
+    if path is None:
+        return own
+    if path.suffix == ".bin":
+        return {TOKENIZER: Tokenizer.from_file(path).to_json().encode(), **own}
+    return {TOKENIZER: content(path), **own}
 
 
 def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
     """Everything that `from_pretrained` reads besides the weights."""
     tokenizer = Tokenizer.from_file(model.tokenizer_path) if model.tokenizer_path else None
-    ids = {"eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
     dtype = model.parameters["embed.embedding"].dtype.name
     hf = family.config_to_hf(model.config.model, dtype=dtype, **ids)
     special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if special_ids["bos_token_id"] not in (None, special_ids["eos_token_id"]):  # which ends a text as well
+        special_ids["eos_token_id"] = [hf[key] for key in ("eos_token_id", "bos_token_id") if hf[key] is not None]
     files: dict[str, str | bytes] = {"config.json": _json(hf), "generation_config.json": _json(special_ids)}
     if tokenizer:
         spellings = {
@@ -136,8 +160,8 @@ def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
             "clean_up_tokenization_spaces": False,
             **spellings,
         }
-        files |= {"tokenizer_config.json": _json(settings), **_tokenizer_file(model)}
-    return files
+        files |= {"tokenizer_config.json": _json(settings)}
+    return files | {name: stored for name, stored in _tokenizer_files(model).items() if name in (TOKENIZER, *PUBLIC)}
 
 
 @contextlib.contextmanager
