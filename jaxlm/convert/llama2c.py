@@ -17,7 +17,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
 NAME, MODEL, TOKENIZER, ROPE_TABLES = "llama2c", "model.bin", "tokenizer.bin", "llama2c_rope.f32"
-HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
+HEADER: tuple[str, ...] = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
 BYTES = 4 * len(HEADER)
 
 THETA, EPS = 10000.0, 1e-5
@@ -155,8 +155,18 @@ class BinTensors(Mapping[str, np.ndarray]):
         return len(self._where)
 
 
-def read(path: Path) -> tuple[config.Model, Parameters, dict[str, bytes]]:
-    """A `model.bin`: its config, its parameters, each read when it is asked for, and what to keep beside them.
+class File(NamedTuple):
+    """What a `model.bin` holds."""
+
+    model: config.Model
+    parameters: Parameters
+    """By canonical names, each read when it is asked for."""
+    kept: dict[str, bytes]
+    """Files to keep beside the weights."""
+
+
+def read(path: Path) -> File:
+    """Open a `model.bin`.
 
     Raises:
         UserError: a pickle, another version of the format, sizes that contradict each other or the file, tables of
@@ -172,7 +182,7 @@ def read(path: Path) -> tuple[config.Model, Parameters, dict[str, bytes]]:
     tied = numbers["vocab_size"] > 0
     cfg = _model({**numbers, "vocab_size": abs(numbers["vocab_size"]), "tied": tied}, str(path))
     tensors = BinTensors(path, cfg)
-    return cfg, Parameters(tensors, cfg, rows(cfg), str(path)), _kept(path, tensors.tables, cfg)
+    return File(cfg, Parameters(tensors, cfg, rows(cfg), str(path)), _kept(path, tensors.tables, cfg))
 
 
 def _refuse_others(path: Path, head: bytes) -> None:
@@ -240,9 +250,7 @@ def tokenizer_bin(path: Path, vocab_size: int) -> bytes:
     """
     tokenizer = Tokenizer.from_file(path)
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{path}: {tokenizer.vocab_size} pieces, the model has {vocab_size}, run.c wants as many of both"
-        )
+        raise UserError(f"{path}: {tokenizer.vocab_size} ids, the model has {vocab_size}, run.c reads as many of both")
     return vocabulary.from_json(json.loads(tokenizer.to_json()), str(path))
 
 

@@ -107,9 +107,10 @@ def _open(path: Path, step: int | None) -> Opened:
 
 
 def _open_llama2c(path: Path) -> Opened:
-    model, parameters, kept = llama2c.read(path)
-    tokenizer = llama2c.find_tokenizer(path, model.vocab_size)
-    return Opened(path, llama2c.settings(model, tokenizer), parameters, llama2c.NAME, tokenizer, kept)
+    found = llama2c.read(path)
+    tokenizer = llama2c.find_tokenizer(path, found.model.vocab_size)
+    settings = llama2c.settings(found.model, tokenizer)
+    return Opened(path, settings, found.parameters, llama2c.NAME, tokenizer, found.kept)
 
 
 def _open_run(path: Path, step: int | None) -> Opened:
