@@ -235,7 +235,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "safetensors": (lambda content: b"\x40\0\0\0\0\0\0\0" + b'{"a":{}}' + content, "a size is not positive"),
     "another rotation": (
         _number((_SIZE - 28) // 4 - 48 + 4 * 2, 0.5),
-        "cosine 0 of position 4 is 0.5, of the base 10000",
+        "cosine 0 of position 4 is 0.5, of the base",
     ),
     "NaN in the tables": (_number((_SIZE - 28) // 4 - 1, np.nan), "sine 1 of position 11 is nan"),
 }
