@@ -1,0 +1,166 @@
+"""Models of the public families, small and random: ours, and the config of transformers that should be the same.
+
+`Example` and the measurements here serve all families; `EXAMPLES` are the dense ones. `families_moe` and `families_ssm`
+hold the others, and `test_families` and `table` walk all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from jaxlm import config, config_file
+from jaxlm.convert import native, storage
+from jaxlm.convert.convert import convert
+from jaxlm.models.decoder import Decoder, Params
+from jaxlm.numerics import Policy
+from jaxlm.parity.lifted import Lifted
+from parity_tests import pairs
+
+T = 512
+"""Tokens of the prompt whose logits are compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One model of a family, said twice."""
+
+    family: str
+    name: str
+    model: config.Model
+    theirs: Callable[[], Any]
+    """Makes the config of transformers, without looking at ours."""
+
+    def __str__(self) -> str:
+        """As the name of a test."""
+        return f"{self.family}: {self.name}"
+
+
+def example(family: str, name: str, theirs: Callable[..., Any], said: dict[str, Any], **ours: Any) -> Example:
+    """An example by the options of `pairs.model` and the arguments of a config of transformers."""
+    return Example(family, name, pairs.model(**{"layer_loop": "unroll", **ours}), functools.partial(theirs, **said))
+
+
+def values(one: Example, dtype: str = "float32") -> Params:
+    """Values of their own in every leaf, the same in each run, as numpy arrays."""
+    rng = np.random.default_rng(list(str(one).encode()))
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), pairs.random_params(one.model, rng))
+
+
+def torch_folder(params: Params, cfg: config.Model, folder: Path, **files: str) -> Path:
+    """Write a live tree as a torch_ref folder, from which `convert` goes on."""
+    tensors = storage.planned(native.to_torch(params, cfg))
+    settings = {"config.toml": config_file.to_toml(config.Config(model=cfg))}
+    storage.write_folder(folder, tensors, settings | files, layout="torch", overwrite=True)
+    return folder
+
+
+def exported(one: Example, folder: Path, dtype: str = "float32", **options: Any) -> Path:
+    """The example in the layout of its family."""
+    torch_folder(values(one, dtype), one.model, folder / "torch")
+    convert(folder / "torch", folder / one.family, one.family, **options)
+    return folder / one.family
+
+
+def strictly(folder: Path, **options: Any) -> Any:
+    """The model as transformers loads it, with nothing missing, unexpected or of another shape."""
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(told.values()), told
+    return model.eval()
+
+
+def prompt(cfg: config.Model) -> np.ndarray:
+    """512 tokens, the last id of the vocabulary among them."""
+    tokens = np.random.default_rng(5).integers(0, cfg.vocab_size, (1, T), dtype=np.int32)
+    tokens[:, 7::50] = cfg.vocab_size - 1
+    return tokens
+
+
+def our_logits(cfg: config.Model, params: Params, dtype: str) -> np.ndarray:
+    """Of the prompt, in float64; needs `jax_enable_x64` for the dtype `float64`."""
+    stored = "float64" if dtype == "float64" else "float32"
+    numerics = config.Numerics(params=stored, compute=dtype, matmul="highest")  # pyright: ignore[reportArgumentType]
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, stored), params)
+    tokens, places = prompt(cfg), np.arange(T, dtype=np.int32)[None]
+    apply = jax.jit(Decoder(cfg, Policy.from_config(numerics)).apply)
+    logits, _ = apply({"params": params}, tokens, places, np.ones_like(places))
+    return np.asarray(logits, np.float64)
+
+
+def their_logits(folder: Path, cfg: config.Model, dtype: str) -> np.ndarray:
+    """Of the prompt, in float64. Everything is float64 for the dtype `float64`, what transformers casts too."""
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    tokens = torch.tensor(prompt(cfg), dtype=torch.long)
+    with torch.no_grad():
+        if dtype != "float64":
+            return strictly(folder, dtype=getattr(torch, dtype), **eager)(tokens).logits.double().numpy()
+        with Lifted():
+            model = strictly(folder, dtype=torch.float64, **eager)
+            narrow = [name for name, x in model.named_buffers() if x.dtype in (torch.float32, torch.bfloat16)]
+            assert not narrow, f"made outside of Lifted: {narrow}"
+            return model(tokens).logits.numpy()
+
+
+class Errors(NamedTuple):
+    """Relative errors of logits. In float64 of ours against theirs; in the others of ours and of theirs against the
+    float64 logits of both."""
+
+    float64: float
+    float32: tuple[float, float] = (0.0, 0.0)
+    bfloat16: tuple[float, float] = (0.0, 0.0)
+
+
+def measure(one: Example, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Errors:
+    """Convert, load and compare; float64 always, and the other dtypes as asked."""
+    params = values(one)
+    with tempfile.TemporaryDirectory() as name:
+        folder = exported(one, Path(name))
+        golden = our_logits(one.model, params, "float64")
+        exact = pairs.error(golden, their_logits(folder, one.model, "float64"))
+        rounded = {
+            dtype: (
+                pairs.error(our_logits(one.model, params, dtype), golden),
+                pairs.error(their_logits(folder, one.model, dtype), golden),
+            )
+            for dtype in dtypes
+        }
+    return Errors(exact, **rounded)
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+"""`pairs.BASE` with two layers, in the words of Llama."""
+TWO = {"n_layers": 2}
+LLAMA = functools.partial(example, "llama", theirs=transformers.LlamaConfig)
+
+EXAMPLES: tuple[Example, ...] = (
+    LLAMA("tied", said={**SIZES, "tie_word_embeddings": True}, **TWO),
+    LLAMA(
+        "interleaved, theta",
+        said={**SIZES, "rope_theta": 5e5},
+        tie_embeddings=False,
+        rope_layout="interleaved",
+        rope_theta=5e5,
+        **TWO,
+    ),
+)
+"""The dense families."""
