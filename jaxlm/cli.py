@@ -120,16 +120,17 @@ _LAYOUTS = (
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A run, a torch_ref folder or a Hugging Face folder.")],
+    src: Annotated[Path, typer.Argument(help="A run, a torch_ref or Hugging Face folder, or llama2.c's model.bin.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help=_LAYOUTS)],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or tokenizer.bin, instead of SRC's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:
     """Write a model in another layout, bit for bit."""
     from jaxlm.convert.convert import convert
 
-    print(convert(src, dst, to, step=step, overwrite=overwrite))
+    print(convert(src, dst, to, step=step, overwrite=overwrite, tokenizer=tokenizer))
 
 
 @app.command()

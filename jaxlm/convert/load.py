@@ -1,4 +1,4 @@
-"""Open anything that holds a model: a run, a torch_ref folder, a Hugging Face folder."""
+"""Open anything that holds a model: a run, a torch_ref folder, a Hugging Face folder, a `model.bin` of llama2.c."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config, config_file
-from jaxlm.convert import native, storage
+from jaxlm.convert import llama2c, native, storage
 from jaxlm.convert.canonical import canonical, fill
+from jaxlm.convert.carried import carried
 from jaxlm.convert.families import FAMILIES, REFUSED
 from jaxlm.convert.rows import Parameters
 from jaxlm.errors import UserError
@@ -46,11 +47,15 @@ class Opened:
     parameters: Mapping[str, np.ndarray]
     kind: str
     """`run`, `torch`, or the name of a family."""
+    tokenizer: Path | None = None
+    """Of a tokenizer.json or a tokenizer.bin that does not lie in `path`."""
+    kept: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    """Files to write beside the weights, by name."""
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Of its tokenizer.json, if it has one."""
-        return self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None
+        """Of its tokenizer, if it has one."""
+        return self.tokenizer or (self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None)
 
     def read(self) -> Model:
         """The whole model in memory."""
@@ -59,20 +64,32 @@ class Opened:
 
 
 def load(path: str | Path, *, step: int | None = None) -> Model:
-    """Open a run directory, a torch_ref folder or a Hugging Face folder, and read it.
+    """Open a run directory, a torch_ref folder, a Hugging Face folder or a `model.bin`, and read it.
 
     Args:
         step: which checkpoint of a run; None: the newest.
 
     Raises:
-        UserError: `path` is none of the three, or what it holds is damaged or does not fit its config.
+        UserError: `path` is none of them, or what it holds is damaged or does not fit its config.
     """
     return open_model(path, step=step).read()
 
 
-def open_model(path: str | Path, *, step: int | None = None) -> Opened:
-    """As `load`, but nothing is read yet."""
+def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> Opened:
+    """As `load`, but nothing is read yet. `tokenizer`: a tokenizer.json or tokenizer.bin to use instead of its own."""
     path = Path(path)
+    opened = _open(path, step)
+    if tokenizer is None:
+        return opened if opened.kept else dataclasses.replace(opened, kept=carried(path))
+    own = config.Tokenizer(kind="file", path=str(tokenizer))
+    return dataclasses.replace(
+        opened, tokenizer=Path(tokenizer), config=dataclasses.replace(opened.config, tokenizer=own)
+    )
+
+
+def _open(path: Path, step: int | None) -> Opened:
+    if path.suffix == ".bin" and path.is_file():
+        return _open_llama2c(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
     if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
@@ -84,7 +101,16 @@ def open_model(path: str | Path, *, step: int | None = None) -> Opened:
         return Opened(path, settings, _torch_parameters(path, settings), "torch")
     if (path / "config.json").is_file():
         return _open_family(path)
+    if (path / llama2c.MODEL).is_file():
+        return _open_llama2c(path / llama2c.MODEL)
     raise UserError(f"{path}: not a model", _WANTED)
+
+
+def _open_llama2c(path: Path) -> Opened:
+    found = llama2c.read(path)
+    tokenizer = llama2c.find_tokenizer(path, found.model.vocab_size)
+    settings = llama2c.settings(found.model, tokenizer)
+    return Opened(path, settings, found.parameters, llama2c.NAME, tokenizer, found.kept)
 
 
 def _open_run(path: Path, step: int | None) -> Opened:
@@ -155,5 +181,5 @@ def _settings(path: Path, out_dir: str) -> config.Config:
 
 _WANTED = (
     "looked for config.toml and checkpoints/ (a run), config.toml and model.safetensors (torch_ref), "
-    "config.json and model.safetensors (Hugging Face)"
+    "config.json and model.safetensors (Hugging Face), model.bin (llama2.c)"
 )
