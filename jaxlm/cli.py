@@ -119,8 +119,19 @@ def convert(
     to: Annotated[str, typer.Option(help="`jaxlm`, `torch`, or a public layout: `llama`.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="With `--to jaxlm`: a run, optimiser and all, for this one to resume."),
+    ] = None,
 ) -> None:
     """Write a model in another layout, bit for bit."""
+    if backend is not None:
+        from jaxlm.convert.state import convert_state
+
+        if to != "jaxlm":
+            raise UserError(f"--backend with --to {to}: only a run has an optimiser", "--to jaxlm")
+        print(convert_state(src, dst, backend.value, step=step, overwrite=overwrite))
+        return
     from jaxlm.convert.convert import convert
 
     print(convert(src, dst, to, step=step, overwrite=overwrite))

@@ -64,8 +64,7 @@ def convert(
     targets = ("jaxlm", "torch", *FAMILIES)
     if to not in targets:
         raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
-    if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
-        raise UserError(f"{dst} is or holds the source {src}", "name another destination")
+    require_apart(src, dst)
     model = open_model(src, step=step)
     cfg = model.config.model
     if model.tokenizer_path:
@@ -85,6 +84,12 @@ def convert(
             dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
         )
     return Summary(dst, to, *written)
+
+
+def require_apart(src: Path, dst: Path) -> None:
+    """Raise a `UserError` when replacing `dst` would remove `src`."""
+    if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
+        raise UserError(f"{dst} is or holds the source {src}", "name another destination")
 
 
 def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
