@@ -36,7 +36,11 @@ RANKS = {
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NEUTRAL = {"parts", "architecture", "config", "config_file", "errors", "flops", "registry", "data"}  # shared by both
-NEUTRAL_MODULES = {"jaxlm.train.schedule", "jaxlm.train.metrics"}  # and single modules of other parts
+NEUTRAL_MODULES = {
+    "jaxlm.train.schedule",
+    "jaxlm.train.metrics",
+    "jaxlm.train.record",
+}  # and single modules of other parts
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
 

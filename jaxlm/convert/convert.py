@@ -75,8 +75,7 @@ def convert(
     targets = ("jaxlm", "torch", "hf", llama2c.NAME, *FAMILIES)
     if to not in targets:
         raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
-    if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
-        raise UserError(f"{dst} is or holds the source {src}", "name another destination")
+    require_apart(src, dst)
     model = open_model(src, step=step, tokenizer=tokenizer)
     cfg = model.config.model
     to = resolve(to, cfg)
@@ -95,6 +94,12 @@ def convert(
                 dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
             )
     return Summary(dst, to, *written, time.perf_counter() - began)
+
+
+def require_apart(src: Path, dst: Path) -> None:
+    """Raise a `UserError` when replacing `dst` would remove `src`."""
+    if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
+        raise UserError(f"{dst} is or holds the source {src}", "name another destination")
 
 
 def resolve(to: str, cfg: config.Model) -> str:

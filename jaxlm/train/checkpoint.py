@@ -81,6 +81,25 @@ class Checkpointer:
         self._set_aside(step for step in self.steps() if step > int(items["optimizer"]["step"]))
         return TrainState(params=items["params"], **items["optimizer"]), run
 
+    def read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any], float | None]:
+        """State, `run` record and validation loss of `step`, as `save` was given them; nothing is moved or passed over.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another architecture.
+        """
+        abstract = jax.tree.map(_abstract, {"params": like.params, "optimizer": _without_params(like)})
+        try:
+            items, run = self._read(step, abstract)
+            loss = (self._manager.metrics(step) or {}).get("validation_loss")
+        except UserError:
+            raise
+        except Exception as error:  # Orbax raises plain ones for what it cannot read
+            raise UserError(
+                f"{self.folder / str(step)} is damaged: {_first_line(error)}", self._others(step)
+            ) from error
+        record = {name: value for name, value in run.items() if name not in ("format", "shapes", "checksums")}
+        return TrainState(params=items["params"], **items["optimizer"]), record, loss
+
     def restore_params(self, like: Any, warn: Callable[[str], None], step: int | None = None) -> Any:
         """Only the parameters of `step` (default: the newest intact one), in the shapes and shardings of `like`.
 
@@ -150,6 +169,10 @@ class Checkpointer:
             if run["checksums"][name] != found:
                 raise ValueError(f"the checksum of {name} differs")
         return items, run
+
+    def _others(self, step: int) -> str:
+        others = [str(other) for other in self.steps() if other != step]
+        return f"name another with --step: {', '.join(others)}" if others else "there is no other"
 
     def _set_aside(self, damaged: Iterable[int]) -> None:
         """Move steps to `damaged/`: Orbax saves nothing older than the newest step it sees."""
