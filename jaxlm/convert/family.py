@@ -128,7 +128,8 @@ class Family:
         prefix = self.embedding.partition(".")[0] + "."
         bare = not any(name.startswith(prefix) for name in stored)
         named = {name if name == self.head or not bare else prefix + name: name for name in stored}
-        full = Named(stored, {self.old_names.get(name, name): theirs for name, theirs in named.items()})
+        now = {old: new for old, new in self.old_names.items() if new not in named}
+        full = Named(stored, {now.get(name, name): theirs for name, theirs in named.items()})
         return full.without(self.extras(full, cfg))
 
     def extras(self, tensors: Mapping[str, np.ndarray], cfg: config.Model) -> set[str]:

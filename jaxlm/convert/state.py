@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ def convert_state(
         UserError: `src` is no run, has no such checkpoint, or one that is damaged, holds weights only or is already of
             `backend`; `dst` holds something else or cannot be written.
     """
+    began = time.perf_counter()
     src, dst = Path(src), Path(dst)
     require_apart(src, dst)
     if not (src / "config.toml").is_file() or not (src / "checkpoints").is_dir():
@@ -85,7 +87,8 @@ def convert_state(
             (_write_torch if backend == "torch" else _write_jax)(stage, training, settings)
             (stage / "config.toml").write_text(text, encoding="utf-8")
     arrays = jax.tree.leaves((training.params, training.moments))
-    return Summary(dst, f"step {training.step} for --backend {backend}", len(arrays), sum(x.nbytes for x in arrays))
+    size = sum(x.nbytes for x in arrays)
+    return Summary(dst, f"step {training.step} for --backend {backend}", len(arrays), size, time.perf_counter() - began)
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path:

@@ -211,7 +211,7 @@ def test_a_head_that_is_not_the_embedding(make_model: Callable, make_params: Cal
     cfg = make_model(pattern=("mamba",))
     tensors: dict[str, Any] = dict(to_layout(make_params(cfg), cfg, FAMILIES["mamba"].rows(cfg)))
     tensors[OLD] = tensors.pop(NEW)
-    with pytest.raises(UserError, match=rf"lm_head\.weight differs from {OLD}"):
+    with pytest.raises(UserError, match=rf"lm_head\.weight differs from {NEW}"):
         load(_folder(tmp_path, cfg, {**tensors, "lm_head.weight": tensors[OLD] + 1}))
 
 
