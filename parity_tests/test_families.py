@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,11 @@ from jaxlm.convert.family import Family
 from jaxlm.convert.load import open_model
 from jaxlm.convert.rows import Row, matrix, pairs_to_halves
 from jaxlm.convert.settings import Always, function_of
-from parity_tests import families, families_moe, families_ssm
+from parity_tests import table
 from parity_tests.families import Example, exported, measure, strictly
+from parity_tests.table import EXAMPLES
 from parity_tests.tolerances import FLOAT64, FLOORS, RATIO
 
-EXAMPLES = (*families.EXAMPLES, *families_moe.EXAMPLES, *families_ssm.EXAMPLES)
 FIRST = tuple({one.family: one for one in reversed(EXAMPLES)}.values())
 """One example of each family."""
 NOT_THE_MODEL = {"_name_or_path", "architectures", "transformers_version", "use_cache", "dtype", "torch_dtype"} | {
@@ -160,3 +161,10 @@ def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     one = next(one for one in EXAMPLES if str(one) == name)
     monkeypatch.setitem(FAMILIES, one.family, plant(FAMILIES[one.family]))  # pyright: ignore[reportArgumentType]
     assert measure(one, ()).float64 > 1e3 * FLOAT64.allowed
+
+
+def test_the_documentation_has_a_row_for_every_family() -> None:
+    """With as many models as there are examples: a table that is out of date is made anew by `parity_tests.table`."""
+    rows = re.findall(r"^\| `(\w+)` \| \w+ \| (\d+) \|", table.PAGE.read_text(encoding="utf-8"), re.M)
+    assert {name: int(count) for name, count in rows} == Counter(one.family for one in EXAMPLES)
+    assert [name for name, _ in rows] == list(FAMILIES)

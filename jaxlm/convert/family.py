@@ -109,7 +109,7 @@ class Family:
                 raise UserError(f"{where}: {error.args[0]} is missing") from None
             except (TypeError, AttributeError):
                 values = ", ".join(f"{key} = {hf[key]!r}" for key in asked.now if key in hf)
-                raise UserError(f"{where}: {values} is ill-formed") from None
+                raise UserError(f"{where}: ill-formed: {values}") from None
         silent = asked.ever | {*self.inert}
         if unknown := sorted(key for key in hf.keys() - silent if not INERT.fullmatch(key)):
             print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
@@ -127,9 +127,14 @@ class Family:
         """
         prefix = self.embedding.partition(".")[0] + "."
         bare = not any(name.startswith(prefix) for name in stored)
-        named = {name if name == self.head or not bare else prefix + name: name for name in stored}
-        now = {old: new for old, new in self.old_names.items() if new not in named}
-        full = Named(stored, {now.get(name, name): theirs for name, theirs in named.items()})
+        names: dict[str, str] = {}
+        for old in stored:
+            name = prefix + old if bare and old != self.head else old
+            name = self.old_names.get(name, name)
+            if name in names:
+                raise UserError(f"{old} and {names[name]} are the same tensor, {name}")
+            names[name] = old
+        full = Named(stored, names)
         return full.without(self.extras(full, cfg))
 
     def extras(self, tensors: Mapping[str, np.ndarray], cfg: config.Model) -> set[str]:
