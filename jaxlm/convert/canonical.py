@@ -65,6 +65,11 @@ class Tree(Mapping[str, np.ndarray]):
         """Of a parameter, without copying it to the host."""
         return self._flat[locate(name, self._cfg)[0]].dtype.name
 
+    def source(self, name: str) -> str:
+        """The stack that a parameter is part of, if it is."""
+        path, index = locate(name, self._cfg)
+        return "" if index is None else ".".join(path)
+
     def __getitem__(self, name: str) -> np.ndarray:
         path, index = locate(name, self._cfg)
         leaf = np.asarray(self._flat[path])

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,17 @@ def load(path: str | Path, *, step: int | None = None) -> Model:
     Raises:
         UserError: `path` is none of them, or what it holds is damaged or does not fit its config.
     """
-    return open_model(path, step=step).read()
+    return _open(Path(path), step, _restored).read()
 
 
 def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> Opened:
-    """As `load`, but nothing is read yet. `tokenizer`: a tokenizer.json or tokenizer.bin to use instead of its own."""
+    """As `load`, but nothing is read yet. Only `load` passes over a damaged checkpoint to the one before.
+
+    Args:
+        tokenizer: a tokenizer.json or tokenizer.bin to use instead of its own.
+    """
     path = Path(path)
-    opened = _open(path, step)
+    opened = _open(path, step, _stored)
     if tokenizer is None:
         return opened if opened.kept else dataclasses.replace(opened, kept=carried(path))
     own = config.Tokenizer(kind="file", path=str(tokenizer))
@@ -87,13 +91,13 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Pa
     )
 
 
-def _open(path: Path, step: int | None) -> Opened:
+def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
     if path.suffix == ".bin" and path.is_file():
         return _open_llama2c(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
     if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
-        return _open_run(path, step)
+        return _open_run(path, step, orbax)
     if step is not None:
         raise UserError(f"{path} is not a run, it has no step {step}")
     if (path / "config.toml").is_file():
@@ -113,7 +117,7 @@ def _open_llama2c(path: Path) -> Opened:
     return Opened(path, settings, found.parameters, llama2c.NAME, tokenizer, found.kept)
 
 
-def _open_run(path: Path, step: int | None) -> Opened:
+def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
     settings = _settings(path, str(path))
     checkpoints = path / "checkpoints"
     steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
@@ -121,14 +125,28 @@ def _open_run(path: Path, step: int | None) -> Opened:
         wanted = "no checkpoint" if step is None else f"no step {step}"
         raise UserError(f"{checkpoints}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")
     newest = checkpoints / str(steps[-1] if step is None else step)
-    if any(newest.glob("model.safetensors*")):  # a run of `--backend torch`
+    if any(newest.glob("model.safetensors*")):  # of `--backend torch`, or of a conversion
         parameters = _torch_parameters(newest, settings)
     else:
-        parameters = canonical(_orbax_params(path, settings, step), settings.model)
+        parameters = canonical(_orbax_params(path, settings, step, orbax), settings.model)
     return Opened(path, settings, parameters, "run")
 
 
-def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Params:
+_Reader = Callable[[Any, Any, int | None], Params]
+"""Of a `Checkpointer` the parameters like these at a step."""
+
+
+def _restored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """All at once, which is quicker than one by one."""
+    return jax.tree.map(np.asarray, checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step))
+
+
+def _stored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """Leaves that are read when they are asked for."""
+    return checkpoints.stored_params(like, step)
+
+
+def _orbax_params(path: Path, settings: config.Config, step: int | None, reader: _Reader) -> Params:
     from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
 
     # On the host: the mesh that trained the model need not exist here.
@@ -137,9 +155,9 @@ def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Para
         shapes, _ = abstract_params(Decoder(settings.model, Policy.from_config(settings.numerics)))
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), shapes)
         checkpoints = Checkpointer(path, read_only=True)
-        params = checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step)
+        params = reader(checkpoints, like, step)
         checkpoints.close()
-        return jax.tree.map(np.asarray, params)
+        return params
 
 
 def _torch_parameters(path: Path, settings: config.Config) -> Parameters:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +21,8 @@ from jaxlm.convert.load import load
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.optim import make_optimizer
+from jaxlm.train.step import init_state
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 
@@ -96,12 +99,16 @@ def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Calla
     (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=cfg)))
     old, new = make_params(cfg), make_params(cfg)
     checkpoints = Checkpointer(tmp_path)
-    checkpoints.save_params(3, old)
-    checkpoints.save_params(12, new)
+    for step, params in ((3, old), (12, new)):
+        state = init_state(jax.tree.map(jnp.asarray, params), make_optimizer(config.Train()))
+        checkpoints.save(state._replace(step=jnp.int32(step)), {})
     checkpoints.close()
     same(load(tmp_path).params, new)
     same(load(tmp_path, step=3).params, old)
     assert load(tmp_path).tokenizer_path is None
+    for step, params in ((None, new), (3, old)):
+        convert(tmp_path, tmp_path / "torch", "torch", step=step)
+        same(load(tmp_path / "torch").params, params)
     with pytest.raises(UserError, match=r"checkpoints: no step 4 \(there are: 3, 12\)"):
         load(tmp_path, step=4)
     (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))
