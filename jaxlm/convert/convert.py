@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 
 from jaxlm import config, config_file
 from jaxlm.convert import llama2c, native, storage
-from jaxlm.convert.carried import PUBLIC, content
+from jaxlm.convert.carried import PUBLIC, SENTENCEPIECE, content, no_tokenizer
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
 from jaxlm.convert.load import TOKENIZER, Model, Opened, open_model
@@ -74,6 +75,8 @@ def convert(
     cfg = model.config.model
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
+    elif src.is_file() or SENTENCEPIECE in model.kept:
+        print(f"the weights go alone: {no_tokenizer(src)}", file=sys.stderr)
     if to == "jaxlm":
         return _write_run(model.read(), _tokenizer_files(model), dst, overwrite)
     if to == llama2c.NAME:
