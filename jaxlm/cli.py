@@ -44,7 +44,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options that differ from the file.")
 ]
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run, a torch_ref folder or a Hugging Face folder.", show_default=False)
+    Path,
+    typer.Argument(metavar="RUN", help="A run, a torch_ref or Hugging Face folder, a model.bin.", show_default=False),
 ]
 BackendOption = Annotated[Backend, typer.Option(help="Framework that computes.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxlm.convert.llama2c import ROPE_TABLES
 from jaxlm.errors import UserError
 
+SENTENCEPIECE = "tokenizer.model"
 PUBLIC = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -14,7 +15,7 @@ PUBLIC = (
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    "tokenizer.model",
+    SENTENCEPIECE,
     "vocab.json",
     "merges.txt",
 )
@@ -32,6 +33,18 @@ def carried(folder: Path) -> dict[str, bytes]:
     """
     names = (*PUBLIC, ROPE_TABLES)
     return {name: content(folder / name) for name in names if (folder / name).is_file()}
+
+
+def no_tokenizer(path: Path) -> UserError:
+    """What to do about a model, a folder or a `model.bin`, that has no tokenizer that jaxlm reads."""
+    if path.is_file():
+        return UserError(
+            f"{path}: no tokenizer.bin with as many pieces beside it", "put the one it was trained with there"
+        )
+    if (path / SENTENCEPIECE).is_file():
+        saved = f"transformers.AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        return UserError(f"{path}: there is a {SENTENCEPIECE} but no tokenizer.json", f"{saved} writes one")
+    return UserError(f"{path}: there is no tokenizer.json", "copy the one the model was trained with into it")
 
 
 def content(path: Path) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxlm import config, config_file
 from jaxlm.convert import llama2c, native, storage
-from jaxlm.convert.carried import PUBLIC, content
+from jaxlm.convert.carried import PUBLIC, SENTENCEPIECE, content, no_tokenizer
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
 from jaxlm.convert.load import TOKENIZER, Opened, open_model
@@ -81,6 +81,8 @@ def convert(
     to = resolve(to, cfg)
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
+    elif src.is_file() or SENTENCEPIECE in model.kept:
+        print(f"the weights go alone: {no_tokenizer(src)}", file=sys.stderr)
     if to == llama2c.NAME:
         return Summary(dst, to, *_write_llama2c(model, dst, overwrite), time.perf_counter() - began)
     files = _public_files(model, FAMILIES[to]) if to in FAMILIES else _own_files(model, dst if to == "jaxlm" else "")
