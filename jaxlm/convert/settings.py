@@ -249,7 +249,9 @@ def require_same(model: config.Model, back: config.Model, family: str) -> None:
     mine, other = function_of(model), function_of(back)
     for name, value in mine.items():
         if other.get(name) != value:
-            hint = f"it would come back as {other.get(name)!r}; --to torch takes every model"
+            _, biases, bias = name.partition("biases.")
+            back_as = f"with{'out' * bool(value)} {bias!r}" if biases else f"as {other.get(name)!r}"
+            hint = f"it would come back {back_as}; --to torch takes every model"
             raise UserError(f"the {family} layout has no place for {_shown(name, model, mine)}", hint)
 
 
