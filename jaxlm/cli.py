@@ -44,7 +44,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options that differ from the file.")
 ]
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run, a torch_ref folder or a Hugging Face folder.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run, a torch_ref or Hugging Face folder, or a name on its hub.", show_default=False
+    ),
 ]
 BackendOption = Annotated[Backend, typer.Option(help="Framework that computes.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -114,7 +117,7 @@ def generate(
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A run, a torch_ref folder or a Hugging Face folder.")],
+    src: Annotated[Path, typer.Argument(help="A run, a torch_ref or Hugging Face folder, or a name on its hub.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="`jaxlm`, `torch`, or a public layout: `llama`.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config, config_file
-from jaxlm.convert import native, storage
+from jaxlm.convert import hub, native, storage
 from jaxlm.convert.canonical import canonical, fill
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.rows import Parameters
@@ -59,13 +59,13 @@ class Opened:
 
 
 def load(path: str | Path, *, step: int | None = None) -> Model:
-    """Open a run directory, a torch_ref folder or a Hugging Face folder, and read it.
+    """Open a run directory, a torch_ref folder, a Hugging Face folder or what the hub has as `org/name`, and read it.
 
     Args:
         step: which checkpoint of a run; None: the newest.
 
     Raises:
-        UserError: `path` is none of the three, or what it holds is damaged or does not fit its config.
+        UserError: `path` is none of these, or what it holds is damaged or does not fit its config.
     """
     return _open(Path(path), step, _restored).read()
 
@@ -76,6 +76,7 @@ def open_model(path: str | Path, *, step: int | None = None) -> Opened:
 
 
 def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
+    path = hub.local(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
     if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
