@@ -127,8 +127,9 @@ def measure(folder: Path, rounds: int) -> Iterator[dict[str, Any]]:
                 shutil.rmtree(folder / to)
             os.sync()
             print(
-                f"{row['from']:5} -> {to:5}  {seconds:6.1f} s {size / 1e9 / seconds:5.2f} GB/s   cp -r and sync "
-                f"{copy_s:6.1f} s {size / 1e9 / copy_s:5.2f} GB/s   share {copy_s / seconds:4.0%}   peak {peak / 1e6:,.0f} MB",
+                f"{row['from']:5} -> {to:5}  {seconds:6.1f} s {size / 1e9 / seconds:5.2f} GB/s   "
+                f"cp -r and sync {copy_s:6.1f} s {size / 1e9 / copy_s:5.2f} GB/s   share {copy_s / seconds:4.0%}   "
+                f"peak {peak / 1e6:,.0f} MB",
                 flush=True,
             )
             yield row

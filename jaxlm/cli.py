@@ -45,7 +45,11 @@ Overrides = Annotated[
 ]
 ModelPath = Annotated[
     Path,
-    typer.Argument(metavar="RUN", help="A run, a torch_ref or Hugging Face folder, a model.bin.", show_default=False),
+    typer.Argument(
+        metavar="RUN",
+        help="A run, a torch_ref or Hugging Face folder, a model.bin, or a name on the hub.",
+        show_default=False,
+    ),
 ]
 BackendOption = Annotated[Backend, typer.Option(help="Framework that computes.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -121,7 +125,9 @@ _LAYOUTS = (
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A run, a torch_ref or Hugging Face folder, or llama2.c's model.bin.")],
+    src: Annotated[
+        Path, typer.Argument(help="A run, a torch_ref or Hugging Face folder, llama2.c's model.bin, a name on the hub.")
+    ],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help=_LAYOUTS)],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,

@@ -94,6 +94,9 @@ class Checkpointer:
         damaged = []
         for step in reversed(self.steps()):
             where = self.folder / str(step)
+            if (where / "manifest.json").is_file():
+                hint = "generate, eval, parity and convert read it; train another out_dir"
+                raise UserError(f"{where}: parameters from a conversion, without an optimizer to resume", hint)
             if (where / "params").is_dir():
                 carry = f"`jaxlm convert {self.folder.parent} DST --to jaxlm --backend torch` carries it over"
                 raise UserError(f"{where}: a checkpoint of the JAX backend", f"{carry}, or resume with --backend jax")

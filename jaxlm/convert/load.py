@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config, config_file
-from jaxlm.convert import llama2c, native, storage
+from jaxlm.convert import hub, llama2c, native, storage
 from jaxlm.convert.canonical import canonical, fill
 from jaxlm.convert.carried import carried
 from jaxlm.convert.families import FAMILIES, REFUSED
@@ -64,13 +64,13 @@ class Opened:
 
 
 def load(path: str | Path, *, step: int | None = None) -> Model:
-    """Open a run directory, a torch_ref folder, a Hugging Face folder or a `model.bin`, and read it.
+    """Open a run, a torch_ref or Hugging Face folder, a `model.bin` or what the hub has as `org/name`, and read it.
 
     Args:
         step: which checkpoint of a run; None: the newest.
 
     Raises:
-        UserError: `path` is none of them, or what it holds is damaged or does not fit its config.
+        UserError: `path` is none of these, or what it holds is damaged or does not fit its config.
     """
     return _open(Path(path), step, _restored).read()
 
@@ -84,7 +84,7 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Pa
     path = Path(path)
     opened = _open(path, step, _stored)
     if tokenizer is None:
-        return opened if opened.kept else dataclasses.replace(opened, kept=carried(path))
+        return opened if opened.kept else dataclasses.replace(opened, kept=carried(opened.path))
     own = config.Tokenizer(kind="file", path=str(tokenizer))
     return dataclasses.replace(
         opened, tokenizer=Path(tokenizer), config=dataclasses.replace(opened.config, tokenizer=own)
@@ -94,6 +94,7 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Pa
 def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
     if path.suffix == ".bin" and path.is_file():
         return _open_llama2c(path)
+    path = hub.local(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
     if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():

@@ -238,17 +238,19 @@ def _write_shards(
         size += one.nbytes
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    described, targets = {}, []
+    described, targets, headers = {}, [], []
     with contextlib.ExitStack() as opened:
         for name, shard in zip(names, shards, strict=True):
             text, starts = header(shard)
             file = opened.enter_context((stage / name).open("wb", buffering=0))
             size = starts[-1] + shard[-1].nbytes if shard else len(text)
-            file.write(text)
             file.truncate(size)
+            headers.append((file, text))
             targets += [Target(one, file.fileno(), start) for one, start in zip(shard, starts, strict=True)]
             described[name] = {"header_sha256": header_sha256(text[8:]), "bytes": size}
         digests = write(targets, told)
+        for file, text in headers:  # last, so that a file without all its values is none
+            file.write(text)
     weights = {
         one.name: {"sha256": digests[one.name], "dtype": DTYPES[one.dtype], "shape": list(one.shape), "file": name}
         for name, shard in zip(names, shards, strict=True)

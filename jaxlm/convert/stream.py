@@ -169,14 +169,12 @@ def words(array: np.ndarray) -> np.ndarray:
 
 def chunks(array: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
     """Views of at most `size` bytes (or one value) that follow each other in the order of a file."""
-    if array.flags.c_contiguous:
-        array = array.reshape(-1)
-    row = array[0].nbytes if array.ndim and len(array) else 0
     if not array.size:
         return
-    if array.ndim == 0:
-        yield array
-    elif row > size:
+    if array.flags.c_contiguous:
+        array = array.reshape(-1)
+    row = array[0].nbytes
+    if row > size and array.ndim > 1:
         yield from itertools.chain.from_iterable(chunks(one, size) for one in array)
     else:
         rows = max(1, size // row)

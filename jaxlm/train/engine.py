@@ -86,6 +86,9 @@ class JaxEngine:
 
     def checkpoints(self) -> list[int]:
         folder = Path(self.config.out_dir) / "checkpoints"
+        if any(folder.glob("*/manifest.json")):
+            hint = "generate, eval, parity and convert read it; train another out_dir"
+            raise UserError(f"{folder}: parameters from a conversion, without an optimizer to resume", hint)
         if any(folder.glob("*/model.safetensors")):
             carry = f"`jaxlm convert {self.config.out_dir} DST --to jaxlm --backend jax` carries it over"
             hint = f"{carry}, or resume with --backend torch"

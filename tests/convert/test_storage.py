@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.convert.safetensors_file import MappedFile
@@ -186,6 +186,8 @@ def test_a_manifest_of_another_program_is_ignored(folder: Path) -> None:
     assert len(read_folder(folder)) == 5
 
 
+_NONE = '"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+TWICE = (2 * len(_NONE) + 3).to_bytes(8, "little") + f"{{{_NONE},{_NONE}}}".encode()
 DAMAGE: list[tuple[str, Callable[[Path], Any]]] = [
     ("truncated", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     ("one byte too many", lambda path: path.write_bytes(path.read_bytes() + b"\0")),
@@ -200,6 +202,19 @@ DAMAGE: list[tuple[str, Callable[[Path], Any]]] = [
         "overlap",
         lambda path: reheader(path, lambda h: h["b.weight"].update(data_offsets=h["a.weight"]["data_offsets"])),
     ),
+    ("header of 10^8 bytes", lambda path: path.write_bytes((10**8 + 1).to_bytes(8, "little") + b"{}" * 50_000_001)),
+    ("negative offsets", lambda path: reheader(path, lambda h: h["a.weight"].update(data_offsets=[-60, 0]))),
+    ("offsets the wrong way", lambda path: reheader(path, lambda h: h["e"].update(data_offsets=[142, 134]))),
+    ("offsets of text", lambda path: reheader(path, lambda h: h["d"].update(data_offsets=["0", "8"]))),
+    ("a negative shape", lambda path: reheader(path, lambda h: h["a.weight"].update(shape=[-5, -3]))),
+    ("an endless shape", lambda path: reheader(path, lambda h: h["e"].update(shape=[0, 2**62]))),
+    ("no shape", lambda path: reheader(path, lambda h: h["d"].pop("shape"))),
+    ("a type that is none", lambda path: reheader(path, lambda h: h["d"].update(dtype=7))),
+    ("a type of another size", lambda path: reheader(path, lambda h: h["d"].update(dtype="BF16"))),
+    ("a name of two lines", lambda path: reheader(path, lambda h: h.update({"d\n": h.pop("d")}))),
+    ("a list", lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]")),
+    ("nested too deep", lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)),
+    ("a name that is there twice", lambda path: path.write_bytes(TWICE)),
     ("a hole", lambda path: reheader(path, lambda h: h.pop("b.weight"))),
 ]
 
@@ -211,6 +226,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
     assert refusal(folder).startswith(f"{folder / SINGLE}: truncated or damaged: ")
 
 
+@settings(max_examples=40, deadline=None)
 @given(at=st.integers(0, 10**6))
 def test_no_change_of_one_byte_passes_the_manifest(at: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("w") / "w"
@@ -246,6 +262,33 @@ def test_an_index_that_lies_is_refused(shards: Path, change: Callable[[dict], An
     change(index["weight_map"])
     (shards / INDEX).write_text(json.dumps(index))
     assert message in refusal(shards)
+
+
+def test_a_tensor_in_two_files_is_refused(shards: Path) -> None:
+    (shards / MANIFEST).unlink()
+    index = json.loads((shards / INDEX).read_text())["weight_map"]
+    (shards / index["a.weight"]).write_bytes((shards / index["d"]).read_bytes())
+    assert refusal(shards).startswith(f"{shards}: tensor ") and refusal(shards).endswith(" is in several files")
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "F4", "C64"])
+def test_numbers_that_numpy_does_not_have_are_named(folder: Path, code: str) -> None:
+    (folder / MANIFEST).unlink()
+    reheader(folder / SINGLE, lambda header: header["d"].update(dtype=code))
+    found = read_folder(folder)
+    assert found.dtype("d") == code and found["a.weight"].shape == (5, 3)
+    assert refusal(folder) == f"{folder / SINGLE}: cannot read tensor 'd': it is stored as {code}"
+
+
+def test_whole_numbers_pass(tmp_path: Path) -> None:
+    dtypes = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+    wanted = {dtype: np.arange(3).astype(dtype) for dtype in dtypes}
+    wanted["bool"] = np.array([True, False])
+    write_folder(tmp_path / "w", planned(wanted.items()), {}, layout="x")
+    found, library = read_folder(tmp_path / "w"), safetensors.numpy.load_file(tmp_path / "w" / SINGLE)
+    for name, array in wanted.items():
+        assert found.dtype(name) == found[name].dtype == library[name].dtype == array.dtype
+        assert found[name].tolist() == library[name].tolist() == array.tolist()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
