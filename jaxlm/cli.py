@@ -115,14 +115,14 @@ def generate(
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A run, a torch_ref or Hugging Face folder, or llama2.c's model.bin.")],
+    src: Annotated[Path, typer.Argument(help="A run, a torch_ref folder or a Hugging Face folder.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="`jaxlm`, `torch`, or a public layout: `llama`, `llama2c`.")],
+    to: Annotated[str, typer.Option(help="`jaxlm`, `torch`, or a public layout: `llama`.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or tokenizer.bin, instead of SRC's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or tokenizer.bin, instead of SRC's.")] = None,
 ) -> None:
-    """Write a model in another layout, bit for bit."""
+    """Write a model in another layout, bit for bit. SRC may also be a model.bin of llama2.c."""
     from jaxlm.convert.convert import convert
 
     print(convert(src, dst, to, step=step, overwrite=overwrite, tokenizer=tokenizer))

@@ -273,7 +273,10 @@ def write(
     with (stage / MODEL).open("wb") as file:
         file.write(struct.pack(f"<{len(numbers)}i", *numbers))
         for one in tensors:
-            file.write(np.ascontiguousarray(one.make(), "<f4").data)
+            array = np.ascontiguousarray(one.make(), "<f4")
+            if not np.isfinite(array).all():
+                raise UserError(f"{one.name} is NaN or infinite somewhere")
+            file.write(array.data)
             if one.name == "rms_final":
                 file.write(kept if kept is not None and len(kept) == len(tables) else tables)
             told(one.nbytes)

@@ -261,7 +261,7 @@ def test_numbers_that_are_none_are_refused(
     write: Callable, rng: np.random.Generator, tmp_path: Path, place: int, tensor: str, to: str
 ) -> None:
     path = write(_number(place, np.inf)(make_bin(rng, SMALL).content))
-    with pytest.raises(UserError, match=f"1 tensor NaN or infinite: {tensor}"):
+    with pytest.raises(UserError, match=f"NaN or infinite: {tensor}|{tensor} is NaN or infinite"):
         convert(path, tmp_path / "out", to)
     assert [file.name for file in tmp_path.iterdir()] == ["model.bin"]
 
