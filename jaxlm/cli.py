@@ -131,8 +131,8 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help=_LAYOUTS)],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or tokenizer.bin, instead of SRC's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or tokenizer.bin, instead of SRC's.")] = None,
     backend: Annotated[
         Backend | None,
         typer.Option(help="With `--to jaxlm`: a run, optimiser and all, for this one to resume."),

@@ -26,7 +26,6 @@ from jaxlm.convert.canonical import leaves
 from jaxlm.convert.family import sizes
 from jaxlm.convert.rows import Parameters, Row, Transform, expand, matrix, pairs_to_halves, plan
 from jaxlm.convert.settings import Always, require_same, tree
-from jaxlm.convert.stream import all_finite
 from jaxlm.data import llama2c as vocabulary
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -274,10 +273,10 @@ def write(
     with (stage / MODEL).open("wb") as file:
         file.write(struct.pack(f"<{len(numbers)}i", *numbers))
         for one in tensors:
-            array = one.make()
-            if one.origin and not all_finite(array):
-                raise UserError(f"{one.origin} is NaN or infinite somewhere", "was its training sound?")
-            file.write(np.ascontiguousarray(array, "<f4").data)
+            array = np.ascontiguousarray(one.make(), "<f4")
+            if not np.isfinite(array).all():
+                raise UserError(f"{one.name} is NaN or infinite somewhere")
+            file.write(array.data)
             if one.name == "rms_final":
                 file.write(kept if kept is not None and len(kept) == len(tables) else tables)
             told(one.nbytes)
