@@ -30,7 +30,7 @@ RANKS = {
     **dict.fromkeys(["infer"], 9),  # opens whatever convert can open
     **dict.fromkeys(["recipes", "eval"], 10),
     **dict.fromkeys(["parity"], 11),  # steps the objective of a recipe
-    **dict.fromkeys(["cli"], 12),
+    **dict.fromkeys(["cli", "pytest_plugin"], 12),
     **dict.fromkeys(["__main__"], 13),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}

@@ -28,9 +28,9 @@ from jaxlm import config, config_file
 from jaxlm.compilation import enable_compilation_cache
 from jaxlm.convert.load import Model
 from jaxlm.errors import UserError
-from jaxlm.models.decoder import Decoder, abstract_params, unrolled
+from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.parity.check import _open, _progress
-from jaxlm.parity.compare import LOOKS, Finding, compare_by_ratio, compare_tokens, relative
+from jaxlm.parity.compare import Finding, compare_by_ratio, compare_tokens, relative
 from jaxlm.parity.golden_file import Golden, Shown, read_golden
 from jaxlm.parity.inputs import Inputs, make_inputs
 from jaxlm.parity.report import Report, describe, versions
@@ -42,6 +42,8 @@ STORED = "stored"
 """The dtype, in a report, of what is not computed."""
 TAIL = 8
 """How many logits are kept as they are."""
+DRAWS = 5
+"""Draws of rows, the same at both times, by which an alarm about a gradient below float64 is confirmed."""
 Told = Callable[[str, str], None]
 """Called with a dtype and what begins."""
 
@@ -153,10 +155,12 @@ def freeze(
         now = trace(dtype)
         tokens[dtype] = now.tokens
         bounds[dtype] = {level: {} for level in levels}
-        for one in compare_by_ratio(dtype, exact, now, now):
+        for one in compare_by_ratio(dtype, exact, now, _in_order(now, settings.model)):
             if not math.isfinite(one.bound):
                 raise UserError(f"{one.name} is NaN in {dtype}: there is nothing to freeze")
             bounds[dtype][one.level][one.name] = one.bound
+    if narrow:
+        told(narrow[-1], "other rows")
     return Golden(
         computed_by=side.name,
         model=describe(settings.model),
@@ -229,18 +233,26 @@ def _in_order(trace: Trace, model: config.Model) -> Trace:
 
 def _modules(model: config.Model) -> list[str]:
     """The modules in the order in which they finish, by the names of torch_ref."""
-    decoder, found = unrolled(without_remat(Decoder(model))), []
+    decoder = without_remat(Decoder(dataclasses.replace(model, layer_loop="scan")))
+    found: dict[str, None] = {}
 
     def note(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = function(*args, **kwargs)
         if context.method_name == "__call__":
-            found.append(".".join(context.module.path).replace("layers_", "layers.", 1) or "logits")
+            found[".".join(context.module.path) or "logits"] = None
         return result
 
     row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     with nn.intercept_methods(note):
         jax.eval_shape(lambda params, x: decoder.apply({"params": params}, x, x, x), abstract_params(decoder)[0], row)
-    return list(dict.fromkeys(found))
+    inside = [name for name in found if name.startswith("layers.")]
+    layers = []
+    for number in range(model.n_layers):
+        slot = f"layers.slot_{number % len(model.pattern)}"
+        layers += [name.replace(slot, f"layers.{number}") for name in inside if f"{name}.".startswith(f"{slot}.")]
+    outside = [name for name in found if name not in inside]
+    first = next(iter(place for place, name in enumerate(found) if name in inside), 0)
+    return [*outside[:first], *layers, *outside[first:]]
 
 
 def _options(settings: config.Config) -> dict[str, Any]:
@@ -319,7 +331,7 @@ def _look_again(dtype: str, found: Sequence[Finding], golden: Golden, side: Side
     for one in found:
         if one.level == "gradients" and one.name in medians:
             bound = RATIO.allowed * max(golden.typical[dtype][one.name], FLOORS[dtype].allowed)
-            note = f"median of {LOOKS} other draws"
+            note = f"median of {DRAWS} other draws"
             yield dataclasses.replace(one, error=medians[one.name], bound=bound, note=note)
         else:
             yield one
@@ -328,7 +340,7 @@ def _look_again(dtype: str, found: Sequence[Finding], golden: Golden, side: Side
 def _typical(side: Side, inputs: Inputs, dtypes: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, float]]:
     """By dtype and parameter, the median over other draws of rows of the error of a gradient against float64."""
     seen: dict[str, dict[str, list[float]]] = {dtype: {name: [] for name in names} for dtype in dtypes}
-    for number in range(1, LOOKS + 1) if dtypes else ():
+    for number in range(1, DRAWS + 1) if dtypes else ():
         rows = inputs.other_rows(number)
         exact = side.gradients("float64", rows)
         for dtype in dtypes:
