@@ -12,10 +12,29 @@ import numpy as np
 
 from jaxlm import config, config_file
 from jaxlm.convert.rows import Row
-from jaxlm.convert.settings import Fixed, Key, Setting, require_same, tree
+from jaxlm.convert.settings import Key, Setting, require_same, tree
 from jaxlm.errors import UserError
 
-COMMON: tuple[Setting, ...] = (Fixed("quantization_config", None),)
+
+class Unquantised:
+    """Weights are stored in a float dtype."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        if found := hf.get("quantization_config"):
+            method = found.get("quant_method")
+            hint = "dequantise them first: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained(...)"
+            if method == "mxfp4":
+                hint = "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
+            raise ValueError(f"quantization_config = {found!r}: jaxlm reads no quantised weights", hint)
+        return {}
+
+
+COMMON: tuple[Setting, ...] = (Unquantised(),)
 """Settings of every layout."""
 
 INERT = re.compile(
@@ -42,6 +61,8 @@ class Family:
     head: str = "lm_head.weight"
     ignored: str = ""
     """Pattern of tensors that old files carry and that say nothing."""
+    inert: tuple[str, ...] = ()
+    """Keys of its config.json that say nothing of what the weights compute."""
     old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Spellings of old files that transformers still reads, and what they are now."""
 
@@ -89,7 +110,8 @@ class Family:
             except (TypeError, AttributeError):
                 values = ", ".join(f"{key} = {hf[key]!r}" for key in asked.now if key in hf)
                 raise UserError(f"{where}: ill-formed: {values}") from None
-        if unknown := sorted(key for key in hf.keys() - asked.ever if not INERT.fullmatch(key)):
+        silent = asked.ever | {*self.inert}
+        if unknown := sorted(key for key in hf.keys() - silent if not INERT.fullmatch(key)):
             print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
         model = tree(options)
         learned = {"data": {"seq_len": model["max_seq_len"]}} if model.get("positions") == "learned" else {}
