@@ -17,7 +17,7 @@ from jaxlm.convert.native import to_torch
 from jaxlm.data.completion import GREEDY
 from jaxlm.models.decoder import Params
 from jaxlm.parity.inputs import Inputs
-from jaxlm.parity.trace import STEPS, Arrays, Trace, moved, numerics_of, settings_of
+from jaxlm.parity.trace import STEPS, Arrays, Trace, moved, numerics_of, returned, settings_of
 from torch_ref.generate import generate
 from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import Policy
@@ -135,7 +135,8 @@ def _outputs(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            captured.setdefault(name, output[0] if isinstance(output, tuple) else output)  # of sinks: the second call
+            for key, tensor in returned(name, output).items():
+                captured.setdefault(key, tensor)  # of sinks: the second call
 
         return keep
 

@@ -44,7 +44,7 @@ def page(report: Report) -> str:
     return "\n".join(
         [
             f"<!doctype html><html lang=en><meta charset=utf-8><title>Parity of {escape(report.subject)}</title>",
-            f"<style>{STYLE}</style><h1>{escape(report.subject)}</h1><p class=dim>jaxlm against torch_ref</p>",
+            f"<style>{STYLE}</style><h1>{escape(report.subject)}</h1><p class=dim>{escape(report.who)}</p>",
             f'<div class="verdict {kind}">{escape(words)}</div>',
             "<h2>Levels</h2>",
             _levels(report),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +36,10 @@ class Report:
     """In the order of computation, float64 first."""
     seconds: Mapping[str, float]
     """How long each part took; the parts of the two frameworks overlap."""
+    who: str = "jaxlm against torch_ref"
+    """Which model is computed by what."""
+    explanations: tuple[str, ...] = ()
+    """What makes the difference vanish, best first."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: versions())
     machine: str = dataclasses.field(default_factory=lambda: machine())
     date: str = dataclasses.field(default_factory=lambda: f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
@@ -60,7 +65,9 @@ class Report:
         """One line: `same`, or the first tensor that differs."""
         if self.first is None:
             return "same"
-        first = self.first
+        return "; ".join([self._first_told(self.first), *self.explanations[:1]])
+
+    def _first_told(self, first: Finding) -> str:
         told = f"differ: first differing tensor {first.name} ({first.dtype}, {first.level}): "
         if first.level == GENERATION:
             return told.replace("tensor", "tokens") + first.note
@@ -151,7 +158,8 @@ def describe(model: config.Model) -> str:
 
 def versions() -> dict[str, str]:
     """Of what computed the numbers."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed = {name for name in PACKAGES if importlib.util.find_spec(name)}
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     return {"jaxlm": __version__, "python": platform.python_version(), **found}
 
 

@@ -38,6 +38,8 @@ LEARNING_RATE = 3e-4
 model at 4e-3 part by 5e-11 in float64, at 3e-4 by 1e-13. An update is judged relative to its own size."""
 LEVELS = ("forward", "loss", "gradients", *(f"update {steps}" for steps in STEPS))
 """What is compared tensor by tensor, in the order of computation; the greedy tokens come last."""
+CHOICE = ("experts", "biased")
+"""What a router returns besides its weights and `compare_routing` looks at, after a `#` behind its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,9 +241,16 @@ def _outputs(captured: Mapping[str, Any], prefix: str = "") -> Arrays:
     found: Arrays = {}
     for key, value in captured.items():
         if key == "__call__":
-            output = value[0][0] if isinstance(value[0], tuple) else value[0]
-            found[prefix.removesuffix(".") or "logits"] = output
+            found |= returned(prefix.removesuffix(".") or "logits", value[0])
         else:
             name = key.replace("layers_", "layers.", 1) if not prefix else key
             found |= _outputs(value, f"{prefix}{name}.")
     return found
+
+
+def returned(name: str, output: Any) -> dict[str, Any]:
+    """What a module returned, by its name; a cache beside an output is dropped, of a router the choice is kept."""
+    if not isinstance(output, tuple):
+        return {name: output}
+    choice = {f"{name}#{what}": getattr(output, what) for what in CHOICE if hasattr(output, what)}
+    return {name: output[0], **choice}

@@ -119,4 +119,12 @@ FAMILY = Family(
         Says("attention_dropout", 0.0),
         Always("positions", "none"),
     ),
+    inert=(
+        "router_aux_loss_coef",
+        "output_router_logits",
+        "num_logits_to_keep",
+        "use_associative_scan",
+        "use_mamba_kernels",
+        "use_mambapy",
+    ),
 )

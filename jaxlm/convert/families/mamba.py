@@ -88,6 +88,21 @@ class Rank(Own):
         return {self.ours: 0} if hf.get(self.theirs) == "auto" else super().back(hf)
 
 
+class Inner:
+    """The channels of the scan, which `expand` says already."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {"intermediate_size": first(model).mamba.expand * model.d_model}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        inner = hf.get("expand", 2) * hf["hidden_size"]
+        if hf.get("intermediate_size", inner) != inner:
+            raise ValueError(f"intermediate_size = {hf['intermediate_size']} is not expand * hidden_size = {inner}")
+        return {}
+
+
 BLOCKS: tuple[Setting, ...] = (
     *sizes(vocab_size="vocab_size", hidden_size="d_model", num_hidden_layers="n_layers"),
     Own("conv_kernel", "mamba.d_conv", 4),
@@ -114,10 +129,12 @@ FAMILY = Family(
     rows=rows,
     settings=(
         *BLOCKS,
+        Inner(),
         Own("state_size", "mamba.d_state", 16),
         Key("tie_word_embeddings", "tie_embeddings", True),
         Always("pattern", ["mamba"]),
     ),
     embedding="backbone.embeddings.weight",
+    inert=("time_step_init_scheme", "time_step_scale", "use_associative_scan", "use_mambapy"),
     old_names={"backbone.embedding.weight": "backbone.embeddings.weight"},
 )

@@ -76,4 +76,5 @@ FAMILY = Family(
         Always("pattern", ["mamba2"]),
     ),
     embedding="backbone.embeddings.weight",
+    inert=("chunk_size",),
 )
