@@ -82,6 +82,8 @@ def check(
     """
     _require_known("level", levels, LEVELS)
     _require_known("dtype", dtypes, DTYPES)
+    if computed_by != "jaxlm":
+        _require_installed("torch", "torch")
     began = time.monotonic()
     subject = _open(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
@@ -156,8 +158,8 @@ def compare_sides(
 
     with ThreadPoolExecutor(len(sides)) as pool:
         for dtype in ("float64", *(dtype for dtype in dtypes if dtype != "float64")):
-            traces = pool.map(trace, sides, [dtype] * len(sides))
-            ours, theirs = comparable(*traces, sides, inputs)
+            ours, theirs = pool.map(trace, sides, [dtype] * len(sides))
+            ours, theirs = comparable(ours, theirs, sides, inputs)
             if golden is None:
                 golden = ours
                 findings += compare_exact(ours, theirs, [side.name for side in sides])
@@ -206,8 +208,6 @@ def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[
         notes = () if chosen == "hf" else ("transformers is not installed: torch_ref computes the converted weights",)
     chosen = chosen or "torch"
     _require_known("implementation", [chosen], ("jaxlm", "torch", "hf"))
-    if chosen != "jaxlm":
-        _require_installed("torch", "torch")
     settings = dataclasses.replace(subject.settings, model=second.settings.model)
     if chosen == "jaxlm":
         return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes

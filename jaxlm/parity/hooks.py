@@ -23,7 +23,10 @@ def watched(modules: Iterable[tuple[str, nn.Module]], returns: Return, arrives: 
         return lambda module, args, kwargs: arrives(name, args, kwargs) if arrives else None
 
     def after(name: str) -> Callable[..., None]:
-        return lambda module, args, output: returns(name, first(output))
+        def told(module: nn.Module, args: Any, output: Any) -> None:
+            returns(name, first(output))
+
+        return told
 
     handles = []
     for name, module in modules:

@@ -92,7 +92,8 @@ class HuggingFaceSide:
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         """See `trace.Side`."""
         with _lifted(dtype), torch.no_grad():
-            return array_of(self._model(dtype)[0](torch.tensor([ids]), use_cache=False).logits[0, -1])
+            model: Any = self._model(dtype)[0]
+            return array_of(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
 
     def replay(self, dtype: str, rows: Mapping[str, np.ndarray], inputs: Arrays | None) -> Events:
         """See `trace.Side`. The choice of the experts is its own."""
@@ -138,8 +139,9 @@ class HuggingFaceSide:
         told: dict[str, Any] = {"input_ids": torch.as_tensor(rows["tokens"]).long(), "use_cache": False}
         if "position_ids" in inspect.signature(model.forward).parameters:
             told["position_ids"] = torch.as_tensor(rows["positions"]).long()
+        run: Any = model
         if parameters is None:
-            return model(**told).logits
+            return run(**told).logits
         own = dict(model.named_parameters())
         cast = {name: parameter.to(own[name].dtype) for name, parameter in parameters.items()}
         return torch.func.functional_call(model, cast, kwargs=told, tie_weights=True).logits
@@ -239,7 +241,7 @@ class HuggingFaceSide:
         """The model as transformers loads it, with nothing missing, unexpected or of another shape."""
         eager: Any = {"attn_implementation": "eager", "experts_implementation": "eager"}
         with _quiet():
-            model, told = AutoModelForCausalLM.from_pretrained(
+            model, told = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 self._folder,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 local_files_only=True,

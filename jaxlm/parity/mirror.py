@@ -112,7 +112,10 @@ class TorchSide:
 
     def _forward(self, decoder: Decoder, batch: dict[str, Tensor]) -> Arrays:
         captured: Arrays = {}
-        keep = lambda name, output: captured.setdefault(name, array_of(output))  # noqa: E731  (of sinks: the second call)
+
+        def keep(name: str, output: Tensor) -> None:
+            captured.setdefault(name, array_of(output))  # of sinks: the second call is not kept
+
         with torch.no_grad(), watched(_modules(decoder), keep):
             keep(LOGITS, decoder(batch["tokens"], batch["positions"], batch["segments"])[0])
         return captured
