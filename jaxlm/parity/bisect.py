@@ -77,7 +77,8 @@ class Replayed:
                 continue  # which experts are chosen in a near tie is luck
             arrays = [exact, ours[kind, name], theirs[kind, name]]
             if len({x.shape for x in arrays}) > 1:
-                yield Part(dtype, kind, name, float("inf"), 0.0, "of another shape")
+                what = f"{_what(kind, name, order[:place])}, which has another shape"
+                yield Part(dtype, kind, name, float("inf"), 0.0, what)
                 continue
             exact, mine, other = (x if whole else real_tokens(x, self._rows) for x in arrays)
             error, bound = relative(other, exact), FLOAT64.allowed

@@ -107,7 +107,7 @@ class HuggingFaceSide:
                 if not isinstance(x, Tensor) or not x.is_floating_point():
                     return None
                 for place in places[module]:
-                    events[ARRIVES, place.name] = _taken(x, place.inputs, rows, ())
+                    events[ARRIVES, place.name] = _taken(x, place.inputs, rows, place.takes)
                 forced = [inputs[place.name] for place in places[module] if place.name in inputs] if inputs else []
                 if not forced or forced[0].size != x.numel():
                     return None
@@ -116,7 +116,7 @@ class HuggingFaceSide:
 
             def returns(module: str, output: Tensor) -> None:
                 for place in places[module]:
-                    events[RETURNS, place.name] = _taken(output, place.outputs, rows, place.shape)
+                    events[RETURNS, place.name] = _taken(output, place.outputs, rows, place.gives)
 
             with watched(_modules(model, places), returns, arrives):
                 events[RETURNS, LOGITS] = array_of(self._call(model, rows))
@@ -128,7 +128,7 @@ class HuggingFaceSide:
 
         def keep(module: str, output: Tensor) -> None:
             for place in places[module]:
-                captured[place.name] = _taken(output, place.outputs, rows, place.shape)
+                captured[place.name] = _taken(output, place.outputs, rows, place.gives)
 
         with torch.no_grad(), watched(_modules(model, places), keep):
             captured[LOGITS] = array_of(self._call(model, rows))

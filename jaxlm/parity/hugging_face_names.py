@@ -40,8 +40,10 @@ class Place(NamedTuple):
     outputs: np.ndarray | None
     """Which of the outputs are its own, in its order; None: all, in their order."""
     inputs: np.ndarray | None
-    shape: tuple[int, ...]
-    """Of an output of one token; () for whatever it is."""
+    gives: tuple[int, ...] = ()
+    """The shape of the output for one token; () for whatever it is."""
+    takes: tuple[int, ...] = ()
+    """The shape of the input for one token."""
 
 
 class Names:
@@ -76,7 +78,7 @@ class Names:
             if found is not None:
                 places.setdefault(found[0], []).append(found[1])
         for name, module in self._parents().items():
-            places.setdefault(module, []).append(Place(name, None, None, ()))
+            places.setdefault(module, []).append(Place(name, None, None))
         return places
 
     def _canonical(self) -> dict[str, str]:
@@ -93,12 +95,12 @@ class Names:
         owner = owners[0].rpartition(".")[0]
         module, leaf = self._model.get_submodule(owner), leaves(self._cfg)[canonical]
         if isinstance(module, nn.Linear | Conv1D):
-            shape = leaf.shape[inputs(leaf) :]
-            return owner, Place(path, outputs[:, 0].astype(int), taken[0].astype(int), shape)
+            gives, takes = leaf.shape[inputs(leaf) :], leaf.shape[: inputs(leaf)]
+            return owner, Place(path, outputs[:, 0].astype(int), taken[0].astype(int), gives, takes)
         if isinstance(module, nn.Embedding):
             return owner, Place(path, None, None, leaf.shape[1:])
         if outputs.ndim == 1 and not isinstance(module, nn.Conv1d):
-            return owner, Place(path, outputs.astype(int), outputs.astype(int), ())
+            return owner, Place(path, outputs.astype(int), outputs.astype(int))
         return None
 
     def _is_hidden(self, path: str) -> bool:

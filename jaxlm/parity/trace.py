@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -214,6 +215,9 @@ class JaxSide:
         return levels
 
 
+_NUMBERS = itertools.count()
+
+
 @functools.lru_cache(maxsize=8)
 def events_of(model: config.Model) -> tuple[tuple[str, str], ...]:
     """What arrives and returns, in the order of computation; traces every block, of which nothing is computed."""
@@ -232,9 +236,11 @@ def events_of(model: config.Model) -> tuple[tuple[str, str], ...]:
         return output
 
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    # Equal blocks are traced once otherwise.
-    with jax.disable_jit(), nn.intercept_methods(watch):
-        jax.eval_shape(decoder.apply, {"params": abstract_params(decoder)[0]}, ids, ids, ids)
+    # Blocks that have equal variables are traced once for all: these have not.
+    apart = {f"layers_{i}": {"apart": jax.ShapeDtypeStruct((next(_NUMBERS),), jnp.int8)} for i in range(model.n_layers)}
+    variables = {"params": abstract_params(decoder)[0], "apart": apart}
+    with nn.intercept_methods(watch):
+        jax.eval_shape(decoder.apply, variables, ids, ids, ids)
     return tuple(events)
 
 
