@@ -112,11 +112,17 @@ def generate(
         print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
 
 
+_LAYOUTS = (
+    "`jaxlm` (a run), `torch` (torch_ref), `hf` (the first public layout that can hold the model), or one by its name: "
+    "llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen3_moe, gpt_oss, dots1, mamba, mamba2, jamba, llama2c."
+)
+
+
 @app.command()
 def convert(
     src: Annotated[Path, typer.Argument(help="A run, a torch_ref folder or a Hugging Face folder.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="`jaxlm`, `torch`, or a public layout: `llama`.")],
+    to: Annotated[str, typer.Option(help=_LAYOUTS)],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:

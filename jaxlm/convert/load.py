@@ -129,11 +129,11 @@ def _open_family(path: Path) -> Opened:
     if family is None:
         raise UserError(f"{where}: model_type {hf.get('model_type')!r} is not known", f"known: {', '.join(FAMILIES)}")
     model = family.config_from_hf(hf, str(where))
-    tensors = storage.read_folder(path)
-    tensors = tensors.without(family.extras(tensors, model))
+    tensors = family.tensors(storage.read_folder(path), model)
     parameters = Parameters(tensors, model, family.rows(model), str(path))
     dtype = parameters.dtype("embed.embedding")
     tree: dict[str, Any] = {
+        "data": {"seq_len": min(config.Data().seq_len, model.max_seq_len)},
         "numerics": {
             "params": "float64" if dtype == "float64" else "float32",
             "compute": dtype if dtype in ("bfloat16", "float64") else "float32",

@@ -198,9 +198,13 @@ class Parameters(Mapping[str, np.ndarray]):
         of = getattr(self._tensors, "dtype", lambda name: self._tensors[name].dtype.name)
         return of(theirs)
 
+    def stored(self, name: str) -> str:
+        """The tensor that holds a parameter, the first if they are several."""
+        return self._rows[name].theirs[0]
+
     def dtype(self, name: str) -> str:
         """Of a parameter, without reading it."""
-        return self._type(self._rows[name].theirs[0])
+        return self._type(self.stored(name))
 
     def __getitem__(self, name: str) -> np.ndarray:
         row = self._rows[name]
