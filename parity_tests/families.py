@@ -30,6 +30,12 @@ from parity_tests import pairs
 
 T = 512
 """Tokens of the prompt whose logits are compared."""
+FLOAT32 = {
+    ("dots1", "bfloat16", "selection_bias"),
+    ("dots1", "float16", "selection_bias"),
+    ("gpt_oss", "float16", "scale"),
+}
+"""Family, dtype of the model, parameter: what transformers keeps and stores in float32 all the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +59,13 @@ def example(family: str, name: str, theirs: Callable[..., Any], said: dict[str, 
 
 
 def values(one: Example, dtype: str = "float32") -> Params:
-    """Values of their own in every leaf, the same in each run, as numpy arrays."""
+    """Values of their own in every leaf, the same in each run, as numpy arrays; see `FLOAT32`."""
     rng = np.random.default_rng(list(str(one).encode()))
-    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), pairs.random_params(one.model, rng))
+
+    def leaf(path: tuple, x: Any) -> np.ndarray:
+        return np.asarray(x).astype("float32" if (one.family, dtype, path[-1].key) in FLOAT32 else dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, pairs.random_params(one.model, rng))
 
 
 def torch_folder(params: Params, cfg: config.Model, folder: Path, **files: str) -> Path:

@@ -12,10 +12,29 @@ import numpy as np
 
 from jaxlm import config, config_file
 from jaxlm.convert.rows import Row
-from jaxlm.convert.settings import Fixed, Key, Setting, require_same, tree
+from jaxlm.convert.settings import Key, Setting, require_same, tree
 from jaxlm.errors import UserError
 
-COMMON: tuple[Setting, ...] = (Fixed("quantization_config", None),)
+
+class Unquantised:
+    """Weights are stored in a float dtype."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        if found := hf.get("quantization_config"):
+            method = found.get("quant_method")
+            hint = "dequantise them first: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained(...)"
+            if method == "mxfp4":
+                hint = "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
+            raise ValueError(f"quantization_config = {found!r}: jaxlm reads no quantised weights", hint)
+        return {}
+
+
+COMMON: tuple[Setting, ...] = (Unquantised(),)
 """Settings of every layout."""
 
 INERT = re.compile(

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.canonical import canonical, fill
-from jaxlm.convert.families import FAMILIES
+from jaxlm.convert.families import FAMILIES, REFUSED
 from jaxlm.convert.rows import Parameters
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
@@ -124,6 +124,8 @@ def _open_family(path: Path) -> Opened:
     where = path / "config.json"
     hf = storage.read_json(where)
     family = FAMILIES.get(str(hf.get("model_type")))
+    if reason := REFUSED.get(str(hf.get("model_type"))):
+        raise UserError(f"{where}: model_type {hf['model_type']!r}: {reason}")
     if family is None:
         raise UserError(f"{where}: model_type {hf.get('model_type')!r} is not known", f"known: {', '.join(FAMILIES)}")
     model = family.config_from_hf(hf, str(where))

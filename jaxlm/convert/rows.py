@@ -91,6 +91,12 @@ def join(axis: int) -> Transform:
     )
 
 
+interleave = Transform(
+    lambda xs, leaves: [np.stack(xs, -1).reshape(*xs[0].shape[:-1], -1)],
+    lambda xs, leaves, like: [xs[0][..., n :: len(like)] for n in range(len(like))],
+)
+"""Several arrays of one shape by turns along the last axis of the file: a0 b0 a1 b1 ..."""
+
 each = Transform(lambda xs, leaves: list(xs[0]), lambda xs, leaves, like: [np.stack(xs)])
 """One array as a list along its first axis: a tensor for each expert."""
 

@@ -223,7 +223,7 @@ def function_of(model: config.Model) -> dict[str, Any]:
             layer |= _section("mamba", mixer.mamba.filled(halves.mixer_name, model.d_model), _MAMBA_TRAINING)
         if halves.ffn_name:
             layer |= {"activation": ffn.activation}
-            layer |= {"d_ff": ffn.d_ff} if halves.ffn_name == "mlp" or ffn.moe.d_ff == 0 else {}
+            layer |= {"d_ff": ffn.d_ff} if halves.ffn_name == "mlp" else {}
         if halves.ffn_name == "moe":
             layer |= _section("moe", dataclasses.replace(ffn.moe, d_ff=ffn.moe.d_ff or ffn.d_ff), _MOE_TRAINING)
         for half in (halves.mixer_name, halves.ffn_name):

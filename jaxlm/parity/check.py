@@ -31,6 +31,7 @@ from jaxlm.parity.compare import (
 )
 from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs, random_params
 from jaxlm.parity.report import Report, describe
+from jaxlm.parity.routing import compare_routing
 from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace, without_balancing
 
 PARTS = 3
@@ -105,7 +106,7 @@ def check(
     if (other is not None or not sides[1].mirrors) and inputs.wants("weights"):
         findings += compare_weights(sides[0].weights(), sides[1].weights(), names)
     with _progress(show) as told:
-        compared, seconds = compare_sides(sides, inputs, dtypes, told)
+        compared, seconds = compare_sides(sides, inputs, dtypes, told, subject.settings.model)
         findings += compared
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
     seconds["all"] = time.monotonic() - began
@@ -142,10 +143,11 @@ def compare_sides(
     inputs: Inputs,
     dtypes: Sequence[str] = DTYPES,
     told: Told = lambda side, dtype, part: None,
+    model: config.Model | None = None,
 ) -> tuple[list[Finding], dict[str, float]]:
     """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
 
-    Both sides work at the same time, for one of them is often compiling.
+    Both sides work at the same time, for one of them is often compiling. `model`: whose experts are compared, if any.
     """
     findings: list[Finding] = []
     seconds: dict[str, float] = defaultdict(float)
@@ -167,6 +169,9 @@ def compare_sides(
                 found = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
                 sound = all(one.ok for one in findings if one.dtype == "float64")
                 findings += look_again(dtype, found, inputs, sides) if sound else found
+            if model is not None and inputs.wants("routing") and inputs.wants("forward"):
+                forwards = (trace.levels["forward"] for trace in (golden, ours, theirs))
+                findings += compare_routing(dtype, *forwards, model)
             if inputs.wants("generation"):
                 findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
     return findings, dict(seconds)

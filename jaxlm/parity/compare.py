@@ -292,12 +292,12 @@ def _median(array: np.ndarray) -> float:
 def _orders(ours: Trace, theirs: Trace) -> dict[str, list[str]]:
     """The names of each level in the order of computation: gradients flow from the last module to the first.
 
-    The order of modules is that of the other side.
+    What a router chose (`#`) is for `compare_routing`. The order of modules is that of the other side.
     """
     place = {name: index for index, name in enumerate(theirs.levels.get("forward", ()))}
     orders = {}
     for level in ours.levels:
-        names = [*dict.fromkeys([*theirs.levels[level], *ours.levels[level]])]
+        names = [name for name in dict.fromkeys([*theirs.levels[level], *ours.levels[level]]) if "#" not in name]
         if level not in ("forward", "loss"):
             names.sort(key=lambda name: place.get(name.rpartition(".")[0], len(place)), reverse=level == "gradients")
         orders[level] = names

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 Arrive = Callable[[str, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]
-Return = Callable[[str, Tensor], None]
+Return = Callable[[str, Any], None]
 
 
 @contextmanager
 def watched(modules: Iterable[tuple[str, nn.Module]], returns: Return, arrives: Arrive | None = None) -> Iterator[None]:
     """Calls `arrives` with the name, the arguments and the keywords of each module, whose result replaces them, and
-    `returns` with its name and first output, in the order of computation."""
+    `returns` with its name and output, in the order of computation."""
 
     def before(name: str) -> Callable[..., Any]:
         return lambda module, args, kwargs: arrives(name, args, kwargs) if arrives else None
 
     def after(name: str) -> Callable[..., None]:
         def told(module: nn.Module, args: Any, output: Any) -> None:
-            returns(name, first(output))
+            returns(name, output)
 
         return told
 

@@ -25,7 +25,7 @@ from jaxlm import config
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.load import open_model
 from jaxlm.errors import UserError
-from jaxlm.parity.hooks import array_of, half_of_the_threads, watched
+from jaxlm.parity.hooks import array_of, first, half_of_the_threads, watched
 from jaxlm.parity.hugging_face_names import Names, Place
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.lifted import Lifted
@@ -114,9 +114,9 @@ class HuggingFaceSide:
                 x = _given(forced[0], places[module][0].inputs, x)
                 return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
 
-            def returns(module: str, output: Tensor) -> None:
+            def returns(module: str, output: Any) -> None:
                 for place in places[module]:
-                    events[RETURNS, place.name] = _taken(output, place.outputs, rows, place.gives)
+                    events[RETURNS, place.name] = _taken(first(output), place.outputs, rows, place.gives)
 
             with watched(_modules(model, places), returns, arrives):
                 events[RETURNS, LOGITS] = array_of(self._call(model, rows))
@@ -126,25 +126,25 @@ class HuggingFaceSide:
         captured: Arrays = {}
         places = names.places()
 
-        def keep(module: str, output: Tensor) -> None:
+        def keep(module: str, output: Any) -> None:
             for place in places[module]:
-                captured[place.name] = _taken(output, place.outputs, rows, place.gives)
+                captured[place.name] = _taken(first(output), place.outputs, rows, place.gives)
 
         with torch.no_grad(), watched(_modules(model, places), keep):
             captured[LOGITS] = array_of(self._call(model, rows))
         return captured
 
-    def _call(self, model: PreTrainedModel, rows: Mapping[str, Any], parameters: Parameters | None = None) -> Tensor:
+    def _call(self, model: Any, rows: Mapping[str, Any], parameters: Parameters | None = None) -> Tensor:
         """Logits; of other parameters than the model's own when they are given."""
         told: dict[str, Any] = {"input_ids": torch.as_tensor(rows["tokens"]).long(), "use_cache": False}
         if "position_ids" in inspect.signature(model.forward).parameters:
             told["position_ids"] = torch.as_tensor(rows["positions"]).long()
-        run: Any = model
         if parameters is None:
-            return run(**told).logits
+            return model(**told).logits
         own = dict(model.named_parameters())
         cast = {name: parameter.to(own[name].dtype) for name, parameter in parameters.items()}
-        return torch.func.functional_call(model, cast, kwargs=told, tie_weights=True).logits
+        found: Any = torch.func.functional_call(model, cast, kwargs=told, tie_weights=True)
+        return found.logits
 
     def _loss(self, model: PreTrainedModel, parameters: Parameters) -> Callable[[Batch], tuple[Tensor, Sums]]:
         """The objective of `torch_ref.step.loss_fn` on the logits of transformers."""

@@ -23,7 +23,7 @@ ROW = 512
 STEP_ROW = 64
 """Tokens of a row of the optimiser steps, of which there are many."""
 NEW_TOKENS = 64
-LEVELS = ("config", "weights", "forward", "loss", "gradients", "update", "generation")
+LEVELS = ("config", "weights", "forward", "loss", "gradients", "update", "routing", "generation")
 """What two models are compared by, in this order."""
 PROMPTS = (12, 5, 1)
 """Lengths of the prompts of one batch."""

@@ -15,7 +15,7 @@ from jaxlm import config
 from jaxlm.convert.native import to_torch
 from jaxlm.data.completion import GREEDY
 from jaxlm.models.decoder import Params
-from jaxlm.parity.hooks import array_of, half_of_the_threads, watched
+from jaxlm.parity.hooks import array_of, first, half_of_the_threads, watched
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.trace import (
     ARRIVES,
@@ -28,6 +28,7 @@ from jaxlm.parity.trace import (
     Trace,
     moved,
     numerics_of,
+    returned,
     settings_of,
 )
 from torch_ref.generate import generate
@@ -102,8 +103,8 @@ class TorchSide:
                 rest[0] = rest[0]._replace(**routing)
             return (x, *rest), kwargs
 
-        def returns(name: str, output: Tensor) -> None:
-            events.setdefault((RETURNS, name), array_of(output))
+        def returns(name: str, output: Any) -> None:
+            events.setdefault((RETURNS, name), array_of(first(output)))
 
         decoder, batch = self._decoder(dtype), _tensors(rows)
         with torch.no_grad(), watched(_modules(decoder), returns, arrives):
@@ -113,8 +114,9 @@ class TorchSide:
     def _forward(self, decoder: Decoder, batch: dict[str, Tensor]) -> Arrays:
         captured: Arrays = {}
 
-        def keep(name: str, output: Tensor) -> None:
-            captured.setdefault(name, array_of(output))  # of sinks: the second call is not kept
+        def keep(name: str, output: Any) -> None:
+            for key, tensor in returned(name, output).items():
+                captured.setdefault(key, array_of(tensor))  # of sinks: the second call is not kept
 
         with torch.no_grad(), watched(_modules(decoder), keep):
             keep(LOGITS, decoder(batch["tokens"], batch["positions"], batch["segments"])[0])

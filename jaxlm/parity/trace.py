@@ -46,6 +46,8 @@ Events = dict[tuple[str, str], np.ndarray]
 """`ARRIVES` or `RETURNS` and the name of a module to what it is given or gives, in the order of computation."""
 ROUTING = ("weights", "experts")
 """What else arrives at the experts; the event of `layers.1.ffn.experts` is named `layers.1.ffn.experts#weights`."""
+CHOICE = ("experts", "biased")
+"""What a router returns besides its weights and `compare_routing` looks at, after a `#` behind its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +202,7 @@ class JaxSide:
     def _ordered(self, outputs: Arrays) -> Arrays:
         """A jitted function returns its outputs sorted by name."""
         order = [name for kind, name in events_of(self._settings.model) if kind == RETURNS]
-        return {name: outputs[name] for name in order if name in outputs}
+        return {name: outputs[name] for name in order if name in outputs} | outputs
 
     def _updates(self, decoder: Decoder, params: Params, inputs: Inputs) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
@@ -341,8 +343,7 @@ def _outputs(captured: Mapping[str, Any], prefix: str = "") -> Arrays:
         if isinstance(value, Mapping):
             found |= _outputs(value, f"{prefix}{_dotted((key,)) if not prefix else key}.")
         else:
-            output = value[0][0] if isinstance(value[0], tuple) else value[0]
-            found[(prefix.removesuffix(".") or LOGITS) + key.removeprefix("__call__")] = output
+            found |= returned((prefix.removesuffix(".") or LOGITS) + key.removeprefix("__call__"), value[0])
     return found
 
 
@@ -361,3 +362,11 @@ def _nested(inputs: Arrays) -> dict[str, Any]:
 
 def _dotted(path: tuple[str, ...]) -> str:
     return re.sub(r"^layers_(\d+)", r"layers.\1", ".".join(path)) or LOGITS
+
+
+def returned(name: str, output: Any) -> dict[str, Any]:
+    """What a module returned, by its name; a cache beside an output is dropped, of a router the choice is kept."""
+    if not isinstance(output, tuple):
+        return {name: output}
+    choice = {f"{name}#{what}": getattr(output, what) for what in CHOICE if hasattr(output, what)}
+    return {name: output[0], **choice}
