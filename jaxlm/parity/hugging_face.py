@@ -208,13 +208,13 @@ class HuggingFaceSide:
                     levels[f"update {number}"] = names.tensors(self._state(model, differences, zeros=True))
         return levels
 
-    def _continued(self, model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> list[int]:
+    def _continued(self, model: Any, prompt: tuple[int, ...], count: int) -> list[int]:
         """The greedy continuation, with its own cache."""
         model.generation_config = GenerationConfig()  # what the folder says about ends and penalties is no matter here
         greedy = GenerationConfig(do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            new: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+            new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
         return new[0, len(prompt) :].tolist()
 
     def _state(self, model: PreTrainedModel, values: Parameters, zeros: bool = False) -> Parameters:
