@@ -61,6 +61,8 @@ class Family:
     head: str = "lm_head.weight"
     ignored: str = ""
     """Pattern of tensors that old files carry and that say nothing."""
+    old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Spellings of old files that transformers still reads, and what they are now."""
 
     def config_to_hf(
         self, cfg: config.Model, *, dtype: str, bos: int | None = None, eos: int | None = None, pad: int | None = None
@@ -105,7 +107,7 @@ class Family:
                 raise UserError(f"{where}: {error.args[0]} is missing") from None
             except (TypeError, AttributeError):
                 values = ", ".join(f"{key} = {hf[key]!r}" for key in asked.now if key in hf)
-                raise UserError(f"{where}: {values} is ill-formed") from None
+                raise UserError(f"{where}: ill-formed: {values}") from None
         if unknown := sorted(key for key in hf.keys() - asked.ever if not INERT.fullmatch(key)):
             print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
         model = tree(options)
@@ -122,7 +124,14 @@ class Family:
         """
         prefix = self.embedding.partition(".")[0] + "."
         bare = not any(name.startswith(prefix) for name in stored)
-        full = Named(stored, {name if name == self.head or not bare else prefix + name: name for name in stored})
+        names: dict[str, str] = {}
+        for old in stored:
+            name = prefix + old if bare and old != self.head else old
+            name = self.old_names.get(name, name)
+            if name in names:
+                raise UserError(f"{old} and {names[name]} are the same tensor, {name}")
+            names[name] = old
+        full = Named(stored, names)
         return full.without(self.extras(full, cfg))
 
     def extras(self, tensors: Mapping[str, np.ndarray], cfg: config.Model) -> set[str]:
