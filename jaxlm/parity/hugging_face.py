@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from jaxlm import config
 from jaxlm.convert.families import FAMILIES
@@ -143,6 +144,8 @@ class HuggingFaceSide:
         told: dict[str, Any] = {"input_ids": torch.as_tensor(rows["tokens"]).long(), "use_cache": False}
         if "position_ids" in inspect.signature(model.forward).parameters:
             told["position_ids"] = torch.as_tensor(rows["positions"]).long()
+        if model.config.model_type == "gpt_oss":
+            told["attention_mask"] = _masks(model, told["position_ids"])
         if parameters is None:
             return model(**told).logits
         own = dict(model.named_parameters())
@@ -258,6 +261,21 @@ class HuggingFaceSide:
             if found:
                 raise UserError(f"{self._folder}: for transformers there are {kind.replace('_', ' ')}: {found}")
         return model.eval()
+
+
+def _masks(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
+    """gpt-oss does not look at the positions when it makes its masks, but takes those that are made for it."""
+    options: dict[str, Any] = {
+        "config": model.config,
+        "inputs_embeds": torch.empty(*positions.shape, 0, dtype=model.dtype),
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": positions,
+    }
+    return {
+        "full_attention": create_causal_mask(**options),
+        "sliding_attention": create_sliding_window_causal_mask(**options),
+    }
 
 
 def _modules(model: PreTrainedModel, places: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:

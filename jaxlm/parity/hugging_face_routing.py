@@ -38,8 +38,12 @@ def choice_of(router: nn.Module, output: Any, name: str, moe: MoE, shape: tuple[
 
 
 def replayed(arriving: tuple, forced: Arrays, name: str, rows: Mapping[str, np.ndarray]) -> tuple:
-    """Numbers and weights of the experts as the module `name` of torch_ref has them; padding keeps its own."""
-    if f"{name}#experts" not in forced or len(arriving) != 2:
+    """Numbers and weights of the experts as those of the module `name` of torch_ref have them; padding keeps its own.
+
+    `name` may be that of the whole feed-forward, where the experts alone are what transformers has for it.
+    """
+    name = next((one for one in (name, f"{name}.experts") if f"{one}#experts" in forced), "")
+    if not name or len(arriving) != 2:
         return arriving
     experts, weights = arriving
     chosen = torch.tensor(forced[f"{name}#experts"]).reshape(experts.shape).to(experts.dtype)
