@@ -89,8 +89,7 @@ def check(
     subject = _open(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
     second = subject if other is None else _open(other)
-    sides, notes = _sides(subject, second, computed_by)
-    plain = not all(side.mirrors for side in sides) and not _documents(second.settings.model)
+    sides, notes, plain = _sides(subject, second, computed_by)
     inputs = make_inputs(
         _smaller(subject.settings.model, second.settings.model),
         subject.tokenizer_path or second.tokenizer_path,
@@ -205,8 +204,10 @@ def _timed(side: str, dtype: str, seconds: dict[str, float], told: Told) -> Iter
     seconds.pop(f"{side}, ", None)
 
 
-def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[tuple[Side, Side], tuple[str, ...]]:
-    """jaxlm and what computes the second model; and what is to be said about it."""
+def _sides(
+    subject: Subject, second: Subject, computed_by: str | None
+) -> tuple[tuple[Side, Side], tuple[str, ...], bool]:
+    """jaxlm and what computes the second model; what is to be said about it; whether it must have plain rows."""
     chosen, notes = computed_by, ()
     if chosen is None and second.public is not None:
         chosen = "hf" if importlib.util.find_spec("transformers") else "torch"
@@ -215,11 +216,11 @@ def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[
     _require_known("implementation", [chosen], ("jaxlm", "torch", "hf"))
     settings = dataclasses.replace(subject.settings, model=second.settings.model)
     if chosen == "jaxlm":
-        return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes
+        return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes, False
     if chosen == "torch":
         from jaxlm.parity.mirror import TorchSide
 
-        return (JaxSide(subject.settings, subject.params), TorchSide.of(settings, second.params)), notes
+        return (JaxSide(subject.settings, subject.params), TorchSide.of(settings, second.params)), notes, False
     if second.public is None:
         raise UserError(f"{second.name}: transformers only computes a Hugging Face folder", "jaxlm convert --to FAMILY")
     _require_installed("transformers", "hf")
@@ -228,8 +229,11 @@ def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[
     ours, settings = without_balancing(subject.settings), without_balancing(settings)
     if ours.model.moes and ours != subject.settings:
         notes = (*notes, "the balancing losses of the routers are left out: transformers has others")
-    layout = ours.model.rope_layout
-    return (JaxSide(ours, subject.params), HuggingFaceSide(settings, second.public, layout)), notes
+    theirs = HuggingFaceSide(settings, second.public, ours.model.rope_layout)
+    plain = not theirs.tells_documents_apart
+    if plain:
+        notes = (*notes, "transformers cannot be told where a document begins in this model: rows of one document")
+    return (JaxSide(ours, subject.params), theirs), notes, plain
 
 
 def _require_installed(package: str, extra: str) -> None:
@@ -248,11 +252,6 @@ def _require_known(what: str, names: Sequence[str], known: Sequence[str]) -> Non
             raise UserError(f"{what} {name!r} is not known", did_you_mean(name, known))
     if not names:
         raise UserError(f"no {what} is named", f"known: {', '.join(known)}")
-
-
-def _documents(model: config.Model) -> bool:
-    """Whether transformers can be told where a document begins: state spaces it carries on."""
-    return all(model.halves(kind).mixer_name == "attention" for kind in model.pattern)
 
 
 def _smaller(one: config.Model, other: config.Model) -> config.Model:

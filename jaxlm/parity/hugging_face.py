@@ -1,7 +1,8 @@
 """The side of transformers: a Hugging Face folder computed by the model that it is meant for, hooks and autograd.
 
-Documents of a packed row are told to it by positions that begin again at 0, and padding is a document a token: what
-is computed there is not compared. Parameters are float32 where it computes in bfloat16, as jaxlm has them.
+Documents of a packed row are told to it by positions that begin again at 0, where its model knows them
+(`tells_documents_apart`), and padding is a document a token: what is computed there is not compared. Parameters are
+float32 where it computes in bfloat16, as jaxlm has them.
 
 Shapes: B rows, T tokens of a row.
 """
@@ -31,6 +32,7 @@ from jaxlm.parity.hugging_face_names import Names
 from jaxlm.parity.hugging_face_routing import choice_of, replayed
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.lifted import Lifted
+from jaxlm.parity.tolerances import FLOAT64
 from jaxlm.parity.trace import ARRIVES, LOGITS, RETURNS, STEPS, Arrays, Events, Trace, moved, settings_of
 from torch_ref.step import Batch, Sums, TrainState, make_step
 
@@ -51,6 +53,15 @@ class HuggingFaceSide:
         self._rows = FAMILIES[opened.kind].rows(self._cfg)
         self._loaded: dict[str, tuple[PreTrainedModel, Names]] = {}
 
+    @property
+    def tells_documents_apart(self) -> bool:
+        """Whether a document that comes second in a row is computed as if it were alone, found by trying."""
+        ids = np.arange(3) % self._cfg.vocab_size
+        rows = {"tokens": np.tile(ids, (1, 2)), "positions": np.tile(np.arange(3), (1, 2))}
+        with _lifted("float64"), torch.no_grad():
+            first, second = self._call(self._model("float64")[0], rows)[0].split(3)
+        return bool((first - second).norm() <= FLOAT64.allowed * first.norm())
+
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         """See `trace.Side`."""
         with half_of_the_threads(), _lifted(dtype):
@@ -62,7 +73,7 @@ class HuggingFaceSide:
         parameters = self._parameters(dtype)
         levels: dict[str, Arrays] = {}
         if inputs.wants("forward", "loss", "gradients"):
-            sums, gradients = self._gradients(model, names, parameters, inputs.rows)
+            sums, gradients = self._gradients(model, names, parameters, inputs.rows, inputs.wants("gradients"))
             found = {"forward": self._forward(model, names, inputs.rows), "gradients": gradients}
             found["loss"] = {name: array_of(sums[name] / sums["weight"]) for name in ("loss", "nll")}
             levels = {level: found[level] for level in ("forward", "loss", "gradients") if inputs.wants(level)}
@@ -171,10 +182,18 @@ class HuggingFaceSide:
         return compute
 
     def _gradients(
-        self, model: PreTrainedModel, names: Names, parameters: Parameters, rows: Mapping[str, np.ndarray]
+        self,
+        model: PreTrainedModel,
+        names: Names,
+        parameters: Parameters,
+        rows: Mapping[str, np.ndarray],
+        wanted: bool = True,
     ) -> tuple[Sums, Arrays]:
-        """Sums of the loss, and the gradient of its mean."""
-        loss, sums = self._loss(model, parameters)(_tensors(rows))
+        """Sums of the loss, and the gradient of its mean, if wanted."""
+        with torch.set_grad_enabled(wanted):
+            loss, sums = self._loss(model, parameters)(_tensors(rows))
+        if not wanted:
+            return sums, {}
         found = torch.autograd.grad(loss / sums["weight"], list(parameters.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(parameter) if gradient is None else gradient
