@@ -9,10 +9,12 @@ for pytest imports it in every project where jaxlm is installed, and that packag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+
+DTYPES = ("float64", "float32", "bfloat16")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,15 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def parity_golden(request: pytest.FixtureRequest) -> Callable[..., None]:
     """A function of a model and a golden file, whose path is relative to that of the test: it fails when they differ.
 
-    The model is what `jaxlm parity` takes, or a loaded one; `computed_by="torch"` lets torch_ref compute it.
+    The model is what `jaxlm parity` takes, or a loaded one. `computed_by="torch"` lets torch_ref compute it;
+    `dtypes=("float64",)` writes a file that is checked in a third of the time and knows nothing of rounding.
     """
 
-    def hold(model: Any, file: Any, *, computed_by: str = "jaxlm") -> None:
+    def hold(model: Any, file: Any, *, computed_by: str = "jaxlm", dtypes: Sequence[str] = DTYPES) -> None:
         from jaxlm.parity import check_golden, write_golden
 
         path = request.path.parent / file
         if request.config.getoption("--parity-write"):
-            write_golden(model, path, computed_by=computed_by)
+            write_golden(model, path, computed_by=computed_by, dtypes=dtypes)
         elif not path.is_file():
             pytest.fail(f"{path}: no golden file; write it with `pytest --parity-write` and commit it", pytrace=False)
         else:

@@ -160,13 +160,14 @@ def plan(parameters: Mapping[str, np.ndarray], cfg: config.Model, rows: Sequence
     dtype = getattr(parameters, "dtype", lambda name: parameters[name].dtype.name)
     read = getattr(parameters, "unchecked", parameters.__getitem__)
     origin_of, source_of = (getattr(parameters, ask, lambda name: "") for ask in ("origin", "source"))
+    settle = getattr(parameters, "settle", lambda names, made, digest: None)
     known = leaves(cfg)
     for row in expand(rows, cfg):
         mine = [known[name] for name in row.ours]
         for number, (name, shape) in enumerate(zip(row.theirs, row.shapes(mine), strict=True)):
             make = functools.partial(_make, read, row, mine, number)
             origin, source = origin_of(row.ours[0]), source_of(row.ours[0])
-            yield Planned(name, shape, dtype(row.ours[0]), make, origin, source)
+            yield Planned(name, shape, dtype(row.ours[0]), make, origin, functools.partial(settle, row.ours), source)
 
 
 def _make(read: Callable[[str], np.ndarray], row: Row, mine: Sequence[Leaf], number: int) -> np.ndarray:
@@ -217,15 +218,27 @@ class Parameters(Mapping[str, np.ndarray]):
         return f"{self._where}: {theirs[0]}{', ...' if len(theirs) > 1 else ''}"
 
     def unchecked(self, name: str) -> np.ndarray:
-        """A parameter whose values may be NaN or infinite; a view of the file where nothing needs to be copied."""
-        return self._read(name, lambda x: None)
+        """A parameter that may be NaN or infinite and is yet to be settled; a view of the file where it can be one."""
+        return self._read(name, getattr(self._tensors, "unverified", self._tensors.__getitem__), lambda x: None)
+
+    def settle(self, names: Sequence[str], made: np.ndarray, digest: str) -> None:
+        """Compare the tensors of parameters with their manifest; `digest` is of the array that was made of them."""
+        settle = getattr(self._tensors, "settle", lambda name, made, digest: None)
+        for name in names:
+            for theirs in self._rows[name].theirs:
+                settle(theirs, made, digest)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._read(name, lambda x: fault(x, x.shape))
+        return self._read(name, self._tensors.__getitem__, lambda x: fault(x, x.shape))
 
-    def _read(self, name: str, judge: Callable[[np.ndarray], tuple[str, str] | None]) -> np.ndarray:
+    def _read(
+        self,
+        name: str,
+        read: Callable[[str], np.ndarray],
+        judge: Callable[[np.ndarray], tuple[str, str] | None],
+    ) -> np.ndarray:
         row = self._rows[name]
-        xs = [self._tensors[theirs] for theirs in row.theirs]
+        xs = [read(theirs) for theirs in row.theirs]
         problems = Problems()
         for theirs, x in zip(row.theirs, xs, strict=True):
             if found := judge(x):

@@ -24,7 +24,7 @@ import numpy as np
 
 import jaxlm
 from jaxlm.convert.safetensors_file import DTYPES, NAMES, Entry, MappedFile, header, header_sha256
-from jaxlm.convert.stream import Planned, Target, planned, sha256, write
+from jaxlm.convert.stream import Planned, Target, planned, same_memory, sha256, write
 from jaxlm.errors import UserError
 
 __all__ = ["Planned", "planned"]  # what is written, beside the functions of this file
@@ -53,13 +53,23 @@ class LazyTensors(Mapping[str, Any]):  # of arrays; beartype would read one at e
         self._unverified = dict(digests)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        file = self._where[name]
-        tensor = self._files[file].read(name)
-        digest = self._unverified.get(name)
-        if digest is not None and sha256(tensor) != digest:
-            raise UserError(f"{self.folder / file}: tensor {name} differs from {MANIFEST}", "copy it again")
-        self._unverified.pop(name, None)
+        tensor = self.unverified(name)
+        self.settle(name, tensor)
         return tensor
+
+    def unverified(self, name: str) -> np.ndarray:
+        """A tensor that `settle` is yet to compare."""
+        return self._files[self._where[name]].read(name)
+
+    def settle(self, name: str, array: np.ndarray, digest: str = "") -> None:
+        """Compare a tensor with the manifest, unless that is done; `digest` is of an array that may be this tensor."""
+        if wanted := self._unverified.get(name):
+            stored = self.unverified(name)
+            found = digest if digest and same_memory(stored, array) else sha256(stored)
+            if found != wanted:
+                file = self.folder / self._where[name]
+                raise UserError(f"{file}: tensor {name} differs from {MANIFEST}", "copy it again")
+            self._unverified.pop(name, None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header."""

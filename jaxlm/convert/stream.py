@@ -39,6 +39,8 @@ class Planned(NamedTuple):
     """A view where nothing needs to be copied."""
     origin: str = ""
     """Which stored tensor it comes from, unchecked: its values must turn out finite. Empty: any values will do."""
+    settle: Callable[[np.ndarray, str], object] = lambda made, digest: None
+    """Told what was made and its sha256; compares what it was made from, which is often the same, with a manifest."""
     source: str = ""
     """Tensors of one source are made one after the other, so that the source need not stay in memory."""
 
@@ -65,7 +67,7 @@ def write(targets: Sequence[Target], told: Callable[[int], object]) -> dict[str,
         told: called with the bytes of each tensor that is written, in this thread.
 
     Raises:
-        UserError: a value is NaN or infinite. Whatever `make` raises ends the writing, and so does Ctrl-C.
+        UserError: a value is NaN or infinite. Whatever `make` and `settle` raise ends the writing, and so does Ctrl-C.
     """
     budget = _Budget(2 * max((target.tensor.nbytes for target in targets), default=0) + SLACK)
     stop, digests = threading.Event(), {}
@@ -111,6 +113,8 @@ def _write_one(target: Target, budget: _Budget, stop: threading.Event) -> str:
             _write_at(target.file, part, offset)
             offset += part.nbytes
             release(chunk)
+        else:
+            tensor.settle(array, digest.hexdigest())
     finally:
         budget.give(needed)
     return digest.hexdigest()
@@ -147,6 +151,12 @@ def sha256(array: np.ndarray) -> str:
         digest.update(np.ascontiguousarray(words(chunk)).data)
         release(chunk)
     return digest.hexdigest()
+
+
+def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are the same bytes in the same order."""
+    bounds = np.lib.array_utils.byte_bounds
+    return a.flags.c_contiguous and b.flags.c_contiguous and a.dtype == b.dtype and bounds(a) == bounds(b)
 
 
 def all_finite(array: np.ndarray) -> bool:

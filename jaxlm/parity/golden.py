@@ -11,6 +11,7 @@ written: no sketch is needed, for float64 is the same as then or the check has f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -45,7 +46,7 @@ TAIL = 8
 DRAWS = 5
 """Draws of rows, the same at both times, by which an alarm about a gradient below float64 is confirmed."""
 Told = Callable[[str, str], None]
-"""Called with a dtype and what begins."""
+"""Called with a dtype and what begins, and with two empty words at the end."""
 
 _CHOICES = ("dropout", "init_std", "attention_impl", "layer_loop", "remat", "moe.impl", "mamba.impl", "mamba.chunk")
 """Options of `[model]` that change no result but by rounding, or are left out of the comparison."""
@@ -80,7 +81,7 @@ def write_golden(
     inputs = make_inputs(subject.settings.model, subject.tokenizer_path)
     with _progress(show) as told:
         side = _side(subject, computed_by)
-        golden = freeze(side, subject.settings, inputs, dtypes, lambda dtype, part: told(side.name, dtype, part))
+        golden = freeze(side, subject.settings, inputs, dtypes, functools.partial(told, side.name))
     size = golden.save(path)
     if show:
         count = sum(len(names) for names in golden.levels.values())
@@ -104,15 +105,17 @@ def check_golden(
     began, golden = time.monotonic(), read_golden(path)
     subject = _open(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
+    seconds: dict[str, float] = {}
     with _progress(show) as told:
         side = _side(subject, computed_by)
-        findings = compare(golden, side, subject.settings, lambda dtype, part: told(side.name, dtype, part))
+        findings = compare(golden, side, subject.settings, _timed(seconds, functools.partial(told, side.name)))
+    seconds["all"] = time.monotonic() - began
     report = Report(
         f"{subject.name} and {path}",
         describe(subject.settings.model),
         golden.shown.text,
         tuple(findings),
-        {"all": time.monotonic() - began},
+        seconds,
         who=f"{side.name} against {path}, written by {golden.computed_by} {golden.versions['jaxlm']}",
         explanations=_told(findings),
     )
@@ -198,7 +201,22 @@ def compare(
             findings += _look_again(dtype, found, golden, side, inputs)
         then = Trace({}, [list(row) for row in golden.tokens[dtype]], {})
         findings += compare_tokens(dtype, inputs, (side, side), (then, now))
+    told("", "")
     return findings
+
+
+def _timed(seconds: dict[str, float], told: Told) -> Told:
+    """`told`, which also adds the seconds of a part to `seconds` when the next one begins."""
+    now: list[Any] = []
+
+    def part(dtype: str, name: str) -> None:
+        if now:
+            seconds[now[0]] = seconds.get(now[0], 0.0) + time.monotonic() - now[1]
+        now[:] = f"{dtype}, {name}", time.monotonic()
+        if name:
+            told(dtype, name)
+
+    return part
 
 
 def _side(subject: Any, computed_by: str) -> Side:

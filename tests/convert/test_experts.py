@@ -306,9 +306,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], float, float, bool]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_have_their_published_sizes(name: str) -> None:
+def test_published_models_have_their_published_sizes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     family, hf, billions, active_billions, with_embedding = PUBLISHED[name]
     cfg = FAMILIES[family].config_from_hf(hf)
+    assert capsys.readouterr().err == ""  # every key is known
     total, active = parameters(cfg)
     if not with_embedding:
         active -= cfg.vocab_size * cfg.d_model

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,37 @@ def test_values_that_were_not_checked_are_refused(torch_folder: Path, tmp_path: 
             convert(torch_folder, tmp_path / "out", to)
         assert caught.value.message == f"{torch_folder}: {last} is NaN or infinite somewhere"
     assert list(tmp_path.iterdir()) == [torch_folder]
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_a_damaged_source_is_noticed_while_it_is_converted(
+    tmp_path: Path, make_model: Callable, make_params: Callable, layout: str
+) -> None:
+    """Whether a tensor is written as it is stored, and hashed once for both, or is made anew."""
+    settings = config.Config(model=make_model(rope_layout=layout))
+    params = native.to_torch(make_params(settings.model), settings.model)
+    files = {"config.toml": config_file.to_toml(settings)}
+    write_folder(tmp_path / "torch", storage.planned(params), files, layout="torch")
+    path, name = tmp_path / "torch" / storage.SINGLE, "layers.1.mixer.k_proj.weight"
+    data, row = bytearray(path.read_bytes()), read_folder(tmp_path / "torch")[name][0].tobytes()
+    data[data.index(row)] ^= 1
+    path.write_bytes(data)
+    for to in ("llama", "jaxlm"):
+        with pytest.raises(UserError) as caught:
+            convert(tmp_path / "torch", tmp_path / "out", to)
+        assert caught.value.message == f"{path}: tensor {name} differs from {MANIFEST}"
+    assert [path.name for path in tmp_path.iterdir()] == ["torch"]
+
+
+def test_what_is_written_as_it_is_stored_is_hashed_once(
+    torch_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[np.ndarray] = []
+    monkeypatch.setattr(storage, "sha256", lambda array: hashed.append(array) or stream.sha256(array))
+    convert(torch_folder, tmp_path / "out", "llama")
+    assert len(hashed) <= 1  # beartype looks at the first value of a mapping
+    dict(read_folder(tmp_path / "out"))
+    assert hashed
 
 
 def test_tensors_of_one_source_are_made_together(tmp_path: Path) -> None:

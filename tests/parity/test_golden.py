@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from jaxlm import config, config_file
+from jaxlm.cli import app
 from jaxlm.convert.load import Model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
@@ -41,7 +43,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_layers": 1,
     },
     "mamba": {"pattern": ("mamba",), "mamba": {"d_state": 4}, "n_layers": 1},
-    "hybrid": {"pattern": ("mamba2", "attention(window=32)+mlp"), "mamba": {"d_state": 4, "head_dim": 8}},
+    "hybrid": {
+        "pattern": ("mamba2", "attention(window=32)+moe"),
+        "mamba": {"d_state": 4, "head_dim": 8},
+        "moe": {"n_experts": 4, "d_ff": 24},
+    },
 }
 
 
@@ -170,7 +176,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text(path.read_text().replace("d_model = 16", "d_model = 24"))
     report = check_golden(path, tmp_path / "golden" / "one.json.gz")
     assert not report.same and report.levels == ["config", "weights"]
+    assert "all" in report.seconds
     assert "shape [97, 16] in the golden file, [97, 24] now" in {one.note for one in report.findings}
+
+
+def test_mistakes_at_the_command_line(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.toml")
+    Path(path).write_text(config_file.to_toml(settings()))
+    for options, message in [
+        (["--golden", "freeze", "x"], "--golden freeze: unknown"),
+        (["--golden", "check", str(tmp_path / "none.json.gz")], "no golden file"),
+        ([path, "--golden", "check", "x"], "--golden takes one model"),
+        (["--golden", "write", "x", "--with", "hf"], "--with hf: a golden file is computed by jaxlm or by torch"),
+    ]:
+        result = CliRunner().invoke(app, ["parity", path, *options])
+        assert isinstance(result.exception, UserError) and message in str(result.exception)
 
 
 def content_of(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_light():
 
 
 def test_model(parity_golden):
-    parity_golden("model.toml", "golden/model.json.gz")
+    parity_golden("model.toml", "golden/model.json.gz", dtypes=("float64",))
 """
 
 

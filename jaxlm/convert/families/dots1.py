@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm import config
-from jaxlm.convert.experts import FIRST_DENSE, Hf, Pattern, Routed, Width, decoder_settings, expert_rows, layer_types
+from jaxlm.convert.families.experts import (
+    FIRST_DENSE,
+    Hf,
+    Inert,
+    Pattern,
+    Routed,
+    Width,
+    decoder_settings,
+    expert_rows,
+    layer_types,
+)
 from jaxlm.convert.families.llama import HEAD_DIM, SILU, Rope, attention_rows, mlp_rows, outer_rows
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, matrix
@@ -66,6 +76,7 @@ FAMILY = Family(
         Routed("topk_group", "moe.top_groups", 1),
         Routed("norm_topk_prob", "moe.renormalize", False),
         Routed("routed_scaling_factor", "moe.route_scale", 1.0),
+        Inert("max_window_layers"),
         Always("moe.router", "sigmoid"),
         Always("moe.selection_bias", True),
         Fixed("scoring_func", None, ("sigmoid", "noaux_tc")),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
-from jaxlm.convert.experts import ALL_EXPERTS, Hf, Pattern, Routed, Width, decoder_settings, layer_types
+from jaxlm.convert.families.experts import ALL_EXPERTS, Hf, Inert, Pattern, Routed, Width, decoder_settings, layer_types
 from jaxlm.convert.families.llama import Rope, attention_rows, outer_rows
 from jaxlm.convert.family import Family
 from jaxlm.convert.rows import Row, flat, interleave, matrix, plain
@@ -76,6 +76,7 @@ FAMILY = Family(
         Fixed("hidden_act", "silu", (None,)),
         Fixed("swiglu_alpha", 1.702),
         Fixed("swiglu_limit", 7.0),
+        Inert("experts_per_token", "initial_context_length"),  # of OpenAI's own program
         Width("intermediate_size", "d_ff"),
         Routed("num_local_experts", "moe.n_experts", 128),
         Routed("num_experts_per_tok", "moe.top_k", 4),

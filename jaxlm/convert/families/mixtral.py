@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from jaxlm import config
-from jaxlm.convert.experts import ALL_EXPERTS, ONE_WINDOW, Pattern, Routed, Width, decoder_settings, expert_rows
+from jaxlm.convert.families.experts import (
+    ALL_EXPERTS,
+    ONE_WINDOW,
+    Pattern,
+    Routed,
+    Width,
+    decoder_settings,
+    expert_rows,
+)
 from jaxlm.convert.families.llama import HEAD_DIM, SILU, Rope, attention_rows, outer_rows
 from jaxlm.convert.family import Family
 from jaxlm.convert.rows import Row, matrix

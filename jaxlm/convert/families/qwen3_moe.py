@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
-from jaxlm.convert.experts import (
+from jaxlm.convert.families.experts import (
     SPARSE_STEP,
     SWITCHED_WINDOW,
+    Inert,
     Pattern,
     Routed,
     Width,
@@ -65,6 +66,7 @@ FAMILY = Family(
         *sizes(intermediate_size="d_ff"),
         Width("moe_intermediate_size", "moe.d_ff", 768),
         Count(),
+        Inert("max_window_layers"),
         Routed("num_experts_per_tok", "moe.top_k", 8),
         Routed("norm_topk_prob", "moe.renormalize", False),
     ),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm import config
+from jaxlm.convert.families.windows import windows
 from jaxlm.convert.family import sizes
 from jaxlm.convert.rows import Row, each, matrix
 from jaxlm.convert.settings import Key, Says, Setting, refusal, shortest_pattern
@@ -45,6 +46,23 @@ class Width(Key):
         return {self.theirs: experts.moe.d_ff or experts.d_ff}
 
 
+class Inert:
+    """Keys that are known and say nothing here: of another version or program, or of training."""
+
+    def __init__(self, *theirs: str) -> None:
+        self.theirs = theirs
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {}
+
+    def back(self, hf: Hf) -> dict[str, Any]:
+        """See `Setting`."""
+        for key in self.theirs:
+            hf.get(key)
+        return {}
+
+
 class PerLayer(NamedTuple):
     """Something that each layer has, in the keys of config.json."""
 
@@ -61,15 +79,15 @@ class Pattern:
 
     def out(self, model: config.Model) -> dict[str, Any]:
         """See `Setting`."""
-        halves = [model.halves(kind) for kind in model.pattern] * model.repeats
-        return self.windows.out([h.mixer.window for h in halves]) | self.ffns.out([h.ffn_name for h in halves])
+        ffns = [model.halves(kind).ffn_name for kind in model.pattern] * model.repeats
+        return self.windows.out(windows(model)) | self.ffns.out(ffns)
 
     def back(self, hf: Hf) -> dict[str, Any]:
         """See `Setting`."""
-        windows, ffns = self.windows.back(hf), self.ffns.back(hf)
-        if len(set(windows)) == 1:
-            return {"pattern": shortest_pattern([f"attention+{ffn}" for ffn in ffns]), "window": windows[0]}
-        mixers = [f"attention(window={window})" if window else "attention" for window in windows]
+        sizes, ffns = self.windows.back(hf), self.ffns.back(hf)
+        if len(set(sizes)) == 1:
+            return {"pattern": shortest_pattern([f"attention+{ffn}" for ffn in ffns]), "window": sizes[0]}
+        mixers = [f"attention(window={size})" if size else "attention" for size in sizes]
         blocks = [f"{mixer}+{ffn}" for mixer, ffn in zip(mixers, ffns, strict=True)]
         return {"pattern": shortest_pattern(blocks)}
 
@@ -82,14 +100,14 @@ def _window(hf: Hf, default: int | None = None) -> int:
 
 
 ONE_WINDOW = PerLayer(
-    lambda windows: {"sliding_window": windows[0] or None},
+    lambda sizes: {"sliding_window": sizes[0] or None},
     lambda hf: [_window(hf)] * hf["num_hidden_layers"],
 )
 """`sliding_window` of all layers, or null."""
 
 SWITCHED_WINDOW = PerLayer(
-    lambda windows: {"use_sliding_window": windows[0] > 0, "sliding_window": windows[0] or None},
-    lambda hf: [_window(hf, 4096) if hf.get("use_sliding_window") else 0] * hf["num_hidden_layers"],
+    lambda sizes: {"use_sliding_window": sizes[0] > 0, "sliding_window": sizes[0] or None},
+    lambda hf: [_window(hf, 4096) * bool(hf.get("use_sliding_window"))] * hf["num_hidden_layers"],
 )
 """The same, but it only counts with `use_sliding_window`."""
 
@@ -102,9 +120,9 @@ def layer_types(default: Callable[[Hf], list[str]], window: int) -> PerLayer:
         window: the width where config.json has none.
     """
 
-    def out(windows: Sequence[int]) -> dict[str, Any]:
-        types = ["sliding_attention" if one else "full_attention" for one in windows]
-        return {"sliding_window": max(windows) or None, "layer_types": types}
+    def out(sizes: Sequence[int]) -> dict[str, Any]:
+        types = ["sliding_attention" if size else "full_attention" for size in sizes]
+        return {"sliding_window": max(sizes) or None, "layer_types": types}
 
     def back(hf: Hf) -> list[int]:
         types, count = hf.get("layer_types") or default(hf), hf["num_hidden_layers"]
