@@ -122,8 +122,7 @@ def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
     """Everything that `from_pretrained` reads besides the weights."""
     tokenizer = Tokenizer.from_file(model.tokenizer_path) if model.tokenizer_path else None
     ids = {"eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
-    dtype = model.parameters["embed.embedding"].dtype.name
-    hf = family.config_to_hf(model.config.model, dtype=dtype, **ids)
+    hf = family.config_to_hf(model.config.model, dtype=model.dtype, **ids)
     special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files: dict[str, str | bytes] = {"config.json": _json(hf), "generation_config.json": _json(special_ids)}
     if tokenizer:

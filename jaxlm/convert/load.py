@@ -48,6 +48,12 @@ class Opened:
     """`run`, `torch`, or the name of a family."""
 
     @property
+    def dtype(self) -> str:
+        """Of the stored embedding, by numpy's name."""
+        read = self.parameters.__getitem__
+        return getattr(self.parameters, "dtype", lambda name: read(name).dtype.name)("embed.embedding")
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """Of its tokenizer.json, if it has one."""
         return self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None
