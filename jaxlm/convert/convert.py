@@ -75,7 +75,7 @@ def convert(
     cfg = model.config.model
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
-    elif src.is_file() or SENTENCEPIECE in model.kept:
+    elif model.kind == llama2c.NAME or SENTENCEPIECE in model.kept:
         print(f"the weights go alone: {no_tokenizer(src)}", file=sys.stderr)
     if to == "jaxlm":
         return _write_run(model.read(), _tokenizer_files(model), dst, overwrite)
