@@ -293,6 +293,11 @@ def test_the_tokenizer_beside_it(write: Callable, rng: np.random.Generator, tmp_
     convert(tmp_path / "torch", tmp_path / "back", "llama2c")
     assert (tmp_path / "back" / "tokenizer.bin").read_bytes() == content
 
+    inner = json.loads((tmp_path / "torch" / "tokenizer.json").read_text())
+    (tmp_path / "bare.json").write_text(json.dumps({**inner, "post_processor": None}))
+    with pytest.raises(UserError, match=r"bare.json: no <s> stands before a text"):
+        convert(path, tmp_path / "no", "llama2c", tokenizer=tmp_path / "bare.json")
+
     vocabulary("other.bin", 270)
     convert(path, tmp_path / "llama", "llama", tokenizer=tmp_path / "other.bin")
     hf = json.loads((tmp_path / "llama" / "config.json").read_text())
