@@ -30,6 +30,12 @@ from parity_tests import pairs
 
 T = 512
 """Tokens of the prompt whose logits are compared."""
+FLOAT32 = {
+    ("dots1", "bfloat16", "selection_bias"),
+    ("dots1", "float16", "selection_bias"),
+    ("gpt_oss", "float16", "scale"),
+}
+"""Family, dtype of the model, parameter: what transformers keeps and stores in float32 all the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +59,13 @@ def example(family: str, name: str, theirs: Callable[..., Any], said: dict[str, 
 
 
 def values(one: Example, dtype: str = "float32") -> Params:
-    """Values of their own in every leaf, the same in each run, as numpy arrays."""
+    """Values of their own in every leaf, the same in each run, as numpy arrays; see `FLOAT32`."""
     rng = np.random.default_rng(list(str(one).encode()))
-    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), pairs.random_params(one.model, rng))
+
+    def leaf(path: tuple, x: Any) -> np.ndarray:
+        return np.asarray(x).astype("float32" if (one.family, dtype, path[-1].key) in FLOAT32 else dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, pairs.random_params(one.model, rng))
 
 
 def torch_folder(params: Params, cfg: config.Model, folder: Path, **files: str) -> Path:
@@ -149,18 +159,115 @@ SIZES = {
     "rms_norm_eps": 1e-5,
 }
 """`pairs.BASE` with two layers, in the words of Llama."""
+TIED: dict[str, Any] = {**SIZES, "tie_word_embeddings": True}
 TWO = {"n_layers": 2}
+UNTIED: dict[str, Any] = {"n_layers": 2, "tie_embeddings": False}
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"factor": 4.0, "beta_slow": 1.0, "beta_fast": 4.0}
+
+
+def scaled(kind: str, theta: float = 1e4, **options: Any) -> dict[str, Any]:
+    """Llama's config with scaled frequencies, a model of 512 tokens that was trained on 128."""
+    options = options if kind == "linear" else {**options, "original_max_position_embeddings": 128}
+    return {**SIZES, "rope_parameters": {"rope_type": kind, "rope_theta": theta, **options}}
+
+
+def scaling(kind: str, **options: Any) -> dict[str, Any]:
+    """Our half of it."""
+    return {**UNTIED, "rope_scaling": {"kind": kind, "original_max_seq_len": 128, **options}}
+
+
 LLAMA = functools.partial(example, "llama", theirs=transformers.LlamaConfig)
+MISTRAL = functools.partial(example, "mistral", theirs=transformers.MistralConfig)
+QWEN2 = functools.partial(example, "qwen2", theirs=transformers.Qwen2Config, biases=("qkv",))
+QWEN3 = functools.partial(example, "qwen3", theirs=transformers.Qwen3Config, qk_norm=True)
+GPT2 = functools.partial(
+    example,
+    "gpt2",
+    theirs=transformers.GPT2Config,
+    n_kv_heads=4,
+    norm="layernorm",
+    positions="learned",
+    biases=("qkv", "attention_out", "mlp"),
+    **TWO,
+)
+GPT2_SIZES = {"vocab_size": 97, "n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4}
+GPT2_SIZES |= {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
 
 EXAMPLES: tuple[Example, ...] = (
-    LLAMA("tied", said={**SIZES, "tie_word_embeddings": True}, **TWO),
+    LLAMA("grouped heads, tied", said=TIED, **TWO),
+    LLAMA("interleaved", said={**SIZES, "rope_theta": 5e5}, rope_layout="interleaved", rope_theta=5e5, **UNTIED),
     LLAMA(
-        "interleaved, theta",
-        said={**SIZES, "rope_theta": 5e5},
-        tie_embeddings=False,
+        "all biases, one kv head, wide heads, interleaved, scanned",
+        said={**TIED, "num_key_value_heads": 1, "head_dim": 12, "attention_bias": True, "mlp_bias": True},
+        n_kv_heads=1,
+        head_dim=12,
+        biases=("qkv", "attention_out", "mlp"),
         rope_layout="interleaved",
-        rope_theta=5e5,
+        layer_loop="scan",
         **TWO,
+    ),
+    LLAMA(
+        "as many kv heads, attention biases, other eps, three layers",
+        said={**TIED, "num_key_value_heads": None, "num_hidden_layers": 3, "attention_bias": True}
+        | {"rms_norm_eps": 1e-3},
+        n_kv_heads=4,
+        biases=("qkv", "attention_out"),
+        norm_eps=1e-3,
+    ),
+    LLAMA("linear scaling", said=scaled("linear", factor=4.0), **scaling("linear", factor=4.0)),
+    LLAMA("llama3 scaling", said=scaled("llama3", 5e5, **LLAMA3), rope_theta=5e5, **scaling("llama3", **LLAMA3)),
+    LLAMA("yarn, factor of the lengths", said=scaled("yarn", **YARN), **scaling("yarn", **YARN | {"factor": 0.0})),
+    LLAMA(
+        "yarn, not truncated, attention factor",
+        said=scaled("yarn", **YARN, truncate=False, attention_factor=1.7),
+        **scaling("yarn", **YARN, truncate=False, attention_factor=1.7),
+    ),
+    MISTRAL("window", said={**SIZES, "sliding_window": 100}, window=100, **UNTIED),
+    MISTRAL(
+        "no window, wide heads, interleaved, tied",
+        said={**TIED, "sliding_window": None, "head_dim": 12, "rope_theta": 1e6},
+        head_dim=12,
+        rope_theta=1e6,
+        rope_layout="interleaved",
+        **TWO,
+    ),
+    QWEN2("no window, tied", said=TIED, **TWO),
+    QWEN2(
+        "window from the second layer on, interleaved",
+        said={**SIZES, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 50}
+        | {"max_window_layers": 1},
+        pattern=("attention+mlp", *["attention(window=50)+mlp"] * 2),
+        rope_layout="interleaved",
+        tie_embeddings=False,
+    ),
+    QWEN2(
+        "window in all layers, yarn",
+        said={**scaled("yarn", **YARN), "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 0},
+        window=50,
+        **scaling("yarn", **YARN),
+    ),
+    QWEN3("tied, wide heads", said={**TIED, "head_dim": 12}, head_dim=12, **TWO),
+    QWEN3(
+        "biases, window in every second layer, interleaved, scanned",
+        said={**SIZES, "head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 50}
+        | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        biases=("qkv", "attention_out"),
+        pattern=("attention(window=50)+mlp", "attention+mlp"),
+        n_layers=4,
+        rope_layout="interleaved",
+        layer_loop="scan",
+        tie_embeddings=False,
+    ),
+    GPT2("tied", said=GPT2_SIZES, activation="gelu_tanh", d_ff=128),
+    GPT2(
+        "untied, erf, narrow, other eps, scanned",
+        said={**GPT2_SIZES, "n_inner": 40, "activation_function": "gelu", "tie_word_embeddings": False}
+        | {"layer_norm_epsilon": 1e-3},
+        activation="gelu",
+        norm_eps=1e-3,
+        tie_embeddings=False,
+        layer_loop="scan",
     ),
 )
 """The dense families."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config, config_file
-from jaxlm.convert import llama2c, native, storage
+from jaxlm.convert import hub, llama2c, native, storage
 from jaxlm.convert.canonical import canonical, fill
 from jaxlm.convert.carried import carried
-from jaxlm.convert.families import FAMILIES
+from jaxlm.convert.families import FAMILIES, REFUSED
 from jaxlm.convert.rows import Parameters
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
@@ -64,36 +64,41 @@ class Opened:
 
 
 def load(path: str | Path, *, step: int | None = None) -> Model:
-    """Open a run directory, a torch_ref folder, a Hugging Face folder or a `model.bin`, and read it.
+    """Open a run, a torch_ref or Hugging Face folder, a `model.bin` or what the hub has as `org/name`, and read it.
 
     Args:
         step: which checkpoint of a run; None: the newest.
 
     Raises:
-        UserError: `path` is none of them, or what it holds is damaged or does not fit its config.
+        UserError: `path` is none of these, or what it holds is damaged or does not fit its config.
     """
-    return open_model(path, step=step).read()
+    return _open(Path(path), step, _restored).read()
 
 
 def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> Opened:
-    """As `load`, but nothing is read yet. `tokenizer`: a tokenizer.json or tokenizer.bin to use instead of its own."""
+    """As `load`, but nothing is read yet. Only `load` passes over a damaged checkpoint to the one before.
+
+    Args:
+        tokenizer: a tokenizer.json or tokenizer.bin to use instead of its own.
+    """
     path = Path(path)
-    opened = _open(path, step)
+    opened = _open(path, step, _stored)
     if tokenizer is None:
-        return opened if opened.kept else dataclasses.replace(opened, kept=carried(path))
+        return opened if opened.kept else dataclasses.replace(opened, kept=carried(opened.path))
     own = config.Tokenizer(kind="file", path=str(tokenizer))
     return dataclasses.replace(
         opened, tokenizer=Path(tokenizer), config=dataclasses.replace(opened.config, tokenizer=own)
     )
 
 
-def _open(path: Path, step: int | None) -> Opened:
+def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
     if path.suffix == ".bin" and path.is_file():
         return _open_llama2c(path)
+    path = hub.local(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
     if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
-        return _open_run(path, step)
+        return _open_run(path, step, orbax)
     if step is not None:
         raise UserError(f"{path} is not a run, it has no step {step}")
     if (path / "config.toml").is_file():
@@ -113,7 +118,7 @@ def _open_llama2c(path: Path) -> Opened:
     return Opened(path, settings, found.parameters, llama2c.NAME, tokenizer, found.kept)
 
 
-def _open_run(path: Path, step: int | None) -> Opened:
+def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
     settings = _settings(path, str(path))
     checkpoints = path / "checkpoints"
     steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
@@ -121,14 +126,28 @@ def _open_run(path: Path, step: int | None) -> Opened:
         wanted = "no checkpoint" if step is None else f"no step {step}"
         raise UserError(f"{checkpoints}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")
     newest = checkpoints / str(steps[-1] if step is None else step)
-    if any(newest.glob("model.safetensors*")):  # a run of `--backend torch`
+    if any(newest.glob("model.safetensors*")):  # of `--backend torch`, or of a conversion
         parameters = _torch_parameters(newest, settings)
     else:
-        parameters = canonical(_orbax_params(path, settings, step), settings.model)
+        parameters = canonical(_orbax_params(path, settings, step, orbax), settings.model)
     return Opened(path, settings, parameters, "run")
 
 
-def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Params:
+_Reader = Callable[[Any, Any, int | None], Params]
+"""Of a `Checkpointer` the parameters like these at a step."""
+
+
+def _restored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """All at once, which is quicker than one by one."""
+    return jax.tree.map(np.asarray, checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step))
+
+
+def _stored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """Leaves that are read when they are asked for."""
+    return checkpoints.stored_params(like, step)
+
+
+def _orbax_params(path: Path, settings: config.Config, step: int | None, reader: _Reader) -> Params:
     from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
 
     # On the host: the mesh that trained the model need not exist here.
@@ -137,9 +156,9 @@ def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Para
         shapes, _ = abstract_params(Decoder(settings.model, Policy.from_config(settings.numerics)))
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), shapes)
         checkpoints = Checkpointer(path, read_only=True)
-        params = checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step)
+        params = reader(checkpoints, like, step)
         checkpoints.close()
-        return jax.tree.map(np.asarray, params)
+        return params
 
 
 def _torch_parameters(path: Path, settings: config.Config) -> Parameters:
@@ -150,14 +169,16 @@ def _open_family(path: Path) -> Opened:
     where = path / "config.json"
     hf = storage.read_json(where)
     family = FAMILIES.get(str(hf.get("model_type")))
+    if reason := REFUSED.get(str(hf.get("model_type"))):
+        raise UserError(f"{where}: model_type {hf['model_type']!r}: {reason}")
     if family is None:
         raise UserError(f"{where}: model_type {hf.get('model_type')!r} is not known", f"known: {', '.join(FAMILIES)}")
     model = family.config_from_hf(hf, str(where))
-    tensors = storage.read_folder(path)
-    tensors = tensors.without(family.extras(tensors, model))
+    tensors = family.tensors(storage.read_folder(path), model)
     parameters = Parameters(tensors, model, family.rows(model), str(path))
     dtype = parameters.dtype("embed.embedding")
     tree: dict[str, Any] = {
+        "data": {"seq_len": min(config.Data().seq_len, model.max_seq_len)},
         "numerics": {
             "params": "float64" if dtype == "float64" else "float32",
             "compute": dtype if dtype in ("bfloat16", "float64") else "float32",

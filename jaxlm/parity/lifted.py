@@ -17,22 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Lifted(TorchFunctionMode):
-    """Computes in float64 what is asked for in float32, by a dtype, by `float()` or by the default dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._before: list[torch.dtype] = []
-
-    def __enter__(self) -> Any:
-        """Also the default dtype of new tensors."""
-        self._before.append(torch.get_default_dtype())
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        """Put the default dtype back."""
-        super().__exit__(*error)
-        torch.set_default_dtype(self._before.pop())
+    """Computes in float64 what is asked for in float32, in this thread."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""

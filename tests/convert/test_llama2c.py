@@ -117,7 +117,7 @@ def test_there_and_back(
     convert(path, tmp_path / "ours", through)
     assert not (tmp_path / "ours" / llama2c.ROPE_TABLES).exists()
     tensors = 2 + 9 * sizes[2] + separate
-    assert convert(tmp_path / "ours", tmp_path / "back", "llama2c")[1:] == ("llama2c", tensors, path.stat().st_size)
+    assert convert(tmp_path / "ours", tmp_path / "back", "llama2c")[1:4] == ("llama2c", tensors, path.stat().st_size)
     assert [file.name for file in (tmp_path / "back").iterdir()] == ["model.bin"]
     assert (tmp_path / "back" / "model.bin").read_bytes() == path.read_bytes()
     convert(tmp_path / "back", tmp_path / "again", "llama2c")  # a folder with a model.bin is a model too
@@ -169,7 +169,7 @@ def _torch_folder(path: Path, cfg: config.Model, params: Any, **files: str) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"biases": ("mlp",)}, "model.biases with 'mlp'"),
+        ({"biases": ("mlp",)}, "model.biases = ['mlp']"),
         ({"activation": "gelu"}, "model.activation = 'gelu'"),
         ({"norm_eps": 1e-6}, "model.norm_eps = 1e-06"),
         ({"rope_theta": 5e5}, "model.rope_theta = 500000.0"),
@@ -261,7 +261,7 @@ def test_numbers_that_are_none_are_refused(
     write: Callable, rng: np.random.Generator, tmp_path: Path, place: int, tensor: str, to: str
 ) -> None:
     path = write(_number(place, np.inf)(make_bin(rng, SMALL).content))
-    with pytest.raises(UserError, match=f"NaN or infinite: {tensor}|{tensor} is NaN or infinite"):
+    with pytest.raises(UserError, match=rf"{tensor} is NaN or infinite"):
         convert(path, tmp_path / "out", to)
     assert [file.name for file in tmp_path.iterdir()] == ["model.bin"]
 
