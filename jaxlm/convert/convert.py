@@ -81,8 +81,8 @@ def convert(
     to = resolve(to, cfg)
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
-    elif src.is_file() or SENTENCEPIECE in model.kept:
-        print(f"the weights go alone: {no_tokenizer(src)}", file=sys.stderr)
+    elif model.kind == llama2c.NAME or SENTENCEPIECE in model.kept:
+        print(f"the weights go alone: {no_tokenizer(model.path)}", file=sys.stderr)
     if to == llama2c.NAME:
         return Summary(dst, to, *_write_llama2c(model, dst, overwrite), time.perf_counter() - began)
     files = _public_files(model, FAMILIES[to]) if to in FAMILIES else _own_files(model, dst if to == "jaxlm" else "")
