@@ -304,7 +304,7 @@ def _compare_weights(then: Mapping[str, tuple[str, Sketch]], now: Arrays) -> Ite
             continue
         digest, before = then[name]
         same = _digest(now[name]) == digest
-        # half the smallest number that is not 0, where the change is too small for the estimate
+        # the smallest number that is not 0, where a change is too small for the estimate
         error = 0.0 if same else max(relative_distance(before, sketch(now[name])), 2.0**-1074)
         yield Finding(STORED, "weights", name, error, 0.0)
 
