@@ -21,13 +21,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from jaxlm import config
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.load import open_model
 from jaxlm.errors import UserError
 from jaxlm.parity.hooks import array_of, first, half_of_the_threads, watched
-from jaxlm.parity.hugging_face_names import Names, Place
+from jaxlm.parity.hugging_face_names import Names
+from jaxlm.parity.hugging_face_routing import choice_of, replayed
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.lifted import Lifted
 from jaxlm.parity.tolerances import FLOAT64
@@ -107,7 +109,7 @@ class HuggingFaceSide:
             return array_of(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
 
     def replay(self, dtype: str, rows: Mapping[str, np.ndarray], inputs: Arrays | None) -> Events:
-        """See `trace.Side`. The choice of the experts is its own."""
+        """See `trace.Side`."""
         events: Events = {}
         with _lifted(dtype), torch.no_grad():
             model, names = self._model(dtype)
@@ -123,7 +125,8 @@ class HuggingFaceSide:
                 if not forced or forced[0].size != x.numel():
                     return None
                 x = _given(forced[0], places[module][0].inputs, x)
-                return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+                rest = replayed(args[1:], inputs or {}, places[module][0].name, rows)
+                return ((x, *rest), kwargs) if args else (args, kwargs | {"hidden_states": x})
 
             def returns(module: str, output: Any) -> None:
                 for place in places[module]:
@@ -135,13 +138,15 @@ class HuggingFaceSide:
 
     def _forward(self, model: PreTrainedModel, names: Names, rows: Mapping[str, np.ndarray]) -> Arrays:
         captured: Arrays = {}
-        places = names.places()
+        places, routers = names.places(), names.routers()
 
         def keep(module: str, output: Any) -> None:
-            for place in places[module]:
+            for place in places.get(module, ()):
                 captured[place.name] = _taken(first(output), place.outputs, rows, place.gives)
+            if module in routers:
+                captured.update(choice_of(model.get_submodule(module), output, *routers[module], rows["tokens"].shape))
 
-        with torch.no_grad(), watched(_modules(model, places), keep):
+        with torch.no_grad(), watched(_modules(model, {**places, **routers}), keep):
             captured[LOGITS] = array_of(self._call(model, rows))
         return captured
 
@@ -150,6 +155,8 @@ class HuggingFaceSide:
         told: dict[str, Any] = {"input_ids": torch.as_tensor(rows["tokens"]).long(), "use_cache": False}
         if "position_ids" in inspect.signature(model.forward).parameters:
             told["position_ids"] = torch.as_tensor(rows["positions"]).long()
+        if model.config.model_type == "gpt_oss":
+            told["attention_mask"] = _masks(model, told["position_ids"])
         if parameters is None:
             return model(**told).logits
         own = dict(model.named_parameters())
@@ -275,7 +282,22 @@ class HuggingFaceSide:
         return model.eval()
 
 
-def _modules(model: PreTrainedModel, places: Mapping[str, list[Place]]) -> Iterator[tuple[str, nn.Module]]:
+def _masks(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
+    """gpt-oss does not look at the positions when it makes its masks, but takes those that are made for it."""
+    options: dict[str, Any] = {
+        "config": model.config,
+        "inputs_embeds": torch.empty(*positions.shape, 0, dtype=model.dtype),
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": positions,
+    }
+    return {
+        "full_attention": create_causal_mask(**options),
+        "sliding_attention": create_sliding_window_causal_mask(**options),
+    }
+
+
+def _modules(model: PreTrainedModel, places: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if name in places)
 
 
