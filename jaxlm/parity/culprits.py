@@ -1,4 +1,4 @@
-"""The usual culprits: what implementations of one architecture are known to do differently, each as a change of a model.
+"""The usual culprits: what implementations of one architecture do differently, each as a change of a model.
 
 A row of `CULPRITS` makes its tries for a given model, none where it does not apply. A try says in words what the other
 implementation does, and gives the variant that does it too. Sources: `docs/parity.md`.

@@ -24,7 +24,7 @@ from jaxlm.parity.trace import Arrays, Side, settings_of
 from jaxlm.parity.variant import Variant, attempt, distance
 
 ROW = 96
-"""Tokens of a row to begin with: enough for every culprit but a window, and five times as fast as the rows of parity."""
+"""Tokens of a row to begin with: enough for every culprit but a long window, and faster than the rows of parity."""
 STEPS = 3
 """Culprits at once, at most."""
 BEAM = 2
@@ -68,8 +68,7 @@ def explain(
     """
     model = settings_of(settings).model
     mine, other = ours.weights(), theirs.weights()
-    length = min(ROW, inputs.rows["tokens"].shape[1])
-    short = packed(inputs.stream, length, inputs.vocab_size)
+    short = _short(inputs)
     base, subject = Variant(model, mine, short), theirs
     target = theirs.forward("float64", short)
     found = recognise(mine, other, model) if other else []
@@ -93,6 +92,14 @@ def explain(
     table = (*((explain_config(their_config),) if their_config is not None and subject is theirs else ()), *CULPRITS)
     search = Search(subject, table, inputs.rows)
     return [*weights, *search.run(base, target)]
+
+
+def _short(inputs: Inputs) -> Mapping[str, np.ndarray]:
+    """The beginning of rows of one document, or else rows packed anew: the beginning has no boundary."""
+    length = min(ROW, inputs.rows["tokens"].shape[1])
+    if (inputs.rows["segments"] == 1).all():
+        return {name: array[:, :length] for name, array in inputs.rows.items()}
+    return packed(inputs.stream, length, inputs.vocab_size)
 
 
 def structure(model: config.Model, tensors: Mapping[str, np.ndarray]) -> config.Model:

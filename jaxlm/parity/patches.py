@@ -6,6 +6,7 @@ Shapes: B batch, T query length, S key length, N heads, K kv heads, H head dim, 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,17 +25,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def patched(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Patch:
     """`owner.name` is what `wrap` makes of it."""
+    return functools.partial(_replaced, owner, name, wrap)
 
-    @contextlib.contextmanager
-    def enter() -> Iterator[None]:
-        original = getattr(owner, name)
-        setattr(owner, name, wrap(original))
-        try:
-            yield
-        finally:
-            setattr(owner, name, original)
 
-    return enter
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 # Normalisation
@@ -132,11 +133,10 @@ def norm_after_rotation() -> Iterator[None]:
         x = rotate(x, *table, layout=layout)
         return waiting.pop(0)(x) if waiting else x
 
-    attention_module.Attention.forward, attention_module.apply_rope = attend, rotated
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(attention_module.Attention, "forward", lambda original: attend))
+        stack.enter_context(_replaced(attention_module, "apply_rope", lambda original: rotated))
         yield
-    finally:
-        attention_module.Attention.forward, attention_module.apply_rope = forward, rotate
 
 
 # Rotary positions

@@ -39,9 +39,9 @@ def relation(mine: np.ndarray, theirs: np.ndarray, axes: Sequence[Axis]) -> str 
             return what
         for dtype in NARROW:
             narrow = _narrow(mine, dtype)
-            if not np.array_equal(narrow, mine) and np.array_equal(_narrow(theirs, dtype), theirs):
-                if what := _moved(narrow, theirs, axes):
-                    return f"{what}, and rounded to {dtype}"
+            changed = not np.array_equal(narrow, mine) and np.array_equal(_narrow(theirs, dtype), theirs)
+            if changed and (what := _moved(narrow, theirs, axes)):
+                return f"{what}, and rounded to {dtype}"
         return None
     return _other_shape(mine, theirs)
 
@@ -120,16 +120,15 @@ def order(take: np.ndarray, axis: Axis) -> str:
             if np.array_equal(take, (np.arange(0, n, heads)[:, None] + one).ravel()):
                 return f"in the order of {name} rotary pairs"
     size = _block(take)
+    size = heads if heads and size % heads == 0 else size
     blocks = take[::size] // size
-    if len(blocks) == 2:
+    if len(blocks) == 2 and size != heads:
         return f"with its halves along the {axis.unit}s swapped"
     unit = axis.unit if size == 1 else "head" if size == heads else f"block of {size} {axis.unit}"
     for groups in range(2, len(blocks)):
-        if len(blocks) % groups == 0:
-            if np.array_equal(np.arange(len(blocks)).reshape(groups, -1).T.ravel(), blocks):
-                return (
-                    f"regrouped: {unit}s ({groups}, {len(blocks) // groups}) are in the order of the second index first"
-                )
+        each, left = divmod(len(blocks), groups)
+        if not left and np.array_equal(np.arange(len(blocks)).reshape(groups, each).T.ravel(), blocks):
+            return f"regrouped: {unit}s ({groups}, {each}) in the order ({each}, {groups})"
     return f"with {unit}s in another order: {_first(blocks)}"
 
 

@@ -15,9 +15,9 @@ import torch
 
 from jaxlm import config
 from jaxlm.architecture import FFNS, MIXERS, parse_block
-from jaxlm.parity.mirror import TorchSide
-from jaxlm.parity.trace import Arrays
+from jaxlm.parity.trace import Arrays, numerics_of
 from torch_ref.models.decoder import Decoder
+from torch_ref.numerics import Policy
 
 SMALL = 512
 """Width of a model that one thread computes as fast as several, 96 tokens at a time."""
@@ -42,9 +42,13 @@ class Variant:
                 stack.enter_context(patch())
             model = dataclasses.replace(self.model, attention_impl="xla")  # the code that is patched
             stack.enter_context(_threads(1 if model.d_model <= SMALL else torch.get_num_threads()))
-            side = TorchSide(config.Config(model=model), fitted(model, self.tensors))
-            with np.errstate(all="ignore"):
-                return side.forward(self.dtype, self.rows)
+            decoder = Decoder(model, Policy.from_config(numerics_of(self.dtype)))
+            tensors = {
+                name: torch.tensor(np.asarray(x, numerics_of(self.dtype).params))
+                for name, x in fitted(model, self.tensors).items()
+            }
+            decoder.load_state_dict(tensors)
+            return _outputs(decoder.eval(), {name: torch.tensor(array) for name, array in self.rows.items()})
 
     def with_options(self, section: str = "", **options: Any) -> Variant:
         """With these options of `[model]`, or of one of its sections, in every block.
@@ -68,6 +72,22 @@ class Variant:
     def with_patch(self, *patches: Patch) -> Variant:
         """With torch_ref patched."""
         return dataclasses.replace(self, patches=(*self.patches, *patches))
+
+
+def _outputs(decoder: Decoder, rows: Mapping[str, torch.Tensor]) -> Arrays:
+    captured: Arrays = {}
+    for name, module in decoder.named_modules():
+        if name:
+            module.register_forward_hook(functools.partial(_keep, captured, name))
+    with torch.no_grad():
+        logits, _ = decoder(rows["tokens"], rows["positions"], rows["segments"])
+    return captured | {"logits": logits.numpy()}
+
+
+def _keep(captured: Arrays, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """The first output of a module; of sinks it is not the second call."""
+    output = output[0] if isinstance(output, tuple) else output
+    captured.setdefault(name, output.to(torch.promote_types(output.dtype, torch.float32)).numpy())
 
 
 @contextlib.contextmanager
