@@ -112,11 +112,17 @@ def generate(
         print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
 
 
+_LAYOUTS = (
+    "`jaxlm` (a run), `torch` (torch_ref), `hf` (the first public layout that can hold the model), or one by its name: "
+    "llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen3_moe, gpt_oss, dots1, mamba, mamba2, jamba, llama2c."
+)
+
+
 @app.command()
 def convert(
     src: Annotated[Path, typer.Argument(help="A run, a torch_ref folder or a Hugging Face folder.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="`jaxlm`, `torch`, or a public layout: `llama`.")],
+    to: Annotated[str, typer.Option(help=_LAYOUTS)],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
 ) -> None:
@@ -128,15 +134,36 @@ def convert(
 
 @app.command()
 def parity(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, config, torch_ref or Hugging Face folder.")],
-    other: Annotated[Path | None, typer.Argument(help="What PyTorch computes; default: the weights of RUN.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of parity.json and parity.html; default: RUN.")] = None,
+    run: Annotated[Path, typer.Argument(metavar="A", help="A run, config, torch_ref or Hugging Face folder.")],
+    other: Annotated[Path | None, typer.Argument(metavar="B", help="The model to compare; default: A.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of parity.json and parity.html; default: a run A.")] = None,
+    computed_by: Annotated[
+        str | None,
+        typer.Option("--with", help="What computes B: `jaxlm`, `torch`, `hf`; default: `hf` for its own folders."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A file of text to show them; default: a built-in one.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text to show them and to continue.")] = "",
+    levels: Annotated[str, typer.Option(help="Only these of config,weights,forward,loss,gradients,...")] = "",
+    dtypes: Annotated[str, typer.Option(help="Only these of float64,float32,bfloat16; float64 always.")] = "",
 ) -> None:
-    """Show that PyTorch computes the same model. Exit code 0: the same, 1: they differ, 2: a mistake."""
+    """Tell whether two models are the same and where they part: A by jaxlm, B by PyTorch or transformers.
+
+    Exit code 0: the same, 1: they differ, 2: a mistake.
+    """
     from jaxlm.parity import check
 
-    if not check(run, other, out=out, show=True).same:
+    options: dict[str, Any] = {"levels": levels.split(",")} if levels else {}
+    options |= {"dtypes": dtypes.split(",")} if dtypes else {}
+    options |= {"text": _read_text(text)} if text else {}
+    if not check(run, other, out=out, show=True, computed_by=computed_by, prompt=prompt, **options).same:
         raise typer.Exit(1)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}", "--text names a file of text in UTF-8") from None
 
 
 @app.command("eval")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import jax
 import pytest
-import torch  # noqa: F401  (here, so that a missing torch fails every test of this suite)
+import torch  # noqa: F401  (here, so that a missing torch or transformers fails every test of this suite)
+import transformers  # noqa: F401
 
 
 # Workers of one pytest run mix both suites, and float64 is a switch of the whole process. So each module of this suite

@@ -36,8 +36,8 @@ from transformers.models.phi3 import modeling_phi3
 from jaxlm import config
 from jaxlm.ops import attention as jax_attention
 from jaxlm.ops.rope import apply_rope, rope_frequencies, rope_table, rope_temperature
+from jaxlm.parity.lifted import Lifted
 from parity_tests import pairs
-from parity_tests.test_round_trip import Lifted
 from parity_tests.tolerances import FLOAT64
 from torch_ref.models.attention import Attention
 from torch_ref.ops.attention import Places

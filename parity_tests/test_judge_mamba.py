@@ -16,8 +16,8 @@ import torch
 from transformers import JambaConfig, JambaForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from jaxlm import config
+from jaxlm.parity.lifted import Lifted
 from parity_tests import pairs
-from parity_tests.test_round_trip import Lifted
 from parity_tests.tolerances import FLOAT64
 
 D, V, T, LAYERS = 32, 97, 70, 2

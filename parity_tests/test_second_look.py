@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
 from jaxlm.parity.compare import Finding, look_again
 from jaxlm.parity.inputs import Inputs, make_inputs
-from jaxlm.parity.trace import Trace
+from jaxlm.parity.trace import JaxSide
 from parity_tests import pairs
 
 NAME = "layers.0.mixer.D"
 
 
-class Noisy:
-    """A side whose gradient of four elements has an error of this size."""
+class Noisy(JaxSide):
+    """A side whose gradient of four elements has an error of this size; nothing else is asked of it."""
 
     def __init__(self, size: float, salt: int) -> None:
         self.name, self.size, self.salt, self.asked = "noisy", size, salt, 0
-
-    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
-        raise AssertionError("only gradients are asked for")
-
-    def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
-        raise AssertionError("only gradients are asked for")
 
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> pairs.Arrays:
         self.asked += 1

@@ -16,7 +16,6 @@ ATTENTION_KERNELS = Bound(2.0, 1.6, "Error of torch's fused attention over that 
 LLAMA = Bound(3e-6, 7.1e-7, "float32 against float32, three layers; an eps of 1e-5 for 1e-6 gives ten times as much.")
 AUTOCAST = Bound(3e-2, 1.2e-2, "bfloat16 products in two layers, relative to float32 logits.")
 AUTOCAST_CURVE = Bound(3e-4, 8.7e-5, "Losses of 20 steps against float64; logits are rounded to bfloat16.")
-FLOAT32_ROUTER = Bound(1e-6, 3.6e-7, "The scores of transformers are float32; all else is float64.")
 
 __all__ = [
     "ATTENTION_KERNELS",
@@ -24,7 +23,6 @@ __all__ = [
     "AUTOCAST_CURVE",
     "COSINE64",
     "COSINES",
-    "FLOAT32_ROUTER",
     "FLOAT64",
     "FLOORS",
     "LLAMA",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from jaxlm.cli import main
+from jaxlm.convert.families import FAMILIES
 
 CONFIG = """
 [model]
@@ -114,6 +116,19 @@ def test_convert_and_open_again(workplace: Path, capsys: pytest.CaptureFixture[s
             assert run("generate", source, "def", "--greedy", "--max-new-tokens", 8, "--json") == 0
             generated.append(json.loads(capsys.readouterr().out)["tokens"])
     assert all(tokens == generated[0] for tokens in generated)
+
+
+def test_convert_picks_the_family(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", workplace / "run", workplace / "hf", "--to", "hf") == 0
+    told = capsys.readouterr()
+    assert told.err == "--to hf: llama can hold this model\n" and f"{workplace / 'hf'}: llama, " in told.out
+    assert json.loads((workplace / "hf" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_convert_lists_the_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", "--help") == 0
+    shown = set(re.findall(r"\w+", capsys.readouterr().out))
+    assert shown >= {"jaxlm", "torch", "hf", *FAMILIES}, FAMILIES.keys() - shown
 
 
 def test_look_at_the_tokenizer_and_the_data(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

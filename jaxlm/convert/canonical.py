@@ -124,10 +124,11 @@ def fill(tensors: Mapping[str, Any], cfg: config.Model, where: str) -> Params:
     """
     problems = Problems()
     params: Params = {}
+    stored = getattr(tensors, "stored", lambda name: name)
     for name in leaves(cfg):
         tensor = np.asarray(tensors[name])
         if not _insert(params, name, tensor, cfg):
-            problems.add("in another dtype than the layer before", [f"{name} {tensor.dtype}"])
+            problems.add("in another dtype than the layer before", [f"{stored(name)} {tensor.dtype}"])
     problems.refuse(where, "does the config belong to these weights?")
     return params
 

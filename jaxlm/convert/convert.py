@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,11 +49,12 @@ def convert(
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Summary:
-    """Write the model at `src` as a run (`jaxlm`), a torch_ref folder (`torch`) or a public layout (`llama`).
+    """Write the model at `src` as a run (`jaxlm`), a torch_ref folder (`torch`) or a public layout (`llama`, ...).
 
     Values never change. Only a run stores float32 or float64, so 16-bit weights are widened there, which is exact.
 
     Args:
+        to: `hf` is the first public layout that can hold the model.
         overwrite: replace whatever lies at `dst`.
         step: which checkpoint of a run; None: the newest.
         shard_bytes: above this size a public layout has several weight files and an index.
@@ -61,13 +63,14 @@ def convert(
         UserError: what `load` and `storage.write_folder` refuse, an unknown `to`, a model that the layout cannot hold.
     """
     src, dst = Path(src), Path(dst)
-    targets = ("jaxlm", "torch", *FAMILIES)
+    targets = ("jaxlm", "torch", "hf", *FAMILIES)
     if to not in targets:
         raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
     if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
         raise UserError(f"{dst} is or holds the source {src}", "name another destination")
     model = open_model(src, step=step)
     cfg = model.config.model
+    to = resolve(to, cfg)
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
     if to == "jaxlm":
@@ -85,6 +88,27 @@ def convert(
             dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
         )
     return Summary(dst, to, *written)
+
+
+def resolve(to: str, cfg: config.Model) -> str:
+    """The layout that `to` names: for `hf` the first family that can hold the model, which a line on stderr says.
+
+    Raises:
+        UserError: no family can; with what each of them has no place for.
+    """
+    if to != "hf":
+        return to
+    refusals = []
+    for name, family in FAMILIES.items():
+        try:
+            family.config_to_hf(cfg, dtype="float32")
+        except UserError as error:
+            refusals.append(f"{name}: {error.message.partition('has no place for ')[2]}")
+        else:
+            print(f"--to hf: {name} can hold this model", file=sys.stderr)
+            return name
+    hint = f"--to torch takes every model; there is no place for: {'; '.join(refusals)}"
+    raise UserError("--to hf: no public layout can hold this model", hint)
 
 
 def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:

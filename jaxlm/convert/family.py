@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlm import config, config_file
 from jaxlm.convert.rows import Row
-from jaxlm.convert.settings import Fixed, Key, Setting, require_same, tree
+from jaxlm.convert.settings import Key, Setting, require_same, tree
 from jaxlm.errors import UserError
 
-COMMON: tuple[Setting, ...] = (Fixed("quantization_config", None),)
+
+class Unquantised:
+    """Weights are stored in a float dtype."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        return {}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        if found := hf.get("quantization_config"):
+            method = found.get("quant_method")
+            hint = "dequantise them first: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained(...)"
+            if method == "mxfp4":
+                hint = "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
+            raise ValueError(f"quantization_config = {found!r}: jaxlm reads no quantised weights", hint)
+        return {}
+
+
+COMMON: tuple[Setting, ...] = (Unquantised(),)
 """Settings of every layout."""
+
+INERT = re.compile(
+    "_.*|jaxlm_.*|architectures|model_type|transformers_version|torch_dtype|dtype|use_cache|use_return_dict|return_dict|"
+    "output_.*|.*_token_id|.*drop(out)?(_rate|_prob)?|initializer_.*|pretraining_tp|tokenizer_class|id2label|label2id|"
+    "problem_type|task_specific_params|summary_.*|n_ctx|chunk_size_feed_forward|is_encoder_decoder|is_decoder|"
+    "finetuning_task|torchscript|use_bfloat16|prefix|pruned_heads|tie_encoder_decoder"
+)
+"""Keys of config.json that say nothing of what a decoder computes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +61,8 @@ class Family:
     head: str = "lm_head.weight"
     ignored: str = ""
     """Pattern of tensors that old files carry and that say nothing."""
+    old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Spellings of old files that transformers still reads, and what they are now."""
 
     def config_to_hf(
         self, cfg: config.Model, *, dtype: str, bos: int | None = None, eos: int | None = None, pad: int | None = None
@@ -52,7 +82,7 @@ class Family:
         # Only a note for the way back, where it makes the round trip exact; transformers keeps and ignores it.
         hf |= {"jaxlm_rope_layout": cfg.rope_layout} if cfg.rope_layout != "half" else {}
         try:
-            back = self.config_from_hf(hf)
+            back = self.config_from_hf(hf, "its config.json")
         except UserError as error:
             raise UserError(f"the {self.name} layout has no place for this model: {error}") from None
         require_same(cfg, back, self.name)
@@ -65,15 +95,44 @@ class Family:
         Raises:
             UserError: a key is missing, or says what jaxlm cannot express.
         """
+        asked = Asked(hf)
         options: list[Mapping[str, Any]] = [{"rope_layout": hf.get("jaxlm_rope_layout", "half")}]
         for setting in (*COMMON, *self.settings):
+            asked.now.clear()
             try:
-                options.append(setting.back(hf))
+                options.append(setting.back(asked))
             except ValueError as error:
-                raise UserError(f"{where}: {error}") from None
-            except (TypeError, AttributeError, KeyError) as error:
-                raise UserError(f"{where}: {type(setting).__name__} is ill-formed: {error}") from None
-        return config_file.from_dict({"model": tree(options)}, where).model
+                raise UserError(f"{where}: {error.args[0]}", *error.args[1:]) from None
+            except KeyError as error:
+                raise UserError(f"{where}: {error.args[0]} is missing") from None
+            except (TypeError, AttributeError):
+                values = ", ".join(f"{key} = {hf[key]!r}" for key in asked.now if key in hf)
+                raise UserError(f"{where}: ill-formed: {values}") from None
+        if unknown := sorted(key for key in hf.keys() - asked.ever if not INERT.fullmatch(key)):
+            print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
+        model = tree(options)
+        learned = {"data": {"seq_len": model["max_seq_len"]}} if model.get("positions") == "learned" else {}
+        return config_file.from_dict({"model": model, **learned}, where).model
+
+    def tensors(self, stored: Mapping[str, np.ndarray], cfg: config.Model) -> Named:
+        """Stored tensors by the names of the layout, without those that say nothing.
+
+        Files of the model without its head (`GPT2Model`, as the public GPT-2) lack the first part of every name.
+
+        Raises:
+            UserError: see `extras`.
+        """
+        prefix = self.embedding.partition(".")[0] + "."
+        bare = not any(name.startswith(prefix) for name in stored)
+        names: dict[str, str] = {}
+        for old in stored:
+            name = prefix + old if bare and old != self.head else old
+            name = self.old_names.get(name, name)
+            if name in names:
+                raise UserError(f"{old} and {names[name]} are the same tensor, {name}")
+            names[name] = old
+        full = Named(stored, names)
+        return full.without(self.extras(full, cfg))
 
     def extras(self, tensors: Mapping[str, np.ndarray], cfg: config.Model) -> set[str]:
         """Stored tensors that say nothing: constants of old files, a second copy of the embedding of a tied model.
@@ -88,6 +147,59 @@ class Family:
                 raise UserError(f"{self.head} differs from {self.embedding}", hint)
             found.add(self.head)
         return found
+
+
+class Asked(Mapping[str, Any]):
+    """A config.json that knows which of its keys were asked for."""
+
+    def __init__(self, hf: Mapping[str, Any]) -> None:
+        self._hf, self.ever = hf, set[str]()
+        self.now: dict[str, None] = {}
+        """Since it was last cleared, in order."""
+
+    def __getitem__(self, key: str) -> Any:
+        self.ever.add(key)
+        self.now[key] = None
+        return self._hf[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hf)
+
+    def __len__(self) -> int:
+        return len(self._hf)
+
+
+class Named(Mapping[str, np.ndarray]):
+    """Tensors under other names, each read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], stored: Mapping[str, str]) -> None:
+        self._tensors, self._stored = tensors, stored
+
+    def without(self, names: set[str]) -> Named:
+        """The same tensors but for `names`."""
+        return Named(self._tensors, {name: old for name, old in self._stored.items() if name not in names})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it if the folder knows."""
+        of = getattr(self._tensors, "shape", lambda old: self._tensors[old].shape)
+        return of(self._stored[name])
+
+    def dtype(self, name: str) -> str:
+        """The same for its dtype, by numpy's name."""
+        of = getattr(self._tensors, "dtype", lambda old: self._tensors[old].dtype.name)
+        return of(self._stored[name])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._stored[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def sizes(**ours: str) -> tuple[Setting, ...]:

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.canonical import canonical, fill
-from jaxlm.convert.families import FAMILIES
+from jaxlm.convert.families import FAMILIES, REFUSED
 from jaxlm.convert.rows import Parameters
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
@@ -124,14 +124,16 @@ def _open_family(path: Path) -> Opened:
     where = path / "config.json"
     hf = storage.read_json(where)
     family = FAMILIES.get(str(hf.get("model_type")))
+    if reason := REFUSED.get(str(hf.get("model_type"))):
+        raise UserError(f"{where}: model_type {hf['model_type']!r}: {reason}")
     if family is None:
         raise UserError(f"{where}: model_type {hf.get('model_type')!r} is not known", f"known: {', '.join(FAMILIES)}")
     model = family.config_from_hf(hf, str(where))
-    tensors = storage.read_folder(path)
-    tensors = tensors.without(family.extras(tensors, model))
+    tensors = family.tensors(storage.read_folder(path), model)
     parameters = Parameters(tensors, model, family.rows(model), str(path))
     dtype = parameters.dtype("embed.embedding")
     tree: dict[str, Any] = {
+        "data": {"seq_len": min(config.Data().seq_len, model.max_seq_len)},
         "numerics": {
             "params": "float64" if dtype == "float64" else "float32",
             "compute": dtype if dtype in ("bfloat16", "float64") else "float32",

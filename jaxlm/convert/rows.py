@@ -91,6 +91,12 @@ def join(axis: int) -> Transform:
     )
 
 
+interleave = Transform(
+    lambda xs, leaves: [np.stack(xs, -1).reshape(*xs[0].shape[:-1], -1)],
+    lambda xs, leaves, like: [xs[0][..., n :: len(like)] for n in range(len(like))],
+)
+"""Several arrays of one shape by turns along the last axis of the file: a0 b0 a1 b1 ..."""
+
 each = Transform(lambda xs, leaves: list(xs[0]), lambda xs, leaves, like: [np.stack(xs)])
 """One array as a list along its first axis: a tensor for each expert."""
 
@@ -192,9 +198,13 @@ class Parameters(Mapping[str, np.ndarray]):
         of = getattr(self._tensors, "dtype", lambda name: self._tensors[name].dtype.name)
         return of(theirs)
 
+    def stored(self, name: str) -> str:
+        """The tensor that holds a parameter, the first if they are several."""
+        return self._rows[name].theirs[0]
+
     def dtype(self, name: str) -> str:
         """Of a parameter, without reading it."""
-        return self._type(self._rows[name].theirs[0])
+        return self._type(self.stored(name))
 
     def __getitem__(self, name: str) -> np.ndarray:
         row = self._rows[name]

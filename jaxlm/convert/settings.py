@@ -30,7 +30,8 @@ class Setting(Protocol):
         """Options of `[model]`; a key that is absent has the default of transformers.
 
         Raises:
-            ValueError: a key says what jaxlm cannot express; the message names key and value.
+            ValueError: a key says what jaxlm cannot express; the message names key and value. A second argument is a
+                hint.
         """
         ...
 
@@ -111,6 +112,7 @@ class Says:
 
     def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """See `Setting`."""
+        hf.get(self.theirs)  # a key that is known
         return {}
 
 
@@ -177,7 +179,14 @@ def shortest_pattern(blocks: Sequence[str]) -> list[str]:
     return list(blocks)
 
 
-_ATTENTION = (*MIXERS["attention"], "rope_scaling")
+_ATTENTION = MIXERS["attention"]
+_SCALING = {
+    "none": (),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_seq_len", "beta_slow", "beta_fast", "truncate", "attention_factor"),
+}
 _MOE_TRAINING = ("noisy", "balance_loss", "importance_loss", "z_loss", "bias_update_rate", "impl")
 _MAMBA_TRAINING = ("dt_min", "dt_max", "dt_floor", "chunk", "impl")
 _HALF_BIASES = {
@@ -198,10 +207,6 @@ def function_of(model: config.Model) -> dict[str, Any]:
     said["biases.head"] = "head" in model.biases
     if model.positions in ("learned", "sinusoidal"):
         said |= {"positions": model.positions, "max_seq_len": model.max_seq_len}
-    scaling = model.rope_scaling
-    if scaling.kind != "none" and not scaling.factor:
-        factor = model.max_seq_len / scaling.original_max_seq_len
-        model = dataclasses.replace(model, rope_scaling=dataclasses.replace(scaling, factor=factor))
     for i in range(model.n_layers):
         halves = model.halves(model.pattern[i % len(model.pattern)])
         mixer, ffn = halves.mixer, halves.ffn
@@ -209,11 +214,16 @@ def function_of(model: config.Model) -> dict[str, Any]:
         if halves.mixer_name == "attention":
             names = [n for n in _ATTENTION if mixer.positions == "rope" or not n.startswith(("rope", "rotary"))]
             layer |= {name: getattr(mixer, name) for name in names}
+            if mixer.rope:
+                options = {
+                    name: getattr(mixer.rope.scaling, name) for name in ("kind", *_SCALING[mixer.rope.scaling.kind])
+                }
+                layer |= {f"rope_scaling.{name}": value for name, value in options.items()}
         elif halves.mixer_name:
             layer |= _section("mamba", mixer.mamba.filled(halves.mixer_name, model.d_model), _MAMBA_TRAINING)
         if halves.ffn_name:
             layer |= {"activation": ffn.activation}
-            layer |= {"d_ff": ffn.d_ff} if halves.ffn_name == "mlp" or ffn.moe.d_ff == 0 else {}
+            layer |= {"d_ff": ffn.d_ff} if halves.ffn_name == "mlp" else {}
         if halves.ffn_name == "moe":
             layer |= _section("moe", dataclasses.replace(ffn.moe, d_ff=ffn.moe.d_ff or ffn.d_ff), _MOE_TRAINING)
         for half in (halves.mixer_name, halves.ffn_name):
@@ -249,5 +259,5 @@ def _shown(name: str, model: config.Model, said: Mapping[str, Any]) -> str:
     if option in ("mixer", "ffn"):
         return f"model.pattern = {list(model.pattern)}"
     if option.startswith("biases."):
-        return f"model.biases {'with' if value else 'without'} {option.removeprefix('biases.')!r}{layer}"
+        return f"model.biases = {list(model.biases)}"
     return f"model.{option} = {value!r}{layer}"

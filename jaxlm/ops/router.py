@@ -24,6 +24,8 @@ class Routing(NamedTuple):
     """The chosen experts; E for an assignment that is not carried out: of padding, or beyond the capacity."""
     scores: Float[Array, "*t e"]
     """Of all experts, without the selection bias."""
+    biased: Float[Array, "*t e"]
+    """Of all experts, with the selection bias: what was chosen by. It has no gradient."""
 
 
 class Balance(NamedTuple):
@@ -75,13 +77,12 @@ def route(
     """
     scores = jax.nn.softmax(logits, axis=-1) if router == "softmax" else jax.nn.sigmoid(logits)
     biased = jax.lax.stop_gradient(scores if bias is None else scores + bias)
-    if n_groups > 1:
-        biased = _best_groups(biased, n_groups, top_groups)
-    _, experts = jax.lax.top_k(biased, top_k)
+    eligible = biased if n_groups == 1 else _best_groups(biased, n_groups, top_groups)
+    _, experts = jax.lax.top_k(eligible, top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)  # the 1e-20 of DeepSeek-V3
-    return Routing(weights * scale, experts, scores)
+    return Routing(weights * scale, experts, scores, biased)
 
 
 def _best_groups(biased: Array, n_groups: int, top_groups: int) -> Array:

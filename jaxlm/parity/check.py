@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +14,25 @@ from typing import Any
 
 from jaxlm import config, config_file, registry
 from jaxlm.compilation import enable_compilation_cache
+from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.load import Model, load
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, did_you_mean
 from jaxlm.models.decoder import Params
-from jaxlm.parity.compare import Finding, compare_by_ratio, compare_exact, compare_tokens, look_again
-from jaxlm.parity.inputs import Inputs, make_inputs, random_params
+from jaxlm.parity.bisect import Part, Replayed
+from jaxlm.parity.compare import (
+    Finding,
+    comparable,
+    compare_by_ratio,
+    compare_config,
+    compare_exact,
+    compare_tokens,
+    compare_weights,
+    look_again,
+)
+from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs, random_params
 from jaxlm.parity.report import Report, describe
-from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace
+from jaxlm.parity.routing import compare_routing
+from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace, without_balancing
 
 PARTS = 3
 """How often a side tells what it is doing in one dtype."""
@@ -38,6 +51,8 @@ class Subject:
     tokenizer_path: Path | None
     folder: Path | None
     """Where the report belongs."""
+    public: Path | None = None
+    """The folder, when it is one of Hugging Face."""
 
 
 def check(
@@ -46,30 +61,65 @@ def check(
     *,
     out: str | Path | None = None,
     show: bool = False,
+    computed_by: str | None = None,
+    text: str = "",
+    prompt: str = "",
+    levels: Sequence[str] = LEVELS,
+    dtypes: Sequence[str] = DTYPES,
 ) -> Report:
-    """Compare jaxlm, holding `model`, with torch_ref, holding `other` (default: the same weights, converted).
+    """Compare jaxlm, holding `model`, with another implementation, holding `other` (default: the same weights).
 
     Args:
         model, other: a run, a torch_ref folder, a Hugging Face folder, a config (random weights), or a loaded model.
         out: folder for `parity.json` and `parity.html`; by default a run's own, and nowhere for anything else.
         show: print progress and the table.
+        computed_by: what computes the other: `jaxlm`, `torch` or `hf`; by default transformers where it is installed
+            and the model is a Hugging Face folder, else torch_ref.
+        text, prompt: what to show them instead of the built-in text; see `inputs.make_inputs`.
+        levels, dtypes: some of `inputs.LEVELS` and `trace.DTYPES`.
 
     Raises:
-        UserError: torch is missing, or `model` or `out` cannot be used.
+        UserError: torch is missing, or `model`, `out` or another argument cannot be used.
     """
-    mirror = _mirror()
+    _require_known("level", levels, LEVELS)
+    _require_known("dtype", dtypes, DTYPES)
+    if computed_by != "jaxlm":
+        _require_installed("torch", "torch")
     began = time.monotonic()
     subject = _open(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
-    inputs = make_inputs(subject.settings.model, subject.tokenizer_path)
     second = subject if other is None else _open(other)
-    settings = dataclasses.replace(subject.settings, model=second.settings.model)
-    sides = JaxSide(subject.settings, subject.params), mirror.of(settings, second.params)
+    sides, notes = _sides(subject, second, computed_by)
+    plain = not all(side.mirrors for side in sides) and not _documents(second.settings.model)
+    inputs = make_inputs(
+        _smaller(subject.settings.model, second.settings.model),
+        subject.tokenizer_path or second.tokenizer_path,
+        text=text,
+        prompt=prompt,
+        levels=levels,
+        plain=plain,
+    )
+    names = [side.name for side in sides]
+    findings: list[Finding] = []
+    if other is not None and inputs.wants("config"):
+        findings += compare_config(subject.settings.model, second.settings.model, ("A", "B"))
+    if (other is not None or not sides[1].mirrors) and inputs.wants("weights"):
+        findings += compare_weights(sides[0].weights(), sides[1].weights(), names)
     with _progress(show) as told:
-        findings, seconds = compare_sides(sides, inputs, told=told)
+        compared, seconds = compare_sides(sides, inputs, dtypes, told, subject.settings.model)
+        findings += compared
+        parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
     seconds["all"] = time.monotonic() - began
-    name = subject.name if other is None else f"{subject.name} and {second.name}"
-    report = Report(name, describe(subject.settings.model), inputs.text, tuple(findings), seconds)
+    report = Report(
+        subject.name if other is None else f"{subject.name} and {second.name}",
+        describe(subject.settings.model),
+        ("plain rows of one document, " if plain else "packed rows of documents with padding, ") + inputs.text,
+        tuple(findings),
+        seconds,
+        who=_who(subject, second, names),
+        parts=tuple(parts),
+        notes=notes,
+    )
     folder = Path(out) if out is not None else subject.folder
     written = report.write(folder) if folder is not None else []
     if show:
@@ -93,14 +143,16 @@ def compare_sides(
     inputs: Inputs,
     dtypes: Sequence[str] = DTYPES,
     told: Told = lambda side, dtype, part: None,
+    model: config.Model | None = None,
 ) -> tuple[list[Finding], dict[str, float]]:
     """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
 
-    Both sides work at the same time, for one of them is often compiling.
+    Both sides work at the same time, for one of them is often compiling. `model`: whose experts are compared, if any.
     """
     findings: list[Finding] = []
     seconds: dict[str, float] = defaultdict(float)
     golden: Trace | None = None
+    one_sided = not all(side.mirrors for side in sides)
 
     def trace(side: Side, dtype: str) -> Trace:
         with _timed(side.name, dtype, seconds, told) as part:
@@ -109,15 +161,32 @@ def compare_sides(
     with ThreadPoolExecutor(len(sides)) as pool:
         for dtype in ("float64", *(dtype for dtype in dtypes if dtype != "float64")):
             ours, theirs = pool.map(trace, sides, [dtype] * len(sides))
+            ours, theirs = comparable(ours, theirs, sides, inputs)
             if golden is None:
                 golden = ours
                 findings += compare_exact(ours, theirs, [side.name for side in sides])
             else:
-                found = [*compare_by_ratio(dtype, golden, ours, theirs)]
+                found = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
                 sound = all(one.ok for one in findings if one.dtype == "float64")
                 findings += look_again(dtype, found, inputs, sides) if sound else found
-            findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
+            if model is not None and inputs.wants("routing") and inputs.wants("forward"):
+                forwards = (trace.levels["forward"] for trace in (golden, ours, theirs))
+                findings += compare_routing(dtype, *forwards, model)
+            if inputs.wants("generation"):
+                findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
     return findings, dict(seconds)
+
+
+def _bisected(findings: Sequence[Finding], replayed: Replayed, seconds: dict[str, float], told: Told) -> list[Part]:
+    """Every operation on the same input, in the first dtype in which the outputs differ."""
+    dtype = next((one.dtype for one in findings if one.level == "forward" and not one.ok), None)
+    if dtype is None:
+        return []
+    told("both", dtype, "bisection")
+    began = time.monotonic()
+    parts = replayed.parts(dtype)
+    seconds["both, bisection"] = time.monotonic() - began
+    return parts
 
 
 @contextlib.contextmanager
@@ -136,17 +205,66 @@ def _timed(side: str, dtype: str, seconds: dict[str, float], told: Told) -> Iter
     seconds.pop(f"{side}, ", None)
 
 
-def _mirror() -> Any:
-    """torch_ref's side; the only place that imports torch."""
-    try:
-        import torch  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise UserError("jaxlm parity needs PyTorch", "pip install 'jaxlm[torch]'") from None
-    from jaxlm.parity.mirror import TorchSide
+def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[tuple[Side, Side], tuple[str, ...]]:
+    """jaxlm and what computes the second model; and what is to be said about it."""
+    chosen, notes = computed_by, ()
+    if chosen is None and second.public is not None:
+        chosen = "hf" if importlib.util.find_spec("transformers") else "torch"
+        notes = () if chosen == "hf" else ("transformers is not installed: torch_ref computes the converted weights",)
+    chosen = chosen or "torch"
+    _require_known("implementation", [chosen], ("jaxlm", "torch", "hf"))
+    settings = dataclasses.replace(subject.settings, model=second.settings.model)
+    if chosen == "jaxlm":
+        return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes
+    if chosen == "torch":
+        from jaxlm.parity.mirror import TorchSide
 
-    return TorchSide
+        return (JaxSide(subject.settings, subject.params), TorchSide.of(settings, second.params)), notes
+    if second.public is None:
+        raise UserError(f"{second.name}: transformers only computes a Hugging Face folder", "jaxlm convert --to FAMILY")
+    _require_installed("transformers", "hf")
+    from jaxlm.parity.hugging_face import HuggingFaceSide
+
+    ours, settings = without_balancing(subject.settings), without_balancing(settings)
+    if ours.model.moes and ours != subject.settings:
+        notes = (*notes, "the balancing losses of the routers are left out: transformers has others")
+    layout = ours.model.rope_layout
+    return (JaxSide(ours, subject.params), HuggingFaceSide(settings, second.public, layout)), notes
+
+
+def _require_installed(package: str, extra: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        needed = {"torch": "PyTorch", "transformers": "transformers"}[package]
+        raise UserError(f"jaxlm parity needs {needed}", f"pip install 'jaxlm[{extra}]'") from None
+
+
+def _require_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{what} {name!r} is not known", did_you_mean(name, known))
+    if not names:
+        raise UserError(f"no {what} is named", f"known: {', '.join(known)}")
+
+
+def _documents(model: config.Model) -> bool:
+    """Whether transformers can be told where a document begins: state spaces it carries on."""
+    return all(model.halves(kind).mixer_name == "attention" for kind in model.pattern)
+
+
+def _smaller(one: config.Model, other: config.Model) -> config.Model:
+    """The first model with only the ids and positions that both have."""
+    sizes = {name: min(getattr(one, name), getattr(other, name)) for name in ("vocab_size", "max_seq_len")}
+    return dataclasses.replace(one, **sizes)
+
+
+def _who(subject: Subject, second: Subject, names: Sequence[str]) -> str:
+    if second is subject:
+        return f"{names[0]} against {names[1]}"
+    return f"A: {subject.name}, computed by {names[0]}; B: {second.name}, computed by {names[1].partition(' ')[0]}"
 
 
 def _open(model: str | Path | Model) -> Subject:
@@ -161,7 +279,8 @@ def _open(model: str | Path | Model) -> Subject:
         return Subject(f"{path}, random weights", settings, random_params(settings.model), None, None)
     loaded = load(path)
     folder = path if loaded.kind == "run" else None
-    return Subject(str(path), loaded.config, loaded.params, loaded.tokenizer_path, folder)
+    public = path if loaded.kind in FAMILIES else None
+    return Subject(str(path), loaded.config, loaded.params, loaded.tokenizer_path, folder, public)
 
 
 @contextlib.contextmanager
@@ -178,6 +297,6 @@ def _progress(show: bool) -> Iterator[Told]:
                 tasks[side] = progress.add_task(side, total=PARTS * len(DTYPES))
             else:
                 progress.advance(tasks[side])
-            progress.update(tasks[side], description=f"{side:<9} {dtype:<8} {part:<20}")
+            progress.update(tasks[side], description=f"{side:<12} {dtype:<8} {part:<20}")
 
         yield told

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxlm import config
+from jaxlm.convert.settings import function_of
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.tolerances import FLOAT64, FLOORS, PARAMETER_ROUNDING, RATIO, ZERO_GRADIENT
 from jaxlm.parity.trace import Arrays, Side, Trace
 
 Array = Shaped[np.ndarray, "..."]
 
+STORED = "stored"
+"""The dtype of findings about config and weights: whatever they are stored in."""
 GENERATION = "generation"
 """The level of the greedy tokens."""
 LOOKS = 16
@@ -75,8 +80,57 @@ def compare_exact(ours: Trace, theirs: Trace, names: Sequence[str]) -> Iterator[
             )
 
 
-def compare_by_ratio(dtype: str, golden: Trace, ours: Trace, theirs: Trace) -> Iterator[Finding]:
+def compare_config(ours: config.Model, theirs: config.Model, names: Sequence[str]) -> Iterator[Finding]:
+    """Every option that decides the function of a model, if it differs; one finding for all if none does."""
+    mine, other = function_of(ours), function_of(theirs)
+    keys = [*dict.fromkeys([*mine, *other])]
+    differing = [key for key in keys if mine.get(key) != other.get(key)]
+    for key in differing:
+        told = ", ".join(f"{said.get(key)!r} in {name}" for said, name in zip((mine, other), names, strict=True))
+        yield Finding(STORED, "config", key, math.inf, 0.0, note=told)
+    if not differing:
+        yield Finding(STORED, "config", "all options", 0.0, 0.0, note=f"{len(keys)} options")
+
+
+def compare_weights(ours: Arrays, theirs: Arrays, names: Sequence[str]) -> Iterator[Finding]:
+    """Every stored tensor by the names of torch_ref: equal, or rounded once where the sides store another dtype."""
+    for name in dict.fromkeys([*ours, *theirs]):
+        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+            yield Finding(STORED, "weights", name, math.inf, 0.0, note=_unlike(name, ours, theirs, names))
+            continue
+        mine, other = ours[name], theirs[name]
+        narrow = max((mine.dtype, other.dtype), key=lambda dtype: float(jnp.finfo(dtype).eps))
+        bound = 0.0 if mine.dtype == other.dtype else float(jnp.finfo(narrow).eps) / 2
+        note = "" if mine.dtype == other.dtype else f"{mine.dtype} in {names[0]}, {other.dtype} in {names[1]}"
+        yield Finding(STORED, "weights", name, relative(other, mine), bound, note=note)
+
+
+def comparable(ours: Trace, theirs: Trace, sides: tuple[Side, Side], inputs: Inputs) -> tuple[Trace, Trace]:
+    """Both traces as far as a side that is no mirror can be compared: modules that both have, at real tokens."""
+    if all(side.mirrors for side in sides) or "forward" not in ours.levels:
+        return ours, theirs
+    found = [trace.levels["forward"] for trace in (ours, theirs)]
+    shared = [name for name in found[0] if name in found[1]]
+    forwards = ({name: real_tokens(outputs[name], inputs.rows) for name in shared} for outputs in found)
+    mine, other = (
+        dataclasses.replace(trace, levels={**trace.levels, "forward": forward})
+        for trace, forward in zip((ours, theirs), forwards, strict=True)
+    )
+    return mine, other
+
+
+def real_tokens(x: Array, rows: Mapping[str, np.ndarray]) -> Array:
+    """What was computed for tokens that are no padding, [N, ...] of [B, T, ...]; anything else as it is."""
+    real = rows["segments"] > 0
+    return x[real] if x.shape[:2] == real.shape else x
+
+
+def compare_by_ratio(
+    dtype: str, golden: Trace, ours: Trace, theirs: Trace, one_sided: bool = False
+) -> Iterator[Finding]:
     """Tensors of two traces in `dtype` against the float64 trace; what float64 could not compare is left out.
+
+    `one_sided`: the other side may round as it likes, and only ours is judged.
 
     Updates are judged by the median over the elements of all tensors. AdamW gives an element with a tiny gradient a
     full-size update whose sign depends on rounding, and such elements rule every norm: the ratio of two would be luck.
@@ -93,12 +147,14 @@ def compare_by_ratio(dtype: str, golden: Trace, ours: Trace, theirs: Trace) -> I
             if kept:
                 updates = [[one[name] for name in kept] for one in (exact, mine, other)]
                 steps = int(level.removeprefix("update "))
-                yield _typical(dtype, level, updates, [golden.weights[name] for name in kept], steps, floor)
+                weights = [golden.weights[name] for name in kept]
+                yield _typical(dtype, level, updates, weights, steps, floor, one_sided)
             continue
         for name in shared:
             scale = everything if name in noise else 0.0
             angle = level == "gradients" and name not in noise
-            yield _by_ratio(dtype, level, name, exact[name], mine[name], other[name], floor, scale, angle)
+            values = exact[name], mine[name], other[name]
+            yield _by_ratio(dtype, level, name, values, floor, one_sided, scale, angle)
 
 
 def look_again(dtype: str, found: Sequence[Finding], inputs: Inputs, sides: tuple[Side, Side]) -> Iterator[Finding]:
@@ -107,6 +163,7 @@ def look_again(dtype: str, found: Sequence[Finding], inputs: Inputs, sides: tupl
     The error of a few elements, or of many that share a cause, is a matter of luck, and so is the ratio of two. What
     rounds too often is as wrong on other rows.
     """
+    one_sided = not all(side.mirrors for side in sides)
     suspects = [one.name for one in found if one.level == "gradients" and not one.ok and math.isfinite(one.error)]
     if not suspects:
         yield from found
@@ -121,9 +178,10 @@ def look_again(dtype: str, found: Sequence[Finding], inputs: Inputs, sides: tupl
     for one in found:
         if one.level == "gradients" and one.name in seen:
             mine, other = np.median(seen[one.name], axis=0).tolist()
-            bound = RATIO.allowed * max(min(mine, other), FLOORS[dtype].allowed)
+            low, high = low_and_high((mine, other), one_sided)
+            bound = RATIO.allowed * max(low, FLOORS[dtype].allowed)
             note = f"medians of {LOOKS} other draws"
-            yield dataclasses.replace(one, error=max(mine, other), bound=bound, errors=(mine, other), note=note)
+            yield dataclasses.replace(one, error=high, bound=bound, errors=(mine, other), note=note)
         else:
             yield one
 
@@ -155,7 +213,7 @@ def compare_tokens(
 
 def zero_gradients(trace: Trace) -> set[str]:
     """Parameters whose gradient is nothing but rounding; see `tolerances.ZERO_GRADIENT`."""
-    gradients = trace.levels["gradients"]
+    gradients = trace.levels.get("gradients", {})
     limit = ZERO_GRADIENT.allowed * _norm(gradients.values())
     return {name for name, gradient in gradients.items() if _norm([gradient]) <= limit}
 
@@ -181,22 +239,35 @@ def _by_ratio(
     dtype: str,
     level: str,
     name: str,
-    exact: Array,
-    mine: Array,
-    other: Array,
+    values: tuple[Array, Array, Array],
     floor: float,
+    one_sided: bool,
     scale: float = 0.0,
     angle: bool = False,
 ) -> Finding:
+    exact, mine, other = values
     errors = relative(mine, exact, scale), relative(other, exact, scale)
-    low, high = sorted(errors) if not any(map(math.isnan, errors)) else (math.nan, math.nan)
-    worse = mine if errors[0] >= errors[1] else other
+    low, high = low_and_high(errors, one_sided)
+    worse = mine if one_sided or errors[0] >= errors[1] else other
     bound = RATIO.allowed * max(low, floor)
     return Finding(dtype, level, name, high, bound, cosine(worse, exact) if angle else None, errors)
 
 
+def low_and_high(errors: tuple[float, float], one_sided: bool) -> tuple[float, float]:
+    """The error that bounds and the error that is judged, of ours and theirs: the larger of the two, or ours."""
+    if any(map(math.isnan, errors)):
+        return math.nan, math.nan
+    return (errors[1], errors[0]) if one_sided else (min(errors), max(errors))
+
+
 def _typical(
-    dtype: str, level: str, updates: Sequence[Sequence[Array]], weights: Sequence[Array], steps: int, floor: float
+    dtype: str,
+    level: str,
+    updates: Sequence[Sequence[Array]],
+    weights: Sequence[Array],
+    steps: int,
+    floor: float,
+    one_sided: bool,
 ) -> Finding:
     """The median error of an element of an update, relative to the median size of one; `updates`: exact, ours, theirs.
 
@@ -208,7 +279,7 @@ def _typical(
         moved = np.ones_like(moved)
     size = _median(exact[moved]) or 1.0
     errors = _median((mine - exact)[moved]) / size, _median((other - exact)[moved]) / size
-    low, high = sorted(errors) if not any(map(math.isnan, errors)) else (math.nan, math.nan)
+    low, high = low_and_high(errors, one_sided)
     weight = _median(np.concatenate([_wide(array) for array in weights])[moved])
     rounding = steps * PARAMETER_ROUNDING.allowed * weight / size
     return Finding(dtype, level, ALL, high, RATIO.allowed * max(low, floor, rounding), errors=errors)
@@ -221,12 +292,12 @@ def _median(array: np.ndarray) -> float:
 def _orders(ours: Trace, theirs: Trace) -> dict[str, list[str]]:
     """The names of each level in the order of computation: gradients flow from the last module to the first.
 
-    The order of modules is that of torch's hooks; a jitted function of JAX returns its outputs sorted by name.
+    What a router chose (`#`) is for `compare_routing`. The order of modules is that of the other side.
     """
-    place = {name: index for index, name in enumerate(theirs.levels["forward"])}
+    place = {name: index for index, name in enumerate(theirs.levels.get("forward", ()))}
     orders = {}
     for level in ours.levels:
-        names = [*dict.fromkeys([*theirs.levels[level], *ours.levels[level]])]
+        names = [name for name in dict.fromkeys([*theirs.levels[level], *ours.levels[level]]) if "#" not in name]
         if level not in ("forward", "loss"):
             names.sort(key=lambda name: place.get(name.rpartition(".")[0], len(place)), reverse=level == "gradients")
         orders[level] = names

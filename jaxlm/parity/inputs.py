@@ -6,7 +6,7 @@ Shapes: B rows, T tokens of a row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from jaxlm import config
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 
 ROW = 512
@@ -22,6 +23,8 @@ ROW = 512
 STEP_ROW = 64
 """Tokens of a row of the optimiser steps, of which there are many."""
 NEW_TOKENS = 64
+LEVELS = ("config", "weights", "forward", "loss", "gradients", "update", "routing", "generation")
+"""What two models are compared by, in this order."""
 PROMPTS = (12, 5, 1)
 """Lengths of the prompts of one batch."""
 
@@ -65,42 +68,84 @@ class Inputs:
     """Where the tokens come from, in words."""
     stream: Int[np.ndarray, " n"]
     vocab_size: int
+    levels: tuple[str, ...] = LEVELS
+    """What is wanted."""
+    plain: bool = False
+    """Each row is one document without padding."""
+    sprinkled: bool = True
+    """Whether the highest ids of the vocabulary are among the tokens wherever these come from."""
+
+    def wants(self, *levels: str) -> bool:
+        """Whether any of these levels is wanted."""
+        return any(level in self.levels for level in levels)
 
     def other_rows(self, number: int) -> Mapping[str, np.ndarray]:
         """Rows of the shape of `rows`, of the same tokens in another order."""
         shuffled = np.random.default_rng(number).permutation(self.stream)
-        return packed(shuffled, self.rows["tokens"].shape[1], self.vocab_size)
+        sprinkled = self.vocab_size if self.sprinkled else 0
+        return (alone if self.plain else packed)(shuffled, self.rows["tokens"].shape[1], sprinkled)
 
 
-def make_inputs(model: config.Model, tokenizer_path: Path | None = None) -> Inputs:
+def make_inputs(
+    model: config.Model,
+    tokenizer_path: Path | None = None,
+    *,
+    text: str = "",
+    prompt: str = "",
+    levels: Sequence[str] = LEVELS,
+    plain: bool = False,
+) -> Inputs:
     """Built-in text in the run's own tokens, or random ids over the whole vocabulary when there is no tokenizer.
 
     Rows are as long as the table of positions, when there is one and it is shorter than 512.
+
+    Args:
+        text, prompt: the user's, instead; a prompt is continued as a whole. Text that is too short is repeated.
+        plain: rows without padding and of one document, for what cannot be told of several.
+
+    Raises:
+        UserError: the user's text is empty, or there is no tokenizer for it.
     """
+    user = prompt or text
     if tokenizer_path is not None:
-        stream = np.array(Tokenizer.from_file(tokenizer_path).encode(TEXT), np.int32)
-        text = f"{len(stream)} tokens of built-in text by {tokenizer_path.name}"
+        stream = np.array(Tokenizer.from_file(tokenizer_path).encode(user or TEXT), np.int32)
+        told = f"{len(stream)} tokens of {'your' if user else 'built-in'} text by {tokenizer_path.name}"
+    elif user:
+        raise UserError("there is no tokenizer.json for your text", "leave --text and --prompt away: random ids")
     else:
         stream = np.random.default_rng(0).integers(0, model.vocab_size, 4 * ROW, dtype=np.int32)
-        text = "random ids"
+        told = "random ids"
     longest = model.max_seq_len if model.positions in ("learned", "sinusoidal") else ROW
     lengths = [max(1, min(n, longest // 4)) for n in PROMPTS]
     prompts = [tuple(np.roll(stream, -29 * i)[:n].tolist()) for i, n in enumerate(lengths[:-1])]
+    prompts = [*prompts, (model.vocab_size - 1,) * lengths[-1]]
+    if prompt:
+        prompts = [tuple(stream[: longest // 2].tolist())]
+    lay, sprinkled = alone if plain else packed, 0 if user else model.vocab_size
     return Inputs(
-        packed(stream, min(ROW, longest), model.vocab_size),
-        packed(stream[::-1], min(STEP_ROW, longest), model.vocab_size),
-        (*prompts, (model.vocab_size - 1,) * lengths[-1]),
-        max(1, min(NEW_TOKENS, longest - max(lengths))),
-        text,
+        lay(stream, min(ROW, longest), sprinkled),
+        lay(stream[::-1], min(STEP_ROW, longest), sprinkled),
+        tuple(prompts),
+        max(1, min(NEW_TOKENS, longest - max(map(len, prompts)))),
+        told,
         stream,
         model.vocab_size,
+        tuple(levels),
+        plain,
+        not user,
     )
+
+
+def alone(stream: Int[np.ndarray, " n"], t: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """Two rows [2, T] of one document each, without padding; ids are sprinkled as in `packed`."""
+    segments = np.ones((2, t), np.int32)
+    return _laid(stream, segments, np.broadcast_to(np.arange(t, dtype=np.int32), (2, t)), vocab_size)
 
 
 def packed(stream: Int[np.ndarray, " n"], t: int, vocab_size: int) -> dict[str, np.ndarray]:
     """Two rows [2, T]: padding on both sides of three documents, one of them a single token; two documents, padding.
 
-    The four highest ids of the vocabulary are sprinkled over both.
+    The four highest ids of the vocabulary are sprinkled over both, unless `vocab_size` is 0.
     """
     segments, positions = np.zeros((2, t), np.int32), np.zeros((2, t), np.int32)
     for row, (start, documents) in enumerate([(t // 39, (t // 3, 1, t // 2)), (0, (t // 5, 3 * t // 4))]):
@@ -108,8 +153,14 @@ def packed(stream: Int[np.ndarray, " n"], t: int, vocab_size: int) -> dict[str, 
             segments[row, start : start + length] = number
             positions[row, start : start + length] = np.arange(length)
             start += length
+    return _laid(stream, segments, positions, vocab_size)
+
+
+def _laid(stream: np.ndarray, segments: np.ndarray, positions: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+    t = segments.shape[1]
     tokens = np.resize(stream, (2, t + 1)).astype(np.int32)
-    tokens[:, 5::29] = vocab_size - 1 - np.arange(tokens[:, 5::29].size).reshape(2, -1) % min(4, vocab_size)
+    if vocab_size:
+        tokens[:, 5::29] = vocab_size - 1 - np.arange(tokens[:, 5::29].size).reshape(2, -1) % min(4, vocab_size)
     following = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return {
         "tokens": np.where(segments > 0, tokens[:, :-1], 0).astype(np.int32),

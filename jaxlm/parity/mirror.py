@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,26 @@ from jaxlm import config
 from jaxlm.convert.native import to_torch
 from jaxlm.data.completion import GREEDY
 from jaxlm.models.decoder import Params
+from jaxlm.parity.hooks import array_of, first, half_of_the_threads, watched
 from jaxlm.parity.inputs import Inputs
-from jaxlm.parity.trace import STEPS, Arrays, Trace, moved, numerics_of, settings_of
+from jaxlm.parity.trace import (
+    ARRIVES,
+    LOGITS,
+    RETURNS,
+    ROUTING,
+    STEPS,
+    Arrays,
+    Events,
+    Trace,
+    moved,
+    numerics_of,
+    returned,
+    settings_of,
+)
 from torch_ref.generate import generate
 from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import Policy
+from torch_ref.ops.router import Routing
 from torch_ref.optim import make_optimizer
 from torch_ref.step import TrainState, loss_fn, make_step
 
@@ -28,7 +42,7 @@ from torch_ref.step import TrainState, loss_fn, make_step
 class TorchSide:
     """torch_ref holding the tensors of a `state_dict`."""
 
-    name = "torch_ref"
+    name, mirrors = "torch_ref", True
 
     def __init__(self, settings: config.Config, tensors: Mapping[str, np.ndarray]) -> None:
         self._settings, self._tensors = settings_of(settings), tensors
@@ -40,20 +54,26 @@ class TorchSide:
 
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         """See `trace.Side`."""
-        with _threads(torch.get_num_threads() // 2):  # jaxlm is at work on the other half
+        with half_of_the_threads():
             return self._trace(dtype, inputs, told)
 
     def _trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         decoder, batch = self._decoder(dtype), _tensors(inputs.rows)
-        told("forward and gradient")
-        levels = {"forward": self._forward(decoder, batch)}
-        sums, levels["gradients"] = self._gradients(decoder, batch)
-        levels["loss"] = {name: _array(sums[name] / sums["weight"]) for name in ("loss", "nll")}
-        told("greedy tokens")
-        tokens = generate(decoder, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
-        weights = {name: _array(parameter).copy() for name, parameter in decoder.named_parameters()}
-        told("optimiser steps")
-        levels |= self._updates(decoder, inputs, weights)
+        levels: dict[str, Arrays] = {}
+        if inputs.wants("forward", "loss", "gradients"):
+            told("forward and gradient")
+            sums, gradients = self._gradients(decoder, batch)
+            found = {"forward": self._forward(decoder, batch), "gradients": gradients}
+            found["loss"] = {name: array_of(sums[name] / sums["weight"]) for name in ("loss", "nll")}
+            levels = {level: found[level] for level in ("forward", "loss", "gradients") if inputs.wants(level)}
+        tokens = []
+        if inputs.wants("generation"):
+            told("greedy tokens")
+            tokens = generate(decoder, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
+        weights = {name: array_of(parameter).copy() for name, parameter in decoder.named_parameters()}
+        if inputs.wants("update"):
+            told("optimiser steps")
+            levels |= self._updates(decoder, inputs, weights)
         return Trace(levels, tokens, weights)
 
     def weights(self) -> Arrays:
@@ -64,10 +84,43 @@ class TorchSide:
         """See `trace.Side`."""
         return self._forward(self._decoder(dtype), _tensors(rows))
 
+    def replay(self, dtype: str, rows: Mapping[str, np.ndarray], inputs: Arrays | None) -> Events:
+        """See `trace.Side`."""
+        events: Events = {}
+
+        def exchanged(name: str, x: Any) -> Any:
+            if not isinstance(x, Tensor) or (ARRIVES, name) in events:  # of sinks: the second call
+                return x
+            events[ARRIVES, name] = array_of(x)
+            forced = None if inputs is None else inputs.get(name)
+            return x if forced is None or forced.shape != x.shape else torch.tensor(np.asarray(forced)).to(x.dtype)
+
+        def arrives(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+            x, *rest = args
+            x = exchanged(name, x)
+            if rest and isinstance(rest[0], Routing):
+                routing = {what: exchanged(f"{name}#{what}", getattr(rest[0], what)) for what in ROUTING}
+                rest[0] = rest[0]._replace(**routing)
+            return (x, *rest), kwargs
+
+        def returns(name: str, output: Any) -> None:
+            events.setdefault((RETURNS, name), array_of(first(output)))
+
+        decoder, batch = self._decoder(dtype), _tensors(rows)
+        with torch.no_grad(), watched(_modules(decoder), returns, arrives):
+            returns(LOGITS, decoder(batch["tokens"], batch["positions"], batch["segments"])[0])
+        return events
+
     def _forward(self, decoder: Decoder, batch: dict[str, Tensor]) -> Arrays:
-        with torch.no_grad(), _outputs(decoder) as captured:
-            captured["logits"] = decoder(batch["tokens"], batch["positions"], batch["segments"])[0]
-        return {name: _array(tensor) for name, tensor in captured.items()}
+        captured: Arrays = {}
+
+        def keep(name: str, output: Any) -> None:
+            for key, tensor in returned(name, output).items():
+                captured.setdefault(key, array_of(tensor))  # of sinks: the second call is not kept
+
+        with torch.no_grad(), watched(_modules(decoder), keep):
+            keep(LOGITS, decoder(batch["tokens"], batch["positions"], batch["segments"])[0])
+        return captured
 
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         """See `trace.Side`."""
@@ -80,14 +133,14 @@ class TorchSide:
             logits, _ = self._decoder(dtype)(
                 tokens_1T, torch.arange(len(ids)).expand_as(tokens_1T), torch.ones_like(tokens_1T)
             )
-        return _array(logits[0, -1])
+        return array_of(logits[0, -1])
 
     def _gradients(self, decoder: Decoder, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Arrays]:
         """Sums of the loss, and the gradient of its mean."""
         loss, sums = loss_fn(decoder, self._settings.train)(batch)
         (loss / sums["weight"]).backward()
         gradients = {
-            name: _array(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            name: array_of(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
             for name, parameter in decoder.named_parameters()
         }
         decoder.zero_grad()
@@ -112,49 +165,16 @@ class TorchSide:
             for number in range(1, max(STEPS) + 1):
                 state, _ = step(state, batch)
                 if number in STEPS:
-                    now = {name: _array(parameter) for name, parameter in decoder.named_parameters()}
+                    now = {name: array_of(parameter) for name, parameter in decoder.named_parameters()}
                     levels[f"update {number}"] = {name: moved(array, begin[name]) for name, array in now.items()}
         return levels
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """At most this many threads for torch, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _outputs(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects what every module returns, in the order in which they finish; a cache beside an output is dropped."""
-    captured: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            captured.setdefault(name, output[0] if isinstance(output, tuple) else output)  # of sinks: the second call
-
-        return keep
-
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in itertools.islice(decoder.named_modules(), 1, None)
-        if not isinstance(module, nn.Dropout)
-    ]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+def _modules(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All but the whole, and what does nothing."""
+    named = itertools.islice(decoder.named_modules(), 1, None)
+    return ((name, module) for name, module in named if not isinstance(module, nn.Dropout))
 
 
 def _tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.tensor(array) for name, array in batch.items()}
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

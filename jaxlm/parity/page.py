@@ -22,7 +22,12 @@ th{font-weight:600;border-bottom:1px solid #ccc}.dim{color:#777}.bad{color:#c039
 .heat th{border:0;font-size:13px;text-align:center}.heat td:first-child,.heat th:first-child{text-align:left}
 details table{font-size:13px}summary{cursor:pointer;margin-top:1.5rem}"""
 
+ROWS = 12
+"""How many wrong operations the page shows."""
 WORDS = {
+    "config": "the options that decide what a model computes",
+    "weights": "every stored tensor",
+    "routing": "the experts that each token chooses",
     "forward": "the output of every module",
     "loss": "the loss of the rows",
     "gradients": "the gradient of every parameter",
@@ -35,7 +40,8 @@ def page(report: Report) -> str:
     kind, words = ("same", _same(report)) if report.same else ("differ", report.verdict)
     told = [
         ("model", report.model),
-        ("inputs", f"two packed rows of documents with padding, {report.inputs}"),
+        ("inputs", f"two {report.inputs}"),
+        *(("note", note) for note in report.notes),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
         ("machine", report.machine),
         ("date", report.date),
@@ -44,16 +50,20 @@ def page(report: Report) -> str:
     return "\n".join(
         [
             f"<!doctype html><html lang=en><meta charset=utf-8><title>Parity of {escape(report.subject)}</title>",
-            f"<style>{STYLE}</style><h1>{escape(report.subject)}</h1><p class=dim>jaxlm against torch_ref</p>",
+            f"<style>{STYLE}</style><h1>{escape(report.subject)}</h1><p class=dim>{escape(report.who)}</p>",
             f'<div class="verdict {kind}">{escape(words)}</div>',
+            *_explained(report),
             "<h2>Levels</h2>",
             _levels(report),
             "<p class=dim>Relative error and bound of the tensor nearest to its bound. float64: one framework against",
-            "the other. float32, bfloat16: the larger error of the two against float64, at most twice the smaller.</p>",
+            "the other. float32, bfloat16: the larger error of the two against float64, at most twice the smaller;",
+            "transformers rounds as it likes, so beside it the error of jaxlm, at most twice its own.</p>",
             "<h2>Layers</h2>",
             _heat(report),
             "<p class=dim>The worst relative error of a layer; the colour is its share of the bound, red when exceeded."
-            "</p><h2>Circumstances</h2><table>",
+            "</p>",
+            *_bisection(report),
+            "<h2>Circumstances</h2><table>",
             *(f"<tr><td>{name}<td>{escape(text)}" for name, text in told),
             "</table>",
             _tensors(report),
@@ -64,7 +74,32 @@ def page(report: Report) -> str:
 
 def _same(report: Report) -> str:
     count = len(report.findings)
-    return f"Same: jaxlm and torch_ref compute the same model. All {count:,} comparisons keep their bounds."
+    return f"Same: both compute the same model. All {count:,} comparisons keep their bounds."
+
+
+def _explained(report: Report) -> list[str]:
+    if not report.explanations:
+        return []
+    return ["<h2>Explanation</h2><ul>", *(f"<li>{escape(one)}" for one in report.explanations), "</ul>"]
+
+
+def _bisection(report: Report) -> list[str]:
+    """The operations around the first that is wrong on the right input; the others are in the JSON."""
+    if not report.parts:
+        return []
+    wrong = [index for index, part in enumerate(report.parts) if not part.ok]
+    near = {at for index in wrong[:ROWS] for at in (index - 1, index, index + 1)} & {*range(len(report.parts))}
+    rows = [
+        f"<tr{'' if part.ok else ' class=bad'}><td>{escape(part.what)}<td>{escape(part.name)} {part.kind}"
+        f"<td>{part.error:.1e}<td>{part.bound:.1e}"
+        for part in (report.parts[index] for index in sorted(near))
+    ]
+    words = f"{len(wrong)} of {len(report.parts)} operations are wrong" if wrong else "No operation is wrong by itself"
+    return [
+        f"<h2>Bisection</h2><p>Each operation on the right input, in {report.parts[0].dtype}, so that no error",
+        f"accumulates. {words}{f'; the first: <b>{escape(report.guilty.what)}</b>' if report.guilty else ''}.</p>",
+        f"<table><tr><th>operation<th>judged by what<th>error<th>bound{''.join(rows)}</table>",
+    ]
 
 
 def _levels(report: Report) -> str:
@@ -91,7 +126,7 @@ def _heat(report: Report) -> str:
     """Rows are layers, columns are levels and dtypes."""
     worst: dict[tuple[str, str, str], Finding] = {}
     for finding in report.findings:
-        if finding.name == ALL or finding.level in ("loss", GENERATION):
+        if finding.name == ALL or finding.level in ("config", "loss", GENERATION):
             continue
         key = _layer(finding.name), finding.level, finding.dtype
         if key not in worst or finding.share > worst[key].share:
@@ -128,7 +163,7 @@ def _colour(finding: Finding) -> str:
 
 
 def _tensors(report: Report) -> str:
-    rows = ["<tr><th>dtype<th>level<th>tensor<th>error<th>bound<th>1 - cos<th>jaxlm, torch_ref against float64<th>"]
+    rows = ["<tr><th>dtype<th>level<th>tensor<th>error<th>bound<th>1 - cos<th>A, B against float64<th>"]
     for finding in report.findings:
         both = "" if finding.errors is None else "{:.1e}, {:.1e}".format(*finding.errors)
         angle = "" if finding.cosine is None else f"{finding.cosine:.1e}"

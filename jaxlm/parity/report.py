@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -15,10 +17,13 @@ from typing import Any
 from jaxlm import __version__, config
 from jaxlm.convert.canonical import leaves
 from jaxlm.errors import UserError
+from jaxlm.parity.bisect import Part, first_guilty
 from jaxlm.parity.compare import GENERATION, Finding
 from jaxlm.parity.page import page
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+OPTIONS = 3
+"""How many options of the configs a verdict names."""
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,14 @@ class Report:
     """In the order of computation, float64 first."""
     seconds: Mapping[str, float]
     """How long each part took; the parts of the two frameworks overlap."""
+    who: str = "jaxlm against torch_ref"
+    """Which model is computed by what."""
+    parts: tuple[Part, ...] = ()
+    """Every operation replayed on the same input, in the dtype in which the outputs differ first."""
+    explanations: tuple[str, ...] = ()
+    """What makes the difference vanish, best first."""
+    notes: tuple[str, ...] = ()
+    """What was not compared, and why."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: versions())
     machine: str = dataclasses.field(default_factory=lambda: machine())
     date: str = dataclasses.field(default_factory=lambda: f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
@@ -42,12 +55,17 @@ class Report:
     @property
     def same(self) -> bool:
         """Whether every finding keeps its bound."""
-        return self.first is None
+        return all(finding.ok for finding in self.findings)
 
     @property
     def first(self) -> Finding | None:
-        """The first difference in the order of computation: different mathematics before different rounding."""
-        return next((finding for finding in self.findings if not finding.ok), None)
+        """The first tensor that differs in the order of computation, different mathematics before rounding."""
+        return next((finding for finding in self.findings if not finding.ok and finding.level != "config"), None)
+
+    @property
+    def guilty(self) -> Part | None:
+        """The first operation that is wrong on the right input."""
+        return first_guilty([*self.parts])
 
     @property
     def last_same(self) -> Finding | None:
@@ -57,14 +75,21 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One line: `same`, or the first tensor that differs."""
-        if self.first is None:
+        """One line: `same`, or the options and the first tensor that differ, and what is to blame."""
+        if self.same:
             return "same"
-        first = self.first
-        told = f"differ: first differing tensor {first.name} ({first.dtype}, {first.level}): "
+        options = [finding for finding in self.findings if finding.level == "config" and not finding.ok]
+        told = [f"{finding.name} is {finding.note}" for finding in options[:OPTIONS]]
+        told += [f"{len(options) - OPTIONS} more options"] if len(options) > OPTIONS else []
+        told += [self._first_told(self.first)] if self.first else []
+        told += [f"first guilty: {self.guilty.what}"] if self.guilty else []
+        return "differ: " + "; ".join([*told, *self.explanations[:1]])
+
+    def _first_told(self, first: Finding) -> str:
+        told = f"first differing tensor {first.name} ({first.dtype}, {first.level}): "
         if first.level == GENERATION:
             return told.replace("tensor", "tokens") + first.note
-        if first.note:
+        if first.note and not math.isfinite(first.error):
             return told + first.note
         last = f"; {self.last_same.name} before it is the same" if self.last_same else ""
         return f"{told}relative error {first.error:.1e}, bound {first.bound:.1e}{last}"
@@ -81,7 +106,7 @@ class Report:
 
     @property
     def dtypes(self) -> list[str]:
-        """The widest first."""
+        """The widest first, after what is stored."""
         return _distinct(finding.dtype for finding in self.findings)
 
     @property
@@ -94,13 +119,17 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; an infinite error is null."""
-        told = ("subject", "model", "inputs", "date", "machine")
+        told = ("subject", "who", "model", "inputs", "date", "machine")
         return {
             "same": self.same,
             "verdict": self.verdict,
             **{name: getattr(self, name) for name in told},
             "versions": dict(self.versions),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "guilty": self.guilty.what if self.guilty else None,
+            "explanations": list(self.explanations),
+            "notes": list(self.notes),
+            "replayed": [{**dataclasses.asdict(part), "ok": part.ok} for part in self.parts],
             "findings": [{**dataclasses.asdict(finding), "ok": finding.ok} for finding in self.findings],
         }
 
@@ -136,7 +165,8 @@ class Report:
             cells = [self.worst(level, dtype) for dtype in self.dtypes]
             table.add_row(level, *(Text(_cell(cell), style=_style(cell)) for cell in cells))
         verdict = Text(self.verdict, style="bold green" if self.same else "bold red", overflow="fold")
-        return Group(table, verdict, Text(f"{self.model}; {self.inputs}; {self.slowest}", style="dim"))
+        told = [*self.explanations[1:], *self.notes, self.who, f"{self.model}; {self.inputs}; {self.slowest}"]
+        return Group(table, verdict, *(Text(line, style="dim", overflow="fold") for line in told))
 
 
 def describe(model: config.Model) -> str:
@@ -151,7 +181,8 @@ def describe(model: config.Model) -> str:
 
 def versions() -> dict[str, str]:
     """Of what computed the numbers."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed = {name for name in PACKAGES if importlib.util.find_spec(name)}
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     return {"jaxlm": __version__, "python": platform.python_version(), **found}
 
 
@@ -163,7 +194,9 @@ def machine() -> str:
 
 
 def cell_text(finding: Finding) -> str:
-    """Error and bound, or the note about tokens."""
+    """Error and bound, or the note about options and tokens."""
+    if finding.level == "config":
+        return finding.note if finding.ok else f"{finding.name}: {finding.note}"
     if finding.level != GENERATION:
         return f"{finding.error:.1e} {'≤' if finding.ok else '>'} {finding.bound:.1e}"
     if finding.ok and finding.error:

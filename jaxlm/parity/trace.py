@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,8 +24,9 @@ from jaxlm import config
 from jaxlm.convert.native import to_torch
 from jaxlm.data.completion import GREEDY, right_padded
 from jaxlm.infer.generate import bucket, generate
-from jaxlm.models.decoder import Decoder, Params, unrolled, unstack_layers
+from jaxlm.models.decoder import Decoder, Params, abstract_params, unrolled, unstack_layers
 from jaxlm.numerics import Policy
+from jaxlm.ops.router import Routing
 from jaxlm.parity.inputs import Inputs
 from jaxlm.recipes.pretrain import loss_fn
 from jaxlm.train.optim import make_optimizer
@@ -36,8 +39,15 @@ STEPS = (1, 20)
 LEARNING_RATE = 3e-4
 """Highest peak of the optimiser steps. Longer strides over the same rows amplify rounding: 20 updates of the quickstart
 model at 4e-3 part by 5e-11 in float64, at 3e-4 by 1e-13. An update is judged relative to its own size."""
-LEVELS = ("forward", "loss", "gradients", *(f"update {steps}" for steps in STEPS))
-"""What is compared tensor by tensor, in the order of computation; the greedy tokens come last."""
+LOGITS = "logits"
+"""The name of what the whole decoder returns."""
+ARRIVES, RETURNS = "arrives", "returns"
+Events = dict[tuple[str, str], np.ndarray]
+"""`ARRIVES` or `RETURNS` and the name of a module to what it is given or gives, in the order of computation."""
+ROUTING = ("weights", "experts")
+"""What else arrives at the experts; the event of `layers.1.ffn.experts` is named `layers.1.ffn.experts#weights`."""
+CHOICE = ("experts", "biased")
+"""What a router returns besides its weights and `compare_routing` looks at, after a `#` behind its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +55,10 @@ class Trace:
     """Everything that one framework computed in one dtype."""
 
     levels: Mapping[str, Arrays]
-    """Of `LEVELS`: name to value, in the order of computation. Gradients and updates by the names of torch_ref."""
+    """`forward`, `loss`, `gradients`, `update 1`, `update 20`, as far as wanted: name to value, in the order of
+    computation. Gradients and updates by the names of torch_ref."""
     tokens: list[list[int]]
-    """The greedy continuation of each prompt."""
+    """The greedy continuation of each prompt, if wanted."""
     weights: Arrays
     """The parameters before the first update, by the names of torch_ref."""
 
@@ -57,9 +68,12 @@ class Side(Protocol):
     """One implementation of a model, ready to be traced."""
 
     name: str
+    mirrors: bool
+    """Whether it has every module of torch_ref, rounds where jaxlm rounds and makes zeros of padding. Of another
+    side only the modules are compared that it has, at real tokens, and it may round as it likes."""
 
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
-        """Compute everything in `dtype`; `told` is called with the name of each part as it is begun."""
+        """Compute what `inputs.levels` wants in `dtype`; `told` is called with the name of each part as it begins."""
         ...
 
     def weights(self) -> Arrays:
@@ -76,6 +90,10 @@ class Side(Protocol):
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         """Logits [V] of the token after `ids`, without a cache."""
+        ...
+
+    def replay(self, dtype: str, rows: Mapping[str, np.ndarray], inputs: Arrays | None) -> Events:
+        """What arrives at and returns from every module when each is given `inputs` instead of what arrives."""
         ...
 
 
@@ -98,29 +116,37 @@ def settings_of(settings: config.Config) -> config.Config:
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, dropout=0.0), train=train)
 
 
+def without_balancing(settings: config.Config) -> config.Config:
+    """The same without what steers the routers in training, which is no part of the function of a model."""
+    moe = dataclasses.replace(
+        settings.model.moe, balance_loss=0.0, importance_loss=0.0, z_loss=0.0, bias_update_rate=0.0
+    )
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, moe=moe))
+
+
 class JaxSide:
     """jaxlm: the decoder with its layers unrolled for the forward and the gradient, as configured for the steps."""
 
-    name = "jaxlm"
+    mirrors = True
 
-    def __init__(self, settings: config.Config, params: Params) -> None:
-        self._settings, self._params = settings_of(settings), params
+    def __init__(self, settings: config.Config, params: Params, name: str = "jaxlm") -> None:
+        self._settings, self._params, self.name = settings_of(settings), params, name
 
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         """See `Side`."""
+        levels, tokens = {}, []
         with _precision(dtype):
             decoder, params = self._decoder(dtype)
-            told("forward and gradient")
-            captured, sums, gradients = self._compute(decoder, params, inputs.rows)
-            levels = {
-                "forward": _outputs(captured),
-                "loss": {name: sums[name] for name in ("loss", "nll")},
-                "gradients": gradients,
-            }
-            told("optimiser steps")
-            levels |= self._updates(decoder, params, inputs)
-            told("greedy tokens")
-            tokens = generate(decoder, params, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
+            if inputs.wants("forward", "loss", "gradients"):
+                told("forward and gradient")
+                found = self._compute(decoder, params, inputs.rows, inputs.wants("gradients"))
+                levels = {level: arrays for level, arrays in found.items() if inputs.wants(level)}
+            if inputs.wants("update"):
+                told("optimiser steps")
+                levels |= self._updates(decoder, params, inputs)
+            if inputs.wants("generation"):
+                told("greedy tokens")
+                tokens = generate(decoder, params, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
             weights = dict(to_torch(jax.device_get(params), decoder.config))
         return Trace(levels, tokens, weights)
 
@@ -131,12 +157,12 @@ class JaxSide:
     def forward(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         """See `Side`."""
         with _precision(dtype):
-            return _outputs(self._compute(*self._decoder(dtype), rows)[0])
+            return self._compute(*self._decoder(dtype), rows, False)["forward"]
 
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         """See `Side`."""
         with _precision(dtype):
-            return self._compute(*self._decoder(dtype), rows)[2]
+            return self._compute(*self._decoder(dtype), rows, True)["gradients"]
 
     def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
         """See `Side`."""
@@ -145,20 +171,38 @@ class JaxSide:
             decoder, params = self._decoder(dtype)
             return np.asarray(_logits(decoder, params, *places)[0, len(ids) - 1])
 
+    def replay(self, dtype: str, rows: Mapping[str, np.ndarray], inputs: Arrays | None) -> Events:
+        """See `Side`."""
+        with _precision(dtype):
+            decoder, params = self._decoder(dtype)
+            opened, params = unrolled(without_remat(decoder)), unstack_layers(params, decoder.config)
+            forced = None if inputs is None else _nested(inputs)
+            places = tuple(rows[name] for name in ("tokens", "positions", "segments"))
+            arrived, returned = jax.device_get(_replayed(opened, params, forced, *places))
+            found = {(ARRIVES, name): x for name, x in _outputs(arrived).items()}
+            found |= {(RETURNS, name): x for name, x in _outputs(returned).items()}
+        return {event: found[event] for event in events_of(self._settings.model) if event in found}
+
     def _decoder(self, dtype: str) -> tuple[Decoder, Params]:
         policy = Policy.from_config(numerics_of(dtype))
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, policy.params), self._params)
         return Decoder(self._settings.model, policy), params
 
     def _compute(
-        self, decoder: Decoder, params: Params, rows: Mapping[str, np.ndarray]
-    ) -> tuple[Mapping[str, Any], Arrays, Arrays]:
-        """Outputs of all modules, means of the loss, and gradients by the names of torch_ref."""
+        self, decoder: Decoder, params: Params, rows: Mapping[str, np.ndarray], gradients: bool
+    ) -> dict[str, Arrays]:
+        """Outputs of all modules, means of the loss, and gradients by the names of torch_ref, if wanted."""
         opened = unrolled(without_remat(decoder))
         params = unstack_layers(params, decoder.config)
-        computed = _forward_and_gradient(opened, self._settings.train, params, dict(rows))
-        captured, sums, gradients = jax.device_get(computed)
-        return captured, sums, dict(to_torch(gradients, opened.config))
+        computed = _forward_and_gradient(opened, self._settings.train, gradients, params, dict(rows))
+        captured, sums, derived = jax.device_get(computed)
+        levels = {"forward": self._ordered(_outputs(captured)), "loss": {name: sums[name] for name in ("loss", "nll")}}
+        return levels | ({"gradients": dict(to_torch(derived, opened.config))} if gradients else {})
+
+    def _ordered(self, outputs: Arrays) -> Arrays:
+        """A jitted function returns its outputs sorted by name."""
+        order = [name for kind, name in events_of(self._settings.model) if kind == RETURNS]
+        return {name: outputs[name] for name in order if name in outputs} | outputs
 
     def _updates(self, decoder: Decoder, params: Params, inputs: Inputs) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
@@ -171,6 +215,35 @@ class JaxSide:
                 now = to_torch(jax.device_get(state.params), decoder.config)
                 levels[f"update {number}"] = {name: moved(array, begin[name]) for name, array in now}
         return levels
+
+
+_NUMBERS = itertools.count()
+
+
+@functools.lru_cache(maxsize=8)
+def events_of(model: config.Model) -> tuple[tuple[str, str], ...]:
+    """What arrives and returns, in the order of computation; traces every block, of which nothing is computed."""
+    decoder = unrolled(without_remat(Decoder(model)))
+    events: dict[tuple[str, str], None] = {}
+
+    def watch(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if not _is_watched(context):
+            return call(*args, **kwargs)
+        name = _dotted(context.module.path)
+        events.setdefault((ARRIVES, name))
+        if name.endswith(".experts"):
+            events.update(dict.fromkeys((ARRIVES, f"{name}#{what}") for what in ROUTING))
+        output = call(*args, **kwargs)
+        events.setdefault((RETURNS, name))
+        return output
+
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    # Blocks that have equal variables are traced once for all: these have not.
+    apart = {f"layers_{i}": {"apart": jax.ShapeDtypeStruct((next(_NUMBERS),), jnp.int8)} for i in range(model.n_layers)}
+    variables = {"params": abstract_params(decoder)[0], "apart": apart}
+    with nn.intercept_methods(watch):
+        jax.eval_shape(decoder.apply, variables, ids, ids, ids)
+    return tuple(events)
 
 
 def moved(now: np.ndarray, begin: np.ndarray) -> np.ndarray:
@@ -190,15 +263,19 @@ def _precision(dtype: str) -> Iterator[None]:
         yield
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward_and_gradient(decoder: Decoder, train: config.Train, params: Params, batch: Any) -> Any:
-    """The output of every module, the means of the loss, and the gradient of its mean."""
+def _is_watched(context: nn.module.InterceptorContext) -> bool:
+    return context.method_name == "__call__" and not isinstance(context.module, nn.Dropout)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward_and_gradient(decoder: Decoder, train: config.Train, gradients: bool, params: Params, batch: Any) -> Any:
+    """The output of every module, the means of the loss, and the gradient of its mean, if wanted."""
     _, captured = decoder.apply(
         {"params": params},
         batch["tokens"],
         batch["positions"],
         batch["segments"],
-        capture_intermediates=lambda module, method: method == "__call__" and not isinstance(module, nn.Dropout),
+        capture_intermediates=_captured,
         mutable=["intermediates"],
     )
     objective = loss_fn(decoder, train)
@@ -207,8 +284,44 @@ def _forward_and_gradient(decoder: Decoder, train: config.Train, params: Params,
         loss, sums = objective(params, batch, None)  # pyright: ignore[reportArgumentType]  (no dropout, no key)
         return loss / sums["weight"], {name: value / sums["weight"] for name, value in sums.items()}
 
-    gradients, means = jax.grad(mean, has_aux=True)(params)
-    return captured["intermediates"], means, gradients
+    derived, means = jax.grad(mean, has_aux=True)(params) if gradients else (None, mean(params)[1])
+    return captured["intermediates"], means, derived
+
+
+def _captured(module: nn.Module, method: str) -> bool:
+    return method == "__call__" and not isinstance(module, nn.Dropout)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _replayed(decoder: Decoder, params: Params, forced: Any, *places: Any) -> Any:
+    """What arrives at every module and what it returns; `forced` replaces what arrives where it has the same shape.
+
+    Both are collections of variables, which pass through the jit of a block; a closure would not.
+    """
+    variables = {"params": params} | ({} if forced is None else {"forced": forced})
+    with nn.intercept_methods(_force):
+        _, told = decoder.apply(
+            variables, *places, capture_intermediates=_captured, mutable=["intermediates", "arriving"]
+        )
+    return told["arriving"], told["intermediates"]
+
+
+def _force(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    if not _is_watched(context) or not context.module.path:
+        return call(*args, **kwargs)
+    x, *rest = args
+    x = _exchanged(context.module, "__call__", x)
+    if rest and isinstance(rest[0], Routing):
+        exchanged = {name: _exchanged(context.module, f"#{name}", getattr(rest[0], name)) for name in ROUTING}
+        rest[0] = rest[0]._replace(**exchanged)
+    return call(x, *rest, **kwargs)
+
+
+def _exchanged(module: nn.Module, key: str, x: jax.Array) -> jax.Array:
+    """Note what arrives, and give what is forced."""
+    module.sow("arriving", key, x)
+    forced = module.get_variable("forced", key)
+    return x if forced is None or forced.shape != x.shape else jnp.asarray(forced, x.dtype)
 
 
 _logits = jax.jit(lambda decoder, params, *places: decoder.apply({"params": params}, *places)[0], static_argnums=0)
@@ -224,13 +337,36 @@ def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) 
 
 
 def _outputs(captured: Mapping[str, Any], prefix: str = "") -> Arrays:
-    """Flax's tree of captured outputs as `layers.0.mixer.q_proj`; a cache beside an output is dropped."""
+    """Flax's tree of what was captured as `layers.0.mixer.q_proj`; a cache beside an output is dropped."""
     found: Arrays = {}
     for key, value in captured.items():
-        if key == "__call__":
-            output = value[0][0] if isinstance(value[0], tuple) else value[0]
-            found[prefix.removesuffix(".") or "logits"] = output
+        if isinstance(value, Mapping):
+            found |= _outputs(value, f"{prefix}{_dotted((key,)) if not prefix else key}.")
         else:
-            name = key.replace("layers_", "layers.", 1) if not prefix else key
-            found |= _outputs(value, f"{prefix}{name}.")
+            found |= returned((prefix.removesuffix(".") or LOGITS) + key.removeprefix("__call__"), value[0])
     return found
+
+
+def _nested(inputs: Arrays) -> dict[str, Any]:
+    """The inverse of `_outputs`, for modules whose input is no matter of ids."""
+    tree: dict[str, Any] = {}
+    for name, x in inputs.items():
+        module, _, key = name.partition("#")
+        path = re.sub(r"^layers\.(\d+)", r"layers_\1", module).split(".")
+        inside = tree
+        for part in path:
+            inside = inside.setdefault(part, {})
+        inside[f"#{key}" if key else "__call__"] = x
+    return tree
+
+
+def _dotted(path: tuple[str, ...]) -> str:
+    return re.sub(r"^layers_(\d+)", r"layers.\1", ".".join(path)) or LOGITS
+
+
+def returned(name: str, output: Any) -> dict[str, Any]:
+    """What a module returned, by its name; a cache beside an output is dropped, of a router the choice is kept."""
+    if not isinstance(output, tuple):
+        return {name: output}
+    choice = {f"{name}#{what}": getattr(output, what) for what in CHOICE if hasattr(output, what)}
+    return {name: output[0], **choice}

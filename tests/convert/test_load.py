@@ -158,8 +158,8 @@ def test_unknown_folders(tmp_path: Path, torch_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"model_type": "gpt2"}', "model_type 'gpt2' is not known (known: llama)"),
-        ('{"model_type": ["llama"]}', "model_type ['llama'] is not known (known: llama)"),
+        ('{"model_type": "bert"}', "model_type 'bert' is not known (known: llama, mistral"),
+        ('{"model_type": ["llama"]}', "model_type ['llama'] is not known (known: llama, "),
         ("{}", "model_type None is not known"),
         ("{", "not readable as JSON"),
         ("[]", "not a JSON object"),

@@ -118,19 +118,17 @@ def test_faults_are_named(make_model: Callable, make_params: Callable, plant: An
     assert "\n" not in str(caught.value)
 
 
-def test_all_faults_in_one_line(make_model: Callable, make_params: Callable) -> None:
+def test_all_faults_of_names_and_shapes_in_one_line(make_model: Callable, make_params: Callable) -> None:
     cfg = make_model()
     tensors = dict(to_torch(make_params(cfg), cfg))
     for name in [name for name in tensors if name.startswith("layers.2.")]:
         del tensors[name]
     tensors["extra.weight"] = np.zeros(1)
-    _poison(float("nan"))(tensors)
     with pytest.raises(UserError) as caught:
         from_torch(tensors, cfg)
     assert caught.value.message == (
         "tensors: 9 tensors missing: layers.2.ffn.down_proj.weight, layers.2.ffn.gate_proj.weight, "
-        "layers.2.ffn.up_proj.weight, ...; 1 tensor not expected: extra.weight; "
-        "1 tensor NaN or infinite: layers.1.ffn.up_proj.weight"
+        "layers.2.ffn.up_proj.weight, ...; 1 tensor not expected: extra.weight"
     )
 
 

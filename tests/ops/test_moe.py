@@ -181,7 +181,7 @@ def test_padding_counts_nowhere(rng: np.random.Generator) -> None:
 def test_drops_are_the_last_in_the_order_of_the_tokens(rng: np.random.Generator) -> None:
     """Capacity 1.0 x 12 tokens x 2 / 4 experts = 6 places; padding takes none."""
     chosen = np.array([[0, t % 3 + 1] for t in range(12)])
-    routing = router.Routing(jnp.ones((12, 2)), jnp.asarray(chosen), jnp.ones((12, 4)))
+    routing = router.Routing(jnp.ones((12, 2)), jnp.asarray(chosen), *[jnp.ones((12, 4))] * 2)
     routing = router.mask_padding(routing, jnp.arange(12) != 2)
     kept = np.asarray(router.drop_overflow(routing, 1.0).experts)
     assert kept[:, 0].tolist() == [0, 0, 4, 0, 0, 0, 0, 4, 4, 4, 4, 4]

@@ -25,6 +25,8 @@ class Routing(NamedTuple):
     """The chosen experts; E for an assignment that is not carried out: of padding, or beyond the capacity."""
     scores: Float[Tensor, "*t e"]
     """Of all experts, without the selection bias."""
+    biased: Float[Tensor, "*t e"]
+    """Of all experts, with the selection bias: what was chosen by. It has no gradient."""
 
 
 class Balance(NamedTuple):
@@ -76,13 +78,12 @@ def route(
     """
     scores = torch.softmax(logits, dim=-1) if router == "softmax" else torch.sigmoid(logits)
     biased = (scores if bias is None else scores + bias).detach()
-    if n_groups > 1:
-        biased = _best_groups(biased, n_groups, top_groups)
-    experts = _top_k(biased, top_k)
+    eligible = biased if n_groups == 1 else _best_groups(biased, n_groups, top_groups)
+    experts = _top_k(eligible, top_k)
     weights = scores.gather(-1, experts)
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # the 1e-20 of DeepSeek-V3
-    return Routing(weights * scale, experts, scores)
+    return Routing(weights * scale, experts, scores, biased)
 
 
 def _top_k(values: Tensor, k: int) -> Tensor:

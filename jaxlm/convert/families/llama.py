@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from jaxlm import config
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, flat, matrix, pairs_to_halves
-from jaxlm.convert.settings import Always, Biases, Choice, Fixed, Key, Says, Setting, refusal
+from jaxlm.convert.settings import Always, Biases, Choice, Key, Says, Setting, refusal
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -58,6 +58,9 @@ def mlp_rows(ours: str = "layers.{i}.ffn", theirs: str = "model.layers.{i}.mlp")
     ]
 
 
+LENGTH = "original_max_position_embeddings"
+
+
 class Rope:
     """Base and scaling of the rotation: `rope_parameters` for transformers 5, two keys for transformers 4."""
 
@@ -66,19 +69,24 @@ class Rope:
         "linear": {"factor": "factor"},
         "llama3": {
             "factor": "factor",
-            "original_max_position_embeddings": "original_max_seq_len",
+            LENGTH: "original_max_seq_len",
             "low_freq_factor": "low_freq_factor",
             "high_freq_factor": "high_freq_factor",
         },
         "yarn": {
             "factor": "factor",
-            "original_max_position_embeddings": "original_max_seq_len",
+            LENGTH: "original_max_seq_len",
             "beta_slow": "beta_slow",
             "beta_fast": "beta_fast",
             "truncate": "truncate",
             "attention_factor": "attention_factor",
         },
     }
+
+    UNSAID: ClassVar[tuple[tuple[str, Any], ...]] = (("attention_factor", 0.0), ("truncate", True))
+    """What an absent key means."""
+    NOT_ZERO: ClassVar[tuple[str, ...]] = ("factor", "attention_factor")
+    """0 stands for a default here, and for nothing at all there."""
 
     def __init__(self, theta: float = 10000.0) -> None:
         self.theta = theta
@@ -88,7 +96,7 @@ class Rope:
         theta, scaling = model.rope_theta, model.rope_scaling
         names = self.SCALINGS.get(scaling.kind, {})
         said = {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
-        said = {key: value for key, value in said.items() if (key, value) != ("attention_factor", 0.0)}
+        said = {key: value for key, value in said.items() if (key, value) not in self.UNSAID}
         if names and not scaling.factor:
             said["factor"] = model.max_seq_len / scaling.original_max_seq_len
         kind = scaling.kind if names else "default"
@@ -100,26 +108,26 @@ class Rope:
 
     def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """See `Setting`."""
-        said = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        # transformers takes one section as a whole, and prefers a length outside of it to the one inside.
+        sections, outside = (hf.get("rope_scaling"), hf.get("rope_parameters")), hf.get(LENGTH)
+        section = next(filter(None, sections), {})
+        if not isinstance(section, Mapping):
+            raise ValueError("rope_parameters and rope_scaling are objects or null")
+        said = {key: value for key, value in section.items() if value is not None}
         kind = said.pop("rope_type", said.pop("type", "default"))
         theta = said.pop("rope_theta", hf.get("rope_theta") or self.theta)
+        if (share := said.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))) not in (None, 1.0):
+            raise refusal("partial_rotary_factor", share)
         said.pop("type", None)
         if kind not in self.SCALINGS:
             raise refusal("rope_type", kind)
-        if said.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("a part of each head is rotated, which this layout has not")
         names = self.SCALINGS[kind]
-        if unknown := sorted(key for key in said if key not in names and said[key] is not None):
-            raise refusal(f"rope_parameters.{unknown[0]}", said[unknown[0]])
-        if kind == "default":
-            return {"rope_theta": theta}
-        options = {names[key]: value for key, value in said.items() if value is not None}
-        if "original_max_seq_len" in names.values() and "original_max_seq_len" not in options:
-            options["original_max_seq_len"] = (
-                hf.get("original_max_position_embeddings") or hf["max_position_embeddings"]
-            )
-        scaling = {f"rope_scaling.{ours}": value for ours, value in options.items()}
-        return {"rope_theta": theta, "rope_scaling.kind": kind, **scaling}
+        if wrong := [key for key in said if key not in names or (key in self.NOT_ZERO and not said[key])]:
+            raise refusal(f"rope_parameters.{wrong[0]}", said[wrong[0]])
+        if LENGTH in names:
+            said[LENGTH] = outside or said.get(LENGTH) or hf["max_position_embeddings"]
+        options = {"rope_scaling.kind": kind} if names else {}
+        return {"rope_theta": theta, **options, **{f"rope_scaling.{names[key]}": said[key] for key in said}}
 
 
 SILU = Choice("hidden_act", "activation", {"swiglu": ("silu", "swish")}, "silu")
@@ -171,7 +179,6 @@ FAMILY = Family(
         Biases("attention_bias", ("qkv", "attention_out")),
         Biases("mlp_bias", ("mlp",)),
         Says("attention_dropout", 0.0),
-        Fixed("partial_rotary_factor", None, (1.0,)),
         Always("pattern", ["attention+mlp"]),
     ),
     ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
