@@ -48,6 +48,9 @@ class Explanation:
     where: tuple[str, ...]
     """Tensors that differ, or the first module whose outputs did."""
 
+    def __str__(self) -> str:
+        return f"{self.what} (relative error of the logits {self.error_before:.1e}, then {self.error_after:.1e})"
+
     @property
     def vanishes(self) -> bool:
         """Whether nothing of the difference is left."""
@@ -201,15 +204,17 @@ class Search:
         return self._unexplained(start, closest)
 
     def _deepen(self, start: _Tried, target: Arrays) -> tuple[list[_Tried], _Tried]:
-        """Those that fit, in the order of the table, or none; and the closest."""
+        """Those of the first culprit that fit, or none; and the closest."""
         beam, closest = [start], start
         for _ in range(STEPS):
-            tried = [one for front in beam for one in self._all(front, target)]
+            tried: list[_Tried] = []
+            for front in beam:
+                for culprit in self._culprits:
+                    tried += (kin := list(self._all(front, culprit, target)))
+                    if fit := [one for one in kin if one.error <= FLOAT64.allowed]:
+                        return fit, closest
             self._count = self._count or len(tried)
             closest = min([closest, *tried], key=lambda one: one.error)
-            fit = [one for one in tried if one.error <= FLOAT64.allowed]
-            if fit:
-                return fit, closest
             better = [one for one in tried if one.agree > beam[0].agree or one.error < beam[0].error / FALLS]
             by_modules = sorted(better, key=lambda one: (-one.agree, one.error))
             by_error = sorted(tried, key=lambda one: one.error)
@@ -218,8 +223,8 @@ class Search:
                 break
         return [], closest
 
-    def _all(self, front: _Tried, target: Arrays) -> Iterator[_Tried]:
-        for what, make in self._tries(front.variant):
+    def _all(self, front: _Tried, culprit: Culprit, target: Arrays) -> Iterator[_Tried]:
+        for what, make in culprit.tries(front.variant):
             if what not in front.whats:
                 try:
                     variant = make()
