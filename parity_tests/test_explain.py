@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from jaxlm import config
 from jaxlm.parity.explain import Explanation, explain
+from jaxlm.parity.hugging_face import HuggingFaceSide
 from jaxlm.parity.inputs import Inputs, make_inputs, packed, random_params
 from jaxlm.parity.mirror import TorchSide
 from jaxlm.parity.trace import Arrays, JaxSide
-from parity_tests import pairs
+from parity_tests import families, families_moe, pairs
+from parity_tests.families import Example, exported
 from torch_ref.models import attention as attention_module
-from torch_ref.models import mamba as mamba_module
 from torch_ref.ops import attention, ffn, norm, router, ssm
 
 
@@ -181,7 +185,7 @@ def interleaved(x: np.ndarray, head: int) -> np.ndarray:
 WEIGHTS: dict[str, tuple[tuple[str, ...], str, Callable[[Arrays, config.Model], Arrays]]] = {
     "transposed square kernel": (
         ATTENTION,
-        r"^mixer\.q_proj\.weight of layers? .*: transposed$",
+        r"^mixer\.q_proj\.weight of layers? .*: transposed(, and read in the old shape)?$",
         lambda x, cfg: each(x, "q_proj.weight", lambda t: t.T if t.shape[0] == t.shape[1] else t.T.reshape(t.shape)),
     ),
     "kernel read in the old shape": (
@@ -430,7 +434,59 @@ def test_zeroed_tensors_are_named_though_they_are_stored() -> None:
                 self.all = x
 
         check(explained(name, patch=Without), words)
-    assert mamba_module.Mamba  # the module whose skip it is
+
+
+# Faults in folders of Hugging Face, computed by transformers
+
+
+def example(family: str) -> Example:
+    return next(one for one in (*families.EXAMPLES, *families_moe.EXAMPLES) if one.family == family)
+
+
+FOLDERS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "theta": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5},
+        None,
+        "^rope_theta is 500000 instead",
+    ),
+    "eps": ("mistral", {"rms_norm_eps": 1e-8}, None, "^norm_eps is 1e-08 instead"),
+    "GELU": ("gpt2", {"activation_function": "gelu"}, None, "erf form of GELU instead of the tanh"),
+    "top-k": ("mixtral", {"num_experts_per_tok": 1}, None, "^top_k is 1 instead of 2"),
+    "gate passes GELU": ("qwen3", {"hidden_act": "gelu"}, None, "^the gate passes the erf form of GELU"),
+    "transposed": (
+        "llama",
+        {},
+        lambda name, x: x.T if name.endswith("q_proj.weight") and x.shape[0] == x.shape[1] else x,
+        r"^mixer\.q_proj\.weight .*: transposed$",
+    ),
+    "interleaved": (
+        "qwen2",
+        {},
+        lambda name, x: (
+            interleaved(x, x.shape[0] // (2 if "k_proj" in name else 4)) if "q_proj" in name or "k_proj" in name else x
+        ),
+        "in the order of interleaved .* rotary pairs$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_fault_in_a_public_folder_is_named(name: str, tmp_path: Path) -> None:
+    family, keys, change, words = FOLDERS[name]
+    one = example(family)
+    folder = exported(one, tmp_path)
+    said = json.loads((folder / "config.json").read_text())
+    for key, value in keys.items():
+        said[key] = {**(said.get(key) or {}), **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(said))
+    stored = load_file(folder / "model.safetensors")
+    if change:
+        stored = {key: np.ascontiguousarray(change(key, x)) for key, x in stored.items()}
+        save_file(stored, folder / "model.safetensors")
+    sound = config.Config(model=one.model)
+    ours, theirs = TorchSide.of(sound, families.values(one)), HuggingFaceSide(sound, folder)
+    check(explain(ours, theirs, sound, None, inputs_of(one.model)), words)
 
 
 # Two faults, unknown faults, no fault

@@ -21,7 +21,7 @@ from jaxlm.parity.patches import rounded
 from jaxlm.parity.recognise import Recognised, recognise
 from jaxlm.parity.tolerances import FLOAT64
 from jaxlm.parity.trace import Arrays, Side, settings_of
-from jaxlm.parity.variant import Variant, attempt, distance
+from jaxlm.parity.variant import Variant, agrees, attempt, distance
 
 ROW = 96
 """Tokens of a row to begin with: enough for every culprit but a long window, and faster than the rows of parity."""
@@ -89,7 +89,7 @@ def explain(
             return []
     weights = list(_weights(base, found, other, target, before))
     if weights:
-        base = dataclasses.replace(base, model=structure(model, other), tensors=other)
+        base = dataclasses.replace(base, model=structure(model, other), tensors=other, made={})
         if weights[-1].vanishes:
             return weights
     table = (*((explain_config(their_config),) if their_config is not None and subject is theirs else ()), *CULPRITS)
@@ -141,7 +141,7 @@ def _weights(
             tensors.pop(name, None)
             tensors |= {name: other[name]} if name in other else {}
         try:
-            base = dataclasses.replace(base, model=structure(base.model, tensors), tensors=dict(tensors))
+            base = dataclasses.replace(base, model=structure(base.model, tensors), tensors=dict(tensors), made={})
             after = _error(target, attempt(base), base)
         except ValueError:
             after = float("inf")
@@ -205,7 +205,7 @@ class Search:
 
     def _deepen(self, start: _Tried, target: Arrays) -> tuple[list[_Tried], _Tried]:
         """Those of the first culprit that fit, or none; and the closest."""
-        beam, closest = [start], start
+        beam, closest, guessed = [start], start, False
         for _ in range(STEPS):
             tried: list[_Tried] = []
             for front in beam:
@@ -216,11 +216,11 @@ class Search:
             self._count = self._count or len(tried)
             closest = min([closest, *tried], key=lambda one: one.error)
             better = [one for one in tried if one.agree > beam[0].agree or one.error < beam[0].error / FALLS]
-            by_modules = sorted(better, key=lambda one: (-one.agree, one.error))
-            by_error = sorted(tried, key=lambda one: one.error)
-            beam = (by_modules or by_error)[:BEAM]
-            if not beam:
+            better.sort(key=lambda one: (-one.agree, one.error))
+            if not better and guessed:
                 break
+            guessed = guessed or not better
+            beam = better[:BEAM] or [min(tried, key=lambda one: one.error, default=start)]
         return [], closest
 
     def _all(self, front: _Tried, culprit: Culprit, target: Arrays) -> Iterator[_Tried]:
@@ -250,7 +250,7 @@ class Search:
         outputs, real = attempt(variant), variant.rows["segments"] != 0
         error = _error(target, outputs, variant)
         known = [name for name in outputs if name in target]
-        same = {name: distance(target[name], outputs[name], real) <= FLOAT64.allowed for name in known}
+        same = {name: agrees(target[name], outputs[name], real, FLOAT64.allowed) for name in known}
         first = next(((name,) for name in known if not same[name]), ())
         return _Tried(whats, variant, error, sum(same.values()), first, path)
 

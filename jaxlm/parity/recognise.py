@@ -144,16 +144,20 @@ def _exchanged(sources: Mapping[str, str]) -> Iterator[Recognised]:
     yield from (_shifted(dict(moves), names) for moves, names in layers.items())
     while parts:
         (module, old), names = next(iter(parts.items()))
-        back = parts.get((old, module), [])
-        if back and {_split(n)[0] for n in back} == {_split(n)[0] for n in names}:
-            both = (*names, *back)
-            kinds = _without_kind(module), _without_kind(old)
-            same = [key for key in parts if (_without_kind(key[0]), _without_kind(key[1])) in (kinds, kinds[::-1])]
+        pair = {_last(module), _last(old)}
+        same = [key for key in parts if {_last(key[0]), _last(key[1])} == pair and _returned(parts, key)]
+        if (module, old) in same:
             both = tuple(name for key in same for name in parts.pop(key))
-            yield Recognised(f"{where(both)}: {_last(kinds[0])} and {_last(kinds[1])} are swapped", both)
+            yield Recognised(f"{where(both)}: {' and '.join(sorted(pair))} are swapped", both)
         else:
             del parts[module, old]
             yield Recognised(f"{where(names)}: holds what is {old} in ours", tuple(names))
+
+
+def _returned(parts: Mapping[tuple[str, str], list[str]], key: tuple[str, str]) -> bool:
+    """Whether the other tensor holds this one, in the same layers."""
+    layers = [{_split(name)[0] for name in parts.get(one, [])} for one in (key, key[::-1])]
+    return layers[0] == layers[1]
 
 
 def _shifted(moves: dict[int, int], names: list[str]) -> Recognised:
@@ -178,7 +182,7 @@ def _without_kind(module: str) -> str:
 
 
 def _last(module: str) -> str:
-    return module.rpartition(".")[2].removesuffix("_proj")
+    return _without_kind(module).rpartition(".")[2].removesuffix("_proj")
 
 
 def _mixed(name: str, ours: Tensors, other: np.ndarray) -> str | None:
@@ -193,9 +197,7 @@ def _mixed(name: str, ours: Tensors, other: np.ndarray) -> str | None:
         return None
     ends = np.cumsum([len(ours[n]) for n in kin])
     used = sorted({int(number) for number in np.searchsorted(ends, take, side="right")})
-    return (
-        f"rows of {_and([_last(_without_kind(kin[i])) for i in used])}: a joined projection is split in another order"
-    )
+    return f"rows of {_and([_last(kin[i]) for i in used])}: a joined projection is split in another order"
 
 
 def _unknown(names: list[str], ours: Tensors, theirs: Tensors) -> str:
