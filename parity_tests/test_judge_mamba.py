@@ -33,7 +33,6 @@ def mamba() -> tuple[config.Model, Any]:
         hidden_size=D,
         state_size=5,
         expand=3,
-        intermediate_size=3 * D,
         conv_kernel=3,
         time_step_rank=7,
         use_bias=True,
