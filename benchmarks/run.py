@@ -1,5 +1,7 @@
 """All CPU benchmarks, one after the other, each with its default options; the results are in benchmarks/results/.
 
+Only `benchmarks.convert` is left out, which needs 41 GB of disk.
+
 python -m benchmarks.run
 """
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from jaxlm import config, config_file
+from jaxlm.convert.convert import convert
 from jaxlm.convert.load import load
 from jaxlm.errors import UserError
 from jaxlm.recipes import pretrain
@@ -170,6 +171,13 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"warning: {newest} is damaged: " in printed and "from step 10" in printed
     assert_same(tmp_path, whole)
     assert [path.name.split("-")[0] for path in (tmp_path / "damaged").iterdir()] == ["12"]
+
+
+def test_a_converted_run_says_why_it_cannot_be_resumed(train: Callable[..., None], whole: Path, tmp_path: Path) -> None:
+    convert(whole, tmp_path / "run", "jaxlm")
+    with pytest.raises(UserError, match="parameters from a conversion, without an optimizer to resume"):
+        train(tmp_path / "run", resume=True)
+    assert load(tmp_path / "run").kind == "run"
 
 
 def saved(folder: Path, losses: dict[int, float | None], keep: int = 2) -> Checkpointer:

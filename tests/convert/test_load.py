@@ -17,7 +17,7 @@ import pytest
 from jaxlm import config, config_file
 from jaxlm.convert import native, storage
 from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load
+from jaxlm.convert.load import load, open_model
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.train.checkpoint import Checkpointer
@@ -111,9 +111,20 @@ def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Calla
         same(load(tmp_path / "torch").params, params)
     with pytest.raises(UserError, match=r"checkpoints: no step 4 \(there are: 3, 12\)"):
         load(tmp_path, step=4)
-    (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))
-    with pytest.raises(UserError, match="the config asks for"):
-        load(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "checkpoints", other / "checkpoints")
+    (other / "config.toml").write_text(config_file.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))
+    for opened in (load, open_model):
+        with pytest.raises(UserError, match="the config asks for"):
+            opened(other)
+    values = max((tmp_path / "checkpoints" / "12" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(values.read_bytes())
+    data[len(data) // 2] ^= 1
+    values.write_bytes(data)
+    with pytest.raises(UserError, match=r"checkpoints/12 is damaged: .*\(--step names an earlier one\)"):
+        convert(tmp_path, tmp_path / "torch", "torch")
+    same(load(tmp_path / "torch").params, old)  # the result of before is still there
+    same(load(tmp_path).params, old)  # and whoever only reads gets the checkpoint before
 
 
 def test_a_run_trained_by_torch(tmp_path: Path, make_model: Callable, make_params: Callable, same: Callable) -> None:

@@ -8,6 +8,8 @@ import signal
 import numpy as np
 import pytest
 
+from jaxlm.convert.convert import convert
+from jaxlm.errors import UserError
 from jaxlm.train import loop
 from jaxlm.train.engine import JaxEngine
 
@@ -96,6 +98,15 @@ def test_a_second_ctrl_c_leaves_at_once(runs, tmp_path, monkeypatch):
 def test_resuming_a_finished_run_changes_nothing(runs, undisturbed, leaves, rows):
     runs.train(undisturbed("unroll")[0], "model.layer_loop=unroll", resume=True)
     assert_same(undisturbed("unroll")[0], undisturbed("unroll"), leaves, rows)
+
+
+def test_a_converted_run_says_why_it_cannot_be_resumed(runs, undisturbed, tmp_path):
+    for options in ({}, {"shard_bytes": 10_000}):
+        convert(undisturbed("unroll")[0], tmp_path / "run", "jaxlm", overwrite=True, **options)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match="parameters from a conversion, without an optimizer to resume"):
+            runs.train(tmp_path / "run", "model.layer_loop=unroll", resume=True)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_cut_line_of_the_metrics_is_written_again(runs, undisturbed, tmp_path, leaves, rows):
