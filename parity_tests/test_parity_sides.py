@@ -33,7 +33,7 @@ from parity_tests.families import Example, exported
 EXAMPLES = (*families.EXAMPLES, *families_moe.EXAMPLES, *families_ssm.EXAMPLES)
 FIRST = tuple({one.family: one for one in reversed(EXAMPLES)}.values())
 """One example of each family."""
-ONE_DOCUMENT = ("gpt_oss", "mamba", "mamba2", "jamba")
+ONE_DOCUMENT = ("mamba", "mamba2", "jamba")
 """Families to whose models transformers cannot tell where a document begins."""
 FORWARD: dict[str, Any] = {"levels": ("config", "weights", "forward"), "dtypes": ("float64",)}
 Folder = Callable[..., Path]
