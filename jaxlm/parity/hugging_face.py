@@ -323,7 +323,7 @@ def _given(forced: np.ndarray, index: np.ndarray | None, like: Tensor) -> Tensor
 @contextlib.contextmanager
 def _lifted(dtype: str) -> Iterator[None]:
     """What transformers computes in float32 in float64, when that is asked for."""
-    with Lifted() if dtype == "float64" else contextlib.nullcontext():
+    with _quiet(), Lifted() if dtype == "float64" else contextlib.nullcontext():
         yield
 
 
