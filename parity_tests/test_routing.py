@@ -5,22 +5,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxlm import config
+from jaxlm.convert.load import load
+from jaxlm.parity import hugging_face
 from jaxlm.parity.compare import Finding
+from jaxlm.parity.hugging_face import HuggingFaceSide
 from jaxlm.parity.inputs import make_inputs, random_params
 from jaxlm.parity.mirror import TorchSide
 from jaxlm.parity.routing import compare_routing, margins
-from jaxlm.parity.trace import Arrays, JaxSide
+from jaxlm.parity.trace import ARRIVES, RETURNS, Arrays, JaxSide
 from jaxlm.parts import MoE
+from parity_tests.families import exported
+from parity_tests.families_moe import EXAMPLES
 from parity_tests.pairs import model
+from parity_tests.tolerances import RATIO
 from torch_ref.ops import router as torch_router
 
-EXPERTS: dict[str, dict[str, Any]] = {
+ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {"n_experts": 8, "top_k": 2},
     "sigmoid, bias, groups": {
         "n_experts": 8,
@@ -35,7 +42,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 
 def routed(name: str) -> config.Model:
     """Two layers of experts."""
-    return model(pattern=("attention+moe",), n_layers=2, moe=EXPERTS[name])
+    return model(pattern=("attention+moe",), n_layers=2, moe=ROUTERS[name])
 
 
 @functools.cache
@@ -51,7 +58,7 @@ def compared(cfg: config.Model, dtype: str, params: Callable[[config.Model], Any
     return [*compare_routing(dtype, golden, ours, theirs, cfg)]
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_rounding_is_no_alarm(name: str, dtype: str) -> None:
     """bfloat16 moves some tokens to other experts in every model."""
@@ -79,7 +86,7 @@ def test_a_near_tie_is_named_with_its_margin() -> None:
     assert one.note.partition("] ")[2] in ("experts [2] against [5]", "experts [5] against [2]"), one.note
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("softmax", "bfloat16"), *((name, "float64") for name in EXPERTS)])
+@pytest.mark.parametrize(("name", "dtype"), [("softmax", "bfloat16"), *((name, "float64") for name in ROUTERS)])
 def test_a_wrong_choice_is_an_alarm(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best expert is passed over; the next scores are far behind it."""
     top_k = torch_router._top_k  # pyright: ignore[reportPrivateUsage]
@@ -94,6 +101,46 @@ def test_a_bias_left_out_is_an_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_router, "route", lambda logits, bias, **options: route(logits, None, **options))
     first = compared(routed("sigmoid, bias, groups"), "float64")[0]
     assert not first.ok and first.error > 1e-2, first
+
+
+def of_transformers(family: str, folder: Path) -> tuple[JaxSide, HuggingFaceSide, config.Model]:
+    """Both sides of the first example of a family."""
+    one = next(one for one in EXAMPLES if one.family == family)
+    loaded = load(exported(one, folder))
+    theirs = HuggingFaceSide(loaded.config, folder / family, loaded.config.model.rope_layout)
+    return JaxSide(loaded.config, loaded.params), theirs, loaded.config.model
+
+
+@pytest.mark.parametrize("family", ["dots1"])
+def test_transformers_chooses_the_same_experts(family: str, tmp_path: Path) -> None:
+    ours, theirs, cfg = of_transformers(family, tmp_path)
+    rows = make_inputs(cfg).rows
+    golden = ours.forward("float64", rows)
+    found = [*compare_routing("float64", golden, golden, theirs.forward("float64", rows), cfg)]
+    assert len(found) == sum(cfg.halves(kind).ffn_name == "moe" for kind in cfg.pattern) * cfg.repeats
+    assert all(one.error == 0 for one in found), found
+    forwards = (side.forward("bfloat16", rows) for side in (ours, theirs))
+    found = [*compare_routing("bfloat16", golden, *forwards, cfg)]
+    assert all(one.ok for one in found) and any(one.error > 0 for one in found), found
+
+
+@pytest.mark.parametrize("forced", [True, False], ids=["forced", "of its own"])
+def test_transformers_computes_with_the_experts_that_it_is_given(
+    forced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 its own choice would part from ours in a near tie, and the experts would look guilty."""
+    if not forced:
+        monkeypatch.setattr(hugging_face, "replayed", lambda arriving, *_: arriving)
+    ours, theirs, cfg = of_transformers("gpt_oss", tmp_path)
+    rows = make_inputs(cfg).rows
+    golden = ours.replay("float64", rows, None)
+    inputs = {name: x for (kind, name), x in golden.items() if kind == ARRIVES and (x.dtype.kind == "f" or "#" in name)}
+    both = [side.replay("bfloat16", rows, inputs) for side in (ours, theirs)]
+    real = rows["segments"] > 0
+    event = (RETURNS, "layers.1.ffn")
+    exact = np.asarray(golden[event])[real]
+    mine, other = (float(np.linalg.norm(found[event][real] - exact)) for found in both)
+    assert (other < RATIO.allowed * mine) == forced, (mine, other)
 
 
 def forward(experts: list[list[int]], biased: list[list[float]]) -> Arrays:
