@@ -97,22 +97,35 @@ def rounded(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
 
 
-FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+FAULTS: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "theta": (
         {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5},
         "rope_theta",
         "layers.0.mixer.o_proj",
         "layers.0.mixer, between q_proj, k_proj, v_proj and o_proj (rotation, mask, softmax or grouping of the heads)",
+        "rope_theta is 500000 instead of 10000, as its config says",
     ),
-    "eps": ({"rms_norm_eps": 1e-6}, "norm_eps", "layers.0.mixer_norm", "layers.0.mixer_norm"),
-    "gate and up": ({"change": swapped}, "", "layers.1.ffn.up_proj", "layers.1.ffn.up_proj"),
+    "eps": (
+        {"rms_norm_eps": 1e-6},
+        "norm_eps",
+        "layers.0.mixer_norm",
+        "layers.0.mixer_norm",
+        "norm_eps is 1e-06 instead of 1e-05, as its config says",
+    ),
+    "gate and up": (
+        {"change": swapped},
+        "",
+        "layers.1.ffn.up_proj",
+        "layers.1.ffn.up_proj",
+        "ffn.gate_proj.weight and ffn.up_proj.weight of layer 1: gate and up are swapped",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_a_folder_is_named(name: str, folder: Folder) -> None:
     """Two folders: the option or the tensor, the first difference, and the operation."""
-    changed, option, first, guilty = FAULTS[name]
+    changed, option, first, guilty, explanation = FAULTS[name]
     report = check(folder(), folder(**changed), **FORWARD)
     wrong = [finding for finding in report.findings if not finding.ok]
     assert [one.name for one in wrong if one.level == "config"][:1] == ([option] if option else [])
@@ -121,7 +134,8 @@ def test_a_fault_in_a_folder_is_named(name: str, folder: Folder) -> None:
     )
     assert next(one.name for one in wrong if one.level == "forward") == first
     assert report.guilty is not None and report.guilty.what == guilty
-    assert report.verdict.endswith(f"first guilty: {guilty}")
+    assert f"first guilty: {guilty}" in report.verdict
+    assert report.explanations[0].startswith(explanation)
 
 
 def test_rows_that_are_wrong_both_ways_are_seen_by_transformers(

@@ -20,6 +20,7 @@ from jaxlm.errors import UserError, did_you_mean
 from jaxlm.models.decoder import Params
 from jaxlm.parity.bisect import Part, Replayed
 from jaxlm.parity.compare import (
+    STORED,
     Finding,
     comparable,
     compare_by_ratio,
@@ -108,6 +109,7 @@ def check(
         compared, seconds = compare_sides(sides, inputs, dtypes, told, subject.settings.model)
         findings += compared
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
+        explanations = _explained(findings, sides, subject, None if other is None else second, inputs, seconds, told)
     left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
     if left_out and parts:
         notes = (*notes, f"{', '.join(left_out)}: not compared, for the outputs differ in {parts[0].dtype}")
@@ -120,6 +122,7 @@ def check(
         seconds,
         who=_who(subject, second, names),
         parts=tuple(parts),
+        explanations=explanations,
         notes=notes,
     )
     folder = Path(out) if out is not None else subject.folder
@@ -193,6 +196,29 @@ def _bisected(findings: Sequence[Finding], replayed: Replayed, seconds: dict[str
     parts = replayed.parts(dtype)
     seconds["both, bisection"] = time.monotonic() - began
     return parts
+
+
+def _explained(
+    findings: Sequence[Finding],
+    sides: tuple[Side, Side],
+    subject: Subject,
+    second: Subject | None,
+    inputs: Inputs,
+    seconds: dict[str, float],
+    told: Told,
+) -> tuple[str, ...]:
+    """Why stored weights or float64 outputs differ, if they do."""
+    if all(one.ok or one.level == "config" or one.dtype not in ("float64", STORED) for one in findings):
+        return ()
+    if importlib.util.find_spec("torch") is None:
+        return ()
+    from jaxlm.parity.explain import explain
+
+    told("both", "float64", "explanation")
+    began = time.monotonic()
+    found = explain(*sides, subject.settings, second and second.settings.model, inputs)
+    seconds["both, explanation"] = time.monotonic() - began
+    return tuple(map(str, found))
 
 
 @contextlib.contextmanager
@@ -276,7 +302,7 @@ def _who(subject: Subject, second: Subject, names: Sequence[str]) -> str:
 def _open(model: str | Path | Model) -> Subject:
     if isinstance(model, Model):
         return Subject(f"{model.kind} in memory", model.config, model.params, model.tokenizer_path, None)
-    path = Path(model) if Path(model).is_dir() else registry.find(model)
+    path = Path(model) if Path(model).exists() else registry.find(model)
     if path.suffix == ".toml":
         settings = config_file.load(path)
         if not settings.model.vocab_size:
