@@ -110,6 +110,9 @@ def check(
         findings += compared
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
         explanations = _explained(findings, sides, subject, None if other is None else second, inputs, seconds, told)
+    left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
+    if left_out and parts:
+        notes = (*notes, f"{', '.join(left_out)}: not compared, for the outputs differ in {parts[0].dtype}")
     seconds["all"] = time.monotonic() - began
     report = Report(
         subject.name if other is None else f"{subject.name} and {second.name}",
@@ -149,6 +152,8 @@ def compare_sides(
 ) -> tuple[list[Finding], dict[str, float]]:
     """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
 
+    Where the outputs differ, narrower dtypes are left out.
+
     Both sides work at the same time, for one of them is often compiling. `model`: whose experts are compared, if any.
     """
     findings: list[Finding] = []
@@ -176,6 +181,8 @@ def compare_sides(
                 findings += compare_routing(dtype, *forwards, model)
             if inputs.wants("generation"):
                 findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
+            if any(one.level == "forward" and not one.ok for one in findings):
+                break  # of other mathematics, rounding says nothing
     return findings, dict(seconds)
 
 

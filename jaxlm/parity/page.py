@@ -114,9 +114,8 @@ def _levels(report: Report) -> str:
                 cells.append("<td>")
             else:
                 text = f"{'✓' if worst.ok else '✗'} {escape(cell_text(worst))}"
-                cells.append(
-                    f"<td{'' if worst.ok else ' class=bad'}>{text}<br><span class=dim>{escape(worst.name)}</span>"
-                )
+                name = "" if level == "config" else f"<br><span class=dim>{escape(worst.name)}</span>"
+                cells.append(f"<td{'' if worst.ok else ' class=bad'}>{text}{name}")
         words = WORDS.get(level, "how far the optimiser moved every parameter")
         rows.append(f"<tr><td>{level}<br><span class=dim>{words}</span>{''.join(cells)}")
     return f"<table>{''.join(rows)}</table>"
