@@ -44,7 +44,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options that differ from the file.")
 ]
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run, a torch_ref folder or a Hugging Face folder.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run, a torch_ref or Hugging Face folder, a model.bin, or a name on the hub.",
+        show_default=False,
+    ),
 ]
 BackendOption = Annotated[Backend, typer.Option(help="Framework that computes.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -120,16 +125,30 @@ _LAYOUTS = (
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A run, a torch_ref folder or a Hugging Face folder.")],
+    src: Annotated[
+        Path, typer.Argument(help="A run, a torch_ref or Hugging Face folder, llama2.c's model.bin, a name on the hub.")
+    ],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help=_LAYOUTS)],
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: the newest.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or tokenizer.bin, instead of SRC's.")] = None,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="With `--to jaxlm`: a run, optimiser and all, for this one to resume."),
+    ] = None,
 ) -> None:
     """Write a model in another layout, bit for bit."""
+    if backend is not None:
+        from jaxlm.convert.state import convert_state
+
+        if to != "jaxlm":
+            raise UserError(f"--backend with --to {to}: only a run has an optimiser", "--to jaxlm")
+        print(convert_state(src, dst, backend.value, step=step, overwrite=overwrite))
+        return
     from jaxlm.convert.convert import convert
 
-    print(convert(src, dst, to, step=step, overwrite=overwrite))
+    print(convert(src, dst, to, step=step, overwrite=overwrite, tokenizer=tokenizer))
 
 
 @app.command()
@@ -145,17 +164,37 @@ def parity(
     prompt: Annotated[str, typer.Option(help="Text to show them and to continue.")] = "",
     levels: Annotated[str, typer.Option(help="Only these of config,weights,forward,loss,gradients,...")] = "",
     dtypes: Annotated[str, typer.Option(help="Only these of float64,float32,bfloat16; float64 always.")] = "",
+    golden: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(metavar="write|check FILE", help="Freeze A in a golden file, or compare it with one."),
+    ] = None,
 ) -> None:
     """Tell whether two models are the same and where they part: A by jaxlm, B by PyTorch or transformers.
 
     Exit code 0: the same, 1: they differ, 2: a mistake.
     """
+    if golden is not None:
+        _golden(run, *golden, other=other, out=out, computed_by=computed_by or "jaxlm")
+        return
     from jaxlm.parity import check
 
     options: dict[str, Any] = {"levels": levels.split(",")} if levels else {}
     options |= {"dtypes": dtypes.split(",")} if dtypes else {}
     options |= {"text": _read_text(text)} if text else {}
     if not check(run, other, out=out, show=True, computed_by=computed_by, prompt=prompt, **options).same:
+        raise typer.Exit(1)
+
+
+def _golden(run: Path, action: str, file: Path, *, other: Path | None, out: Path | None, computed_by: str) -> None:
+    from jaxlm.parity import check_golden, write_golden
+
+    if action not in ("write", "check"):
+        raise UserError(f"--golden {action}: unknown", "--golden write FILE or --golden check FILE")
+    if other is not None:
+        raise UserError(f"--golden takes one model, {other} is a second")
+    if action == "write":
+        write_golden(run, file, computed_by=computed_by, show=True)
+    elif not check_golden(run, file, computed_by=computed_by, out=out, show=True).same:
         raise typer.Exit(1)
 
 

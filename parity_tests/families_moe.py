@@ -36,15 +36,16 @@ EXAMPLES: tuple[Example, ...] = (
         pattern=("attention+moe",),
     ),
     MIXTRAL(
-        "theta",
+        "interleaved, theta",
         said={**SIZES, "num_local_experts": 5, "num_experts_per_tok": 2, "rope_theta": 1e6, "head_dim": 8},
         rope_theta=1e6,
+        rope_layout="interleaved",
         moe={"n_experts": 5, "top_k": 2, "d_ff": 40},
         pattern=("attention+moe",),
         **TWO,
     ),
     QWEN3_MOE(
-        "experts in every second layer, not renormalised",
+        "experts in every second layer, not renormalised, interleaved, scanned",
         said={
             **SIZES,
             "num_experts": 6,
@@ -56,6 +57,8 @@ EXAMPLES: tuple[Example, ...] = (
         **TWO,
         moe={"n_experts": 6, "top_k": 3, "d_ff": 24, "renormalize": False},
         qk_norm=True,
+        rope_layout="interleaved",
+        layer_loop="scan",
         pattern=("attention+mlp", "attention+moe"),
     ),
     QWEN3_MOE(

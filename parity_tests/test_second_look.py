@@ -44,13 +44,19 @@ def test_bad_luck_passes(inputs: Inputs, salt: int) -> None:
     (found,) = look_again("float32", [alarm()], inputs, (Noisy(3e-5, salt), Noisy(3e-5, 100 + salt)))
     assert found.ok and found.errors is not None
     assert found.bound == 2 * min(found.errors)
-    assert "16 other draws" in found.note
+    assert found.note in ("medians of 8 other draws", "medians of 16 other draws")
 
 
 @pytest.mark.parametrize("salt", range(5))
 def test_what_is_four_times_as_wrong_does_not(inputs: Inputs, salt: int) -> None:
     (found,) = look_again("float32", [alarm()], inputs, (Noisy(1.2e-4, salt), Noisy(3e-5, 100 + salt)))
-    assert not found.ok
+    assert not found.ok and "16 other draws" in found.note
+
+
+def test_what_is_surely_luck_takes_half_the_draws(inputs: Inputs) -> None:
+    """Every draw keeps the bound: below the floor."""
+    (found,) = look_again("float32", [alarm()], inputs, (Noisy(1e-8, 0), Noisy(1e-8, 1)))
+    assert found.ok and found.note == "medians of 8 other draws"
 
 
 def test_nothing_else_is_judged_anew(inputs: Inputs) -> None:

@@ -30,13 +30,17 @@ RANKS = {
     **dict.fromkeys(["infer"], 9),  # opens whatever convert can open
     **dict.fromkeys(["recipes", "eval"], 10),
     **dict.fromkeys(["parity"], 11),  # steps the objective of a recipe
-    **dict.fromkeys(["cli"], 12),
+    **dict.fromkeys(["cli", "pytest_plugin"], 12),
     **dict.fromkeys(["__main__"], 13),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NEUTRAL = {"parts", "architecture", "config", "config_file", "errors", "flops", "registry", "data"}  # shared by both
-NEUTRAL_MODULES = {"jaxlm.train.schedule", "jaxlm.train.metrics"}  # and single modules of other parts
+NEUTRAL_MODULES = {
+    "jaxlm.train.schedule",
+    "jaxlm.train.metrics",
+    "jaxlm.train.record",
+}  # and single modules of other parts
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
 

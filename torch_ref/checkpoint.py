@@ -8,7 +8,6 @@ sha256 of everything, so that damage is noticed when it is read. Nothing is ever
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jaxlm.errors import UserError
+from jaxlm.train.record import COUNT, MODEL, MOMENTS, OPTIMIZER, RUN, read_record, write_record
 from torch_ref.step import TrainState
 
-FORMAT = 1
-MODEL, OPTIMIZER, RUN = "model.safetensors", "optimizer.safetensors", "run.json"
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # of files that are truncated, altered or missing
 
@@ -62,12 +60,6 @@ class Checkpointer:
         stage = target.with_name(f".{state.step}.partial")
         parameters = dict(decoder.named_parameters())
         known = validation_loss is not None and math.isfinite(validation_loss)
-        record = {
-            "format": FORMAT,
-            "state": state._asdict(),
-            "validation_loss": validation_loss if known else None,
-            "run": dict(run),
-        }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".*.partial"):  # by a process that was killed
@@ -75,8 +67,7 @@ class Checkpointer:
             stage.mkdir()
             save_file({name: parameter.detach() for name, parameter in parameters.items()}, stage / MODEL)
             save_file(_moments(parameters, optimizer), stage / OPTIMIZER)
-            record["sha256"] = _checksums(stage, record)
-            (stage / RUN).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_record(stage, state._asdict(), run, validation_loss if known else None)
             for path in (stage / MODEL, stage / OPTIMIZER, stage / RUN):
                 shutil.copymode(stage / RUN, path)  # the library's files are private to the user
                 _flush(path)
@@ -103,8 +94,12 @@ class Checkpointer:
         damaged = []
         for step in reversed(self.steps()):
             where = self.folder / str(step)
+            if (where / "manifest.json").is_file():
+                hint = "generate, eval, parity and convert read it; train another out_dir"
+                raise UserError(f"{where}: parameters from a conversion, without an optimizer to resume", hint)
             if (where / "params").is_dir():
-                raise UserError(f"{where}: a checkpoint of the JAX backend", "resume with --backend jax")
+                carry = f"`jaxlm convert {self.folder.parent} DST --to jaxlm --backend torch` carries it over"
+                raise UserError(f"{where}: a checkpoint of the JAX backend", f"{carry}, or resume with --backend jax")
             try:
                 model, moments, record = _read(where)
             except _DAMAGE as error:
@@ -139,19 +134,13 @@ def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
     return {
         f"{kind}.{name}": optimizer.state[parameter][kind]
         for name, parameter in parameters.items()
-        for kind in ("exp_avg", "exp_avg_sq", "step")
+        for kind in (*MOMENTS, COUNT)
     }
 
 
 def _read(where: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Tensors of the model and of the optimiser and the record of one checkpoint, after checking every byte."""
-    record = json.loads((where / RUN).read_text(encoding="utf-8"))
-    if record["format"] != FORMAT:
-        raise UserError(f"{where}: checkpoint format {record['format']}, this version reads {FORMAT}")
-    expected = record.pop("sha256")
-    for name, found in _checksums(where, record).items():
-        if found != expected[name]:
-            raise ValueError(f"the checksum of {name} differs")
+    record = read_record(where)
     return load_file(where / MODEL), load_file(where / OPTIMIZER), record
 
 
@@ -173,15 +162,6 @@ def _validation_loss(where: Path) -> float | None:
         return json.loads((where / RUN).read_text(encoding="utf-8"))["validation_loss"]
     except _DAMAGE:
         return None
-
-
-def _checksums(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
-    """The sha256 of both files of tensors, and that of the record."""
-    found = {RUN: hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()}
-    for name in (MODEL, OPTIMIZER):
-        with (folder / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def _flush(path: Path) -> None:

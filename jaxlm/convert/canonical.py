@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxlm import config
+from jaxlm.convert.stream import all_finite
 from jaxlm.errors import UserError
 from jaxlm.mesh import Axes
 from jaxlm.models.decoder import Decoder, Params, abstract_params
@@ -63,6 +64,11 @@ class Tree(Mapping[str, np.ndarray]):
     def dtype(self, name: str) -> str:
         """Of a parameter, without copying it to the host."""
         return self._flat[locate(name, self._cfg)[0]].dtype.name
+
+    def source(self, name: str) -> str:
+        """The stack that a parameter is part of, if it is."""
+        path, index = locate(name, self._cfg)
+        return "" if index is None else ".".join(path)
 
     def __getitem__(self, name: str) -> np.ndarray:
         path, index = locate(name, self._cfg)
@@ -172,7 +178,7 @@ def _insert(params: Params, name: str, tensor: np.ndarray, cfg: config.Model) ->
     for key in parents:
         params = params.setdefault(key, {})
     if index is None:
-        params[last] = np.ascontiguousarray(tensor)
+        params[last] = np.require(tensor, requirements=["C", "W"])  # nothing that a file is mapped to
         return True
     if last not in params:
         params[last] = np.empty((cfg.repeats, *tensor.shape), tensor.dtype)
@@ -188,7 +194,7 @@ def fault(tensor: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:
         return "no float", tensor.dtype.name
     if tensor.shape != shape:
         return "of another shape", f"{list(tensor.shape)} for {list(shape)}"
-    return None if np.isfinite(tensor).all() else ("NaN or infinite", "")
+    return None if all_finite(tensor) else ("NaN or infinite", "")
 
 
 def _first(names: list[str], count: int = 3) -> str:

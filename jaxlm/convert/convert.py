@@ -6,23 +6,23 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxlm import config, config_file
-from jaxlm.convert import native, storage
+from jaxlm.convert import llama2c, native, storage
+from jaxlm.convert.carried import PUBLIC, SENTENCEPIECE, content, no_tokenizer
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
-from jaxlm.convert.load import TOKENIZER, Model, Opened, open_model
+from jaxlm.convert.load import TOKENIZER, Opened, open_model
 from jaxlm.convert.rows import plan
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError, did_you_mean
 
 SHARD_BYTES = 5_000_000_000
-"""Largest file of a public layout, as `save_pretrained` has it."""
+"""Largest weight file of a run and of a public layout, as `save_pretrained` has it."""
 
 _LONG = 2**28
 """Bytes that take more than a moment to write: from here on there is a progress bar."""
@@ -35,9 +35,14 @@ class Summary(NamedTuple):
     to: str
     tensors: int
     bytes: int
+    seconds: float
 
     def __str__(self) -> str:
-        return f"{self.destination}: {self.to}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB"
+        rate = self.bytes / 1e9 / self.seconds
+        return (
+            f"{self.destination}: {self.to}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB "
+            f"in {self.seconds:.1f} s, {rate:.2g} GB/s"
+        )
 
 
 def convert(
@@ -48,46 +53,55 @@ def convert(
     overwrite: bool = False,
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    tokenizer: str | Path | None = None,
 ) -> Summary:
     """Write the model at `src` as a run (`jaxlm`), a torch_ref folder (`torch`) or a public layout (`llama`, ...).
 
-    Values never change. Only a run stores float32 or float64, so 16-bit weights are widened there, which is exact.
+    Values and their types never change (llama2.c stores float32 alone, so 16-bit weights are widened there), and the
+    model is never in memory as a whole. The files of the tokenizer go along as they are.
 
     Args:
         to: `hf` is the first public layout that can hold the model.
         overwrite: replace whatever lies at `dst`.
         step: which checkpoint of a run; None: the newest.
-        shard_bytes: above this size a public layout has several weight files and an index.
+        shard_bytes: above this size a run and a public layout have several weight files and an index.
+        tokenizer: a tokenizer.json, or a tokenizer.bin of llama2.c, to use instead of that of `src`.
 
     Raises:
         UserError: what `load` and `storage.write_folder` refuse, an unknown `to`, a model that the layout cannot hold.
     """
+    began = time.perf_counter()
     src, dst = Path(src), Path(dst)
-    targets = ("jaxlm", "torch", "hf", *FAMILIES)
+    targets = ("jaxlm", "torch", "hf", llama2c.NAME, *FAMILIES)
     if to not in targets:
         raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
-    if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
-        raise UserError(f"{dst} is or holds the source {src}", "name another destination")
-    model = open_model(src, step=step)
+    require_apart(src, dst)
+    model = open_model(src, step=step, tokenizer=tokenizer)
     cfg = model.config.model
     to = resolve(to, cfg)
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
-    if to == "jaxlm":
-        return _write_run(model.read(), dst, overwrite)
-    if to == "torch":
-        files: dict[str, str | bytes] = {"config.toml": config_file.to_toml(_portable(model.config))}
-        files |= _tokenizer_file(model)
-        rows, limit = native.rows(cfg), None
-    else:
-        files = _public_files(model, FAMILIES[to])
-        rows, limit = FAMILIES[to].rows(cfg), shard_bytes
-    tensors = list(plan(model.parameters, cfg, rows))
+    elif src.is_file() or SENTENCEPIECE in model.kept:
+        print(f"the weights go alone: {no_tokenizer(src)}", file=sys.stderr)
+    if to == llama2c.NAME:
+        return Summary(dst, to, *_write_llama2c(model, dst, overwrite), time.perf_counter() - began)
+    files = _public_files(model, FAMILIES[to]) if to in FAMILIES else _own_files(model, dst if to == "jaxlm" else "")
+    tensors = list(plan(model.parameters, cfg, FAMILIES[to].rows(cfg) if to in FAMILIES else native.rows(cfg)))
+    limit = None if to == "torch" else shard_bytes
     with _progress(tensors, dst) as told:
-        written = storage.write_folder(
-            dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
-        )
-    return Summary(dst, to, *written)
+        if to == "jaxlm":
+            written = _write_run(dst, tensors, files, shard_bytes=limit, overwrite=overwrite, told=told)
+        else:
+            written = storage.write_folder(
+                dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
+            )
+    return Summary(dst, to, *written, time.perf_counter() - began)
+
+
+def require_apart(src: Path, dst: Path) -> None:
+    """Raise a `UserError` when replacing `dst` would remove `src`."""
+    if src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents:
+        raise UserError(f"{dst} is or holds the source {src}", "name another destination")
 
 
 def resolve(to: str, cfg: config.Model) -> str:
@@ -111,22 +125,22 @@ def resolve(to: str, cfg: config.Model) -> str:
     raise UserError("--to hf: no public layout can hold this model", hint)
 
 
-def _write_run(model: Model, dst: Path, overwrite: bool) -> Summary:
-    """A run directory with one checkpoint at step 0, ready for generation and fine-tuning."""
-    from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
-
-    dtype = model.config.numerics.params
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
-    settings = dataclasses.replace(_portable(model.config), out_dir=str(dst))
+def _write_run(
+    dst: Path, tensors: Sequence[storage.Planned], files: Mapping[str, str | bytes], *, overwrite: bool, **how: Any
+) -> storage.Written:
+    """A run directory with parameters at step 0, for generation, evaluation and parity."""
     with storage.staged(dst, overwrite) as stage:
-        (stage / "config.toml").write_text(config_file.to_toml(settings), encoding="utf-8")
-        for name, content in _tokenizer_file(model).items():
-            (stage / name).write_bytes(content)
-        with jax.enable_x64(True):  # float64 parameters stay so
-            checkpoints = Checkpointer(stage)
-            checkpoints.save_params(0, params)
-            checkpoints.close()
-    return Summary(dst, "jaxlm", len(jax.tree.leaves(params)), sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+        for name, content in files.items():
+            (stage / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        checkpoint = stage / "checkpoints" / "0"
+        checkpoint.mkdir(parents=True)
+        return storage.write_weights(checkpoint, tensors, {}, layout="torch", **how)
+
+
+def _own_files(model: Opened, out_dir: str | Path) -> dict[str, str | bytes]:
+    """What lies beside the weights of a run or a torch_ref folder."""
+    settings = dataclasses.replace(_portable(model.config), out_dir=str(out_dir))
+    return {"config.toml": config_file.to_toml(settings), **_tokenizer_files(model)}
 
 
 def _portable(settings: config.Config) -> config.Config:
@@ -137,17 +151,35 @@ def _portable(settings: config.Config) -> config.Config:
     return dataclasses.replace(settings, out_dir="", tokenizer=tokenizer)
 
 
-def _tokenizer_file(model: Model | Opened) -> dict[str, bytes]:
-    return {TOKENIZER: model.tokenizer_path.read_bytes()} if model.tokenizer_path else {}
+def _write_llama2c(model: Opened, dst: Path, overwrite: bool) -> storage.Written:
+    """A folder with what llama2.c's run.c reads: `model.bin` and `tokenizer.bin`."""
+    cfg, path = model.config.model, model.tokenizer_path
+    with storage.staged(dst, overwrite) as stage:
+        if path:
+            (stage / llama2c.TOKENIZER).write_bytes(llama2c.tokenizer_bin(path, cfg.vocab_size))
+        told = (cfg, model.kept.get(llama2c.ROPE_TABLES))
+        return storage.Written(*llama2c.write(stage, model.parameters, *told))
+
+
+def _tokenizer_files(model: Opened) -> dict[str, bytes]:
+    """The tokenizer.json and the files beside it."""
+    path, own = model.tokenizer_path, dict(model.kept)
+    if path is None:
+        return own
+    if path.suffix == ".bin":
+        return {TOKENIZER: Tokenizer.from_file(path).to_json().encode(), **own}
+    return {TOKENIZER: content(path), **own}
 
 
 def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
     """Everything that `from_pretrained` reads besides the weights."""
     tokenizer = Tokenizer.from_file(model.tokenizer_path) if model.tokenizer_path else None
-    ids = {"eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
     dtype = model.parameters["embed.embedding"].dtype.name
     hf = family.config_to_hf(model.config.model, dtype=dtype, **ids)
     special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if special_ids["bos_token_id"] not in (None, special_ids["eos_token_id"]):  # which ends a text as well
+        special_ids["eos_token_id"] = [hf[key] for key in ("eos_token_id", "bos_token_id") if hf[key] is not None]
     files: dict[str, str | bytes] = {"config.json": _json(hf), "generation_config.json": _json(special_ids)}
     if tokenizer:
         spellings = {
@@ -160,8 +192,8 @@ def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
             "clean_up_tokenization_spaces": False,
             **spellings,
         }
-        files |= {"tokenizer_config.json": _json(settings), **_tokenizer_file(model)}
-    return files
+        files |= {"tokenizer_config.json": _json(settings)}
+    return files | {name: stored for name, stored in _tokenizer_files(model).items() if name in (TOKENIZER, *PUBLIC)}
 
 
 @contextlib.contextmanager

@@ -61,6 +61,8 @@ class Family:
     head: str = "lm_head.weight"
     ignored: str = ""
     """Pattern of tensors that old files carry and that say nothing."""
+    inert: tuple[str, ...] = ()
+    """Keys of its config.json that say nothing of what the weights compute."""
     old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Spellings of old files that transformers still reads, and what they are now."""
 
@@ -108,7 +110,8 @@ class Family:
             except (TypeError, AttributeError):
                 values = ", ".join(f"{key} = {hf[key]!r}" for key in asked.now if key in hf)
                 raise UserError(f"{where}: ill-formed: {values}") from None
-        if unknown := sorted(key for key in hf.keys() - asked.ever if not INERT.fullmatch(key)):
+        silent = asked.ever | {*self.inert}
+        if unknown := sorted(key for key in hf.keys() - silent if not INERT.fullmatch(key)):
             print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
         model = tree(options)
         learned = {"data": {"seq_len": model["max_seq_len"]}} if model.get("positions") == "learned" else {}

@@ -1,4 +1,4 @@
-"""Open anything that holds a model: a run, a torch_ref folder, a Hugging Face folder."""
+"""Open anything that holds a model: a run, a torch_ref folder, a Hugging Face folder, a `model.bin` of llama2.c."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config, config_file
-from jaxlm.convert import native, storage
+from jaxlm.convert import hub, llama2c, native, storage
 from jaxlm.convert.canonical import canonical, fill
+from jaxlm.convert.carried import carried
 from jaxlm.convert.families import FAMILIES, REFUSED
 from jaxlm.convert.rows import Parameters
 from jaxlm.errors import UserError
@@ -46,11 +47,15 @@ class Opened:
     parameters: Mapping[str, np.ndarray]
     kind: str
     """`run`, `torch`, or the name of a family."""
+    tokenizer: Path | None = None
+    """Of a tokenizer.json or a tokenizer.bin that does not lie in `path`."""
+    kept: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    """Files to write beside the weights, by name."""
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """Of its tokenizer.json, if it has one."""
-        return self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None
+        """Of its tokenizer, if it has one."""
+        return self.tokenizer or (self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None)
 
     def read(self) -> Model:
         """The whole model in memory."""
@@ -59,24 +64,41 @@ class Opened:
 
 
 def load(path: str | Path, *, step: int | None = None) -> Model:
-    """Open a run directory, a torch_ref folder or a Hugging Face folder, and read it.
+    """Open a run, a torch_ref or Hugging Face folder, a `model.bin` or what the hub has as `org/name`, and read it.
 
     Args:
         step: which checkpoint of a run; None: the newest.
 
     Raises:
-        UserError: `path` is none of the three, or what it holds is damaged or does not fit its config.
+        UserError: `path` is none of these, or what it holds is damaged or does not fit its config.
     """
-    return open_model(path, step=step).read()
+    return _open(Path(path), step, _restored).read()
 
 
-def open_model(path: str | Path, *, step: int | None = None) -> Opened:
-    """As `load`, but nothing is read yet."""
+def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> Opened:
+    """As `load`, but nothing is read yet. Only `load` passes over a damaged checkpoint to the one before.
+
+    Args:
+        tokenizer: a tokenizer.json or tokenizer.bin to use instead of its own.
+    """
     path = Path(path)
+    opened = _open(path, step, _stored)
+    if tokenizer is None:
+        return opened if opened.kept else dataclasses.replace(opened, kept=carried(opened.path))
+    own = config.Tokenizer(kind="file", path=str(tokenizer))
+    return dataclasses.replace(
+        opened, tokenizer=Path(tokenizer), config=dataclasses.replace(opened.config, tokenizer=own)
+    )
+
+
+def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
+    if path.suffix == ".bin" and path.is_file():
+        return _open_llama2c(path)
+    path = hub.local(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
     if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
-        return _open_run(path, step)
+        return _open_run(path, step, orbax)
     if step is not None:
         raise UserError(f"{path} is not a run, it has no step {step}")
     if (path / "config.toml").is_file():
@@ -84,10 +106,19 @@ def open_model(path: str | Path, *, step: int | None = None) -> Opened:
         return Opened(path, settings, _torch_parameters(path, settings), "torch")
     if (path / "config.json").is_file():
         return _open_family(path)
+    if (path / llama2c.MODEL).is_file():
+        return _open_llama2c(path / llama2c.MODEL)
     raise UserError(f"{path}: not a model", _WANTED)
 
 
-def _open_run(path: Path, step: int | None) -> Opened:
+def _open_llama2c(path: Path) -> Opened:
+    found = llama2c.read(path)
+    tokenizer = llama2c.find_tokenizer(path, found.model.vocab_size)
+    settings = llama2c.settings(found.model, tokenizer)
+    return Opened(path, settings, found.parameters, llama2c.NAME, tokenizer, found.kept)
+
+
+def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
     settings = _settings(path, str(path))
     checkpoints = path / "checkpoints"
     steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
@@ -95,14 +126,28 @@ def _open_run(path: Path, step: int | None) -> Opened:
         wanted = "no checkpoint" if step is None else f"no step {step}"
         raise UserError(f"{checkpoints}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")
     newest = checkpoints / str(steps[-1] if step is None else step)
-    if any(newest.glob("model.safetensors*")):  # a run of `--backend torch`
+    if any(newest.glob("model.safetensors*")):  # of `--backend torch`, or of a conversion
         parameters = _torch_parameters(newest, settings)
     else:
-        parameters = canonical(_orbax_params(path, settings, step), settings.model)
+        parameters = canonical(_orbax_params(path, settings, step, orbax), settings.model)
     return Opened(path, settings, parameters, "run")
 
 
-def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Params:
+_Reader = Callable[[Any, Any, int | None], Params]
+"""Of a `Checkpointer` the parameters like these at a step."""
+
+
+def _restored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """All at once, which is quicker than one by one."""
+    return jax.tree.map(np.asarray, checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step))
+
+
+def _stored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """Leaves that are read when they are asked for."""
+    return checkpoints.stored_params(like, step)
+
+
+def _orbax_params(path: Path, settings: config.Config, step: int | None, reader: _Reader) -> Params:
     from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
 
     # On the host: the mesh that trained the model need not exist here.
@@ -111,9 +156,9 @@ def _orbax_params(path: Path, settings: config.Config, step: int | None) -> Para
         shapes, _ = abstract_params(Decoder(settings.model, Policy.from_config(settings.numerics)))
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), shapes)
         checkpoints = Checkpointer(path, read_only=True)
-        params = checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step)
+        params = reader(checkpoints, like, step)
         checkpoints.close()
-        return jax.tree.map(np.asarray, params)
+        return params
 
 
 def _torch_parameters(path: Path, settings: config.Config) -> Parameters:
@@ -155,5 +200,5 @@ def _settings(path: Path, out_dir: str) -> config.Config:
 
 _WANTED = (
     "looked for config.toml and checkpoints/ (a run), config.toml and model.safetensors (torch_ref), "
-    "config.json and model.safetensors (Hugging Face)"
+    "config.json and model.safetensors (Hugging Face), model.bin (llama2.c)"
 )

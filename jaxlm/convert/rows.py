@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.convert.canonical import DTYPES, Leaf, Problems, canonical, fault, fill, leaves
-from jaxlm.convert.storage import Planned
+from jaxlm.convert.stream import Planned, release
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
 
@@ -150,22 +150,28 @@ def hollow(leaves: Sequence[Leaf]) -> Arrays:
 
 
 def plan(parameters: Mapping[str, np.ndarray], cfg: config.Model, rows: Sequence[Row]) -> Iterator[Planned]:
-    """Every tensor of a layout; `parameters` by canonical names. `Parameters.dtype` saves reading for the sake of it.
+    """Every tensor of a layout; `parameters` by canonical names.
+
+    What else than a mapping of arrays a `Parameters` or a `Tree` can do saves reading for the sake of it.
 
     Raises:
         UserError: the layout has no row for a parameter.
     """
     dtype = getattr(parameters, "dtype", lambda name: parameters[name].dtype.name)
+    read = getattr(parameters, "unchecked", parameters.__getitem__)
+    origin_of, source_of = (getattr(parameters, ask, lambda name: "") for ask in ("origin", "source"))
+    settle = getattr(parameters, "settle", lambda names, made, digest: None)
     known = leaves(cfg)
     for row in expand(rows, cfg):
         mine = [known[name] for name in row.ours]
         for number, (name, shape) in enumerate(zip(row.theirs, row.shapes(mine), strict=True)):
-            make = functools.partial(_make, parameters, row, mine, number)
-            yield Planned(name, shape, dtype(row.ours[0]), make)
+            make = functools.partial(_make, read, row, mine, number)
+            origin, source = origin_of(row.ours[0]), source_of(row.ours[0])
+            yield Planned(name, shape, dtype(row.ours[0]), make, origin, functools.partial(settle, row.ours), source)
 
 
-def _make(parameters: Mapping[str, np.ndarray], row: Row, mine: Sequence[Leaf], number: int) -> np.ndarray:
-    return row.out([parameters[name] for name in row.ours], mine)[number]
+def _make(read: Callable[[str], np.ndarray], row: Row, mine: Sequence[Leaf], number: int) -> np.ndarray:
+    return row.out([read(name) for name in row.ours], mine)[number]
 
 
 class Parameters(Mapping[str, np.ndarray]):
@@ -206,17 +212,43 @@ class Parameters(Mapping[str, np.ndarray]):
         """Of a parameter, without reading it."""
         return self._type(self.stored(name))
 
+    def origin(self, name: str) -> str:
+        """Where a parameter is stored, for messages."""
+        theirs = self._rows[name].theirs
+        return f"{self._where}: {theirs[0]}{', ...' if len(theirs) > 1 else ''}"
+
+    def unchecked(self, name: str) -> np.ndarray:
+        """A parameter that may be NaN or infinite and is yet to be settled; a view of the file where it can be one."""
+        return self._read(name, getattr(self._tensors, "unverified", self._tensors.__getitem__), lambda x: None)
+
+    def settle(self, names: Sequence[str], made: np.ndarray, digest: str) -> None:
+        """Compare the tensors of parameters with their manifest; `digest` is of the array that was made of them."""
+        settle = getattr(self._tensors, "settle", lambda name, made, digest: None)
+        for name in names:
+            for theirs in self._rows[name].theirs:
+                settle(theirs, made, digest)
+
     def __getitem__(self, name: str) -> np.ndarray:
+        return self._read(name, self._tensors.__getitem__, lambda x: fault(x, x.shape))
+
+    def _read(
+        self,
+        name: str,
+        read: Callable[[str], np.ndarray],
+        judge: Callable[[np.ndarray], tuple[str, str] | None],
+    ) -> np.ndarray:
         row = self._rows[name]
-        xs = [self._tensors[theirs] for theirs in row.theirs]
+        xs = [read(theirs) for theirs in row.theirs]
         problems = Problems()
         for theirs, x in zip(row.theirs, xs, strict=True):
-            if found := fault(x, x.shape):
+            if found := judge(x):
                 problems.add(found[0], [f"{theirs} {found[1]}".rstrip()])
             elif x.dtype != xs[0].dtype:
                 problems.add(f"in another dtype than {row.theirs[0]}", [f"{theirs} {x.dtype}"])
         problems.refuse(self._where, "does the config belong to these weights?")
-        return row.back(xs, [self._leaves[mine] for mine in row.ours])[row.ours.index(name)]
+        made = row.back(xs, [self._leaves[mine] for mine in row.ours])[row.ours.index(name)]
+        release(*xs)
+        return made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._leaves)

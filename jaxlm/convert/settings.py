@@ -189,6 +189,10 @@ _SCALING = {
 }
 _MOE_TRAINING = ("noisy", "balance_loss", "importance_loss", "z_loss", "bias_update_rate", "impl")
 _MAMBA_TRAINING = ("dt_min", "dt_max", "dt_floor", "chunk", "impl")
+_MAMBA_UNUSED = {
+    "mamba": (*_MAMBA_TRAINING, "head_dim", "n_groups"),
+    "mamba2": (*_MAMBA_TRAINING, "dt_rank", "inner_norms"),
+}
 _HALF_BIASES = {
     "attention": ("qkv", "attention_out"),
     "mlp": ("mlp",),
@@ -215,12 +219,10 @@ def function_of(model: config.Model) -> dict[str, Any]:
             names = [n for n in _ATTENTION if mixer.positions == "rope" or not n.startswith(("rope", "rotary"))]
             layer |= {name: getattr(mixer, name) for name in names}
             if mixer.rope:
-                options = {
-                    name: getattr(mixer.rope.scaling, name) for name in ("kind", *_SCALING[mixer.rope.scaling.kind])
-                }
-                layer |= {f"rope_scaling.{name}": value for name, value in options.items()}
+                scaling = mixer.rope.scaling
+                layer |= {f"rope_scaling.{name}": getattr(scaling, name) for name in ("kind", *_SCALING[scaling.kind])}
         elif halves.mixer_name:
-            layer |= _section("mamba", mixer.mamba.filled(halves.mixer_name, model.d_model), _MAMBA_TRAINING)
+            layer |= _section("mamba", mixer.mamba, _MAMBA_UNUSED[halves.mixer_name])
         if halves.ffn_name:
             layer |= {"activation": ffn.activation}
             layer |= {"d_ff": ffn.d_ff} if halves.ffn_name == "mlp" else {}
@@ -245,7 +247,9 @@ def require_same(model: config.Model, back: config.Model, family: str) -> None:
     mine, other = function_of(model), function_of(back)
     for name, value in mine.items():
         if other.get(name) != value:
-            hint = f"it would come back as {other.get(name)!r}; --to torch takes every model"
+            _, biases, bias = name.partition("biases.")
+            back_as = f"with{'out' * bool(value)} {bias!r}" if biases else f"as {other.get(name)!r}"
+            hint = f"it would come back {back_as}; --to torch takes every model"
             raise UserError(f"the {family} layout has no place for {_shown(name, model, mine)}", hint)
 
 

@@ -108,12 +108,17 @@ def check_prompts(cfg: config.Model, prompts: Sequence[Sequence[int]], max_new_t
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of prompts, in which special tokens may be spelled out. An empty one begins a document, after end of text.
+    """Ids of prompts, in which special tokens may be spelled out, as a document begins in training.
+
+    That is with begin of text where the tokenizer says so (once: a prompt that spells it has it already). Without, an
+    empty prompt is the end of text of the document before.
 
     Raises:
-        UserError: a prompt is empty and the tokenizer has no end of text.
+        UserError: a prompt is empty and the tokenizer has neither begin nor end of text.
     """
     encoded = tokenizer.encode_batch(list(prompts), allow_special=True)
+    if (bos := tokenizer.bos) is not None:
+        return [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
     if not all(encoded) and tokenizer.eot is None:
         raise UserError("the prompt is empty and the tokenizer has no end-of-text token", "give a prompt")
     return [ids or [tokenizer.special("eot")] for ids in encoded]
@@ -133,7 +138,7 @@ def complete(
         stop: a row ends before the first of these strings.
         stream: called with the row and each piece of text that is final: complete characters, no part of a stop string.
     """
-    rows = [_Row(tokenizer, stop) for _ in prompts]
+    rows = [_Row(tokenizer, stop, after) for after in tokenizer.encode_batch(list(prompts), allow_special=True)]
     for block in blocks:
         for index, row in enumerate(rows):
             piece = "".join(row.push(int(token)) for token in block[index])
@@ -178,9 +183,9 @@ class StopStrings:
 class _Row:
     """The completion of one prompt while it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._eot = tokenizer.eot
-        self._characters = TextStream(tokenizer, skip_special=True)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], after: Sequence[int]) -> None:
+        self._ends = (tokenizer.eot, tokenizer.bos)  # some models know no end, only that another text begins
+        self._characters = TextStream(tokenizer, skip_special=True, after=after)
         self._stop = StopStrings(stop)
         self.tokens: list[int] = []
         self.text = ""
@@ -190,7 +195,7 @@ class _Row:
         if self.ended:
             return ""
         self.tokens.append(token)
-        if token == self._eot:
+        if token in self._ends:
             self.ended = True
             return ""
         return self._take(self._characters.push(token))

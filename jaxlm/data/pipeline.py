@@ -36,7 +36,7 @@ _VALIDATION_SEED = 0  # not the run's seed: runs that differ in it are judged on
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Figures of one side of the corpus. `tokens` count the end-of-text after each document, `text_bytes` do not."""
+    """Figures of one side of the corpus. `tokens` count begin and end of each document, `text_bytes` do not."""
 
     documents: int
     tokens: int

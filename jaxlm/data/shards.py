@@ -4,7 +4,8 @@
     CACHE/FINGERPRINT/{train,validation}/tokens.bin   uint16 or uint32 ids, one document after the other
     CACHE/FINGERPRINT/{train,validation}/offsets.npy  int64 [documents + 1], where each document begins
 
-Every document ends with end-of-text when the tokenizer has one. The folder is built under another name, synced and
+Every document begins with begin-of-text when the `tokenizer.json` puts one before a text, as Llama was trained, and
+ends with end-of-text when the tokenizer has one. The folder is built under another name, synced and
 renamed, under a lock: it is whole or absent, and of several processes one builds it while the others wait.
 """
 
@@ -89,7 +90,10 @@ def open_shards(documents: Documents, tokenizer: Tokenizer, cache_dir: str | Pat
     Raises:
         UserError: the disk is full or not writable, or the corpus is bad (see `Documents`).
     """
-    key = hashlib.sha256(f"{FORMAT} {documents.identity()} {tokenizer.fingerprint()}".encode()).hexdigest()[:32]
+    identity = f"{FORMAT} {documents.identity()} {tokenizer.fingerprint()}"
+    if tokenizer.bos is not None or not tokenizer.cuts_at_lines:  # earlier shards have no begin, and more spaces
+        identity += " 2"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     folder = Path(cache_dir) / key
     if shards := _read(folder, reused=True):
         return shards
@@ -136,7 +140,8 @@ def exclusive(target: Path) -> Iterator[None]:
 
 def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: int) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    end = [] if tokenizer.eot is None else [tokenizer.eot]
+    begin, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eot))
+    piece_chars = PIECE_CHARS if tokenizer.cuts_at_lines else sys.maxsize
     with contextlib.ExitStack() as stack:
         writers = {side: stack.enter_context(_Writer(folder / side, dtype, tokenizer.vocab_size)) for side in SIDES}
         progress = stack.enter_context(Progress("tokenising", documents.size))
@@ -147,7 +152,8 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
         def write_first() -> None:
             side, document, parts = pending.popleft()
             size = len(document.text.encode())
-            writers[side].add([part.result() for part in parts] + [np.asarray(end, dtype)], size)
+            tokens = [np.asarray(begin, dtype), *(part.result() for part in parts), np.asarray(end, dtype)]
+            writers[side].add(tokens, size)
             progress.advance(size)
 
         def encode(piece: str) -> np.ndarray:
@@ -155,7 +161,7 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
 
         queued = 0
         for side, document in documents:
-            pending.append((side, document, [pool.submit(encode, part) for part in pieces(document.text, PIECE_CHARS)]))
+            pending.append((side, document, [pool.submit(encode, part) for part in pieces(document.text, piece_chars)]))
             queued += len(document.text)
             while pending and (len(pending) > 64 * workers or queued > 16 * workers * PIECE_CHARS):
                 queued -= len(pending[0][1].text)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.data import llama2c
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,15 +103,17 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read any `tokenizer.json` of the `tokenizers` library.
+        """Read any `tokenizer.json` of the `tokenizers` library, or a `tokenizer.bin` of llama2.c.
 
         Raises:
-            UserError: the file is missing or no `tokenizer.json`.
+            UserError: the file is missing or no tokenizer.
         """
         from tokenizers import Tokenizer as Inner
 
         if not Path(path).is_file():
             raise UserError(f"{path}: no such tokenizer file", "tokenizer.path names a tokenizer.json")
+        if Path(path).suffix == ".bin":
+            return cls(Inner.from_str(llama2c.as_text(path)))
         try:
             return cls(Inner.from_file(str(path)))
         except Exception as error:  # the library raises plain Exception
@@ -131,6 +134,12 @@ class Tokenizer:
     def eot(self) -> int | None:
         """Id of end of text, which follows every document; None when the tokenizer has none."""
         return self.specials.get("eot")
+
+    @functools.cached_property
+    def bos(self) -> int | None:
+        """Id that the post-processor puts before every text, Llama's `<s> $A`; None when it puts none there."""
+        encoding = self._inner.encode("a", add_special_tokens=True)
+        return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
 
     @property
     def pad(self) -> int:
@@ -189,6 +198,17 @@ class Tokenizer:
         return type(self._inner.decoder).__name__ == "ByteLevel"
 
     @functools.cached_property
+    def fallback_ids(self) -> frozenset[int]:
+        """Ids of single bytes beside ordinary pieces, `<0x0A>`."""
+        found = (self._inner.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token for token in found if token is not None)
+
+    @functools.cached_property
+    def cuts_at_lines(self) -> bool:
+        """Whether the lines of a text may be encoded one by one; SentencePiece puts a space before each text."""
+        return self.encode("a\na") == [*self.encode("a\n"), *self.encode("a")]
+
+    @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that `skip_special` leaves out."""
         return frozenset(i for i, added in self._added.items() if added.special)
@@ -234,14 +254,18 @@ class Tokenizer:
 
 
 class TextStream:
-    """Ids in, text out as soon as its characters are complete."""
+    """Ids in, text out as soon as its characters are complete; together the parts are what `decode` adds to `after`.
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
+    Args:
+        after: ids that stand before. SentencePiece drops a space at the beginning of a text, and only there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []
-        self._emitted = 0
+        self._ids = [] if tokenizer.is_byte_level else [token for token in after if token not in self._skip]
+        self._emitted = len(tokenizer.decode(self._ids))
 
     def push(self, token: int) -> str:
         """Take one id; return the text that has become complete, perhaps empty."""
@@ -250,6 +274,8 @@ class TextStream:
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(self._tokenizer.token_bytes(token))
         self._ids.append(token)
+        if token in self._tokenizer.fallback_ids:  # a run of bytes is decoded as a whole
+            return ""
         text = self._tokenizer.decode(self._ids)
         return "" if text.endswith("\ufffd") else self._rest(text)
 
@@ -260,7 +286,7 @@ class TextStream:
         return self._rest(self._tokenizer.decode(self._ids))
 
     def _rest(self, text: str) -> str:
-        part, self._emitted = text[self._emitted :], len(text)
+        part, self._emitted = text[self._emitted :], max(self._emitted, len(text))
         return part
 
 

@@ -16,7 +16,6 @@ from jaxlm import config
 from jaxlm.compilation import enable_compilation_cache
 from jaxlm.data.completion import STREAM_BLOCK, Completion, Sampling, complete, encode_prompts
 from jaxlm.data.tokenizer import Tokenizer, check_fits
-from jaxlm.errors import UserError
 from jaxlm.infer import generate
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy
@@ -74,7 +73,7 @@ def generate_text(
     backend: config.Backend = "jax",
     stream: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """Open the model at `path` (a run, a torch_ref folder, a Hugging Face folder) and complete prompts.
+    """Open the model at `path` (a run, a torch_ref or Hugging Face folder, a `model.bin`) and complete prompts.
 
     Args:
         num_samples: completions of each prompt, side by side in the result.
@@ -83,11 +82,12 @@ def generate_text(
     Raises:
         UserError: `path` holds no model or no tokenizer, or see `Generator.complete`.
     """
+    from jaxlm.convert.carried import no_tokenizer
     from jaxlm.convert.load import load
 
     model = load(path)
     if model.tokenizer_path is None:
-        raise UserError(f"{path}: there is no tokenizer.json", "copy the one the model was trained with into it")
+        raise no_tokenizer(Path(path))
     tokenizer = Tokenizer.from_file(model.tokenizer_path)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     numerics = model.config.numerics

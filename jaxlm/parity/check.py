@@ -90,8 +90,7 @@ def check(
     subject = _open(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
     second = subject if other is None else _open(other)
-    sides, notes = _sides(subject, second, computed_by)
-    plain = not all(side.mirrors for side in sides) and not _documents(second.settings.model)
+    sides, notes, plain = _sides(subject, second, computed_by)
     inputs = make_inputs(
         _smaller(subject.settings.model, second.settings.model),
         subject.tokenizer_path or second.tokenizer_path,
@@ -111,6 +110,9 @@ def check(
         findings += compared
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
         explanations = _explained(findings, sides, subject, None if other is None else second, inputs, seconds, told)
+    left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
+    if left_out and parts:
+        notes = (*notes, f"{', '.join(left_out)}: not compared, for the outputs differ in {parts[0].dtype}")
     seconds["all"] = time.monotonic() - began
     report = Report(
         subject.name if other is None else f"{subject.name} and {second.name}",
@@ -150,6 +152,8 @@ def compare_sides(
 ) -> tuple[list[Finding], dict[str, float]]:
     """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
 
+    Where the outputs differ, narrower dtypes are left out.
+
     Both sides work at the same time, for one of them is often compiling. `model`: whose experts are compared, if any.
     """
     findings: list[Finding] = []
@@ -177,6 +181,8 @@ def compare_sides(
                 findings += compare_routing(dtype, *forwards, model)
             if inputs.wants("generation"):
                 findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
+            if any(one.level == "forward" and not one.ok for one in findings):
+                break  # of other mathematics, rounding says nothing
     return findings, dict(seconds)
 
 
@@ -231,8 +237,10 @@ def _timed(side: str, dtype: str, seconds: dict[str, float], told: Told) -> Iter
     seconds.pop(f"{side}, ", None)
 
 
-def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[tuple[Side, Side], tuple[str, ...]]:
-    """jaxlm and what computes the second model; and what is to be said about it."""
+def _sides(
+    subject: Subject, second: Subject, computed_by: str | None
+) -> tuple[tuple[Side, Side], tuple[str, ...], bool]:
+    """jaxlm and what computes the second model; what is to be said about it; whether it must have plain rows."""
     chosen, notes = computed_by, ()
     if chosen is None and second.public is not None:
         chosen = "hf" if importlib.util.find_spec("transformers") else "torch"
@@ -241,11 +249,11 @@ def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[
     _require_known("implementation", [chosen], ("jaxlm", "torch", "hf"))
     settings = dataclasses.replace(subject.settings, model=second.settings.model)
     if chosen == "jaxlm":
-        return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes
+        return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes, False
     if chosen == "torch":
         from jaxlm.parity.mirror import TorchSide
 
-        return (JaxSide(subject.settings, subject.params), TorchSide.of(settings, second.params)), notes
+        return (JaxSide(subject.settings, subject.params), TorchSide.of(settings, second.params)), notes, False
     if second.public is None:
         raise UserError(f"{second.name}: transformers only computes a Hugging Face folder", "jaxlm convert --to FAMILY")
     _require_installed("transformers", "hf")
@@ -254,8 +262,11 @@ def _sides(subject: Subject, second: Subject, computed_by: str | None) -> tuple[
     ours, settings = without_balancing(subject.settings), without_balancing(settings)
     if ours.model.moes and ours != subject.settings:
         notes = (*notes, "the balancing losses of the routers are left out: transformers has others")
-    layout = ours.model.rope_layout
-    return (JaxSide(ours, subject.params), HuggingFaceSide(settings, second.public, layout)), notes
+    theirs = HuggingFaceSide(settings, second.public, ours.model.rope_layout)
+    plain = not theirs.tells_documents_apart
+    if plain:
+        notes = (*notes, "transformers cannot be told where a document begins in this model: rows of one document")
+    return (JaxSide(ours, subject.params), theirs), notes, plain
 
 
 def _require_installed(package: str, extra: str) -> None:
@@ -274,11 +285,6 @@ def _require_known(what: str, names: Sequence[str], known: Sequence[str]) -> Non
             raise UserError(f"{what} {name!r} is not known", did_you_mean(name, known))
     if not names:
         raise UserError(f"no {what} is named", f"known: {', '.join(known)}")
-
-
-def _documents(model: config.Model) -> bool:
-    """Whether transformers can be told where a document begins: state spaces it carries on."""
-    return all(model.halves(kind).mixer_name == "attention" for kind in model.pattern)
 
 
 def _smaller(one: config.Model, other: config.Model) -> config.Model:

@@ -1,7 +1,8 @@
 """The side of transformers: a Hugging Face folder computed by the model that it is meant for, hooks and autograd.
 
-Documents of a packed row are told to it by positions that begin again at 0, and padding is a document a token: what
-is computed there is not compared. Parameters are float32 where it computes in bfloat16, as jaxlm has them.
+Documents of a packed row are told to it by positions that begin again at 0, where its model knows them
+(`tells_documents_apart`), and padding is a document a token: what is computed there is not compared. Parameters are
+float32 where it computes in bfloat16, as jaxlm has them.
 
 Shapes: B rows, T tokens of a row.
 """
@@ -20,15 +21,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from jaxlm import config
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.load import open_model
 from jaxlm.errors import UserError
 from jaxlm.parity.hooks import array_of, first, half_of_the_threads, watched
-from jaxlm.parity.hugging_face_names import Names, Place
+from jaxlm.parity.hugging_face_names import Names
+from jaxlm.parity.hugging_face_routing import choice_of, replayed
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.lifted import Lifted
+from jaxlm.parity.tolerances import FLOAT64
 from jaxlm.parity.trace import ARRIVES, LOGITS, RETURNS, STEPS, Arrays, Events, Trace, moved, settings_of
 from torch_ref.step import Batch, Sums, TrainState, make_step
 
@@ -49,6 +53,15 @@ class HuggingFaceSide:
         self._rows = FAMILIES[opened.kind].rows(self._cfg)
         self._loaded: dict[str, tuple[PreTrainedModel, Names]] = {}
 
+    @property
+    def tells_documents_apart(self) -> bool:
+        """Whether a document that comes second in a row is computed as if it were alone, found by trying."""
+        ids = np.arange(3) % self._cfg.vocab_size
+        rows = {"tokens": np.tile(ids, (1, 2)), "positions": np.tile(np.arange(3), (1, 2))}
+        with _lifted("float64"), torch.no_grad():
+            first, second = self._call(self._model("float64")[0], rows)[0].split(3)
+        return bool((first - second).norm() <= FLOAT64.allowed * first.norm())
+
     def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
         """See `trace.Side`."""
         with half_of_the_threads(), _lifted(dtype):
@@ -60,7 +73,7 @@ class HuggingFaceSide:
         parameters = self._parameters(dtype)
         levels: dict[str, Arrays] = {}
         if inputs.wants("forward", "loss", "gradients"):
-            sums, gradients = self._gradients(model, names, parameters, inputs.rows)
+            sums, gradients = self._gradients(model, names, parameters, inputs.rows, inputs.wants("gradients"))
             found = {"forward": self._forward(model, names, inputs.rows), "gradients": gradients}
             found["loss"] = {name: array_of(sums[name] / sums["weight"]) for name in ("loss", "nll")}
             levels = {level: found[level] for level in ("forward", "loss", "gradients") if inputs.wants(level)}
@@ -96,7 +109,7 @@ class HuggingFaceSide:
             return array_of(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
 
     def replay(self, dtype: str, rows: Mapping[str, np.ndarray], inputs: Arrays | None) -> Events:
-        """See `trace.Side`. The choice of the experts is its own."""
+        """See `trace.Side`."""
         events: Events = {}
         with _lifted(dtype), torch.no_grad():
             model, names = self._model(dtype)
@@ -112,7 +125,8 @@ class HuggingFaceSide:
                 if not forced or forced[0].size != x.numel():
                     return None
                 x = _given(forced[0], places[module][0].inputs, x)
-                return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+                rest = replayed(args[1:], inputs or {}, places[module][0].name, rows)
+                return ((x, *rest), kwargs) if args else (args, kwargs | {"hidden_states": x})
 
             def returns(module: str, output: Any) -> None:
                 for place in places[module]:
@@ -124,13 +138,15 @@ class HuggingFaceSide:
 
     def _forward(self, model: PreTrainedModel, names: Names, rows: Mapping[str, np.ndarray]) -> Arrays:
         captured: Arrays = {}
-        places = names.places()
+        places, routers = names.places(), names.routers()
 
         def keep(module: str, output: Any) -> None:
-            for place in places[module]:
+            for place in places.get(module, ()):
                 captured[place.name] = _taken(first(output), place.outputs, rows, place.gives)
+            if module in routers:
+                captured.update(choice_of(model.get_submodule(module), output, *routers[module], rows["tokens"].shape))
 
-        with torch.no_grad(), watched(_modules(model, places), keep):
+        with torch.no_grad(), watched(_modules(model, {**places, **routers}), keep):
             captured[LOGITS] = array_of(self._call(model, rows))
         return captured
 
@@ -139,6 +155,8 @@ class HuggingFaceSide:
         told: dict[str, Any] = {"input_ids": torch.as_tensor(rows["tokens"]).long(), "use_cache": False}
         if "position_ids" in inspect.signature(model.forward).parameters:
             told["position_ids"] = torch.as_tensor(rows["positions"]).long()
+        if model.config.model_type == "gpt_oss":
+            told["attention_mask"] = _masks(model, told["position_ids"])
         if parameters is None:
             return model(**told).logits
         own = dict(model.named_parameters())
@@ -164,10 +182,18 @@ class HuggingFaceSide:
         return compute
 
     def _gradients(
-        self, model: PreTrainedModel, names: Names, parameters: Parameters, rows: Mapping[str, np.ndarray]
+        self,
+        model: PreTrainedModel,
+        names: Names,
+        parameters: Parameters,
+        rows: Mapping[str, np.ndarray],
+        wanted: bool = True,
     ) -> tuple[Sums, Arrays]:
-        """Sums of the loss, and the gradient of its mean."""
-        loss, sums = self._loss(model, parameters)(_tensors(rows))
+        """Sums of the loss, and the gradient of its mean, if wanted."""
+        with torch.set_grad_enabled(wanted):
+            loss, sums = self._loss(model, parameters)(_tensors(rows))
+        if not wanted:
+            return sums, {}
         found = torch.autograd.grad(loss / sums["weight"], list(parameters.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(parameter) if gradient is None else gradient
@@ -256,7 +282,22 @@ class HuggingFaceSide:
         return model.eval()
 
 
-def _modules(model: PreTrainedModel, places: Mapping[str, list[Place]]) -> Iterator[tuple[str, nn.Module]]:
+def _masks(model: PreTrainedModel, positions: Tensor) -> dict[str, Any]:
+    """gpt-oss does not look at the positions when it makes its masks, but takes those that are made for it."""
+    options: dict[str, Any] = {
+        "config": model.config,
+        "inputs_embeds": torch.empty(*positions.shape, 0, dtype=model.dtype),
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": positions,
+    }
+    return {
+        "full_attention": create_causal_mask(**options),
+        "sliding_attention": create_sliding_window_causal_mask(**options),
+    }
+
+
+def _modules(model: PreTrainedModel, places: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if name in places)
 
 
@@ -282,7 +323,7 @@ def _given(forced: np.ndarray, index: np.ndarray | None, like: Tensor) -> Tensor
 @contextlib.contextmanager
 def _lifted(dtype: str) -> Iterator[None]:
     """What transformers computes in float32 in float64, when that is asked for."""
-    with Lifted() if dtype == "float64" else contextlib.nullcontext():
+    with _quiet(), Lifted() if dtype == "float64" else contextlib.nullcontext():
         yield
 
 

@@ -25,6 +25,7 @@ from jaxlm.convert import native
 from jaxlm.convert.canonical import leaves
 from jaxlm.convert.rows import Row, expand, inputs, plan
 from jaxlm.parity.trace import Arrays
+from jaxlm.parts import MoE
 from jaxlm.train.optim import DECAYED
 
 OPAQUE = ("router", "head")
@@ -80,6 +81,16 @@ class Names:
         for name, module in self._parents().items():
             places.setdefault(module, []).append(Place(name, None, None))
         return places
+
+    def routers(self) -> dict[str, tuple[str, MoE]]:
+        """The router of each layer with experts: its name in memory to that of torch_ref, and its options."""
+        found = {}
+        for name, owners in self._owners.items():
+            path = name.removesuffix(".weight")
+            if path.endswith(".ffn.router"):
+                kind = self._cfg.pattern[int(path.split(".")[1]) % len(self._cfg.pattern)]
+                found[owners[0].rpartition(".")[0]] = path, self._cfg.halves(kind).ffn.moe
+        return found
 
     def _canonical(self) -> dict[str, str]:
         """Our name to that of torch_ref."""

@@ -139,7 +139,7 @@ def make_inputs(
 def alone(stream: Int[np.ndarray, " n"], t: int, vocab_size: int) -> dict[str, np.ndarray]:
     """Two rows [2, T] of one document each, without padding; ids are sprinkled as in `packed`."""
     segments = np.ones((2, t), np.int32)
-    return _laid(stream, segments, np.broadcast_to(np.arange(t, dtype=np.int32), (2, t)), vocab_size)
+    return _laid(stream, segments, np.tile(np.arange(t, dtype=np.int32), (2, 1)), vocab_size)
 
 
 def packed(stream: Int[np.ndarray, " n"], t: int, vocab_size: int) -> dict[str, np.ndarray]:

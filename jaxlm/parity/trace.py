@@ -186,7 +186,7 @@ class JaxSide:
     def _decoder(self, dtype: str) -> tuple[Decoder, Params]:
         policy = Policy.from_config(numerics_of(dtype))
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, policy.params), self._params)
-        return Decoder(self._settings.model, policy), params
+        return Decoder(short_chunks(self._settings.model), policy), params
 
     def _compute(
         self, decoder: Decoder, params: Params, rows: Mapping[str, np.ndarray], gradients: bool
@@ -249,6 +249,17 @@ def events_of(model: config.Model) -> tuple[tuple[str, str], ...]:
 def moved(now: np.ndarray, begin: np.ndarray) -> np.ndarray:
     """The difference of two states of a parameter, which is small against both, in float64."""
     return now.astype(np.float64) - begin.astype(np.float64)
+
+
+def short_chunks(model: config.Model) -> config.Model:
+    """The same model with the least chunks in the scan of Mamba, unless it says how long they are.
+
+    XLA compiles every token of a chunk, three times in three dtypes: twice as fast for 2 tokens as for 8. The length
+    changes the order of one sum, that of the gradient of A.
+    """
+    if model.mamba.chunk or any(model.halves(kind).mixer_name == "mamba2" for kind in model.pattern):
+        return model
+    return dataclasses.replace(model, mamba=dataclasses.replace(model.mamba, chunk=2))
 
 
 def without_remat(decoder: Decoder) -> Decoder:

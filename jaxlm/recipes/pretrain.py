@@ -36,6 +36,8 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         from torch_ref.train import TorchEngine
 
         return train(cfg, corpus, TorchEngine(cfg), resume=resume)
+    import jax
+
     from jaxlm.train.engine import JaxEngine
 
     def complete(decoder: Decoder, params: Any, prompts: Sequence[str], sample: config.Sample) -> list[str]:
@@ -45,7 +47,9 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         generator = Generator(decoder, params, corpus.tokenizer)
         return [one.text for one in generator.complete(prompts, sampling, max_new_tokens=length, seed=cfg.seed)]
 
-    return train(cfg, corpus, JaxEngine(cfg, loss_fn, complete), resume=resume)
+    wide = "float64" in (cfg.numerics.params, cfg.numerics.compute) or bool(jax.config.read("jax_enable_x64"))
+    with jax.enable_x64(wide):
+        return train(cfg, corpus, JaxEngine(cfg, loss_fn, complete), resume=resume)
 
 
 def _import_ahead(backend: config.Backend) -> None:

@@ -8,14 +8,17 @@ so another architecture is refused by name, and damage is noticed when it is rea
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
 import json
 import logging
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from jaxlm.errors import UserError
 from jaxlm.train.step import TrainState
 
 FORMAT = 1
+_OTHER_STEP = "--step names an earlier one"
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
 
 for _noisy in ("absl", "asyncio"):  # what is wrong with a checkpoint is said here, in one line
@@ -64,10 +68,6 @@ class Checkpointer:
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
         self._save(int(state.step), items, run, metrics)
 
-    def save_params(self, step: int, params: Any) -> None:
-        """Save parameters only: the result of a conversion, ready for generation or fine-tuning."""
-        self._save(step, {"params": params}, {}, None)
-
     def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
         """The newest intact checkpoint, in the shapes, dtypes and shardings of `like`, and its `run` record.
 
@@ -81,17 +81,45 @@ class Checkpointer:
         self._set_aside(step for step in self.steps() if step > int(items["optimizer"]["step"]))
         return TrainState(params=items["params"], **items["optimizer"]), run
 
+    def read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any], float | None]:
+        """State, `run` record and validation loss of `step`, as `save` was given them; nothing is moved or passed over.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another architecture.
+        """
+        abstract = jax.tree.map(_abstract, {"params": like.params, "optimizer": _without_params(like)})
+        try:
+            items, run = self._read(step, abstract)
+            loss = (self._manager.metrics(step) or {}).get("validation_loss")
+        except UserError:
+            raise
+        except Exception as error:  # Orbax raises plain ones for what it cannot read
+            raise UserError(
+                f"{self.folder / str(step)} is damaged: {_first_line(error)}", self._others(step)
+            ) from error
+        record = {name: value for name, value in run.items() if name not in ("format", "shapes", "checksums")}
+        return TrainState(params=items["params"], **items["optimizer"]), record, loss
+
     def restore_params(self, like: Any, warn: Callable[[str], None], step: int | None = None) -> Any:
         """Only the parameters of `step` (default: the newest intact one), in the shapes and shardings of `like`.
 
         Raises:
             UserError: there is no such checkpoint, or it is damaged or of another architecture.
         """
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            have = f"there are {', '.join(map(str, steps))}" if steps else "train first, or name a run directory"
-            raise UserError(f"{self.folder}: no checkpoint" + (f" of step {step}" if steps else ""), have)
-        return self._first_intact(reversed(steps) if step is None else [step], {"params": like}, warn)[0]["params"]
+        return self._first_intact(reversed(self._asked(step)), {"params": like}, warn)[0]["params"]
+
+    def stored_params(self, like: Any, step: int | None = None) -> Any:
+        """As `restore_params`, but each leaf is a `StoredLeaf`, and damage is noticed when a leaf is read."""
+        step = self._asked(step)[-1]
+        try:
+            record = self._record(step, {"params": like})
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / str(step)} is damaged: {_first_line(error)}", _OTHER_STEP) from error
+        limit = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+        shelf = _Shelf(self.folder / str(step), record["checksums"], limit)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: StoredLeaf(tuple(key.key for key in path), leaf.shape, np.dtype(leaf.dtype), shelf), like
+        )
 
     def wait(self) -> None:
         """Block until the last save is on disk."""
@@ -131,7 +159,16 @@ class Checkpointer:
                 cause = error
         raise UserError(f"{self.folder}: no intact checkpoint", "start again with another out_dir") from cause
 
-    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _asked(self, step: int | None) -> list[int]:
+        """The steps among which the user's is, oldest first."""
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            have = f"there are {', '.join(map(str, steps))}" if steps else "train first, or name a run directory"
+            raise UserError(f"{self.folder}: no checkpoint" + (f" of step {step}" if steps else ""), have)
+        return steps if step is None else [step]
+
+    def _record(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The `run` record of a checkpoint that holds trees of these shapes."""
         where = self.folder / str(step)
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         if run.pop("sha256") != _digest(run):
@@ -144,12 +181,20 @@ class Checkpointer:
             if stored.get(name) != wanted.get(name):
                 have, want = stored.get(name, "absent"), wanted.get(name, "absent")
                 raise UserError(f"{where}: {name} is {have}, the config asks for {want}", _OTHER)
+        return run
+
+    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        run = self._record(step, abstract)
         restores: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         items = dict(self._manager.restore(step, args=ocp.args.Composite(**restores)).items())
         for name, found in checksums(items).items():
             if run["checksums"][name] != found:
                 raise ValueError(f"the checksum of {name} differs")
         return items, run
+
+    def _others(self, step: int) -> str:
+        others = [str(other) for other in self.steps() if other != step]
+        return f"name another with --step: {', '.join(others)}" if others else "there is no other"
 
     def _set_aside(self, damaged: Iterable[int]) -> None:
         """Move steps to `damaged/`: Orbax saves nothing older than the newest step it sees."""
@@ -162,6 +207,61 @@ class Checkpointer:
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(f"{self.folder}: checkpoint not written: {error.strerror or error}", "earlier ones are intact")
+
+
+class _Shelf:
+    """Leaves of a checkpoint that were read last; together no more bytes than the largest one."""
+
+    def __init__(self, step: Path, checksums: Mapping[str, int], limit: int) -> None:
+        self._step, self._checksums, self._limit = step, checksums, limit
+        self._leaves: dict[tuple[str, ...], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def get(self, leaf: StoredLeaf) -> np.ndarray:
+        """The values of a leaf, compared with the checksum that was taken when they were saved."""
+        with self._lock:
+            found = self._leaves.pop(leaf.path, None)
+            size = math.prod(leaf.shape) * leaf.dtype.itemsize
+            while found is None and sum(kept.nbytes for kept in self._leaves.values()) + size > self._limit:
+                del self._leaves[next(iter(self._leaves))]
+            self._leaves[leaf.path] = self._read(leaf) if found is None else found
+            return self._leaves[leaf.path]
+
+    def _read(self, leaf: StoredLeaf) -> np.ndarray:
+        how = functools.reduce(
+            lambda inner, key: {key: inner},
+            reversed(leaf.path),
+            ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype),
+        )
+        args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, how), restore_args=how, partial_restore=True)
+        name = ".".join(("params", *leaf.path))
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                values = jax.tree.leaves(checkpointer.restore(self._step / "params", args=args))[0]
+            if _host_word_sum(values) != self._checksums[name]:
+                raise ValueError(f"the checksum of {name} differs")
+        except Exception as error:  # Orbax raises plain ones for what it cannot read
+            raise UserError(f"{self._step} is damaged: {_first_line(error)}", _OTHER_STEP) from error
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLeaf:
+    """A leaf of a checkpoint; `np.asarray` reads it."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    shelf: _Shelf
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.shelf.get(self)
+
+
+def _host_word_sum(x: np.ndarray) -> int:
+    """As `checksums`."""
+    words = np.ascontiguousarray(x).reshape(-1).view(f"u{min(x.dtype.itemsize, 4)}")
+    return int(words.sum(dtype=np.uint64)) % 2**32
 
 
 def checksums(tree: Any) -> dict[str, int]:

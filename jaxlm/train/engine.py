@@ -86,8 +86,12 @@ class JaxEngine:
 
     def checkpoints(self) -> list[int]:
         folder = Path(self.config.out_dir) / "checkpoints"
+        if any(folder.glob("*/manifest.json")):
+            hint = "generate, eval, parity and convert read it; train another out_dir"
+            raise UserError(f"{folder}: parameters from a conversion, without an optimizer to resume", hint)
         if any(folder.glob("*/model.safetensors")):
-            hint = "resume with --backend torch, or `jaxlm convert` it --to jaxlm first"
+            carry = f"`jaxlm convert {self.config.out_dir} DST --to jaxlm --backend jax` carries it over"
+            hint = f"{carry}, or resume with --backend torch"
             raise UserError(f"{self.config.out_dir}: a run of the PyTorch backend", hint)
         return self.checkpointer.steps() if folder.is_dir() else []
 

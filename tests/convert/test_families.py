@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -263,6 +264,69 @@ def test_an_absent_key_has_the_default_of_transformers(
     cfg = FAMILIES[family].config_from_hf(hf)
     assert {name: getattr(cfg, name) for name in wanted} == wanted
     assert capsys.readouterr().err == ""
+
+
+LLAMA_31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+PUBLIC: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "TinyLlama-1.1B": (
+        "llama",
+        1_100_048_384,
+        {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+        | {"hidden_act": "silu", "attention_bias": False, "pretraining_tp": 1, "rope_scaling": None}
+        | {"rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
+    ),
+    "Llama-3.1-8B": (
+        "llama",
+        8_030_261_248,
+        {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA_31}}
+        | {"bos_token_id": 128000, "eos_token_id": [128001, 128008], "mlp_bias": False, "attention_dropout": 0.0},
+    ),
+    "Mistral-7B-v0.1": (
+        "mistral",
+        7_241_732_096,
+        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False},
+    ),
+    "Qwen2.5-0.5B": (
+        "qwen2",
+        494_032_768,
+        {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        | {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768}
+        | {"max_window_layers": 24, "sliding_window": 32768, "use_sliding_window": False, "rope_theta": 1000000.0}
+        | {"tie_word_embeddings": True, "use_mrope": False, "hidden_act": "silu", "rms_norm_eps": 1e-6},
+    ),
+    "Qwen3-0.6B": (
+        "qwen3",
+        596_049_920,
+        {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+        | {"max_window_layers": 28, "sliding_window": None, "use_sliding_window": False, "rope_theta": 1000000}
+        | {"tie_word_embeddings": True, "attention_bias": False, "rope_scaling": None, "rms_norm_eps": 1e-6},
+    ),
+    "gpt2": (
+        "gpt2",
+        124_439_808,
+        {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_ctx": 1024}
+        | {"activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+        | {"layer_norm_epsilon": 1e-5, "summary_type": "cls_index", "initializer_range": 0.02}
+        | {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}},
+    ),
+}
+"""Family, published count of parameters, and the config.json as it is published."""
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_published_models_have_their_published_sizes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    family, count, hf = PUBLIC[name]
+    cfg = FAMILIES[family].config_from_hf(hf)
+    assert sum(math.prod(leaf.shape) for leaf in leaves(cfg).values()) == count
+    assert capsys.readouterr().err == ""
+    back = FAMILIES[family].config_from_hf(FAMILIES[family].config_to_hf(cfg, dtype="bfloat16"))
+    assert function_of(back) == function_of(cfg)
 
 
 def test_unknown_keys_are_told(make_model: Callable, capsys: pytest.CaptureFixture[str]) -> None:

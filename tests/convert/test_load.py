@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +21,8 @@ from jaxlm.convert.load import load
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.optim import make_optimizer
+from jaxlm.train.step import init_state
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 
@@ -39,18 +42,14 @@ def write_torch(tmp_path: Path, make_params: Callable[..., Any]) -> Callable[...
     return write
 
 
-def widened(params: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype("float64" if dtype == "float64" else "float32"), params)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_around_all_layouts(write_torch: Callable, make_model: Callable, same: Callable, dtype: str) -> None:
     cfg = make_model(layer_loop="scan", tie_embeddings=False, biases=("mlp",), rope_layout="interleaved")
     src, params = write_torch(cfg, dtype)
     at = src.parent
-    wide = widened(params, dtype)
 
-    assert str(convert(src, at / "llama", "llama")) == f"{at / 'llama'}: llama, 51 tensors, {_size(at / 'llama')} MB"
+    told = str(convert(src, at / "llama", "llama"))
+    assert told.startswith(f"{at / 'llama'}: llama, 51 tensors, {_size(at / 'llama')} MB in 0.") and "GB/s" in told
     llama = load(at / "llama")
     assert (llama.kind, llama.tokenizer_path) == ("llama", at / "llama" / "tokenizer.json")
     assert json.loads((at / "llama" / "config.json").read_text())["dtype"] == dtype
@@ -62,13 +61,13 @@ def test_around_all_layouts(write_torch: Callable, make_model: Callable, same: C
     assert (run.kind, run.config.out_dir) == ("run", str(at / "run"))
     assert run.config.numerics.params == ("float64" if dtype == "float64" else "float32")
     assert run.config.numerics.compute == (dtype if dtype in ("bfloat16", "float64") else "float32")
-    same(native.from_torch(dict(native.to_torch(run.params, run.config.model)), cfg), wide)
+    same(native.from_torch(dict(native.to_torch(run.params, run.config.model)), cfg), params)
     assert (at / "run" / "tokenizer.json").read_bytes() == (src / "tokenizer.json").read_bytes()
 
     convert(at / "run", at / "torch2", "torch")
     back = load(at / "torch2")
     assert (back.kind, back.config.out_dir, back.config.tokenizer.path) == ("torch", "", "tokenizer.json")
-    same(native.from_torch(dict(native.to_torch(back.params, back.config.model)), cfg), wide)
+    same(native.from_torch(dict(native.to_torch(back.params, back.config.model)), cfg), params)
 
 
 def _size(folder: Path) -> str:
@@ -76,7 +75,8 @@ def _size(folder: Path) -> str:
 
 
 def test_an_exported_model_comes_back_file_by_file(torch_folder: Path, tmp_path: Path) -> None:
-    convert(torch_folder, tmp_path / "run", "jaxlm")
+    convert(torch_folder, tmp_path / "run", "jaxlm", shard_bytes=10_000)
+    assert len(list((tmp_path / "run" / "checkpoints" / "0").glob("model-*.safetensors"))) > 1
     convert(tmp_path / "run", tmp_path / "again", "torch")
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (torch_folder / name).read_bytes()
@@ -99,12 +99,16 @@ def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Calla
     (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=cfg)))
     old, new = make_params(cfg), make_params(cfg)
     checkpoints = Checkpointer(tmp_path)
-    checkpoints.save_params(3, old)
-    checkpoints.save_params(12, new)
+    for step, params in ((3, old), (12, new)):
+        state = init_state(jax.tree.map(jnp.asarray, params), make_optimizer(config.Train()))
+        checkpoints.save(state._replace(step=jnp.int32(step)), {})
     checkpoints.close()
     same(load(tmp_path).params, new)
     same(load(tmp_path, step=3).params, old)
     assert load(tmp_path).tokenizer_path is None
+    for step, params in ((None, new), (3, old)):
+        convert(tmp_path, tmp_path / "torch", "torch", step=step)
+        same(load(tmp_path / "torch").params, params)
     with pytest.raises(UserError, match=r"checkpoints: no step 4 \(there are: 3, 12\)"):
         load(tmp_path, step=4)
     (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))

@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.convert import storage
+from jaxlm.convert.safetensors_file import MappedFile
 from jaxlm.convert.storage import INDEX, MANIFEST, SINGLE, planned, read_folder, write_folder
 from jaxlm.errors import UserError
 
@@ -93,21 +93,23 @@ def test_bits_survive(tmp_path: Path, rng: np.random.Generator, shard_bytes: int
 def test_manifest(folder: Path, rng: np.random.Generator) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["files"].keys() == {SINGLE, "config.toml"}
-    for name, entry in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    text = (folder / "config.toml").read_bytes()
+    assert manifest["files"]["config.toml"] == {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}
+    data = (folder / SINGLE).read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    assert manifest["files"][SINGLE] == {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": len(data)}
     for name, tensor in read_folder(folder).items():
         entry = manifest["tensors"][name]
         assert (entry["file"], entry["shape"]) == (SINGLE, list(tensor.shape))
         assert entry["sha256"] == hashlib.sha256(tensor.tobytes()).hexdigest()
-    assert manifest["jaxlm"] and manifest["format_version"] == 1
+    assert manifest["jaxlm"] and manifest["format_version"] == 2
     with safetensors.safe_open(folder / SINGLE, "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
 
 def test_damage_is_found_with_the_manifest(folder: Path) -> None:
     flip(folder / SINGLE, -1 - 2)  # a byte of d, the last tensor with any
-    assert refusal(folder) == f"{folder / SINGLE}: sha256 differs from {MANIFEST}, tensors d"
+    assert refusal(folder) == f"{folder / SINGLE}: tensor d differs from {MANIFEST}"
 
 
 def test_a_damaged_text_file_is_found(folder: Path) -> None:
@@ -116,10 +118,34 @@ def test_a_damaged_text_file_is_found(folder: Path) -> None:
 
 
 def test_a_wrong_digest_in_the_manifest_is_found(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][SINGLE]["sha256"] = "0" * 64
+    whole = (folder / MANIFEST).read_text()
+    manifest = json.loads(whole)
+    manifest["files"][SINGLE]["header_sha256"] = "0" * 64
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert refusal(folder) == f"{folder / SINGLE}: sha256 differs from {MANIFEST}, no tensor of it does"
+    assert refusal(folder) == f"{folder / SINGLE}: its header differs from {MANIFEST}"
+    manifest = json.loads(whole)
+    manifest["tensors"]["c.bias"]["sha256"] = "0" * 64
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert refusal(folder) == f"{folder / SINGLE}: tensor c.bias differs from {MANIFEST}"
+
+
+def test_a_tensor_is_compared_once_and_only_when_it_is_read(folder: Path) -> None:
+    flip(folder / SINGLE, -1 - 2)
+    found = read_folder(folder)
+    assert found["a.weight"].shape == (5, 3)
+    for _ in range(2):
+        with pytest.raises(UserError, match="tensor d differs"):
+            found["d"]
+
+
+def test_the_manifest_of_version_1_is_read(folder: Path, rng: np.random.Generator) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    digest = hashlib.sha256((folder / SINGLE).read_bytes()).hexdigest()
+    manifest["files"][SINGLE] = {"sha256": digest, "bytes": (folder / SINGLE).stat().st_size}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 1}))
+    assert dict(read_folder(folder)).keys() == tensors(rng).keys()
+    flip(folder / SINGLE, -1 - 2)
+    assert refusal(folder) == f"{folder / SINGLE}: tensor d differs from {MANIFEST}"
 
 
 def test_a_changed_type_is_found(folder: Path) -> None:
@@ -127,17 +153,24 @@ def test_a_changed_type_is_found(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][SINGLE]["bytes"] = (folder / SINGLE).stat().st_size
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert refusal(folder) == f"{folder / SINGLE}: sha256 differs from {MANIFEST}, tensors b.weight"
+    assert refusal(folder) == f"{folder / SINGLE}: {MANIFEST} says something else of tensor b.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda m: m["files"].pop(SINGLE), f"{SINGLE}: {MANIFEST} does not list it"),
-        (lambda m: m["files"].update({"gone": m["files"][SINGLE]}), f"gone: missing, though {MANIFEST} lists it"),
-        (lambda m: m["files"].update({"../x": m["files"][SINGLE]}), f"../x: missing, though {MANIFEST} lists it"),
+        (
+            lambda m: m["files"].update(gone=m["files"]["config.toml"]),
+            f"gone: missing, though {MANIFEST} lists it",
+        ),
+        (
+            lambda m: m["files"].update({"../x": m["files"]["config.toml"]}),
+            f"../x: missing, though {MANIFEST} lists it",
+        ),
         (lambda m: m["files"][SINGLE].update(bytes=7), f"bytes where {MANIFEST} says 7"),
-        (lambda m: m.update(format_version=99), f"{MANIFEST}: format version 99, this jaxlm reads 1"),
+        (lambda m: m.update(format_version=99), f"{MANIFEST}: format version 99, this jaxlm reads 1 and 2"),
+        (lambda m: m["tensors"].pop("d"), f"{MANIFEST} says something else of tensor d"),
         (lambda m: m.update(files=[]), f"{MANIFEST}: not a manifest of jaxlm"),
     ],
 )
@@ -153,6 +186,8 @@ def test_a_manifest_of_another_program_is_ignored(folder: Path) -> None:
     assert len(read_folder(folder)) == 5
 
 
+_NONE = '"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+TWICE = (2 * len(_NONE) + 3).to_bytes(8, "little") + f"{{{_NONE},{_NONE}}}".encode()
 DAMAGE: list[tuple[str, Callable[[Path], Any]]] = [
     ("truncated", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     ("one byte too many", lambda path: path.write_bytes(path.read_bytes() + b"\0")),
@@ -167,6 +202,19 @@ DAMAGE: list[tuple[str, Callable[[Path], Any]]] = [
         "overlap",
         lambda path: reheader(path, lambda h: h["b.weight"].update(data_offsets=h["a.weight"]["data_offsets"])),
     ),
+    ("header of 10^8 bytes", lambda path: path.write_bytes((10**8 + 1).to_bytes(8, "little") + b"{}" * 50_000_001)),
+    ("negative offsets", lambda path: reheader(path, lambda h: h["a.weight"].update(data_offsets=[-60, 0]))),
+    ("offsets the wrong way", lambda path: reheader(path, lambda h: h["e"].update(data_offsets=[142, 134]))),
+    ("offsets of text", lambda path: reheader(path, lambda h: h["d"].update(data_offsets=["0", "8"]))),
+    ("a negative shape", lambda path: reheader(path, lambda h: h["a.weight"].update(shape=[-5, -3]))),
+    ("an endless shape", lambda path: reheader(path, lambda h: h["e"].update(shape=[0, 2**62]))),
+    ("no shape", lambda path: reheader(path, lambda h: h["d"].pop("shape"))),
+    ("a type that is none", lambda path: reheader(path, lambda h: h["d"].update(dtype=7))),
+    ("a type of another size", lambda path: reheader(path, lambda h: h["d"].update(dtype="BF16"))),
+    ("a name of two lines", lambda path: reheader(path, lambda h: h.update({"d\n": h.pop("d")}))),
+    ("a list", lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]")),
+    ("nested too deep", lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)),
+    ("a name that is there twice", lambda path: path.write_bytes(TWICE)),
     ("a hole", lambda path: reheader(path, lambda h: h.pop("b.weight"))),
 ]
 
@@ -178,6 +226,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
     assert refusal(folder).startswith(f"{folder / SINGLE}: truncated or damaged: ")
 
 
+@settings(max_examples=40, deadline=None)
 @given(at=st.integers(0, 10**6))
 def test_no_change_of_one_byte_passes_the_manifest(at: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("w") / "w"
@@ -213,6 +262,33 @@ def test_an_index_that_lies_is_refused(shards: Path, change: Callable[[dict], An
     change(index["weight_map"])
     (shards / INDEX).write_text(json.dumps(index))
     assert message in refusal(shards)
+
+
+def test_a_tensor_in_two_files_is_refused(shards: Path) -> None:
+    (shards / MANIFEST).unlink()
+    index = json.loads((shards / INDEX).read_text())["weight_map"]
+    (shards / index["a.weight"]).write_bytes((shards / index["d"]).read_bytes())
+    assert refusal(shards).startswith(f"{shards}: tensor ") and refusal(shards).endswith(" is in several files")
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "F4", "C64"])
+def test_numbers_that_numpy_does_not_have_are_named(folder: Path, code: str) -> None:
+    (folder / MANIFEST).unlink()
+    reheader(folder / SINGLE, lambda header: header["d"].update(dtype=code))
+    found = read_folder(folder)
+    assert found.dtype("d") == code and found["a.weight"].shape == (5, 3)
+    assert refusal(folder) == f"{folder / SINGLE}: cannot read tensor 'd': it is stored as {code}"
+
+
+def test_whole_numbers_pass(tmp_path: Path) -> None:
+    dtypes = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+    wanted = {dtype: np.arange(3).astype(dtype) for dtype in dtypes}
+    wanted["bool"] = np.array([True, False])
+    write_folder(tmp_path / "w", planned(wanted.items()), {}, layout="x")
+    found, library = read_folder(tmp_path / "w"), safetensors.numpy.load_file(tmp_path / "w" / SINGLE)
+    for name, array in wanted.items():
+        assert found.dtype(name) == found[name].dtype == library[name].dtype == array.dtype
+        assert found[name].tolist() == library[name].tolist() == array.tolist()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
@@ -298,16 +374,14 @@ def test_an_empty_folder_is_filled_and_a_file_is_not_replaced(tmp_path: Path) ->
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_tensor_is_read_when_it_is_asked_for(folder: Path) -> None:
-    found = read_folder(folder)
+def test_a_tensor_is_read_when_it_is_asked_for(
+    folder: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
-
-    class Spy:
-        def get_tensor(self, name: str) -> np.ndarray:
-            read.append(name)
-            return np.zeros(1)
-
-    lazy = storage.LazyTensors(folder, {SINGLE: Spy()}, dict.fromkeys(found, SINGLE))
-    assert set(lazy) == set(found) and "d" in lazy and lazy.without({"d"}).keys() == set(found) - {"d"}
+    monkeypatch.setattr(MappedFile, "read", lambda file, name: read.append(name) or np.zeros(1))
+    (folder / MANIFEST).unlink()
+    lazy = read_folder(folder)
+    assert set(lazy) == set(tensors(rng)) and "d" in lazy and lazy.without({"d"}).keys() == set(lazy) - {"d"}
+    assert (lazy.shape("a.weight"), lazy.dtype("b.weight")) == ((5, 3), "bfloat16")
     assert read == []
     assert lazy["a.weight"].shape == (1,) and read == ["a.weight"]

@@ -114,16 +114,11 @@ def selective_scan(
     inputs = (dt_BTF, dt_BTF * u_wide, b_BTP.to(width), c_BTP.to(width), keep_BT)
     if impl not in ("sequential", "chunked", "auto"):
         raise ValueError(f"unknown scan implementation {impl!r}")
-    size = u_BTF.shape[1] if impl == "sequential" else chunk
-    recompute = impl != "sequential" and torch.is_grad_enabled()
-    a_PF, ys = a_FP.T.to(width), []
-    for tokens in zip(*(x.split(size, dim=1) for x in inputs), strict=True):
-        if recompute:
-            y_BQF, h_BPF = checkpoint(_scan, a_PF, h_BPF, *tokens, use_reentrant=False)
-        else:
-            y_BQF, h_BPF = _scan(a_PF, h_BPF, *tokens)
-        ys.append(y_BQF)
-    return (torch.cat(ys, dim=1) + d_F.to(width) * u_wide).to(u_BTF.dtype), h_BPF
+    if impl == "sequential" or u_BTF.shape[1] == 1:
+        y_BTF, h_BPF = _scan(a_FP.T.to(width), h_BPF, *inputs)
+    else:
+        y_BTF, h_BPF = _scan_chunks(a_FP.T.to(width), h_BPF, inputs, chunk)
+    return (y_BTF + d_F.to(width) * u_wide).to(u_BTF.dtype), h_BPF
 
 
 def _carried(
@@ -146,6 +141,29 @@ def _scan(
         h_BPF = decay_BPF * h_BPF + w_BF[:, None] * b_BP[:, :, None]
         ys.append(torch.sum(h_BPF * c_BP[:, :, None], dim=1))
     return torch.stack(ys, dim=1), h_BPF
+
+
+def _scan_chunks(a_PF: Tensor, h_BPF: Tensor, inputs: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor]:
+    ys = []
+    for tokens in zip(*(x.split(chunk, dim=1) for x in inputs), strict=True):
+        if torch.is_grad_enabled():
+            y_BQF, h_BPF = checkpoint(_scan_chunk, a_PF, h_BPF, *tokens, use_reentrant=False)
+        else:
+            y_BQF, h_BPF = _scan_chunk(a_PF, h_BPF, *tokens)
+        ys.append(y_BQF)
+    return torch.cat(ys, dim=1), h_BPF
+
+
+def _scan_chunk(
+    a_PF: Tensor, h_BPF: Tensor, dt_BQF: Tensor, w_BQF: Tensor, b_BQP: Tensor, c_BQP: Tensor, keep_BQ: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence with all that is not recurrent done for the whole chunk: one operation a token is left."""
+    decay_BQPF = torch.exp(dt_BQF[:, :, None] * a_PF) * keep_BQ[:, :, None, None]
+    new_BQPF, states = w_BQF[:, :, None] * b_BQP[..., None], []
+    for decay_BPF, new_BPF in zip(decay_BQPF.unbind(1), new_BQPF.unbind(1), strict=True):
+        h_BPF = torch.addcmul(new_BPF, decay_BPF, h_BPF)
+        states.append(h_BPF)
+    return (c_BQP[:, :, None] @ torch.stack(states, dim=1))[:, :, 0], h_BPF
 
 
 def ssd(

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxlm.convert.families import dots1, gpt2, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from jaxlm.convert.families import (
+    dots1,
+    gpt2,
+    gpt_oss,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from jaxlm.convert.family import Family
 
 FAMILIES: Mapping[str, Family] = {
@@ -19,6 +32,9 @@ FAMILIES: Mapping[str, Family] = {
         qwen3_moe.FAMILY,
         gpt_oss.FAMILY,
         dots1.FAMILY,
+        mamba.FAMILY,
+        mamba2.FAMILY,
+        jamba.FAMILY,
     )
 }
 """`model_type` of config.json to the family; `--to hf` takes the first that can hold the model."""

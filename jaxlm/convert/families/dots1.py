@@ -83,4 +83,5 @@ FAMILY = Family(
         Fixed("topk_method", None, ("noaux_tc",)),
         Fixed("moe_layer_freq", None, (1,)),
     ),
+    inert=("max_window_layers",),  # layer_types says it
 )

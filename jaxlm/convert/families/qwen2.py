@@ -6,7 +6,7 @@ from __future__ import annotations
 from jaxlm.convert.families import llama
 from jaxlm.convert.families.windows import Somewhere
 from jaxlm.convert.family import Family
-from jaxlm.convert.settings import Always, Key, Says, Setting
+from jaxlm.convert.settings import Always, Fixed, Key, Says, Setting
 
 QWEN: tuple[Setting, ...] = (
     *llama.DENSE,
@@ -15,6 +15,7 @@ QWEN: tuple[Setting, ...] = (
     Key("tie_word_embeddings", "tie_embeddings", False),
     llama.Rope(),
     Somewhere(),
+    Fixed("use_mrope", None, (False,)),
     Says("attention_dropout", 0.0),
 )
 """Settings of the dense Qwens."""

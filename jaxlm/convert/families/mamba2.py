@@ -1,0 +1,80 @@
+"""Mamba-2 (AntonV/mamba2-130m-hf, mistralai/Mamba-Codestral-7B-v0.1).
+
+`norm_before_gate` is not read: the gate is applied before the norm whatever it says, in transformers as in the code of
+Dao & Gu, and Codestral's config.json says otherwise by mistake (transformers, pull request 32686). On
+`residual_in_fp32` see `mamba`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm import config
+from jaxlm.convert.families.mamba import BLOCKS, Own, first, outer_rows, taps
+from jaxlm.convert.family import Family
+from jaxlm.convert.rows import Row, flat, join, matrix
+from jaxlm.convert.settings import Always, Fixed, Key
+
+
+def rows(cfg: config.Model) -> list[Row]:
+    """One projection holds z, x, B, C and the step size, and one convolution x, B and C."""
+    ours, theirs = "layers.{i}.mixer", "backbone.layers.{i}.mixer"
+    projections = ("in_proj", "bc_proj", "dt_proj")
+    return [
+        *outer_rows(),
+        Row(tuple(f"{ours}.{name}.kernel" for name in projections), f"{theirs}.in_proj.weight", matrix, join(0)),
+        Row(tuple(f"{ours}.{name}.bias" for name in projections), f"{theirs}.in_proj.bias", flat, join(0)),
+        Row((f"{ours}.conv.kernel", f"{ours}.bc_conv.kernel"), f"{theirs}.conv1d.weight", taps, join(0)),
+        Row((f"{ours}.conv.bias", f"{ours}.bc_conv.bias"), f"{theirs}.conv1d.bias", join(0)),
+        Row(f"{ours}.dt_bias", f"{theirs}.dt_bias"),
+        Row(f"{ours}.A_log", f"{theirs}.A_log"),
+        Row(f"{ours}.D", f"{theirs}.D"),
+        Row(f"{ours}.norm.scale", f"{theirs}.norm.weight"),
+        Row(f"{ours}.out_proj.kernel", f"{theirs}.out_proj.weight", matrix),
+        Row(f"{ours}.out_proj.bias", f"{theirs}.out_proj.bias"),
+    ]
+
+
+class Heads:
+    """`num_heads` of `head_dim` channels are all channels."""
+
+    def out(self, model: config.Model) -> dict[str, Any]:
+        """See `Setting`."""
+        mamba = first(model).mamba
+        return {"num_heads": mamba.expand * model.d_model // mamba.head_dim, "head_dim": mamba.head_dim}
+
+    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Setting`."""
+        expand, heads, head_dim = hf.get("expand", 2), hf.get("num_heads", 128), hf.get("head_dim", 64)
+        if heads * head_dim != expand * hf["hidden_size"]:
+            told = f"num_heads = {heads} of head_dim = {head_dim}"
+            raise ValueError(f"{told} are not the {expand} * {hf['hidden_size']} channels of expand * hidden_size")
+        return {"mamba.head_dim": head_dim}
+
+
+class Unbounded(Fixed):
+    """A step size has no limits but its softplus; transformers 4 and 5 write infinity in two ways."""
+
+    def __init__(self) -> None:
+        infinities = (math.inf, {"__float__": "Infinity"})
+        super().__init__("time_step_limit", None, tuple([low, high] for low in (0.0, 0) for high in infinities))
+
+
+FAMILY = Family(
+    name="mamba2",
+    architecture="Mamba2ForCausalLM",
+    rows=rows,
+    settings=(
+        *BLOCKS,
+        Heads(),
+        Own("state_size", "mamba.d_state", 128),
+        Own("n_groups", "mamba.n_groups", 8),
+        Unbounded(),
+        Key("tie_word_embeddings", "tie_embeddings", False),
+        Always("pattern", ["mamba2"]),
+    ),
+    embedding="backbone.embeddings.weight",
+    inert=("chunk_size",),
+)
