@@ -16,12 +16,13 @@ import torch
 from transformers import JambaConfig, JambaForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from jaxlm import config
+from jaxlm.convert.families import FAMILIES
+from jaxlm.convert.rows import to_layout
 from jaxlm.parity.lifted import Lifted
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
 
 D, V, T, LAYERS = 32, 97, 70, 2
-Tensors = dict[str, torch.Tensor]
 
 
 def mamba() -> tuple[config.Model, Any]:
@@ -32,7 +33,6 @@ def mamba() -> tuple[config.Model, Any]:
         hidden_size=D,
         state_size=5,
         expand=3,
-        intermediate_size=3 * D,
         conv_kernel=3,
         time_step_rank=7,
         use_bias=True,
@@ -91,44 +91,6 @@ def jamba() -> tuple[config.Model, Any]:
     return ours, JambaForCausalLM(hf)
 
 
-def theirs(state: Tensors, kind: str) -> Tensors:
-    """Our tensors under their names: Mamba-2 has one projection and one convolution for z, x, B, C and dt."""
-    found: Tensors = {}
-    for name, tensor in state.items():
-        if ".bc_proj." in name or ".bc_conv." in name or (kind == "mamba2" and ".dt_proj." in name):
-            continue
-        if kind == "mamba2" and ".in_proj." in name:
-            rest = [state[name.replace("in_proj", part)] for part in ("bc_proj", "dt_proj")]
-            tensor = torch.cat([tensor, *rest])
-        if kind == "mamba2" and ".conv." in name:
-            tensor = torch.cat([tensor, state[name.replace("conv", "bc_conv")]])
-        found[renamed(name, kind)] = tensor[:, None] if name.endswith("conv.weight") else tensor
-    return found
-
-
-def renamed(name: str, kind: str) -> str:
-    """One of our names in their layout."""
-    name = name.replace(".conv.", ".conv1d.")
-    if kind == "jamba":
-        for mine, other in (
-            ("embed.", "embed_tokens."),
-            ("final_norm.", "final_layernorm."),
-            ("layers.0.mixer.", "layers.0.mamba."),
-            ("layers.1.mixer.", "layers.1.self_attn."),
-            ("mixer_norm.", "input_layernorm."),
-            ("ffn_norm.", "pre_ff_layernorm."),
-            ("ffn.", "feed_forward."),
-            ("dt_norm.", "dt_layernorm."),
-            ("b_norm.", "b_layernorm."),
-            ("c_norm.", "c_layernorm."),
-        ):
-            name = name.replace(mine, other)
-        return "lm_head.weight" if name == "head.weight" else f"model.{name}"
-    for mine, other in (("embed.", "embeddings."), ("final_norm.", "norm_f."), ("mixer_norm.", "norm.")):
-        name = name.replace(mine, other)
-    return f"backbone.{name}"
-
-
 @pytest.mark.parametrize("make", [mamba, mamba2, jamba])
 def test_transformers_agrees(make: Callable[[], tuple[config.Model, Any]], rng: np.random.Generator) -> None:
     """Logits of both our frameworks, and the gradient of every parameter, against theirs."""
@@ -136,7 +98,8 @@ def test_transformers_agrees(make: Callable[[], tuple[config.Model, Any]], rng: 
     values = pairs.random_params(cfg, rng)
     pair = pairs.pair(cfg, values)
     hf = hf.double().train()
-    found = theirs(dict(pair.torch.state_dict()), make.__name__)
+    rows = FAMILIES[make.__name__].rows(cfg)
+    found = {name: torch.tensor(array) for name, array in to_layout(pair.params, cfg, rows)}
     missing, unexpected = hf.load_state_dict(found, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     hf.tie_weights()
@@ -161,9 +124,8 @@ def test_transformers_agrees(make: Callable[[], tuple[config.Model, Any]], rng: 
 
     ours, gradients = run(pair.params)
     FLOAT64.check(pairs.error(np.asarray(ours), logits.detach().numpy()), "jaxlm")
-    tensors = {name: torch.tensor(array) for name, array in pairs.torch_names(gradients, pair.jax).items()}
     expected = dict(hf.named_parameters())
-    for name, gradient in theirs(tensors, make.__name__).items():
+    for name, gradient in to_layout(gradients, cfg, rows):
         other = expected[name].grad
         assert other is not None, name
-        FLOAT64.check(pairs.error(gradient.numpy(), other.numpy()), f"gradient of {name}")
+        FLOAT64.check(pairs.error(gradient, other.numpy()), f"gradient of {name}")

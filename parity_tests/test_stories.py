@@ -74,7 +74,7 @@ def _made(folder: Path) -> Path:
 
 def test_the_same_story_token_for_token(converted: Converted) -> None:
     ours = generate_text(converted.run, PROMPTS, GREEDY, max_new_tokens=NEW)
-    assert generate_text(converted.torch, PROMPTS, GREEDY, max_new_tokens=NEW, backend="torch") == ours
+    assert generate_text(converted.source, PROMPTS, GREEDY, max_new_tokens=NEW, backend="torch") == ours
     hf, tokenizer = strictly(converted.llama), AutoTokenizer.from_pretrained(converted.llama)
     for text, done in zip(PROMPTS, ours, strict=True):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not text.startswith("<s>"))

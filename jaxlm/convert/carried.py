@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxlm.convert.llama2c import ROPE_TABLES
+from jaxlm.convert.llama2c import MODEL, ROPE_TABLES
 from jaxlm.errors import UserError
 
 SENTENCEPIECE = "tokenizer.model"
@@ -37,7 +37,7 @@ def carried(folder: Path) -> dict[str, bytes]:
 
 def no_tokenizer(path: Path) -> UserError:
     """What to do about a model, a folder or a `model.bin`, that has no tokenizer that jaxlm reads."""
-    if path.is_file():
+    if path.is_file() or (path / MODEL).is_file():
         return UserError(
             f"{path}: no tokenizer.bin with as many pieces beside it", "put the one it was trained with there"
         )

@@ -81,8 +81,8 @@ def convert(
     to = resolve(to, cfg)
     if model.tokenizer_path:
         check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
-    elif src.is_file() or SENTENCEPIECE in model.kept:
-        print(f"the weights go alone: {no_tokenizer(src)}", file=sys.stderr)
+    elif model.kind == llama2c.NAME or SENTENCEPIECE in model.kept:
+        print(f"the weights go alone: {no_tokenizer(model.path)}", file=sys.stderr)
     if to == llama2c.NAME:
         return Summary(dst, to, *_write_llama2c(model, dst, overwrite), time.perf_counter() - began)
     files = _public_files(model, FAMILIES[to]) if to in FAMILIES else _own_files(model, dst if to == "jaxlm" else "")
@@ -175,8 +175,7 @@ def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
     """Everything that `from_pretrained` reads besides the weights."""
     tokenizer = Tokenizer.from_file(model.tokenizer_path) if model.tokenizer_path else None
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eot, "pad": tokenizer.specials.get("pad")} if tokenizer else {}
-    dtype = model.parameters["embed.embedding"].dtype.name
-    hf = family.config_to_hf(model.config.model, dtype=dtype, **ids)
+    hf = family.config_to_hf(model.config.model, dtype=model.dtype, **ids)
     special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if special_ids["bos_token_id"] not in (None, special_ids["eos_token_id"]):  # which ends a text as well
         special_ids["eos_token_id"] = [hf[key] for key in ("eos_token_id", "bos_token_id") if hf[key] is not None]

@@ -243,15 +243,18 @@ def find_tokenizer(path: Path, vocab_size: int) -> Path | None:
 
 
 def tokenizer_bin(path: Path, vocab_size: int) -> bytes:
-    """The tokenizer at `path` as run.c reads it: as many pieces as the model has.
+    """The tokenizer at `path` as run.c reads it: as many pieces as the model has, and `<s>` before every text.
 
     Raises:
-        UserError: it is no vocabulary that llama2.c can hold, or of another size.
+        UserError: it is no vocabulary that llama2.c can hold, or of another size, or puts nothing before a text.
     """
     tokenizer = Tokenizer.from_file(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{path}: {tokenizer.vocab_size} ids, the model has {vocab_size}, run.c reads as many of both")
-    return vocabulary.from_json(json.loads(tokenizer.to_json()), str(path))
+    stored = vocabulary.from_json(json.loads(tokenizer.to_json()), str(path))
+    if tokenizer.bos != vocabulary.BOS:
+        raise UserError(f"{path}: no <s> stands before a text, run.c always writes one", "has it a post_processor?")
+    return stored
 
 
 def write(

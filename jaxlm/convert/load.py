@@ -53,6 +53,12 @@ class Opened:
     """Files to write beside the weights, by name."""
 
     @property
+    def dtype(self) -> str:
+        """Of the stored embedding, by numpy's name."""
+        read = self.parameters.__getitem__
+        return getattr(self.parameters, "dtype", lambda name: read(name).dtype.name)("embed.embedding")
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """Of its tokenizer, if it has one."""
         return self.tokenizer or (self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 
-from jaxlm.convert.stream import Planned
+from jaxlm.convert.stream import MappedBytes, Planned
 from jaxlm.errors import UserError
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "bool": "BOOL"} | {
@@ -67,12 +66,11 @@ class MappedFile:
                 self._data = 8 + length
                 self.header_sha256 = header_sha256(text)
                 self.entries = _entries(text, size - self._data)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = MappedBytes.of(path)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: truncated or damaged: {error}", "copy or download it again") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        self._map.madvise(mmap.MADV_SEQUENTIAL)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as a view of the file that cannot be written to.

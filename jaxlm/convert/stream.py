@@ -6,13 +6,16 @@ whose pages are handed back as soon as they are used, so the memory in use stays
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
@@ -71,11 +74,12 @@ def write(targets: Sequence[Target], told: Callable[[int], object]) -> dict[str,
     """
     budget = _Budget(2 * max((target.tensor.nbytes for target in targets), default=0) + SLACK)
     stop, digests = threading.Event(), {}
+    locks = {target.file: threading.Lock() for target in targets}
     sources = dict.fromkeys(target.tensor.source for target in targets)
     with ThreadPoolExecutor(THREADS) as pool:
         for source in sources:
             waiting = {
-                pool.submit(_write_one, target, budget, stop): target.tensor
+                pool.submit(_write_one, target, budget, locks, stop): target.tensor
                 for target in targets
                 if target.tensor.source == source
             }
@@ -90,7 +94,7 @@ def write(targets: Sequence[Target], told: Callable[[int], object]) -> dict[str,
     return digests
 
 
-def _write_one(target: Target, budget: _Budget, stop: threading.Event) -> str:
+def _write_one(target: Target, budget: _Budget, locks: Mapping[int, threading.Lock], stop: threading.Event) -> str:
     """Write a tensor chunk by chunk; returns its sha256."""
     tensor, offset = target.tensor, target.offset
     needed = 2 * tensor.nbytes  # what it is made from and what is made of it
@@ -106,13 +110,13 @@ def _write_one(target: Target, budget: _Budget, stop: threading.Event) -> str:
         for chunk in chunks(array):
             if stop.is_set():
                 break
-            part = np.ascontiguousarray(words(chunk))
+            part = fetched(chunk)
             if tensor.origin and not all_finite(part.view(chunk.dtype)):
                 raise UserError(f"{tensor.origin} is NaN or infinite somewhere", "was its training sound?")
             digest.update(part.data)
-            _write_at(target.file, part, offset)
+            with locks[target.file]:  # the system writes one at a time, and waits for its turn at full speed
+                _write_at(target.file, part, offset)
             offset += part.nbytes
-            release(chunk)
         else:
             tensor.settle(array, digest.hexdigest())
     finally:
@@ -145,11 +149,10 @@ class _Budget:
 
 
 def sha256(array: np.ndarray) -> str:
-    """Of the values in the order of a file; pages of a mapped file are handed back as they are read."""
+    """Of the values in the order of a file."""
     digest = hashlib.sha256()
     for chunk in chunks(array):
-        digest.update(np.ascontiguousarray(words(chunk)).data)
-        release(chunk)
+        digest.update(fetched(chunk).data)
     return digest.hexdigest()
 
 
@@ -183,7 +186,7 @@ def chunks(array: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
         return
     if array.flags.c_contiguous:
         array = array.reshape(-1)
-    row = array[0].nbytes
+    row = array.nbytes // len(array)  # no value is looked at, that would map its page
     if row > size and array.ndim > 1:
         yield from itertools.chain.from_iterable(chunks(one, size) for one in array)
     else:
@@ -191,13 +194,62 @@ def chunks(array: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
         yield from (array[start : start + rows] for start in range(0, len(array), rows))
 
 
-def mapping(array: np.ndarray) -> mmap.mmap | None:
+class MappedBytes(mmap.mmap):
+    """A file as memory that cannot be written to; its descriptor serves to read it without mapping its pages."""
+
+    descriptor: int
+
+    @classmethod
+    def of(cls, path: Path) -> MappedBytes:
+        """Map a file that is not empty; it stays open as long as anything looks into it."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            mapped = cls(descriptor, 0, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        weakref.finalize(mapped, os.close, descriptor)
+        mapped.descriptor = descriptor
+        return mapped
+
+    def place(self, array: np.ndarray) -> tuple[int, int]:
+        """Offsets in the file of the first byte of a view and of the one after its last."""
+        origin = np.frombuffer(self, np.uint8).__array_interface__["data"][0]
+        low, high = np.lib.array_utils.byte_bounds(array)
+        return low - origin, high - origin
+
+
+def mapping(array: np.ndarray) -> MappedBytes | None:
     """The mapped file that an array is a view of."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
     base = base.obj if isinstance(base, memoryview) else base
-    return base if isinstance(base, mmap.mmap) else None
+    return base if isinstance(base, MappedBytes) else None
+
+
+def fetched(chunk: np.ndarray) -> np.ndarray:
+    """A chunk as `words` in one piece, valid until this thread fetches the next one.
+
+    What lies in a file as it is asked for is read; copying it through mapped pages takes the processor twice as long.
+    """
+    mapped = mapping(chunk)
+    if mapped is None or not chunk.flags.c_contiguous:
+        copy = np.ascontiguousarray(words(chunk))
+        release(chunk)
+        return copy
+    if not hasattr(_thread, "room"):
+        _thread.room = np.empty(CHUNK, np.uint8)
+    part, (place, end) = _thread.room[: chunk.nbytes], mapped.place(chunk)
+    while place < end:
+        got = os.preadv(mapped.descriptor, [part[chunk.nbytes - (end - place) :].data], place)
+        if not got:
+            raise OSError(errno.EIO, "a file that is being read has become shorter")
+        place += got
+    return words(part.view(chunk.dtype))
+
+
+_thread = threading.local()
 
 
 def release(*arrays: np.ndarray) -> None:
@@ -205,8 +257,7 @@ def release(*arrays: np.ndarray) -> None:
     for array in arrays:
         mapped = mapping(array)
         if mapped is not None and array.size:
-            origin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
-            low, high = (place - origin for place in np.lib.array_utils.byte_bounds(array))
+            low, high = mapped.place(array)
             start = low // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, start, high - start)
 

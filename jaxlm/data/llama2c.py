@@ -22,6 +22,7 @@ from jaxlm.errors import UserError
 
 SPACE = "\u2581"
 SPECIALS = ("<unk>", "<s>", "</s>")
+BOS = SPECIALS.index("<s>")
 _STORED = (b"<unk>", b"\n<s>\n", b"\n</s>\n")
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 FIRST = len(SPECIALS) + len(_BYTES)

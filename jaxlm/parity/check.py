@@ -302,7 +302,7 @@ def _who(subject: Subject, second: Subject, names: Sequence[str]) -> str:
 def _open(model: str | Path | Model) -> Subject:
     if isinstance(model, Model):
         return Subject(f"{model.kind} in memory", model.config, model.params, model.tokenizer_path, None)
-    path = Path(model) if Path(model).is_dir() else registry.find(model)
+    path = Path(model) if Path(model).exists() else registry.find(model)
     if path.suffix == ".toml":
         settings = config_file.load(path)
         if not settings.model.vocab_size:

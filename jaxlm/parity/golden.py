@@ -37,7 +37,7 @@ from jaxlm.parity.inputs import Inputs, make_inputs
 from jaxlm.parity.report import Report, describe, versions
 from jaxlm.parity.sketch import Sketch, relative_distance, sketch
 from jaxlm.parity.tolerances import FLOAT64, FLOORS, RATIO, ZERO_GRADIENT
-from jaxlm.parity.trace import DTYPES, Arrays, JaxSide, Side, Trace, settings_of, without_remat
+from jaxlm.parity.trace import DTYPES, STEPS, Arrays, JaxSide, Side, Trace, settings_of, without_remat
 
 STORED = "stored"
 """The dtype, in a report, of what is not computed."""
@@ -238,14 +238,12 @@ def _in_order(trace: Trace, model: config.Model) -> Trace:
     place = {name: number for number, name in enumerate(_modules(model))}
     forward = trace.levels["forward"]
     names = sorted(forward, key=lambda name: place.get(name, len(place)))
-    levels = {"forward": {name: forward[name] for name in names}}
-    for level, arrays in trace.levels.items():
-        if level == "loss":
-            levels[level] = arrays
-        elif level != "forward":  # gradients flow from the last module to the first
-            backwards = level == "gradients"
-            key = lambda name: place.get(name.rpartition(".")[0], len(place))  # noqa: E731
-            levels[level] = {name: arrays[name] for name in sorted(arrays, key=key, reverse=backwards)}
+    levels = {"forward": {name: forward[name] for name in names}, "loss": trace.levels["loss"]}
+    key = lambda name: place.get(name.rpartition(".")[0], len(place))  # noqa: E731
+    for level in ("gradients", *(f"update {steps}" for steps in STEPS)):
+        backwards = level == "gradients"  # which flow from the last module to the first
+        arrays = trace.levels[level]
+        levels[level] = {name: arrays[name] for name in sorted(arrays, key=key, reverse=backwards)}
     return dataclasses.replace(trace, levels=levels)
 
 
@@ -306,7 +304,7 @@ def _compare_weights(then: Mapping[str, tuple[str, Sketch]], now: Arrays) -> Ite
             continue
         digest, before = then[name]
         same = _digest(now[name]) == digest
-        # half the smallest number that is not 0, where the change is too small for the estimate
+        # the smallest number that is not 0, where a change is too small for the estimate
         error = 0.0 if same else max(relative_distance(before, sketch(now[name])), 2.0**-1074)
         yield Finding(STORED, "weights", name, error, 0.0)
 

@@ -4,7 +4,7 @@ The entries of the projection matrix S are independent, of mean 0 and variance V
 |d|^2 whatever d is: from S x then and S x now, the length of the difference x now - x then is estimated without x then
 (Johnson & Lindenstrauss 1984; Achlioptas 2003 for entries that are no Gaussians). The square of estimate by truth is
 distributed like chi-square with K degrees of freedom over K: with 16 it lies between 0.25 and 2.5 in 998 of 1000 cases.
-So against a bound of 1e-10 an error of 1e-9 goes unseen with probability 4e-14, one of 3e-10 with 3e-6; and what
+So against a bound of 1e-10 an error of 1e-9 goes unseen with probability 4e-14, one of 3e-10 with 4e-6; and what
 rounding leaves, 1e-14, is never taken for 1e-10.
 
 An entry is the number of ones among 8 random bits, less 4: an integer, the same on any machine and with any version of

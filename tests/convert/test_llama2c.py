@@ -142,7 +142,7 @@ def test_our_models_as_llama2c(
     make_model: Callable, make_params: Callable, tmp_path: Path, dtype: str, options: dict
 ) -> None:
     """Pairs (i, i + H/2) become (2i, 2i + 1), so that a second way there changes nothing more."""
-    cfg = make_model(**options)
+    cfg = make_model(d_model=24, **options)  # of heads of 4, the turn is its own inverse
     params = make_params(cfg, dtype)
     _torch_folder(tmp_path / "torch", cfg, params)
     convert(tmp_path / "torch", tmp_path / "bin", "llama2c")
@@ -292,6 +292,11 @@ def test_the_tokenizer_beside_it(write: Callable, rng: np.random.Generator, tmp_
     assert load(tmp_path / "torch").config.tokenizer == config.Tokenizer(kind="file", path="tokenizer.json")
     convert(tmp_path / "torch", tmp_path / "back", "llama2c")
     assert (tmp_path / "back" / "tokenizer.bin").read_bytes() == content
+
+    inner = json.loads((tmp_path / "torch" / "tokenizer.json").read_text())
+    (tmp_path / "bare.json").write_text(json.dumps({**inner, "post_processor": None}))
+    with pytest.raises(UserError, match=r"bare.json: no <s> stands before a text"):
+        convert(path, tmp_path / "no", "llama2c", tokenizer=tmp_path / "bare.json")
 
     vocabulary("other.bin", 270)
     convert(path, tmp_path / "llama", "llama", tokenizer=tmp_path / "other.bin")
