@@ -33,7 +33,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     ),
     "eps": ("mistral", {"rms_norm_eps": 1e-8}, None, "^norm_eps is 1e-08 instead"),
     "GELU": ("gpt2", {"activation_function": "gelu"}, None, "erf form of GELU instead of the tanh"),
-    "top-k": ("mixtral", {"num_experts_per_tok": 1}, None, "^top_k is 1 instead of 2"),
+    "top-k": ("mixtral", {"num_experts_per_tok": 2}, None, "^top_k is 2 instead of 1"),
     "transposed": (
         "llama",
         {},
