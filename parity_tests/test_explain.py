@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 from jaxlm import config
 from jaxlm.parity.explain import Explanation, explain
-from jaxlm.parity.hugging_face import HuggingFaceSide
 from jaxlm.parity.inputs import Inputs, make_inputs, packed, random_params
 from jaxlm.parity.mirror import TorchSide
 from jaxlm.parity.trace import Arrays, JaxSide
-from parity_tests import families, families_moe, pairs
-from parity_tests.families import Example, exported
+from parity_tests import pairs
 from torch_ref.models import attention as attention_module
 from torch_ref.ops import attention, ffn, norm, router, ssm
 
@@ -434,57 +429,6 @@ def test_zeroed_tensors_are_named_though_they_are_stored() -> None:
                 self.all = x
 
         check(explained(name, patch=Without), words)
-
-
-# Faults in folders of Hugging Face, computed by transformers
-
-
-def example(family: str) -> Example:
-    return next(one for one in (*families.EXAMPLES, *families_moe.EXAMPLES) if one.family == family)
-
-
-FOLDERS: dict[str, tuple[str, dict[str, Any], Any, str]] = {
-    "theta": (
-        "llama",
-        {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e6},
-        None,
-        "^rope_theta is 1e\\+06 instead",
-    ),
-    "eps": ("mistral", {"rms_norm_eps": 1e-8}, None, "^norm_eps is 1e-08 instead"),
-    "GELU": ("gpt2", {"activation_function": "gelu"}, None, "erf form of GELU instead of the tanh"),
-    "top-k": ("mixtral", {"num_experts_per_tok": 1}, None, "^top_k is 1 instead of 2"),
-    "transposed": (
-        "llama",
-        {},
-        lambda name, x: x.T if name.endswith("q_proj.weight") and x.shape[0] == x.shape[1] else x,
-        r"^mixer\.q_proj\.weight .*: transposed$",
-    ),
-    "interleaved": (
-        "qwen2",
-        {},
-        lambda name, x: interleaved(x, example("qwen2").model.head_dim) if re.search("[qk]_proj", name) else x,
-        "in the order of interleaved .* rotary pairs$",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_fault_in_a_public_folder_is_named(name: str, tmp_path: Path) -> None:
-    family, keys, change, words = FOLDERS[name]
-    one = example(family)
-    folder = exported(one, tmp_path)
-    said = json.loads((folder / "config.json").read_text())
-    for key, value in keys.items():
-        said[key] = {**(said.get(key) or {}), **value} if isinstance(value, dict) else value
-    (folder / "config.json").write_text(json.dumps(said))
-    (folder / "manifest.json").unlink()
-    stored = load_file(folder / "model.safetensors")
-    if change:
-        stored = {key: np.ascontiguousarray(change(key, x)) for key, x in stored.items()}
-        save_file(stored, folder / "model.safetensors")
-    sound = config.Config(model=one.model)
-    ours, theirs = TorchSide.of(sound, families.values(one)), HuggingFaceSide(sound, folder)
-    check(explain(ours, theirs, sound, None, inputs_of(one.model)), words)
 
 
 # Two faults, unknown faults, no fault

@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from jaxlm import config
 from jaxlm.architecture import parse_block
 from jaxlm.parity import patches
+from jaxlm.parity.culprits_ffn import activation, experts, mamba
+from jaxlm.parity.tries import Try, attends, mixes, patching, rotates, said, values, zeroed
 from jaxlm.parity.variant import Variant, blocks_with, rendered
-
-Try = tuple[str, Callable[[], Variant]]
-"""What the other implementation does, and the variant; making it raises ValueError where the config refuses it."""
 
 
 class Culprit(NamedTuple):
@@ -56,7 +53,7 @@ def explain_config(theirs: config.Model) -> Culprit:
                     {key: x for key, x in dataclasses.asdict(a).items() if x != getattr(b, key)}  # pyright: ignore
                     for a, b in ((ours, other), (other, ours))
                 )
-            what = f"{field.name} is {_said(other)} instead of {_said(ours)}, as its config says"
+            what = f"{field.name} is {said(other)} instead of {said(ours)}, as its config says"
             unlike.append((field.name, getattr(theirs, field.name)))
             yield what, functools.partial(_replaced, v, dict(unlike[-1:]))
         if len(unlike) > 1:
@@ -74,48 +71,11 @@ def _replaced(v: Variant, options: dict[str, Any]) -> Variant:
     return dataclasses.replace(v, model=dataclasses.replace(v.model, **options))
 
 
-def _said(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _values(v: Variant, key: str, values: tuple[Any, ...], section: str = "") -> Iterator[Try]:
-    """The other values of an option, in all blocks."""
-    ours = getattr(getattr(v.model, section) if section else v.model, key)
-    for value in values:
-        if value != ours:
-            name = f"{section}.{key}" if section else key
-            what = f"{name} is {_said(value)} instead of {_said(ours)}"
-            yield what, functools.partial(v.with_options, section, **{key: value})
-
-
-def _zeroed(v: Variant, what: str, *endings: str, fill: float = 0.0) -> Iterator[Try]:
-    """The tensors whose names end so are left out of the computation."""
-    if any(name.endswith(endings) and np.any(tensor != fill) for name, tensor in v.tensors.items()):
-        change = lambda name, x: np.full(x.shape, fill) if name.endswith(endings) else None  # noqa: E731
-        yield what, lambda: v.with_tensors(change)
-
-
-def _patch(v: Variant, what: str, *wrong: patches.Patch) -> Try:
-    return what, lambda: v.with_patch(*wrong)
-
-
-def _rotates(v: Variant) -> bool:
-    return any(block.positions == "rope" for block in blocks_with(v.model, "attention"))
-
-
-def _attends(v: Variant) -> bool:
-    return any(True for _ in blocks_with(v.model, "attention"))
-
-
-def _mixes(v: Variant, *mixers: str) -> bool:
-    return any(True for mixer in mixers for _ in blocks_with(v.model, mixer))
-
-
 # Rotary positions
 
 
 def rope_layout(v: Variant) -> Iterator[Try]:
-    if _rotates(v):
+    if rotates(v):
         other = "interleaved" if v.model.rope_layout == "half" else "half"
         pairs = {"half": "(i, i + H/2)", "interleaved": "(2i, 2i + 1)"}
         what = f"rotary pairs are {pairs[other]} instead of {pairs[v.model.rope_layout]} (rope_layout = {other!r})"
@@ -123,16 +83,16 @@ def rope_layout(v: Variant) -> Iterator[Try]:
 
 
 def rope_theta(v: Variant) -> Iterator[Try]:
-    if _rotates(v):
-        yield from _values(v, "rope_theta", THETAS)
+    if rotates(v):
+        yield from values(v, "rope_theta", THETAS)
         own = {rope.theta for rope in v.model.ropes}
         if len(own) > 1:
             for theta in own - {v.model.rope_theta, *THETAS}:
-                yield from _values(v, "rope_theta", (theta,))
+                yield from values(v, "rope_theta", (theta,))
 
 
 def rope_scaling(v: Variant) -> Iterator[Try]:
-    if not _rotates(v):
+    if not rotates(v):
         return
     ours = v.model.resolved_scaling
     make = lambda options: lambda: v.with_options(rope_scaling=config.RopeScaling(**options))  # noqa: E731
@@ -144,7 +104,7 @@ def rope_scaling(v: Variant) -> Iterator[Try]:
     yield f"rope_scaling is missing: frequencies are not scaled by {ours.kind}", make({})
     if ours.kind == "yarn":
         yield "the attention temperature of YaRN is missing", make({**own, "attention_factor": 1.0})
-        without = f"truncate = {_said(not ours.truncate)}"
+        without = f"truncate = {said(not ours.truncate)}"
         yield f"the ends of YaRN's ramp are rounded otherwise: {without}", make({**own, "truncate": not ours.truncate})
     for kind in ("linear", "ntk", "llama3", "yarn"):
         if kind != ours.kind:
@@ -152,7 +112,7 @@ def rope_scaling(v: Variant) -> Iterator[Try]:
     plain = config.RopeScaling()
     for key in ("low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast", "attention_factor"):
         if own[key] != getattr(plain, key):
-            what = f"rope_scaling.{key} is the usual {_said(getattr(plain, key))} instead of {_said(own[key])}"
+            what = f"rope_scaling.{key} is the usual {said(getattr(plain, key))} instead of {said(own[key])}"
             yield what, make({**own, key: getattr(plain, key)})
     for factor in (2.0, 4.0, 8.0, 16.0, 32.0):
         if factor != ours.factor:
@@ -160,20 +120,20 @@ def rope_scaling(v: Variant) -> Iterator[Try]:
 
 
 def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{key} = {_said(value)}" for key, value in options.items())
+    return ", ".join(f"{key} = {said(value)}" for key, value in options.items())
 
 
 def rope_part(v: Variant) -> Iterator[Try]:
-    if not _rotates(v):
+    if not rotates(v):
         return
     yield "queries and keys are not rotated", lambda: v.with_options(positions="none")
-    yield _patch(v, "the rotation goes in the other direction", patches.other_direction)
-    yield from _values(v, "rotary_fraction", ROTARY_FRACTIONS)
+    yield patching(v, "the rotation goes in the other direction", patches.other_direction)
+    yield from values(v, "rotary_fraction", ROTARY_FRACTIONS)
     for dtype in ("float32", "bfloat16"):
-        yield _patch(v, f"rotary frequencies are rounded to {dtype}", patches.frequencies_in(dtype))
-        yield _patch(v, f"rotary angles are computed in {dtype}", patches.tables_in(dtype))
+        yield patching(v, f"rotary frequencies are rounded to {dtype}", patches.frequencies_in(dtype))
+        yield patching(v, f"rotary angles are computed in {dtype}", patches.tables_in(dtype))
         both = patches.frequencies_in(dtype), patches.tables_in(dtype)
-        yield _patch(v, f"rotary frequencies and angles are computed in {dtype}", *both)
+        yield patching(v, f"rotary frequencies and angles are computed in {dtype}", *both)
 
 
 # Positions and documents
@@ -191,7 +151,7 @@ def positions(v: Variant) -> Iterator[Try]:
     counted = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     yield "positions do not restart at each document, padding not counted", lambda: v.with_rows(positions=counted)
     if v.model.positions == "learned":
-        yield from _zeroed(v, "learned positions are not added", "position_embed.weight")
+        yield from zeroed(v, "learned positions are not added", "position_embed.weight")
 
 
 def _running(places: np.ndarray) -> np.ndarray:
@@ -206,29 +166,29 @@ def documents(v: Variant) -> Iterator[Try]:
         indexed = lambda: joined().with_patch(patches.documents_joined)  # noqa: E731
         yield "the document mask is missing, and order is that of the row", indexed
         yield "the document mask is missing, and positions do not restart", lambda: joined(positions=_running(places))
-        if _attends(v):
-            yield _patch(v, "the document mask is missing in attention", patches.documents_joined)
-        if _mixes(v, "mamba", "mamba2"):
+        if attends(v):
+            yield patching(v, "the document mask is missing in attention", patches.documents_joined)
+        if mixes(v, "mamba", "mamba2"):
             crossing = patches.state_goes_on, patches.convolution_goes_on
-            yield _patch(v, "state and convolution of Mamba run on into the next document", *crossing)
-            yield _patch(v, "the state of Mamba runs on into the next document", crossing[0])
-            yield _patch(v, "the convolution of Mamba reads the document before", crossing[1])
+            yield patching(v, "state and convolution of Mamba run on into the next document", *crossing)
+            yield patching(v, "the state of Mamba runs on into the next document", crossing[0])
+            yield patching(v, "the convolution of Mamba reads the document before", crossing[1])
     if not one.all():
         ones = np.ones_like(one)
         what = "neither padding nor documents are masked: a row is one text"
         yield what, lambda: v.with_rows(segments=ones, positions=_running(places))
         yield "padding is not masked", lambda: v.with_rows(segments=np.where(one, v.rows["segments"], 1))
-    if _attends(v):
-        yield _patch(v, "the causal mask is missing", patches.no_causal_mask)
+    if attends(v):
+        yield patching(v, "the causal mask is missing", patches.no_causal_mask)
 
 
 # Norms
 
 
 def eps(v: Variant) -> Iterator[Try]:
-    yield from _values(v, "norm_eps", EPSILONS)
+    yield from values(v, "norm_eps", EPSILONS)
     outside = patches.rms_eps_outside, patches.layer_eps_outside
-    yield _patch(v, "eps is added to the root instead of under it", *outside)
+    yield patching(v, "eps is added to the root instead of under it", *outside)
 
 
 def norm_scale(v: Variant) -> Iterator[Try]:
@@ -238,7 +198,7 @@ def norm_scale(v: Variant) -> Iterator[Try]:
             if not left or any(name.endswith(left) for name in v.tensors):
                 change = functools.partial(_plus, add, left)
                 yield what + where, lambda change=change: v.with_tensors(change)
-    yield from _zeroed(v, "the scales of norms are left out", "norm.weight", fill=1.0)
+    yield from zeroed(v, "the scales of norms are left out", "norm.weight", fill=1.0)
 
 
 def _plus(add: float, left: tuple[str, ...], name: str, x: np.ndarray) -> np.ndarray | None:
@@ -247,14 +207,14 @@ def _plus(add: float, left: tuple[str, ...], name: str, x: np.ndarray) -> np.nda
 
 def norm_kind(v: Variant) -> Iterator[Try]:
     if v.model.norm == "layernorm":
-        yield _patch(v, "LayerNorm does not subtract the mean: it is RMSNorm", patches.not_centred)
+        yield patching(v, "LayerNorm does not subtract the mean: it is RMSNorm", patches.not_centred)
         yield "LayerNorm is RMSNorm without mean and bias", lambda: v.with_options(norm="rmsnorm")
-        yield _patch(v, "the variance of LayerNorm is divided by D - 1 instead of D", patches.unbiased)
-        yield from _zeroed(v, "the biases of LayerNorm are left out", "norm.bias")
+        yield patching(v, "the variance of LayerNorm is divided by D - 1 instead of D", patches.unbiased)
+        yield from zeroed(v, "the biases of LayerNorm are left out", "norm.bias")
     else:
         yield "RMSNorm subtracts the mean: it is LayerNorm", lambda: v.with_options(norm="layernorm")
     other = "post" if v.model.norm_position == "pre" else "pre"
-    yield from _values(v, "norm_position", (other,))
+    yield from values(v, "norm_position", (other,))
     if v.model.final_norm:
         yield "the final norm is missing", lambda: v.with_options(final_norm=False)
 
@@ -339,26 +299,26 @@ def scale(v: Variant) -> Iterator[Try]:
     if block is None:
         return
     h, wide = block.head_dim, v.model.d_model / block.n_heads
-    yield _patch(v, "attention scores are not divided by sqrt(H)", patches.scaled_scores(h**0.5))
-    yield _patch(v, "attention scores are divided by sqrt(H) twice", patches.scaled_scores(h**-0.5))
-    yield _patch(
+    yield patching(v, "attention scores are not divided by sqrt(H)", patches.scaled_scores(h**0.5))
+    yield patching(v, "attention scores are divided by sqrt(H) twice", patches.scaled_scores(h**-0.5))
+    yield patching(
         v,
         "attention scores are divided by sqrt(D) instead of sqrt(H)",
         patches.scaled_scores((h / v.model.d_model) ** 0.5),
     )
     if wide != h:
         what = "attention scores are divided by sqrt(D / N) instead of sqrt(H)"
-        yield _patch(v, what, patches.scaled_scores((h / wide) ** 0.5))
+        yield patching(v, what, patches.scaled_scores((h / wide) ** 0.5))
 
 
 def heads(v: Variant) -> Iterator[Try]:
     blocks = list(blocks_with(v.model, "attention"))
     if any(1 < block.n_kv_heads < block.n_heads for block in blocks):
-        yield _patch(v, "query n reads kv head n mod K instead of n K / N: kv heads are tiled", patches.tiled_heads)
+        yield patching(v, "query n reads kv head n mod K instead of n K / N: kv heads are tiled", patches.tiled_heads)
     if any(block.qk_norm for block in blocks):
         yield "QK-norm is missing", lambda: v.with_options(qk_norm=False)
-        if _rotates(v):
-            yield _patch(v, "QK-norm comes after the rotation", patches.norm_after_rotation)
+        if rotates(v):
+            yield patching(v, "QK-norm comes after the rotation", patches.norm_after_rotation)
     elif blocks:
         yield "queries and keys are normalised", lambda: v.with_options(qk_norm=True)
 
@@ -374,113 +334,7 @@ def biases(v: Variant) -> Iterator[Try]:
         "of Mamba's projections": ("in_proj.bias", "out_proj.bias"),
     }
     for where, endings in names.items():
-        yield from _zeroed(v, f"the biases {where} are left out", *endings)
-
-
-# Feed-forwards
-
-
-ACTIVATIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "gelu": ("the erf form of GELU", functools.partial(F.gelu, approximate="none")),
-    "gelu_tanh": ("the tanh approximation of GELU", functools.partial(F.gelu, approximate="tanh")),
-    "quick": ("x sigmoid(1.702 x), quick GELU", patches.quick_gelu),
-    "silu": ("SiLU", F.silu),
-    "relu": ("ReLU", F.relu),
-    "relu2": ("squared ReLU", lambda x: F.relu(x) ** 2),
-}
-
-
-def activation(v: Variant) -> Iterator[Try]:
-    blocks = [*blocks_with(v.model, ffn="mlp"), *blocks_with(v.model, ffn="moe")]
-    for ours in dict.fromkeys(block.activation for block in blocks):
-        if ours in ACTIVATIONS:
-            for name, (what, function) in ACTIVATIONS.items():
-                if name != ours:
-                    told = f"the activation is {what} instead of {ACTIVATIONS[ours][0]}"
-                    yield _patch(v, told, patches.activation(function))
-            continue
-        yield _patch(v, "gate and up are swapped: the activation is that of up", patches.gate_is_up)
-        for name, (what, function) in ACTIVATIONS.items():
-            if (name, ours) != ("silu", "swiglu"):
-                yield _patch(v, f"the gate passes {what} instead of {ours}", patches.gate(function))
-        if ours == "swiglu_clamped":
-            yield _patch(v, "the clamped SwiGLU multiplies by up instead of (up + 1)", patches.clamped(plus=0.0))
-            yield _patch(v, "the clamped SwiGLU has sigmoid(x) instead of sigmoid(1.702 x)", patches.clamped(alpha=1.0))
-            unbounded = patches.clamped(limit=torch.inf)
-            yield _patch(v, "gate and up of the clamped SwiGLU are not clamped", unbounded)
-        else:
-            yield _patch(v, "SwiGLU is the clamped form of gpt-oss", patches.clamped())
-
-
-def experts(v: Variant) -> Iterator[Try]:
-    if not v.model.moes:
-        return
-    moe, set_to = v.model.moes[0], functools.partial(v.with_options, "moe")
-    if moe.renormalize:
-        what = "the weights of the chosen experts are not renormalised: softmax before top-k"
-        yield what, lambda: set_to(renormalize=False)
-    else:
-        what = "the weights of the chosen experts are renormalised: softmax after top-k"
-        yield what, lambda: set_to(renormalize=True)
-    router = "sigmoid" if moe.router == "softmax" else "softmax"
-    yield f"the router's scores are a {router} instead of a {moe.router}", lambda: set_to(router=router)
-    other = f"the router's scores are a {router}, {'not ' if moe.renormalize else ''}renormalised"
-    yield other, lambda: set_to(router=router, renormalize=not moe.renormalize)
-    for top_k in (moe.top_k - 1, moe.top_k + 1):
-        yield f"top_k is {top_k} instead of {moe.top_k}", lambda k=top_k: set_to(top_k=k)
-    for factor in {1.0, 2.5} - {moe.route_scale}:
-        yield f"route_scale is {factor:g} instead of {moe.route_scale:g}", lambda s=factor: set_to(route_scale=s)
-    if moe.n_groups > 1:
-        yield "experts are chosen among all groups", lambda: set_to(n_groups=1, top_groups=1)
-    if moe.capacity_factor:
-        yield "no token is dropped", lambda: set_to(capacity_factor=0.0)
-    if moe.selection_bias:
-        yield _patch(v, "the selection bias is part of the weights", patches.bias_in_weights)
-        yield from _zeroed(v, "the selection bias is left out", "selection_bias")
-    if "experts" in v.model.biases:
-        yield _patch(v, "the experts' output bias is not weighted", patches.bias_not_weighted)
-        yield from _zeroed(
-            v, "the experts' biases are left out", *(f"experts.{n}_proj.bias" for n in ("gate", "up", "down"))
-        )
-    yield from _zeroed(v, "the shared experts are missing", "shared.down_proj.weight", "shared.down_proj.bias")
-
-
-# State spaces
-
-
-def mamba(v: Variant) -> Iterator[Try]:
-    if not _mixes(v, "mamba", "mamba2"):
-        return
-    yield from _zeroed(v, "the skip D u of the scan is missing", "mixer.D")
-    yield from _zeroed(v, "the bias of the step size is missing", "dt_proj.bias", "dt_bias")
-    twice = lambda name, x: 2 * np.asarray(x, np.float64) if name.endswith(("mixer.dt_proj.bias", "dt_bias")) else None  # noqa: E731
-    yield "the bias of the step size is added twice", lambda: v.with_tensors(twice)
-    yield _patch(v, "softplus is applied twice to the step size", patches.softplus_twice)
-    yield _patch(v, "the step size has no softplus", patches.step_size(lambda x: x))
-    yield _patch(v, "the step size is exp(x) instead of softplus(x)", patches.step_size(torch.exp))
-    flip = lambda name, x: x[:, ::-1].copy() if name.endswith("conv.weight") else None  # noqa: E731
-    yield "the taps of the convolution are reversed", lambda: v.with_tensors(flip)
-    yield _patch(v, "there is no SiLU after the convolution", patches.no_activation_after_convolution)
-    swap = lambda name, x: np.roll(x, len(x) // 2, 0) if name.endswith(("in_proj.weight", "in_proj.bias")) else None  # noqa: E731
-    yield "in_proj is split in another order: input and gate are swapped", lambda: v.with_tensors(swap)
-    yield "B and C are swapped", lambda: v.with_tensors(functools.partial(_swapped_bc, v.model))
-    if any(block.mamba.inner_norms for block in blocks_with(v.model, "mamba")):
-        yield "the norms of step size, B and C are missing", lambda: v.with_options("mamba", inner_norms=False)
-    if _mixes(v, "mamba2"):
-        yield _patch(v, "the gate comes after the norm: norm(x) silu(z)", patches.norm_before_gate)
-        if any(block.mamba.n_groups > 1 for block in blocks_with(v.model, "mamba2")):
-            yield _patch(v, "the gated norm is over all groups together", patches.one_norm_group)
-
-
-def _swapped_bc(model: config.Model, name: str, x: np.ndarray) -> np.ndarray | None:
-    """B and C are halves of `bc_proj` and `bc_conv` in Mamba-2, and the last 2 P rows of `x_proj` in Mamba."""
-    if ".bc_proj." in name or ".bc_conv." in name:
-        return np.roll(x, len(x) // 2, 0)
-    if name.endswith("mixer.x_proj.weight"):
-        layer = int(name.split(".")[1])
-        p = model.halves(model.pattern[layer % len(model.pattern)]).mixer.mamba.d_state
-        return np.concatenate([x[: -2 * p], x[-p:], x[-2 * p : -p]])
-    return None
+        yield from zeroed(v, f"the biases {where} are left out", *endings)
 
 
 # Precision

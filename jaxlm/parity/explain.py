@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config
-from jaxlm.parity.culprits import CULPRITS, Culprit, Try, explain_config
+from jaxlm.parity.culprits import CULPRITS, Culprit, explain_config
 from jaxlm.parity.inputs import Inputs, packed
 from jaxlm.parity.patches import rounded
 from jaxlm.parity.recognise import Recognised, recognise
 from jaxlm.parity.tolerances import FLOAT64
 from jaxlm.parity.trace import Arrays, Side, settings_of
+from jaxlm.parity.tries import Try
 from jaxlm.parity.variant import Variant, agrees, attempt, distance
 
 ROW = 96

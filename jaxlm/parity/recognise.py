@@ -156,7 +156,7 @@ def _exchanged(sources: Mapping[str, str]) -> Iterator[Recognised]:
 
 def _returned(parts: Mapping[tuple[str, str], list[str]], key: tuple[str, str]) -> bool:
     """Whether the other tensor holds this one, in the same layers."""
-    layers = [{_split(name)[0] for name in parts.get(one, [])} for one in (key, key[::-1])]
+    layers = [{_split(name)[0] for name in parts.get(one, [])} for one in (key, (key[1], key[0]))]
     return layers[0] == layers[1]
 
 

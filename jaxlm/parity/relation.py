@@ -12,8 +12,6 @@ import numpy as np
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 FLOAT32 = 2**-23
 """What one operation in float32 may leave: a scale or a shift was seldom made in float64."""
-ONCE = 1e-3
-"""A tensor that is this near to another up to scale is called scaled only if the rest is rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
