@@ -15,7 +15,8 @@ from scipy import stats
 
 from jaxlm import config
 from jaxlm.convert import native
-from jaxlm.convert.canonical import canonical, leaves
+from jaxlm.convert.canonical import canonical
+from jaxlm.convert.rows import Parameters
 from jaxlm.models import decoder as jax_decoder
 from jaxlm.models import heads as jax_heads
 from torch_ref.models import decoder as torch_decoder
@@ -101,7 +102,7 @@ def draws(cfg: config.Model) -> Draws:
     """A random model in both frameworks: by parameter without its layer, the values of each layer."""
     ours = dict(canonical(jax_decoder.init_params(jax_decoder.Decoder(cfg), jax.random.key(7)), cfg))
     state = torch_decoder.init_params(torch_decoder.Decoder(cfg), 7).state_dict()
-    theirs = {row.ours: row.back(state[row.theirs].numpy(), leaves(cfg)[row.ours]) for row in native.rows(cfg)}
+    theirs = Parameters({name: tensor.numpy() for name, tensor in state.items()}, cfg, native.rows(cfg))
     found: Draws = {}
     for name in ours:
         slot = int(name.split(".")[1]) % len(cfg.pattern) if name.startswith("layers.") else 0
