@@ -15,7 +15,7 @@ from scipy import stats
 
 from jaxlm import config
 from jaxlm.convert import native
-from jaxlm.convert.canonical import canonical
+from jaxlm.convert.canonical import canonical, leaves
 from jaxlm.convert.rows import Parameters
 from jaxlm.models import decoder as jax_decoder
 from jaxlm.models import heads as jax_heads
