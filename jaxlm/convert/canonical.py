@@ -55,7 +55,7 @@ def leaves(cfg: config.Model) -> Mapping[str, Leaf]:
     return single | layers
 
 
-class Tree(Mapping[str, np.ndarray]):
+class Tree(Mapping[str, Any]):
     """The parameters of a live tree by canonical names, on the host, scanned layers unstacked one at a time."""
 
     def __init__(self, flat: Mapping[tuple[str, ...], Any], cfg: config.Model) -> None:
