@@ -38,7 +38,7 @@ class Check:
 def same(name: str, records: Sequence[Record]) -> Check:
     """Every key of the records has one value in all processes; those that differ from the most frequent are named."""
     differing = []
-    for key in records[0] | {key: None for record in records for key in record}:
+    for key in dict.fromkeys(key for record in records for key in record):
         values = [str(record.get(key)) for record in records]
         usual = collections.Counter(values).most_common(1)[0][0]
         odd = [f"process {index} has {value}" for index, value in enumerate(values) if value != usual]
@@ -63,8 +63,8 @@ def devices(records: Sequence[Record], expected: int) -> Check:
 def storage(folder: str, records: Sequence[Record], needed: int) -> Check:
     """Every process has written, and has read what process 0 wrote, and process 0 what they wrote; there is room.
 
-    A record: `error` (why writing failed, or ""), `read` (whether process 0's file was there), `seen` (by process 0: the
-    processes whose files were there), `free` (bytes).
+    A record: `error` (why writing failed, or ""), `read` (whether process 0's file was there), `seen` (by process 0:
+    the processes whose files were there), `free` (bytes).
     """
     wrong = [
         f"process {index} cannot write: {record['error']}" for index, record in enumerate(records) if record["error"]

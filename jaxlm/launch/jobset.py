@@ -25,6 +25,9 @@ TPUS = {
 """GKE's name of a TPU, the dimensions of its torus, and the chips of one host of a slice of many hosts."""
 PORT = 8476
 USERS_MISTAKE = 2
+SPOT = "cloud.google.com/gke-spot"
+PODS_COME_IN = "distributed.init_timeout=1800"
+"""Machines may be made for the pods, one after another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,8 @@ def jobset(job: Job, asked: Kubernetes) -> str:
         raise UserError(f"--claim {asked.claim} is to be mounted, but not where", "give --storage /mnt/run")
     pods, limits, selector, devices = _machines(asked)
     job = dataclasses.replace(job, devices=job.devices or devices)
+    if not any(one.startswith("distributed.init_timeout=") for one in job.overrides):
+        job = dataclasses.replace(job, overrides=(*job.overrides, PODS_COME_IN))
     annotations = {}
     if asked.topology:
         annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
@@ -127,9 +132,10 @@ def _pod(job: Job, asked: Kubernetes, pods: int, limits: dict[str, int], selecto
     if not asked.topology:
         pod["securityContext"] = {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000}
     if asked.spot:
-        selector = selector | {"cloud.google.com/gke-spot": "true"}
-    if limits:
-        pod["tolerations"] = [{"operator": "Exists", "effect": "NoSchedule"}]
+        selector = selector | {SPOT: "true"}
+    taints = [*limits, *([SPOT] if asked.spot else [])]
+    if taints:  # nodes with accelerators turn other pods away
+        pod["tolerations"] = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in taints]
     return pod | ({"nodeSelector": selector} if selector else {})
 
 
@@ -154,9 +160,8 @@ def _machines(asked: Kubernetes) -> tuple[int, dict[str, int], dict[str, str], i
         raise UserError(f"--topology {asked.topology}: unknown TPU {kind!r}", did_you_mean(kind, TPUS))
     accelerator, dimensions, of_host = TPUS[kind]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", shape):
-        raise UserError(
-            f"--topology {asked.topology}: {kind} has {dimensions} dimensions, as {kind}:{'4' + 'x4' * (dimensions - 1)}"
-        )
+        example = "x".join("4" * dimensions)
+        raise UserError(f"--topology {asked.topology} is not of the form {kind}:{example}")
     chips = math.prod(map(int, shape.split("x")))
     of_host = chips if chips < of_host else of_host
     if chips % of_host:

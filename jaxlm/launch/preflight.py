@@ -194,7 +194,7 @@ def _reads(path: Path, word: str, patience: float = 10.0) -> bool:
 
 
 def reduce_all(devices: Sequence[Any], megabytes: Sequence[int] | None = None) -> tuple[list[dict[str, float]], bool]:
-    """Time an all-reduce over `devices`, in float32; returns a row for each size, and whether this process saw the sums.
+    """Time an all-reduce over `devices`, in float32: a row for each size, and whether this process has the right sums.
 
     Bandwidth is bytes that cross each link, 2 (n - 1) / n of the size, by the best time of a few.
     """
@@ -206,10 +206,7 @@ def reduce_all(devices: Sequence[Any], megabytes: Sequence[int] | None = None) -
     reduce = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=whole)
     rows, right = [], True
     for size in megabytes or MEGABYTES.get(devices[0].platform, ALL_MEGABYTES):
-        shape = (count, size * 250_000)
-        x = jax.make_array_from_callback(
-            shape, split, lambda index: np.full((1, shape[1]), 1 + (index[0].start or 0), np.float32)
-        )
+        x = _numbered(count, size * 250_000, split)
         total = reduce(x)
         sums = np.asarray(total.addressable_shards[0].data)
         right = right and bool((sums == count * (count + 1) / 2).all())
@@ -223,8 +220,17 @@ def reduce_all(devices: Sequence[Any], megabytes: Sequence[int] | None = None) -
     return rows, right
 
 
+def _numbered(count: int, length: int, split: NamedSharding) -> jax.Array:
+    """[count, length] on as many devices: the rows are 1, 2, 3, ..."""
+
+    def row(index: Any) -> np.ndarray:
+        return np.full((1, length), 1 + (index[0].start or 0), np.float32)
+
+    return jax.make_array_from_callback((count, length), split, row)
+
+
 def _pairs(talk: Talk, hosts: Sequence[str]) -> list[dict[str, Any]]:
-    """The all-reduce of each two neighbouring processes, half of them at a time. Not on TPUs: no slice has that shape."""
+    """The all-reduce of each two neighbouring processes, half of them at a time; a TPU slice has no such parts."""
     platform_ = jax.devices()[0].platform
     if talk.processes < 3 or platform_ == "tpu":
         return []

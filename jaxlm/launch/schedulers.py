@@ -118,11 +118,9 @@ def preflight(
     config: Config,
     overrides: Overrides = None,
     devices: Annotated[int, typer.Option(min=0, help="Devices that there should be in all; 0: any number.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Where process 0 writes JSON; default: preflight.json in the run.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The JSON; default: preflight.json in the run.")] = None,
 ) -> None:
-    """Check versions, devices, storage, clocks and an all-reduce in all processes of a run; exit code 1 if any fails."""
+    """Check versions, devices, storage, clocks and links in all processes of a run; exit code 1 if any is wrong."""
     from jaxlm import config_file
     from jaxlm.launch.preflight import preflight as check
 

@@ -15,7 +15,7 @@ RUNTIMES = {
     "v5p": ("v2-alpha-tpuv5", 2),
     "v6e": ("v2-alpha-tpuv6e", 1),
 }
-"""The machine image of each kind, and what its accelerator types count of one chip: v5p-64 has 32 chips of two cores."""
+"""The machine image of each kind, and what accelerator types count of one chip: v5p-64 has 32 chips of two cores."""
 
 
 @dataclasses.dataclass(frozen=True)
