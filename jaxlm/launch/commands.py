@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from jaxlm.launch.schedulers import app as schedulers
+
 app = typer.Typer(help="Start the processes of a run.", no_args_is_help=True)
+app.add_typer(schedulers)
 
 
 @app.command()
