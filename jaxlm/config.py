@@ -6,6 +6,7 @@ This module imports neither jax nor torch, so both backends share it.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from pydantic import (
@@ -113,6 +114,21 @@ class Train:
     """Tokens whose float32 logits exist at one time."""
     max_skips: PositiveInt = 10
     """Stop after this many non-finite updates in a row, keeping the last good state."""
+    profile_steps: str = ""
+    """Steps to profile, first and last, such as `10:13`; TensorBoard and XProf read `profile/` of the run."""
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step of `profile_steps`."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+        return (int(found[1]), int(found[2])) if found else None
+
+    def __post_init__(self) -> None:
+        window = self.profiled
+        require(
+            not self.profile_steps or (window is not None and 1 <= window[0] <= window[1]),
+            f"train.profile_steps = {self.profile_steps!r} is not FIRST:LAST, such as 10:13",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

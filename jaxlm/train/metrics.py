@@ -5,9 +5,11 @@ Nothing here imports jax or torch. Losses are in nats a token.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxlm import config
 from jaxlm.errors import UserError
 
+SECONDS = "seconds_"
+"""Begins the names of what `clock.Window` counts."""
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
 PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by the name that both frameworks give it
     "TPU v4": 275e12,
@@ -144,6 +148,42 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, baseline: float | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw where the time between reports went, in shares, against the step into a PNG, with the goodput of the run."""
+    rows = [row for row in rows if "goodput" in row]
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = [name for name in rows[0] if name.startswith(SECONDS)]
+    totals = [max(sum(row[kind] for kind in kinds), 1e-9) for row in rows]
+    shares = [[row[kind] / total for row, total in zip(rows, totals, strict=True)] for kind in kinds]
+    steps = [row["step"] for row in rows]
+    figure, axes = plt.subplots(figsize=(7, 3), dpi=144)
+    labels = [kind.removeprefix(SECONDS).replace("_", " ") for kind in kinds]
+    axes.stackplot(steps, shares, labels=labels, step="pre", alpha=0.8)
+    axes.plot(steps, [row["goodput"] for row in rows], color="black", lw=1, label="goodput")
+    axes.set(xlabel="step", ylabel="share of time", ylim=(0, 1))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def memory_of_process() -> dict[str, int]:
+    """Resident bytes of this process, now (where the system tells) and at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = {"memory_peak_bytes": peak}
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        found["memory_bytes"] = pages * resource.getpagesize()
+    return found
 
 
 def _plain(value: Any) -> Any:

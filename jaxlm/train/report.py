@@ -14,7 +14,7 @@ h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:co
 td{padding:.15rem 1rem .15rem 0}td+td{font-variant-numeric:tabular-nums}img{max-width:100%}
 pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:13px;line-height:1.35}"""
 
-_SHOWN = ("step", "tokens", "loss", "tokens_per_second", "mfu", "validation_loss", "validation_perplexity",
+_SHOWN = ("step", "tokens", "loss", "tokens_per_second", "mfu", "goodput", "validation_loss", "validation_perplexity",
           "validation_bits_per_byte", "validation_accuracy")  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
             f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(run_dir.name)}</h1><table>{cells}</table>",
             f'<h2>Loss</h2><img alt="loss against step" src="{_inline(run_dir / "plots" / "loss.png")}">',
+            f'<h2>Time</h2><img alt="shares of time against step" src="{_inline(run_dir / "plots" / "time.png")}">',
             f"<h2>Sample</h2><pre>{html.escape(sample)}</pre>",
             f"<h2>Config</h2><pre>{html.escape(config_file.to_toml(cfg))}</pre>",
         ]
