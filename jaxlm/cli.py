@@ -18,6 +18,7 @@ import typer
 
 from jaxlm import __version__
 from jaxlm.errors import UserError
+from jaxlm.launch.commands import app as launch_app
 
 app = typer.Typer(
     name="jaxlm",
@@ -30,6 +31,7 @@ tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_i
 data_app = typer.Typer(help="Tokenise a corpus ahead of a run, or look at its rows.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
 
 
 class Backend(StrEnum):
@@ -325,7 +327,10 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    return _guarded(lambda: app(standalone_mode=True))
+    code = _guarded(lambda: app(standalone_mode=True))
+    if code and "jaxlm.distributed" in sys.modules:
+        sys.modules["jaxlm.distributed"].leave(code)
+    return code
 
 
 def _guarded(command: Callable[[], Any]) -> int:

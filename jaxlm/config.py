@@ -198,6 +198,34 @@ class Mesh:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Distributed:
+    """The processes of one run. What launchers say by environment variables stands in `jaxlm.distributed`."""
+
+    coordinator: str = ""
+    """`HOST:PORT` of process 0, as every process reaches it; empty: `JAXLM_COORDINATOR`, else what the cluster says."""
+    processes: NonNegativeInt = 0
+    """How many processes; 0: `JAXLM_PROCESSES`, else what the cluster says, else one."""
+    process_id: int = -1
+    """Which of them this one is, from 0; -1: `JAXLM_PROCESS_ID`, else what the cluster says."""
+    cluster: Literal["auto", "none", "slurm", "ompi", "mpi4py", "gketpu", "gcetpu", "k8s"] = "auto"
+    """Whom JAX asks for what is not said; `auto`: SLURM, Open MPI or Cloud TPU where this process runs under one."""
+    init_timeout: PositiveInt = 300
+    """Seconds until all processes must have met."""
+    heartbeat_timeout: PositiveInt = 100
+    """Seconds of silence after which a process counts as dead, and the others end."""
+    hang_seconds: NonNegativeFloat = 3600.0
+    """Seconds without a finished step, the first one's compilation included, after which a process ends; 0: never."""
+
+    def __post_init__(self) -> None:
+        require(self.process_id >= -1, f"distributed.process_id = {self.process_id} must be -1, 0 or more")
+        host, _, port = self.coordinator.rpartition(":")
+        require(
+            not self.coordinator or (bool(host) and port.isdecimal()),
+            f"distributed.coordinator = {self.coordinator!r} is not HOST:PORT",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Torch:
     """Options of `--backend torch`."""
 
@@ -231,6 +259,7 @@ class Config:
     log: Log = dataclasses.field(default_factory=Log)
     numerics: Numerics = dataclasses.field(default_factory=Numerics)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
     torch: Torch = dataclasses.field(default_factory=Torch)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ RANKS = {
     **dict.fromkeys(["parts"], 1),
     **dict.fromkeys(["architecture"], 2),
     **dict.fromkeys(["config", "registry"], 3),
-    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation", "flops"], 4),
+    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation", "flops", "distributed"], 4),
     **dict.fromkeys(["ops"], 5),
     **dict.fromkeys(["models", "objectives", "data"], 6),
     **dict.fromkeys(["train"], 7),
@@ -30,8 +30,9 @@ RANKS = {
     **dict.fromkeys(["infer"], 9),  # opens whatever convert can open
     **dict.fromkeys(["recipes", "eval"], 10),
     **dict.fromkeys(["parity"], 11),  # steps the objective of a recipe
-    **dict.fromkeys(["cli", "pytest_plugin"], 12),
-    **dict.fromkeys(["__main__"], 13),
+    **dict.fromkeys(["launch"], 12),
+    **dict.fromkeys(["cli", "pytest_plugin"], 13),
+    **dict.fromkeys(["__main__"], 14),
 }
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}

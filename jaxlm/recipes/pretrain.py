@@ -5,6 +5,7 @@ jaxlm train configs/quickstart.toml
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import threading
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         UserError: the config, the data or the run directory is not usable.
     """
     keep_freed_memory()
+    if backend == "jax":
+        cfg = meet(cfg)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
     cfg, corpus = open_run(cfg, resume=resume)
@@ -53,6 +56,15 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     wide = "float64" in (cfg.numerics.params, cfg.numerics.compute) or bool(jax.config.read("jax_enable_x64"))
     with jax.enable_x64(wide):
         return train(cfg, corpus, JaxEngine(cfg, loss_fn, complete), resume=resume)
+
+
+def meet(cfg: config.Config) -> config.Config:
+    """Join the other processes of the run, if there are any; returns the config without what is this process's own."""
+    from jaxlm import distributed
+
+    distributed.initialize(cfg.distributed)
+    anyone = dataclasses.replace(cfg.distributed, coordinator="", processes=0, process_id=-1)
+    return dataclasses.replace(cfg, distributed=anyone)
 
 
 def _import_ahead(backend: config.Backend) -> None:

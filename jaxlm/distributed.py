@@ -1,0 +1,215 @@
+"""Many processes, one program: how a process finds the others, and how it ends when it cannot.
+
+`jax.distributed` does the work. A launcher that JAX does not know tells each process who it is, by options of
+`[distributed]` or, as `jaxlm launch` does, by environment variables:
+
+    JAXLM_COORDINATOR   HOST:PORT of process 0, as every process reaches it (JAX_COORDINATOR_ADDRESS serves too)
+    JAXLM_PROCESSES     how many processes
+    JAXLM_PROCESS_ID    which of them this one is, from 0
+    JAXLM_HOSTS         on how many hosts they run, if known: a loopback coordinator is refused when it is above 1
+
+Under SLURM, Open MPI and Cloud TPU nothing need be said. One process without any of these initialises nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from jaxlm import config
+from jaxlm.errors import UserError
+
+MARGIN = 60
+"""Seconds that JAX may wait longer than we do: its own way to end is an abort with a C++ stack."""
+_CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands among the others. `devices`: the only local devices it uses; None: all."""
+
+    coordinator: str
+    processes: int
+    process_id: int
+    devices: tuple[int, ...] | None = None
+
+
+def initialize(options: config.Distributed) -> Place | None:
+    """Meet the other processes of the run; call it before the first use of a device. None: there are no others.
+
+    Raises:
+        UserError: who this process is was said in part only, or the coordinator cannot be right or be reached.
+    """
+    if jax.distributed.is_initialized():
+        return None
+    place = find_place(options, os.environ)
+    if place is None or place.processes == 1:
+        return None
+    refuse_loopback(place, os.environ)
+    if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    deadline = time.monotonic() + options.init_timeout
+    if place.process_id:
+        _reach(place, options.init_timeout)
+    with _bounded(deadline, f"error: {_nobody_came(place, options.init_timeout)}"):
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process_id,
+            local_device_ids=place.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=options.init_timeout + MARGIN,
+            heartbeat_timeout_seconds=options.heartbeat_timeout,
+        )
+    return place
+
+
+def find_place(options: config.Distributed, environment: Mapping[str, str]) -> Place | None:
+    """Who this process is: options first, then environment variables, then the cluster that JAX detects.
+
+    Raises:
+        UserError: said in part, or not consistent.
+    """
+    coordinator = options.coordinator or environment.get("JAXLM_COORDINATOR", "")
+    coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
+    processes = options.processes or _number(environment, "JAXLM_PROCESSES", 0)
+    process_id = options.process_id if options.process_id >= 0 else _number(environment, "JAXLM_PROCESS_ID", -1)
+    if processes == 1:
+        return None
+    if found := _detected(options, environment) if not (coordinator and processes and process_id >= 0) else None:
+        coordinator = coordinator or found.coordinator
+        processes, process_id = processes or found.processes, process_id if process_id >= 0 else found.process_id
+    if not coordinator and not processes and process_id < 0:
+        return None
+    said = {"coordinator": coordinator, "processes": processes, "process_id": process_id + 1}
+    missing = [name for name, value in said.items() if not value]
+    if missing:
+        names = ", ".join(f"distributed.{name} (JAXLM_{name.upper()})" for name in missing)
+        raise UserError(f"one of several processes, but not said: {names}", "`jaxlm launch local` says all of them")
+    if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdecimal():
+        raise UserError(f"the coordinator {coordinator!r} is not HOST:PORT")
+    if process_id >= processes:
+        raise UserError(f"process_id {process_id} of {processes} processes", "they are counted from 0")
+    return Place(coordinator, processes, process_id, found.devices if found else None)
+
+
+def refuse_loopback(place: Place, environment: Mapping[str, str]) -> None:
+    """A coordinator at 127.0.0.1 is another machine on every host, and all of them wait for ever.
+
+    Raises:
+        UserError: the coordinator resolves to a loopback address and the processes run on several hosts.
+    """
+    hosts = max(_number(environment, name, 1) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    if hosts > 1 and (address := _loopback(place.coordinator)):
+        raise UserError(
+            f"the coordinator {place.coordinator} is {address}, which on each of the {hosts} hosts is that host itself",
+            "give an address of process 0 that the other hosts reach; see its /etc/hosts",
+        )
+
+
+def leave(code: int) -> None:
+    """End this process now if there are others: at a normal exit JAX would wait for them, and they for this one."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Place | None:
+    """What JAX's own detection says of this process."""
+    if options.cluster == "none":
+        return None
+    if options.cluster == "auto" and not any(name in environment for name in _CLUSTERS) and not _tpu_vm():
+        return None
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() calls; there is no public name
+
+    method = None if options.cluster == "auto" else options.cluster
+    try:
+        coordinator, processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, method, options.init_timeout
+        )
+    except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the cluster does not say who this process is: {first}", "set distributed.cluster") from error
+    if coordinator is None or processes is None or process_id is None:
+        if method:
+            raise UserError(f"distributed.cluster = {method!r}: this process does not run under it")
+        return None
+    return Place(coordinator, processes, process_id, tuple(devices) if devices is not None else None)
+
+
+def _tpu_vm() -> bool:
+    """Whether this is a Cloud TPU machine, whose metadata server JAX asks."""
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, "")
+    if value and not value.isdecimal():
+        raise UserError(f"{name}={value!r} is not a number")
+    return int(value) if value else default
+
+
+def _loopback(coordinator: str) -> str | None:
+    """The loopback address that the coordinator's host resolves to."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return None
+    return next((address for address in sorted(addresses) if ipaddress.ip_address(address).is_loopback), None)
+
+
+def _reach(place: Place, seconds: float) -> None:
+    """Wait until process 0 listens."""
+    host, _, port = place.coordinator.rpartition(":")
+    deadline, cause = time.monotonic() + seconds, ""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=left).close()
+            return
+        except OSError as error:  # not there yet, or its name is not known yet
+            cause = error.strerror or str(error)
+            time.sleep(min(0.2, max(left, 0)))
+    who = f"process {place.process_id}: the coordinator {place.coordinator}"
+    hint = "is process 0 running, is the address right as seen from here, is the port open?"
+    if address := _loopback(place.coordinator):
+        hint = f"{address} is this host itself: is process 0 running here?"
+    raise UserError(f"{who} was not reached in {seconds:g} s: {cause}", hint)
+
+
+def _nobody_came(place: Place, seconds: float) -> UserError:
+    others = place.processes - 1
+    return UserError(
+        f"process {place.process_id}: not all of the {others} other processes came to {place.coordinator} "
+        f"in {seconds:g} s",
+        "are all of them running with the same coordinator and distributed.processes, each with its own process_id? "
+        "See their logs; distributed.init_timeout is how long to wait",
+    )
+
+
+@contextlib.contextmanager
+def _bounded(deadline: float, line: str) -> Iterator[None]:
+    """Print `line` and end with exit code 2 if the work inside, which cannot be interrupted, outlasts `deadline`."""
+    done = threading.Event()
+
+    def watch() -> None:
+        if not done.wait(max(deadline - time.monotonic(), 0)):
+            print(line, file=sys.stderr, flush=True)
+            os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

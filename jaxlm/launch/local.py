@@ -1,0 +1,214 @@
+"""The processes of a run on this machine: started, listened to, stopped together, started again.
+
+jaxlm launch local --processes 4 --devices-per-process 2 -- train configs/quickstart.toml
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from jaxlm import config_file
+from jaxlm.errors import UserError
+
+LAST_LINES = 12
+USERS_MISTAKE = 2
+LONGEST_PAUSE = 60.0
+# A C++ stack, and gloo as it connects: in the log only.
+_NOISE = re.compile(r"\s+@ |\*\*\* Check failure stack trace|\s*$|\[Gloo\] Rank")
+
+
+def launch(
+    words: Sequence[str],
+    *,
+    processes: int,
+    devices: int = 0,
+    restarts: int = 0,
+    grace: float = 10.0,
+    logs: Path | None = None,
+) -> int:
+    """Run `jaxlm WORDS` as `processes` processes; returns the exit code, 128 + n where a signal n ended the first.
+
+    Args:
+        devices: virtual CPU devices of each process; 0: the accelerator with its number, or the CPU.
+        restarts: how often to start again, with `--resume`, after a failure that is no user's mistake.
+        grace: seconds from SIGTERM to SIGKILL for the others after one has failed.
+        logs: folder of `process-N.log`; None: `logs/` in the run directory, else in the working directory.
+
+    Raises:
+        UserError: no verb, or a config that cannot be read.
+    """
+    if not words:
+        raise UserError("nothing to launch", "jaxlm launch local --processes 4 -- train CONFIG")
+    folder = logs or _log_folder(words)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("process-*.log"):
+        old.unlink()
+    words = list(words)
+    for attempt in range(restarts + 1):
+        group = _Group(words, processes, devices, folder)
+        failed = group.run(grace)
+        if failed is None or group.told_to_stop:
+            return failed.exit_code if failed else 0
+        _say(f"{failed.describe()}\n  logs: {folder}")
+        if failed.exit_code == USERS_MISTAKE or attempt == restarts:
+            break
+        pause = min(2.0**attempt, LONGEST_PAUSE)
+        _say(f"restart {attempt + 1} of {restarts} in {pause:g} s")
+        time.sleep(pause)
+        words += ["--resume"] if words[0] == "train" and "--resume" not in words else []
+    return failed.exit_code
+
+
+class _Process:
+    """One child: its output goes to its log and, line by line with its number in front, to ours."""
+
+    def __init__(self, index: int, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.index, self.last = index, deque[str](maxlen=LAST_LINES)
+        self.popen = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C at the terminal reaches the launcher alone, which passes it on
+        )
+        self.begun = self.ended = time.monotonic()
+        self._log = log.open("ab")
+
+    def listen(self, ended: queue.Queue[_Process]) -> None:
+        """Copy the output until the process has ended, and say so."""
+        output: IO[bytes] = self.popen.stdout  # pyright: ignore[reportAssignmentType]
+        with self._log, output:
+            for line in output:
+                self._log.write(line)
+                self._log.flush()
+                text = line.decode(errors="replace").rstrip("\n")
+                if not _NOISE.match(text):
+                    self.last.append(text)
+                    print(f"[{self.index}] {text}", flush=True)
+        self.popen.wait()
+        self.ended = time.monotonic()
+        ended.put(self)
+
+    def signal(self, number: int) -> None:
+        """Signal the process and what it has started, if it still runs."""
+        if self.popen.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, number)
+
+    @property
+    def exit_code(self) -> int:
+        code = self.popen.returncode
+        return code if code >= 0 else 128 - code
+
+    def describe(self) -> str:
+        """Which process failed, how, when, and what it said last."""
+        code = self.popen.returncode
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        lines = "".join(f"\n    {line}" for line in self.last)
+        return f"process {self.index} {how} after {self.ended - self.begun:.1f} s; its last lines:{lines or ' none'}"
+
+
+class _Group:
+    """The processes of one attempt."""
+
+    def __init__(self, words: list[str], count: int, devices: int, folder: Path) -> None:
+        self.told_to_stop = False
+        self._ended: queue.Queue[_Process] = queue.Queue()
+        self._members: list[_Process] = []
+        command, port = [sys.executable, "-m", "jaxlm", *words], _free_port()
+        self._start = lambda index: _Process(
+            index, command, _environment(index, count, devices, port), folder / f"process-{index}.log"
+        )
+        self._count = count
+
+    def run(self, grace: float) -> _Process | None:
+        """Start all, wait for all; the first that failed, if any has."""
+        failed, deadline = None, None
+        with self._passing_signals_on():
+            try:
+                for index in range(self._count):
+                    self._members.append(self._start(index))
+                    threading.Thread(target=self._members[-1].listen, args=(self._ended,)).start()
+                left = self._count
+                while left:
+                    timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
+                    try:
+                        one = self._ended.get(timeout=timeout)
+                    except queue.Empty:
+                        self.signal(signal.SIGKILL)
+                        deadline = None
+                        continue
+                    left -= 1
+                    if one.popen.returncode and failed is None:
+                        failed, deadline = one, time.monotonic() + grace
+                        self.signal(signal.SIGTERM)
+            finally:
+                self.signal(signal.SIGKILL)
+        return failed
+
+    def signal(self, number: int) -> None:
+        """To all that still run."""
+        for member in self._members:
+            member.signal(number)
+
+    @contextlib.contextmanager
+    def _passing_signals_on(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C are for the processes, which save and leave; a second one ends them at once."""
+
+        def handler(number: int, _: Any) -> None:
+            self.signal(signal.SIGKILL if self.told_to_stop else number)
+            self.told_to_stop = True
+
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, old in previous.items():
+                signal.signal(number, old)
+
+
+def _environment(index: int, count: int, devices: int, port: int) -> dict[str, str]:
+    """What process `index` finds in its environment."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    own = {"PYTHONUNBUFFERED": "1"}
+    if count > 1:
+        own |= {"JAXLM_COORDINATOR": f"127.0.0.1:{port}", "JAXLM_PROCESSES": str(count)}
+        own |= {"JAXLM_PROCESS_ID": str(index), "JAXLM_HOSTS": "1"}
+    if devices:
+        flags.append(f"--xla_force_host_platform_device_count={devices}")
+        own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    elif count > 1:
+        own |= {"JAX_LOCAL_DEVICE_IDS": str(index)}
+    return {**os.environ, **own}
+
+
+def _log_folder(words: Sequence[str]) -> Path:
+    """`logs/` in the run directory of `train CONFIG [SECTION.KEY=VALUE ...]`."""
+    given = [word for word in words[1:] if not word.startswith("-")]
+    if words[0] != "train" or not given:
+        return Path("logs")
+    return Path(config_file.load(given[0], [word for word in given[1:] if "=" in word]).out_dir) / "logs"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _say(message: str) -> None:
+    print(f"launch: {message}", file=sys.stderr, flush=True)
