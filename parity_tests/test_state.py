@@ -27,6 +27,7 @@ from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.recipes import pretrain
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.engine import JaxEngine
+from jaxlm.train.metrics import OF_THE_MACHINE
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.record import MODEL, OPTIMIZER, RUN, write_record
 from jaxlm.train.step import init_state
@@ -84,7 +85,6 @@ CASES = {
     ),
 }
 OTHER: dict[config.Backend, config.Backend] = {"jax": "torch", "torch": "jax"}
-TIMINGS = ("tokens_per_second", "mfu")
 
 
 class Finished(NamedTuple):
@@ -148,7 +148,9 @@ def tensors(training: Training, model: config.Model) -> dict[str, np.ndarray]:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if not OF_THE_MACHINE.fullmatch(key)} for line in lines
+    ]
 
 
 def differences(run: Path, undisturbed: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ from jaxlm.data.completion import Sampling
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.flops import flops_per_token
-from jaxlm.train.metrics import PEAK_FLOPS, plain
+from jaxlm.train.metrics import PEAK_FLOPS, memory_of_process, plain
 from torch_ref.checkpoint import Checkpointer
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.numerics import Policy
@@ -58,6 +58,7 @@ class TorchEngine:
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(self.decoder), cfg.data.seq_len)
         self._peak_flops: float | None = None
+        self._profiler: Any = None
 
     @property
     def peak_flops(self) -> float:
@@ -107,8 +108,27 @@ class TorchEngine:
     def of_first(self, value: bool) -> bool:
         return value
 
+    def gather(self, value: float) -> list[float]:
+        return [value]
+
+    def memory(self) -> dict[str, int]:
+        if self.device.type != "cuda":
+            return memory_of_process()
+        used = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return dict(zip(("memory_bytes", "memory_peak_bytes"), used, strict=True))
+
+    def profile(self, folder: Path | None) -> None:
+        if folder:
+            handler = torch.profiler.tensorboard_trace_handler(str(folder))
+            self._profiler = torch.profiler.profile(on_trace_ready=handler)
+            self._profiler.start()
+        elif self._profiler:
+            self._profiler.stop()
+            self._profiler = None
+
     def close(self) -> None:
-        """Nothing is under way: `save` returns when all is written."""
+        """Nothing else is under way: `save` returns when all is written."""
+        self.profile(None)
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {name: torch.tensor(array, device=self.device) for name, array in batch.items()}

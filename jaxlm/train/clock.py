@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-ASIDE = ("startup", "data_wait", "checkpoint", "evaluation", "sampling")
+ASIDE: tuple[str, ...] = ("startup", "data_wait", "checkpoint", "evaluation", "sampling")
 """`startup` is the first step of a process, which compiles."""
 NOT_STEPPING = ("checkpoint", "evaluation", "sampling")
 STRAGGLER = 2.0

@@ -22,7 +22,7 @@ from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
-from jaxlm.train.metrics import PEAK_FLOPS, plain
+from jaxlm.train.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
 
@@ -63,6 +63,7 @@ class JaxEngine:
         self._eval = jax.jit(make_eval(loss_fn, **context), out_shardings=self.layout.replicated)
         self._under_way: collections.deque[Any] = collections.deque()
         self._checkpointer: Any = None
+        self._steps, self._profiling = 0, False
 
         multiplied = matmul_params(self.decoder)
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len)
@@ -101,7 +102,9 @@ class JaxEngine:
         return run
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        self.state, metrics = self._step(self.state, self.layout.place(batch))
+        with jax.profiler.StepTraceAnnotation("train", step_num=self._steps):
+            self.state, metrics = self._step(self.state, self.layout.place(batch))
+        self._steps += 1
         self._under_way.append(metrics)
         if len(self._under_way) > RUN_AHEAD:
             jax.block_until_ready(self._under_way.popleft())
@@ -129,7 +132,25 @@ class JaxEngine:
     def of_first(self, value: bool) -> bool:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
+    def gather(self, value: float) -> list[float]:
+        if self.process_count == 1:
+            return [value]
+        return multihost_utils.process_allgather(np.asarray(value, np.float32)).tolist()
+
+    def memory(self) -> dict[str, int]:
+        used = jax.local_devices()[0].memory_stats()
+        if not used:
+            return memory_of_process()
+        return {"memory_bytes": used["bytes_in_use"], "memory_peak_bytes": used["peak_bytes_in_use"]}
+
+    def profile(self, folder: Path | None) -> None:
+        if self.process_index == 0 and self._profiling != (folder is not None):
+            jax.block_until_ready(self.state)
+            jax.profiler.start_trace(folder) if folder else jax.profiler.stop_trace()
+            self._profiling = folder is not None
+
     def close(self) -> None:
+        self.profile(None)
         if self._checkpointer is not None:
             self._checkpointer.close()
 

@@ -21,7 +21,9 @@ import numpy as np
 from jaxlm import config, config_file
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
 from jaxlm.errors import UserError
-from jaxlm.train.metrics import Display, MetricsLog, plot_loss, read_metrics
+from jaxlm.train.alerts import Alerts
+from jaxlm.train.clock import Clock, stragglers
+from jaxlm.train.metrics import SECONDS, Display, MetricsLog, plot_loss, plot_time, read_metrics
 from jaxlm.train.report import write_report
 from jaxlm.train.run import write_run
 from jaxlm.train.stop import Interrupted, Stopped, StopRequest
@@ -79,6 +81,18 @@ class Engine(Protocol):
         """Of many processes, which all call it: the value of the first one."""
         ...
 
+    def gather(self, value: float) -> list[float]:
+        """The value of each process, which all call it."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use and at most: of the first device of this process, or of the process where devices do not say."""
+        ...
+
+    def profile(self, folder: Path | None) -> None:
+        """Begin to write a profile of the first process into `folder`; None: finish it, if one is under way."""
+        ...
+
     def close(self) -> None:
         """Finish writing."""
         ...
@@ -126,6 +140,7 @@ class _Run:
         self.cfg, self.corpus, self.engine = cfg, corpus, engine
         self.dir = Path(cfg.out_dir)
         self.progress, self.saved, self.validation_loss = Progress(), Progress(), None
+        self.clock = Clock()
         place = {"process_index": engine.process_index, "process_count": engine.process_count}
         self.data = make_train_iterator(cfg.data, corpus, batch_size=cfg.train.batch_size, seed=cfg.seed, **place)
         self.held_out = {"batch_size": cfg.train.batch_size, "max_batches": cfg.eval.batches, **place}
@@ -139,8 +154,7 @@ class _Run:
         self.log = MetricsLog(self.dir, cfg.log, config_file.to_dict(cfg), self.progress.step)
         self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
-        self.clock, self.idle = time.monotonic(), 0.0
-        self.saved_at = self.clock
+        self.alerts, self.saved_at, self.starting = Alerts(), time.monotonic(), True
 
     def _resume(self, reached: int) -> None:
         record = self.engine.restore(lambda message: print(f"warning: {message}", flush=True))
@@ -152,6 +166,8 @@ class _Run:
                 )
         self.progress, self.saved = Progress(**record["progress"]), Progress(**record["progress"])
         self.data.set_state(_position(record, self.cfg))
+        if "clock" in record:
+            self.clock.resume(record["clock"])
         step = self.progress.step
         again = f"; steps {step + 1} to {reached} are done again" if reached > step else ""
         print(f"resuming {self.dir} from step {step}{again}", flush=True)
@@ -173,8 +189,7 @@ class _Run:
         if progress.step:
             self._after_step()  # what the run before did not come to
         while progress.step < cfg.train.steps and not self._stale():
-            self.pending.append((progress.step + 1, self.engine.step(next(self.data))))
-            progress.step += 1
+            self._step()
             self.stop.nothing_to_save = False
             self.display.advance(progress.step)
             self._after_step()
@@ -182,6 +197,20 @@ class _Run:
             self._judge(*self._fetch())
             self._save()
             self.display.say(f"early stop: no improvement in {progress.stale} validations")
+
+    def _step(self) -> None:
+        """One update."""
+        number = self.progress.step + 1
+        first, last = self.cfg.train.profiled or (0, 0)
+        if number == first:
+            self.engine.profile(self.dir / "profile")
+        with self.clock.spent("data_wait"):
+            batch = next(self.data)
+        with self.clock.spent("startup") if self.starting else contextlib.nullcontext():
+            self.pending.append((number, self.engine.step(batch)))
+        if number == last:
+            self.engine.profile(None)
+        self.progress.step, self.starting = number, False
 
     def _after_step(self) -> None:
         """All that is due at this step and not done. What `progress` does not count is done again after a stop here."""
@@ -227,21 +256,33 @@ class _Run:
         if self.engine.process_index == 0:
             rows = read_metrics(self.log.path)
             plot_loss(rows, self.dir / "plots" / "loss.png", self.corpus.unigram_entropy)
+            plot_time(rows, self.dir / "plots" / "time.png")
             write_report(self.cfg, rows, self.corpus.unigram_entropy)
 
     def _report(self) -> None:
         """Write the newest metrics, and speak of skipped updates since the last report."""
         steps, fetched = self._fetch()
         tokens = self.cfg.train.batch_size * self.cfg.data.seq_len
-        rate = len(steps) * tokens / max(time.monotonic() - self.clock - self.idle, 1e-9)
-        self.clock, self.idle = time.monotonic(), 0.0
+        window = self.clock.window()
+        rate = len(steps) * tokens / window.stepping
+        late = stragglers(self.engine.gather(window.before_steps), window.total)
         row = {
             "step": steps[-1],
             "tokens": steps[-1] * tokens,
             **fetched[-1],
             "tokens_per_second": rate,
             "mfu": rate * self.engine.flops_per_token / self.engine.peak_flops,
+            "step_seconds": window.stepping / len(steps),
+            **{SECONDS + kind: seconds for kind, seconds in window.seconds.items()},
+            "goodput": window.goodput,
+            **self.engine.memory(),
         }
+        for process, seconds in late.items():
+            self.display.say(
+                f"step {steps[-1]}: process {process} kept the others waiting, {seconds:.1f} s of the last "
+                f"{window.total:.1f} s for its data and checkpoints"
+            )
+            row[f"late_process_{process}"] = seconds
         self.log.write(row)
         self.display.status(row)
         self._judge(steps, fetched)
@@ -254,6 +295,8 @@ class _Run:
     def _judge(self, steps: list[int], fetched: list[dict[str, Any]]) -> None:
         """Speak of skipped updates; stop after too many in a row. The state has kept the last good parameters."""
         for step, metrics in zip(steps, fetched, strict=True):
+            for line in self.alerts.look(step, metrics):
+                self.display.say(line)
             if metrics["skipped"]:
                 self.display.say(f"step {step}: loss or gradient not finite, update skipped")
             if metrics["skipped"] >= self.cfg.train.max_skips:
@@ -265,7 +308,7 @@ class _Run:
 
     def _validate(self) -> bool:
         """Measure the held-out loss; whether it is the best so far."""
-        with self._aside():
+        with self.clock.spent("evaluation"):
             batches = make_validation_batches(self.cfg.data, self.corpus, **self.held_out)
             sums = self.engine.evaluate(self.stop.between(batches))
         self.progress.evaluated = self.progress.step
@@ -295,7 +338,7 @@ class _Run:
     def _sample(self) -> None:
         prompts = self.cfg.sample.prompts
         texts = []
-        with self._aside():
+        with self.clock.spent("sampling"):
             try:
                 texts = self.engine.complete(prompts, self.cfg.sample, self.stop.check) if prompts else []
             except UserError as error:  # a prompt that does not fit is no reason to stop training
@@ -311,19 +354,13 @@ class _Run:
         if self.saved == self.progress:
             return
         self.stop.nothing_to_save = False  # for a save under way is not to be cut off
-        with self._aside():
+        with self.clock.spent("checkpoint"):
             position = {"data": self.data.get_state(), "batch_size": self.cfg.train.batch_size}
-            record = {**position, "progress": dataclasses.asdict(self.progress), **self._identity()}
+            record = {**position, "progress": dataclasses.asdict(self.progress), "clock": self.clock.state()}
+            record |= self._identity()
             evaluated = self.progress.evaluated == self.progress.step
             self.engine.save(record, self.validation_loss if evaluated else None)
         self.saved, self.saved_at = dataclasses.replace(self.progress), time.monotonic()
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Time that is not training, kept out of tokens per second."""
-        start = time.monotonic()
-        yield
-        self.idle += time.monotonic() - start
 
 
 def _due(every: int, step: int, last: bool) -> bool:

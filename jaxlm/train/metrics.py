@@ -5,10 +5,10 @@ Nothing here imports jax or torch. Losses are in nats a token.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -24,6 +24,8 @@ from jaxlm.errors import UserError
 
 SECONDS = "seconds_"
 """Begins the names of what `clock.Window` counts."""
+OF_THE_MACHINE = re.compile(r"tokens_per_second|mfu|goodput|step_seconds|(seconds|memory|late_process)_.+")
+"""Names of what another run with the same numbers has otherwise."""
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
 PEAK_FLOPS = {  # dense bfloat16, vendors' figures, FLOP/s of one device by the name that both frameworks give it
     "TPU v4": 275e12,
@@ -179,11 +181,12 @@ def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
 def memory_of_process() -> dict[str, int]:
     """Resident bytes of this process, now (where the system tells) and at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"memory_peak_bytes": peak}
-    with contextlib.suppress(OSError):
+    try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        found["memory_bytes"] = pages * resource.getpagesize()
-    return found
+    except OSError:
+        return {"memory_peak_bytes": peak}
+    now = pages * resource.getpagesize()
+    return {"memory_bytes": now, "memory_peak_bytes": max(now, peak)}  # Linux counts the two at different moments
 
 
 def _plain(value: Any) -> Any:

@@ -38,7 +38,7 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
             f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(run_dir.name)}</h1><table>{cells}</table>",
             f'<h2>Loss</h2><img alt="loss against step" src="{_inline(run_dir / "plots" / "loss.png")}">',
-            f'<h2>Time</h2><img alt="shares of time against step" src="{_inline(run_dir / "plots" / "time.png")}">',
+            f"<h2>Time</h2>{_shares(run_dir / 'plots' / 'time.png')}",
             f"<h2>Sample</h2><pre>{html.escape(sample)}</pre>",
             f"<h2>Config</h2><pre>{html.escape(config_file.to_toml(cfg))}</pre>",
         ]
@@ -50,6 +50,10 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
 
 def _number(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _shares(plot: Path) -> str:
+    return f'<img alt="shares of time against step" src="{_inline(plot)}">' if plot.exists() else "none"
 
 
 def _inline(image: Path) -> str:
