@@ -57,6 +57,8 @@ class Layout:
     rules: Rules = dataclasses.field(default_factory=lambda: RULES)
     optimizer_rules: Rules = dataclasses.field(default_factory=dict)
     """Rules of optimiser state, where they differ from `rules`."""
+    dcn: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """The part of each axis that crosses slices, where there are several."""
     section: str = "mesh.rules"
     """Where the user changes `rules`."""
 
@@ -67,8 +69,9 @@ class Layout:
         Raises:
             UserError: the sizes of the axes do not fit the devices or their slices, or a rule names no axis.
         """
-        placed = arrange(mesh, jax.devices() if devices is None else devices)
-        return cls(Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES)), *_rules(mesh))
+        devices = jax.devices() if devices is None else devices
+        dcn, _ = _sizes(mesh, len(devices), slice_count(devices))
+        return cls(Mesh(arrange(mesh, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES)), *_rules(mesh), dcn)
 
     @classmethod
     def abstract(cls, mesh: config.Mesh, devices: int | None = None, slices: int = 1) -> Layout:
@@ -79,14 +82,15 @@ class Layout:
         """
         dcn, ici = _sizes(mesh, devices, slices)
         shape = tuple(dcn[axis] * ici[axis] for axis in AXES)
-        return cls(AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)), *_rules(mesh))
+        return cls(AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)), *_rules(mesh), dcn)
 
     @property
     def optimizer(self) -> Layout:
         """The layout of optimiser state: it lies where the parameters do, unless `[mesh.optimizer_rules]` says more."""
         if not self.optimizer_rules:
             return self
-        return Layout(self.mesh, {**self.rules, **self.optimizer_rules}, section="mesh.optimizer_rules")
+        rules = {**self.rules, **self.optimizer_rules}
+        return dataclasses.replace(self, rules=rules, optimizer_rules={}, section="mesh.optimizer_rules")
 
     def along(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes that split a logical axis."""
@@ -196,9 +200,8 @@ def arrange(mesh: config.Mesh, devices: Sequence[Any]) -> np.ndarray:
         UserError: the sizes of the axes do not fit the devices or their slices.
     """
     devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
-    hardware, hosts = len({_slice(device) for device in devices}), len({device.process_index for device in devices})
-    dcn, ici = _sizes(mesh, len(devices), hardware if hardware > 1 else hosts)
-    count = math.prod(dcn.values())
+    dcn, ici = _sizes(mesh, len(devices), slice_count(devices))
+    count, hardware = math.prod(dcn.values()), len({_slice(device) for device in devices})
     if devices[0].platform == "tpu" and count != hardware:
         raise UserError(
             f"[mesh.dcn] {_product(dcn)} makes {count} slices, the devices are {hardware}",
@@ -209,6 +212,12 @@ def arrange(mesh: config.Mesh, devices: Sequence[Any]) -> np.ndarray:
     split = np.stack(slices).reshape(*dcn.values(), *ici.values())
     both = [half * len(AXES) + axis for axis in range(len(AXES)) for half in (0, 1)]  # dcn and ici of an axis together
     return split.transpose(both).reshape([dcn[axis] * ici[axis] for axis in AXES])
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """How many slices `mesh.dcn.AXIS = -1` stands for: those of the hardware, or where it has none, the hosts."""
+    slices = {_slice(device) for device in devices}
+    return len(slices) if len(slices) > 1 else len({device.process_index for device in devices})
 
 
 def _nearest(ici: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
