@@ -27,7 +27,7 @@ LAST_LINES = 12
 USERS_MISTAKE = 2
 LONGEST_PAUSE = 60.0
 # A C++ stack, and gloo as it connects: in the log only.
-_NOISE = re.compile(r"\s+@ |\*\*\* Check failure stack trace|\s*$|\[Gloo\] Rank")
+_NOISE = re.compile(r"^\s+@ |^\*\*\* Check failure stack trace|^\s*$| is connected to \d+ peer ranks")
 
 
 def launch(
@@ -96,9 +96,10 @@ class _Process:
                 self._log.write(line)
                 self._log.flush()
                 text = line.decode(errors="replace").rstrip("\n")
-                if not _NOISE.match(text):
+                if not _NOISE.search(text):
                     self.last.append(text)
-                    print(f"[{self.index}] {text}", flush=True)
+                    sys.stdout.write(f"[{self.index}] {text}\n")
+                    sys.stdout.flush()
         self.popen.wait()
         self.ended = time.monotonic()
         ended.put(self)

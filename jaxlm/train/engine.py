@@ -48,6 +48,7 @@ class JaxEngine:
         self.decoder = Decoder(cfg.model, self.policy)
         rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
         self.layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
+        self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
 
         loss_fn, optimizer = make_loss(self.decoder, cfg.train), make_optimizer(cfg.train)
         context: Any = {"layout": self.layout, "matmul": cfg.numerics.matmul}
@@ -103,12 +104,15 @@ class JaxEngine:
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         with jax.profiler.StepTraceAnnotation("train", step_num=self._steps):
-            self.state, metrics = self._step(self.state, self.layout.place(batch))
+            self.state, metrics = self._step(self.state, self._place(batch))
         self._steps += 1
         self._under_way.append(metrics)
         if len(self._under_way) > RUN_AHEAD:
             jax.block_until_ready(self._under_way.popleft())
         return metrics
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return self.layout.place(batch, self.config.train.batch_size)
 
     def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [plain(one) for one in jax.device_get(list(metrics))]
@@ -116,7 +120,7 @@ class JaxEngine:
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
         totals: dict[str, float] = collections.defaultdict(float)
         for batch in batches:
-            for name, value in jax.device_get(self._eval(self.state.params, self.layout.place(batch))).items():
+            for name, value in jax.device_get(self._eval(self.state.params, self._place(batch))).items():
                 totals[name] += float(value)
         return dict(totals)
 
