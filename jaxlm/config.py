@@ -145,6 +145,8 @@ class Checkpoint:
 
     every: NonNegativeInt = 200
     """Steps between two checkpoints; 0: only at the end."""
+    minutes: NonNegativeFloat = 10.0
+    """Save also when this long has passed since the last save; 0: never. Many processes go by the first one's clock."""
     keep: PositiveInt = 3
     """How many of the newest to keep; the best by validation loss is kept besides."""
 

@@ -49,14 +49,12 @@ class Checkpointer:
         run: Mapping[str, Any],
         validation_loss: float | None = None,
     ) -> None:
-        """Write to a temporary folder, flush it to the disk, and give it its name.
+        """Write to a temporary folder, flush it to the disk, and give it its name; one of the same step is replaced.
 
         Raises:
             UserError: the disk is full or the folder is not writable.
         """
         target = self.folder / str(state.step)
-        if target.exists():
-            return
         stage = target.with_name(f".{state.step}.partial")
         parameters = dict(decoder.named_parameters())
         known = validation_loss is not None and math.isfinite(validation_loss)
@@ -72,6 +70,8 @@ class Checkpointer:
                 shutil.copymode(stage / RUN, path)  # the library's files are private to the user
                 _flush(path)
             _flush(stage)
+            if target.exists():
+                shutil.rmtree(target)
             stage.rename(target)
             _flush(self.folder)
             self._prune()

@@ -90,15 +90,22 @@ class TorchEngine:
                 totals[name] += float(value)
         return dict(totals)
 
-    def complete(self, prompts: Sequence[str], sample: config.Sample) -> list[str]:
+    def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
         from torch_ref.generate import Generator
 
         generator = Generator(self.decoder, Tokenizer.from_file(Path(self.config.out_dir) / "tokenizer.json"))
         sampling, length = Sampling(temperature=sample.temperature), sample.max_new_tokens
-        return [one.text for one in generator.complete(prompts, sampling, max_new_tokens=length, seed=self.config.seed)]
+        options: Any = {"max_new_tokens": length, "seed": self.config.seed, "stream": lambda *_: check()}
+        return [one.text for one in generator.complete(prompts, sampling, **options)]
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
         self._checkpointer.save(self.decoder, self.optimizer, self.state, run, validation_loss)
+
+    def stops_at(self, point: int) -> bool:
+        return False  # there is one process
+
+    def of_first(self, value: bool) -> bool:
+        return value
 
     def close(self) -> None:
         """Nothing is under way: `save` returns when all is written."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
@@ -43,12 +43,15 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
 
     from jaxlm.train.engine import JaxEngine
 
-    def complete(decoder: Decoder, params: Any, prompts: Sequence[str], sample: config.Sample) -> list[str]:
+    def complete(
+        decoder: Decoder, params: Any, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]
+    ) -> list[str]:
         from jaxlm.infer.text import Generator
 
         sampling, length = Sampling(temperature=sample.temperature), sample.max_new_tokens
         generator = Generator(decoder, params, corpus.tokenizer)
-        return [one.text for one in generator.complete(prompts, sampling, max_new_tokens=length, seed=cfg.seed)]
+        options: Any = {"max_new_tokens": length, "seed": cfg.seed, "stream": lambda *_: check()}
+        return [one.text for one in generator.complete(prompts, sampling, **options)]
 
     wide = "float64" in (cfg.numerics.params, cfg.numerics.compute) or bool(jax.config.read("jax_enable_x64"))
     with jax.enable_x64(wide):

@@ -61,6 +61,8 @@ class Checkpointer:
     def save(self, state: TrainState, run: dict[str, Any], validation_loss: float | None = None) -> None:
         """Start to save; returns when the arrays are copied, before they are written.
 
+        A checkpoint of the same step is replaced: its record did not know the validation loss.
+
         Raises:
             UserError: the disk is full or the folder is not writable (also for the save before this one).
         """
@@ -135,7 +137,8 @@ class Checkpointer:
 
     def _save(self, step: int, items: dict[str, Any], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
         if step in self._manager.all_steps():
-            return
+            self.wait()
+            self._manager.delete(step)
         shapes = {name: list(np.shape(leaf)) for name, leaf in _leaves(items).items()}
         run = {**run, "format": FORMAT, "shapes": shapes, "checksums": checksums(items)}
         run["sha256"] = _digest(run)

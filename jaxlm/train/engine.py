@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from jaxlm import config
 from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
@@ -26,7 +27,7 @@ from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
 
 RUN_AHEAD = 2  # steps that may wait on the device
-Complete = Callable[[Decoder, Params, Sequence[str], config.Sample], list[str]]
+Complete = Callable[[Decoder, Params, Sequence[str], config.Sample, Callable[[], None]], list[str]]
 
 
 class JaxEngine:
@@ -116,11 +117,17 @@ class JaxEngine:
                 totals[name] += float(value)
         return dict(totals)
 
-    def complete(self, prompts: Sequence[str], sample: config.Sample) -> list[str]:
-        return self._complete(self.decoder, self.state.params, prompts, sample)
+    def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
+        return self._complete(self.decoder, self.state.params, prompts, sample, check)
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
         self.checkpointer.save(self.state, run, validation_loss)
+
+    def stops_at(self, point: int) -> bool:
+        return multihost_utils.reached_preemption_sync_point(point)
+
+    def of_first(self, value: bool) -> bool:
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
     def close(self) -> None:
         if self._checkpointer is not None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
+import os
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,8 +24,10 @@ from jaxlm.errors import UserError
 from jaxlm.train.metrics import Display, MetricsLog, plot_loss, read_metrics
 from jaxlm.train.report import write_report
 from jaxlm.train.run import write_run
+from jaxlm.train.stop import Interrupted, Stopped, StopRequest
 
 Batch = Mapping[str, np.ndarray]
+_NEXT = "next_index"  # in the state of grain's iterator: the number of the next batch
 
 
 @runtime_checkable
@@ -60,12 +63,20 @@ class Engine(Protocol):
         """Sums of the objective over batches, without dropout."""
         ...
 
-    def complete(self, prompts: Sequence[str], sample: config.Sample) -> list[str]:
-        """Continue texts with the current parameters."""
+    def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
+        """Continue texts with the current parameters; `check` is called now and then, and may raise."""
         ...
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
-        """Start to write a checkpoint."""
+        """Start to write a checkpoint; one of the same step is replaced."""
+        ...
+
+    def stops_at(self, point: int) -> bool:
+        """Of many processes: whether a preemption notice to any of them lets all stop at this point, counted from 1."""
+        ...
+
+    def of_first(self, value: bool) -> bool:
+        """Of many processes, which all call it: the value of the first one."""
         ...
 
     def close(self) -> None:
@@ -83,21 +94,28 @@ class Progress:
     """Validations since the best one."""
     evaluated: int = -1
     """Step of the last validation."""
+    sampled: int = -1
+    """Step of the last sample."""
 
 
 def train(cfg: config.Config, corpus: Corpus, engine: Engine, *, resume: bool) -> Progress:
     """Train until `train.steps`, a stop signal, or an early stop; the last state is always saved.
 
+    A signal before the first update of this process ends it at once: there is nothing to save.
+
     Raises:
+        Stopped: after a stop signal, with the exit code.
         UserError: the checkpoint belongs to other data, too many updates in a row were not finite, or the disk is full.
     """
     with _writing(Path(cfg.out_dir)):
         run = _Run(cfg, corpus, engine, resume)
-        with run.display, _stop_signals() as stopped:
+        with run.display, run.stop:
             try:
-                run.until(stopped)
+                run.until_the_end()
             finally:
                 run.close()
+    if run.stop.stopped:
+        raise Stopped(run.stop.signal_name)
     return run.progress
 
 
@@ -107,20 +125,24 @@ class _Run:
     def __init__(self, cfg: config.Config, corpus: Corpus, engine: Engine, resume: bool) -> None:
         self.cfg, self.corpus, self.engine = cfg, corpus, engine
         self.dir = Path(cfg.out_dir)
-        self.progress, self.validation_loss = Progress(), None
+        self.progress, self.saved, self.validation_loss = Progress(), Progress(), None
         place = {"process_index": engine.process_index, "process_count": engine.process_count}
         self.data = make_train_iterator(cfg.data, corpus, batch_size=cfg.train.batch_size, seed=cfg.seed, **place)
         self.held_out = {"batch_size": cfg.train.batch_size, "max_batches": cfg.eval.batches, **place}
+        logged = read_metrics(self.dir / "metrics.jsonl")
         if resume and engine.checkpoints():
-            self._resume()
+            self._resume(max((row["step"] for row in logged), default=0))
+        self.validated = {row["step"] for row in logged if "validation_loss" in row} & {self.progress.step}
         if engine.process_index == 0:
             write_run(cfg, corpus)
         self.display = Display(cfg.train.steps, self.progress.step)
         self.log = MetricsLog(self.dir, cfg.log, config_file.to_dict(cfg), self.progress.step)
+        self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
         self.clock, self.idle = time.monotonic(), 0.0
+        self.saved_at = self.clock
 
-    def _resume(self) -> None:
+    def _resume(self, reached: int) -> None:
         record = self.engine.restore(lambda message: print(f"warning: {message}", flush=True))
         for key, now in self._identity().items():
             if record.get(key) != now:
@@ -128,37 +150,70 @@ class _Run:
                     f"{self.dir}: the {key} is not the one of the checkpoint ({record.get(key)} then, {now} now)",
                     "restore the original data and tokenizer, or choose another out_dir",
                 )
-        self.data.set_state(record["data"])
-        self.progress = Progress(**record["progress"])
-        print(f"resuming {self.dir} from step {self.progress.step}", flush=True)
+        self.progress, self.saved = Progress(**record["progress"]), Progress(**record["progress"])
+        self.data.set_state(_position(record, self.cfg))
+        step = self.progress.step
+        again = f"; steps {step + 1} to {reached} are done again" if reached > step else ""
+        print(f"resuming {self.dir} from step {step}{again}", flush=True)
 
     def _identity(self) -> dict[str, str]:
         return {"tokenizer": self.corpus.tokenizer.fingerprint(), "corpus": self.corpus.fingerprint}
 
-    def until(self, stopped: list[str]) -> None:
-        """Step after step, with all that is due in between."""
+    def until_the_end(self) -> None:
+        """Step after step, with all that is due in between, until the last one or a stop."""
+        try:
+            self._steps()
+        except Interrupted:
+            self._judge(*self._fetch())
+            self._save()
+            self.display.say(f"{self.stop.signal_name}: saved step {self.progress.step}; continue with --resume")
+
+    def _steps(self) -> None:
         cfg, progress = self.cfg, self.progress
+        if progress.step:
+            self._after_step()  # what the run before did not come to
         while progress.step < cfg.train.steps and not self._stale():
             self.pending.append((progress.step + 1, self.engine.step(next(self.data))))
             progress.step += 1
+            self.stop.nothing_to_save = False
             self.display.advance(progress.step)
-            last = progress.step == cfg.train.steps
-            if _due(cfg.log.every, progress.step, last) or progress.step == 1:
-                self._report()
-            improved = self._validate() if _due(cfg.eval.every, progress.step, last) else False
-            if _due(cfg.checkpoint.every, progress.step, last) or improved:
-                self._save()
-            if _due(cfg.sample.every, progress.step, last):
-                self._sample()
-            if stopped:
-                self._judge(*self._fetch())
-                self._save()
-                self.display.say(f"{stopped[0]}: saved step {progress.step}; continue with --resume")
-                return
+            self._after_step()
         if progress.step < cfg.train.steps:
             self._judge(*self._fetch())
             self._save()
             self.display.say(f"early stop: no improvement in {progress.stale} validations")
+
+    def _after_step(self) -> None:
+        """All that is due at this step and not done. What `progress` does not count is done again after a stop here."""
+        cfg, progress = self.cfg, self.progress
+        last = progress.step >= cfg.train.steps
+        if report := self.pending and (_due(cfg.log.every, progress.step, last) or progress.step == 1):
+            self._report()
+        self.stop.check()
+        improved = False
+        if _due(cfg.eval.every, progress.step, last) and progress.evaluated != progress.step:
+            improved = self._validate()
+        if _due(cfg.sample.every, progress.step, last) and progress.sampled != progress.step:
+            self._sample()
+        if _due(cfg.checkpoint.every, progress.step, last) or improved or self._long_unsaved(bool(report)):
+            self._save()
+        self.stop.check()
+
+    def _long_unsaved(self, reported: bool) -> bool:
+        """Whether `checkpoint.minutes` are over: by the first process's clock, asked where all wait for metrics."""
+        if not self.cfg.checkpoint.minutes:
+            return False
+        over = time.monotonic() - self.saved_at >= 60 * self.cfg.checkpoint.minutes
+        return over if self.engine.process_count == 1 else reported and self.engine.of_first(over)
+
+    def _leave(self, signal_name: str) -> None:
+        """End the process from another thread, before there is anything to save."""
+        self.display.__exit__()
+        step = self.progress.step
+        where = f"step {step} is saved" if step else "nothing is trained yet"
+        self.display.say(f"{signal_name}: left before the first update, {where}; continue with --resume")
+        sys.stdout.flush()
+        os._exit(int(str(Stopped(signal_name).code)))
 
     def _stale(self) -> bool:
         return 0 < self.cfg.eval.patience <= self.progress.stale
@@ -211,7 +266,9 @@ class _Run:
     def _validate(self) -> bool:
         """Measure the held-out loss; whether it is the best so far."""
         with self._aside():
-            sums = self.engine.evaluate(make_validation_batches(self.cfg.data, self.corpus, **self.held_out))
+            batches = make_validation_batches(self.cfg.data, self.corpus, **self.held_out)
+            sums = self.engine.evaluate(self.stop.between(batches))
+        self.progress.evaluated = self.progress.step
         if not sums.get("weight"):
             return False
         loss = self.validation_loss = sums["nll"] / sums["weight"]
@@ -223,7 +280,8 @@ class _Run:
             "validation_bits_per_byte": loss / math.log(2) / bytes_per_token,
             "validation_accuracy": sums["accuracy"] / sums["weight"],
         }
-        self.log.write(row)
+        if self.progress.step not in self.validated:  # by a process that was killed before it could save
+            self.log.write(row)
         share = 1 - loss / self.corpus.unigram_entropy
         self.display.say(
             f"step {self.progress.step}: validation loss {loss:.4f} nats/token, "
@@ -232,30 +290,33 @@ class _Run:
         improved = loss < self.progress.best
         self.progress.best = min(loss, self.progress.best)
         self.progress.stale = 0 if improved else self.progress.stale + 1
-        self.progress.evaluated = self.progress.step
         return improved
 
     def _sample(self) -> None:
         prompts = self.cfg.sample.prompts
-        if not prompts:
-            return
+        texts = []
         with self._aside():
             try:
-                texts = self.engine.complete(prompts, self.cfg.sample)
+                texts = self.engine.complete(prompts, self.cfg.sample, self.stop.check) if prompts else []
             except UserError as error:  # a prompt that does not fit is no reason to stop training
                 self.display.say(f"step {self.progress.step}: no sample: {error}")
-                return
-        if self.engine.process_index == 0:
+        self.progress.sampled = self.progress.step
+        if texts and self.engine.process_index == 0:
             path = self.dir / "samples" / f"{self.progress.step:08d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             pairs = zip(prompts, texts, strict=True)
             path.write_text("\n\n----\n\n".join(prompt + text for prompt, text in pairs) + "\n", encoding="utf-8")
 
     def _save(self) -> None:
+        if self.saved == self.progress:
+            return
+        self.stop.nothing_to_save = False  # for a save under way is not to be cut off
         with self._aside():
-            record = {"data": self.data.get_state(), "progress": dataclasses.asdict(self.progress), **self._identity()}
+            position = {"data": self.data.get_state(), "batch_size": self.cfg.train.batch_size}
+            record = {**position, "progress": dataclasses.asdict(self.progress), **self._identity()}
             evaluated = self.progress.evaluated == self.progress.step
             self.engine.save(record, self.validation_loss if evaluated else None)
+        self.saved, self.saved_at = dataclasses.replace(self.progress), time.monotonic()
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -279,19 +340,21 @@ def _writing(run_dir: Path) -> Iterator[None]:
         raise UserError(f"{where}: {error.strerror or error}", "mend it, then continue with --resume") from error
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C leaves at once."""
-    received: list[str] = []
+def _position(record: Mapping[str, Any], cfg: config.Config) -> dict[str, Any]:
+    """The iterator state of a checkpoint, for the batch size of now: the number of the next batch.
 
-    def note(number: int, _: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    Raises:
+        UserError: the rows that were read are no whole number of these batches.
+    """
+    state, now = record["data"], cfg.train.batch_size
+    before = record.get("batch_size", now)
+    if before == now:
+        return state
+    rows = state[_NEXT] * before
+    if rows % now:
+        fitting = [size for size in range(1, 2 * now) if rows % size == 0]
+        raise UserError(
+            f"train.batch_size = {now}: the checkpoint has read {rows} rows, which is no whole number of batches",
+            f"sizes that continue with the next row: {', '.join(map(str, fitting[-4:]))}",
+        )
+    return {**state, _NEXT: rows // now}

@@ -14,7 +14,7 @@ from jaxlm.data.pipeline import Corpus, prepare
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError
 
-_SAME_ON_RESUME = ("recipe", "model", "tokenizer", "numerics.params")
+_SAME_ON_RESUME = ("recipe", "model", "tokenizer", "numerics.params", "seed", "data.seq_len")  # of which the data order
 _FREE = (  # change neither parameters nor what they mean
     "model.dropout",
     "model.remat",

@@ -78,7 +78,7 @@ def test_a_sample_that_does_not_fit_stops_nothing(runs, tmp_path, capfd):
 
 
 def test_samples_are_kept(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(JaxEngine, "complete", lambda engine, prompts, sample: [f"<{p}>" for p in prompts])
+    monkeypatch.setattr(JaxEngine, "complete", lambda engine, prompts, *_: [f"<{p}>" for p in prompts])
     runs.train(tmp_path, *OPTIONS, 'sample.prompts=["a", "b"]', "sample.every=5")
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "00000005.txt",
