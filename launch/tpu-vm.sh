@@ -33,6 +33,7 @@ printf -v worker '%s\n' "set -e" \
     "exec$docker"
 
 for ((started = 0; started <= restarts; started++)); do
+    [ "$started" -eq 0 ] || sleep 30
     state=$(tpu describe --format 'value(state)' 2> /dev/null || echo MISSING)
     echo "start $started: $name is $state"
     if [ "$state" != READY ] && [ "$state" != MISSING ]; then
@@ -52,7 +53,6 @@ for ((started = 0; started <= restarts; started++)); do
             ;;
         *) echo "exit code $code" ;;
     esac
-    sleep 30
 done
 echo "given up after $restarts restarts"
 exit 1

@@ -97,14 +97,17 @@ def filled(script: str, values: Mapping[str, str | int | Sequence[str]]) -> str:
     """
     text = (FOLDER / script).read_text(encoding="utf-8")
     for name, value in values.items():
-        if isinstance(value, str | int):
-            written = shlex.quote(str(value))
-        else:
-            written = f"({' '.join(shlex.quote(word) for word in value)})"
+        single = isinstance(value, str | int)
+        written = _quoted(str(value)) if single else f"({' '.join(map(_quoted, value))})"
         text, count = re.subn(rf"(?m)^{name}=.*$", lambda _, line=f"{name}={written}": line, text)
         if count != 1:
             raise ValueError(f"{script} assigns {name} {count} times")
     return text
+
+
+def _quoted(word: str) -> str:
+    """As `shlex.quote`, with commas in quotes: in an array they look like a mistake."""
+    return shlex.quote(word) if "," not in word or shlex.quote(word) != word else f"'{word}'"
 
 
 def write(text: str, out: Path, submit: str, *, executable: bool = False) -> None:
