@@ -65,14 +65,14 @@ def abstract_inputs(cfg: config.Config, layout: Layout, program: Program) -> tup
 
 
 def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Where each leaf of the training state lies: moments lie with their parameters."""
+    """Where each leaf of the training state lies: moments lie with their parameters, or by the optimiser's rules."""
     shapes, axes = abstract_params(decoder)
     params = layout.shardings(axes, shapes)
     opt_state = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, shapes),
-        params,
+        layout.optimizer.shardings(axes, shapes, "optimizer."),
         transform_non_params=lambda _: layout.replicated,
     )
     whole: Any = layout.replicated
