@@ -20,7 +20,7 @@ from jaxlm import config
 from jaxlm.mesh import Axes, Layout
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy
-from jaxlm.train.engine import state_shardings
+from jaxlm.train.program import state_shardings
 from jaxlm.train.optim import make_optimizer
 
 

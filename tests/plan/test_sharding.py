@@ -14,7 +14,7 @@ from jaxlm.mesh import Layout
 from jaxlm.models.accounting import account
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.plan.sharding import describe
-from jaxlm.train.engine import state_shardings
+from jaxlm.train.program import state_shardings
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import init_state
 

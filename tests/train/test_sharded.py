@@ -13,8 +13,8 @@ from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, abstract_params, init_params
 from jaxlm.numerics import Policy
 from jaxlm.recipes.pretrain import loss_fn
-from jaxlm.train.engine import state_shardings
 from jaxlm.train.optim import make_optimizer
+from jaxlm.train.program import state_shardings
 from jaxlm.train.step import init_state, make_step
 
 B, T, V = 32, 8, 32
