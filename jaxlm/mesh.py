@@ -163,8 +163,10 @@ class Layout:
         Processes that differ along an axis that does not split the batch hold the same rows.
         """
         parts = self.sharding(("batch",)).devices_indices_map((batch_size,))
-        devices = devices or self.mesh.local_devices
-        return np.unique(np.concatenate([np.arange(batch_size)[parts[device]] for device in devices]))
+        held = [
+            np.arange(batch_size)[parts[device]] for device in devices or self.sharding(("batch",)).addressable_devices
+        ]
+        return np.unique(np.concatenate(held))
 
     def place(self, batch: Mapping[str, np.ndarray], batch_size: int | None = None) -> dict[str, jax.Array]:
         """Lay a batch [B, T] on the mesh, of which this process has its `rows` of `batch_size`, or all."""
@@ -204,7 +206,7 @@ def split_layout() -> Layout | None:
 def platform() -> str:
     """What is compiled for, `cpu`, `gpu` or `tpu`: the devices of the active layout, which need not be here."""
     layout = _current.get()
-    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+    return jax.default_backend() if layout is None else next(iter(layout.replicated.device_set)).platform
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

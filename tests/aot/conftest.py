@@ -19,8 +19,8 @@ from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy
 from jaxlm.recipes.pretrain import loss_fn
-from jaxlm.train.program import state_shardings
 from jaxlm.train.optim import make_optimizer
+from jaxlm.train.program import state_shardings
 from jaxlm.train.step import init_state, make_step
 
 QUIET = {  # libtpu looks for the host of a TPU, and for a lock that only one process may hold

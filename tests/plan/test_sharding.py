@@ -14,8 +14,8 @@ from jaxlm.mesh import Layout
 from jaxlm.models.accounting import account
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.plan.sharding import describe
-from jaxlm.train.program import state_shardings
 from jaxlm.train.optim import make_optimizer
+from jaxlm.train.program import state_shardings
 from jaxlm.train.step import init_state
 
 MODEL = config.Model(vocab_size=32, d_model=16, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=32, layer_loop="scan")
