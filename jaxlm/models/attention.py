@@ -5,6 +5,7 @@ Shapes: B batch, T length, D width, N heads, K kv heads, H head dim, M sink toke
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +15,17 @@ from jaxtyping import Array, Float
 from jaxlm import config
 from jaxlm.mesh import constrain
 from jaxlm.models.cache import KVCache, Slots, WindowCache
+from jaxlm.models.context import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.models.layers import Linear, Norm, logical
 from jaxlm.numerics import Policy
 from jaxlm.ops import attention as ops
+from jaxlm.ops import ring
 from jaxlm.ops.attention import Mixed, Places
 from jaxlm.ops.rope import apply_rope, rope_table_of
+
+HEADS = (*ROW, "heads", "head_dim")
+SELF = (HEADS, HEADS, HEADS, ROW)
+MIXED = Mixed(HEADS, HEADS[:3])  # pyright: ignore[reportArgumentType]
 
 
 class Attention(nn.Module):
@@ -53,9 +60,16 @@ class Attention(nn.Module):
 
         options: Any = {"window": cfg.window, "softcap": cfg.softcap}
         aligned: Any = options | {"impl": cfg.attention_impl, "aligned": True}
-        new, several = (k_BTKH, v_BTKH, places, places), False
-        if cache is None:
-            mix, part, held, options = ops.attention, ops.attend, new, aligned
+        new: Any = (k_BTKH, v_BTKH, places, places)
+        held: Any = new
+        several = False
+        if cache is None and sequence_axis():
+            held, options = (*_spread(k_BTKH, v_BTKH), places), {}
+            local = {"window": cfg.window, "softcap": cfg.softcap, "impl": cfg.attention_impl}
+            mix = over_sequence(functools.partial(ring.attention, **local), SELF, HEADS)
+            part = over_sequence(functools.partial(ring.attend, **local), SELF, MIXED)
+        elif cache is None:
+            mix, part, options = ops.attention, ops.attend, aligned
         else:
             slots, cache = cache.extend(k_BTKH, v_BTKH, places)
             several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
@@ -110,6 +124,9 @@ class Attention(nn.Module):
             options: Any = {"beyond": cfg.window, "softcap": cfg.softcap}
             return ops.cached_attend(q_BTNH, first.keys, first.values, places, first.places, **options)
         options = {"keep_first": cfg.keep_first, "window": cfg.window, "softcap": cfg.softcap}
+        if sequence_axis():
+            kept = over_sequence(functools.partial(ring.attend_first, **options), SELF, MIXED)
+            return kept(q_BTNH, *_spread(k_BTKH, v_BTKH), places)
         return ops.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
 
     def _project(self, name: str, heads: int, axis: str) -> Linear:
@@ -122,3 +139,8 @@ class Attention(nn.Module):
             use_bias="qkv" in cfg.biases,
             name=name,
         )
+
+
+def _spread(*kv_BTKH: Array) -> tuple[Array, ...]:
+    """Keys and values with a kv head for every device that has query heads of it."""
+    return tuple(repeated(x, 2, "heads") for x in kv_BTKH)
