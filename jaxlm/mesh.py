@@ -182,6 +182,12 @@ def split_layout() -> Layout | None:
     return None if layout is None or layout.mesh.size == 1 else layout
 
 
+def platform() -> str:
+    """What is compiled for, `cpu`, `gpu` or `tpu`: the devices of the active layout, which need not be here, else ours."""
+    layout = _current.get()
+    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the partitioner where an activation with these logical axes lies. Without an active layout: nothing."""
     layout = split_layout()

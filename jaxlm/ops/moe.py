@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.mesh import platform
 from jaxlm.numerics import wide
-from jaxlm.ops import ffn
+from jaxlm.ops import choice, ffn
 
 
 class Experts(NamedTuple):
@@ -48,8 +49,7 @@ def moe(
         activation: a name of `ops.ffn`.
         impl: `naive`, `blocks`, `ragged`, or `auto` for the hardware.
     """
-    if impl == "auto":
-        impl = "blocks" if jax.default_backend() == "cpu" else "ragged"
+    impl = choice.experts(impl, platform())
     if impl == "naive":
         return _naive(x_TD, weights_TK, experts_TK, parameters, activation)
     if impl == "blocks":
