@@ -23,7 +23,13 @@ def tpu() -> Callable[[str], Sequence[Any]]:
         pytest.skip("libtpu, the compiler for TPUs, is for Linux on x86-64")
     if not topology.has_tpu_compiler():
         pytest.skip("the compiler for TPUs is not installed: pip install 'jaxlm[plan-tpu]'")
-    return lambda name: topology.target(topology.parse(name)).devices
+
+    def devices(name: str) -> Sequence[Any]:
+        machine = topology.parse(name)
+        topology.prepare_environment(machine)
+        return topology.target(machine).devices
+
+    return devices
 
 
 @pytest.fixture(scope="session")
