@@ -13,7 +13,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -217,6 +217,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if layout is None:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape, "activation"))
+
+
+def over_rows(sums: Callable[..., Any], whole: Any, rows: Any) -> Any:
+    """`sums(*whole, *rows)`, numbers that add up over rows, of the rows [B, T, ...] of each device and then of all.
+
+    So a loop within `sums` goes over the tokens of one device, and what it carries, the gradient of `whole` above all,
+    is added up over the devices once and not in every turn. Other axes are left to XLA's partitioner.
+    """
+    layout = split_layout()
+    places = layout.spec(("batch", "seq")) if layout else ()
+    along = {axis for entry in places for axis in _mesh_axes(entry)}
+    if layout is None or not along:
+        return sums(*whole, *rows)
+
+    def local(whole: Any, rows: Any) -> Any:
+        return jax.lax.psum(sums(*whole, *rows), tuple(along))
+
+    split = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(PartitionSpec(), places),
+        out_specs=PartitionSpec(),
+        axis_names=along,
+        check_vma=False,
+    )
+    return split(whole, rows)
 
 
 def arrange(mesh: config.Mesh, devices: Sequence[Any]) -> np.ndarray:

@@ -6,6 +6,7 @@ jaxlm train configs/quickstart.toml
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import threading
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ def _import_ahead(backend: config.Backend) -> None:
 
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`, for `train.step`."""
+    from jaxlm.mesh import over_rows
     from jaxlm.objectives.lm import lm_loss
     from jaxlm.train.balance import collect
 
@@ -94,16 +96,10 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
         (hidden_BTD, _), told = applied
         unembedding: Any = decoder.apply(variables, method="unembedding")
         kernel_DV, bias_V = unembedding
-        terms = lm_loss(
-            hidden_BTD,
-            kernel_DV,
-            bias_V,
-            batch["targets"],
-            batch["weights"],
-            z_loss=train.z_loss,
-            label_smoothing=train.label_smoothing,
-            block=train.loss_block,
+        loss = functools.partial(
+            lm_loss, z_loss=train.z_loss, label_smoothing=train.label_smoothing, block=train.loss_block
         )
+        terms = over_rows(loss, (kernel_DV, bias_V), (hidden_BTD, batch["targets"], batch["weights"]))
         sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
         if decoder.config.moes:
             routed = collect(told["routing"], decoder.config)
