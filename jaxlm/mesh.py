@@ -220,19 +220,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def over_rows(sums: Callable[..., Any], whole: Any, rows: Any) -> Any:
-    """`sums(*whole, *rows)`, numbers that add up over rows, of the rows [B, T, ...] of each device and then of all.
+    """`sums(whole, rows)`, numbers that add up over rows, of the rows [B, T, ...] of each device and then of all.
 
     So a loop within `sums` goes over the tokens of one device, and what it carries, the gradient of `whole` above all,
     is added up over the devices once and not in every turn. Other axes are left to XLA's partitioner.
     """
     layout = split_layout()
     places = layout.spec(("batch", "seq")) if layout else ()
-    along = {axis for entry in places for axis in _mesh_axes(entry)}
-    if layout is None or not along:
-        return sums(*whole, *rows)
+    along = {axis for entry in places for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    if layout is None or all(layout.mesh.shape[axis] == 1 for axis in along):
+        return sums(whole, rows)
 
     def local(whole: Any, rows: Any) -> Any:
-        return jax.lax.psum(sums(*whole, *rows), tuple(along))
+        return jax.lax.psum(sums(whole, rows), tuple(along))
 
     split = jax.shard_map(
         local,

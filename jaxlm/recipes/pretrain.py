@@ -6,7 +6,6 @@ jaxlm train configs/quickstart.toml
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import threading
 from collections.abc import Callable, Sequence
@@ -82,6 +81,8 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     from jaxlm.objectives.lm import lm_loss
     from jaxlm.train.balance import collect
 
+    options: Any = {"z_loss": train.z_loss, "label_smoothing": train.label_smoothing, "block": train.loss_block}
+
     def compute(params: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         variables = {"params": params}
         applied: Any = decoder.apply(
@@ -96,10 +97,11 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
         (hidden_BTD, _), told = applied
         unembedding: Any = decoder.apply(variables, method="unembedding")
         kernel_DV, bias_V = unembedding
-        loss = functools.partial(
-            lm_loss, z_loss=train.z_loss, label_smoothing=train.label_smoothing, block=train.loss_block
+        terms = over_rows(
+            lambda head, rows: lm_loss(rows[0], *head, *rows[1:], **options),
+            (kernel_DV, bias_V),
+            (hidden_BTD, batch["targets"], batch["weights"]),
         )
-        terms = over_rows(loss, (kernel_DV, bias_V), (hidden_BTD, batch["targets"], batch["weights"]))
         sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
         if decoder.config.moes:
             routed = collect(told["routing"], decoder.config)
