@@ -172,8 +172,8 @@ def test_heads_that_do_not_divide_are_refused_with_numbers():
     with pytest.raises(UserError) as error:
         state_shardings(Decoder(dataclasses.replace(MODEL, n_heads=8)), make_optimizer(config.Train()), layout)
     assert str(error.value) == (
-        "layers_0.mixer.k_proj.kernel: kv_heads of 2 does not divide over tensor = 8 devices, in the shape [16, 2, 4] "
-        "(the next that does is 8, and 2 divides over 2; mesh.rules.kv_heads=[] leaves it whole)"
+        "layers_0.mixer.k_proj.kernel: kv_heads of 2 does not divide over tensor = 8 devices, in [16, 2, 4] "
+        "(the next model.n_kv_heads that does is 8; 2 divides over 2; mesh.rules.kv_heads=[] leaves it whole)"
     )
 
 
