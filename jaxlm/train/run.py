@@ -72,8 +72,7 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
                 "resume with the run's own config.toml, or choose another out_dir",
             )
         if name != "out_dir":
-            said, before_said = ("unset" if one is None else repr(one) for one in (value, was))
-            print(f"warning: resuming with {name} = {said}, was {before_said}", flush=True)
+            print(f"warning: resuming with {name} = {value!r}, was {was!r}", flush=True)
 
 
 def _explicit(cfg: config.Config) -> dict[str, Any]:

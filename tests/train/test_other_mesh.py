@@ -15,7 +15,7 @@ def test_a_run_keeps_its_mesh_and_says_what_changes(runs, tmp_path, capsys):
         "warning: resuming with mesh.data = 1, was -1",
         "warning: resuming with mesh.fsdp = -1, was 1",
         "warning: resuming with mesh.dcn.data = -1, was 1",
-        "warning: resuming with mesh.rules.heads = unset, was []",
-        "warning: resuming with mesh.rules.embed = [], was unset",
-        "warning: resuming with mesh.optimizer_rules.embed = unset, was ['fsdp', 'data']",
+        "warning: resuming with mesh.rules.heads = None, was []",
+        "warning: resuming with mesh.rules.embed = [], was None",
+        "warning: resuming with mesh.optimizer_rules.embed = None, was ['fsdp', 'data']",
     ]
