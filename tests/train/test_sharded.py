@@ -24,7 +24,13 @@ MESHES = {
     "fsdp": config.Mesh(data=1, fsdp=8),
     "data.expert": config.Mesh(data=2, expert=4),
     "data.expert.tensor": config.Mesh(data=2, expert=2, tensor=2),
-    "slices, whole kv heads": config.Mesh(data=1, tensor=4, rules={"kv_heads": ()}, dcn=config.Dcn(data=2)),
+    "slices, whole kv heads, zero1": config.Mesh(
+        data=1,
+        tensor=4,
+        dcn=config.Dcn(data=2),
+        rules={"kv_heads": ()},
+        optimizer_rules={"embed": ("fsdp", "data")},
+    ),
     "zero1": config_file.from_dict({"mesh": registry.mesh("zero1")}).mesh,
 }
 SSM = config.Mamba(d_state=4, head_dim=8)
@@ -84,8 +90,7 @@ def three_steps(layout, model, microbatches, batches):
     [
         ("dense", "data.fsdp.tensor", "scan", 1),
         ("dense", "fsdp", "unroll", 4),
-        ("dense", "slices, whole kv heads", "scan", 1),
-        ("dense", "zero1", "scan", 2),
+        ("dense", "slices, whole kv heads, zero1", "scan", 2),
         pytest.param("hybrid with experts", "zero1", "scan", 1, marks=pytest.mark.soak),
         ("mamba", "data.fsdp.tensor", "scan", 1),
         ("mamba2", "data.fsdp.tensor", "unroll", 1),
