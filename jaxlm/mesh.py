@@ -43,6 +43,16 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "state": None,
 }
 
+SIZES = {
+    "batch": "train.batch_size / train.microbatches",
+    "seq": "data.seq_len",
+    "vocab": "model.vocab_size",
+    "embed": "model.d_model",
+    "kv_heads": "model.n_kv_heads",
+    "experts": "model.moe.n_experts",
+}
+"""Where the user sets the size of a logical axis; of the others several options have one."""
+
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -126,12 +136,12 @@ class Layout:
         parts = self.parts(axis)
         over = " x ".join(f"{one} {self.mesh.shape[one]}" for one in self.along(axis))
         over = f"{over} = {parts}" if len(self.along(axis)) > 1 else over.replace(" ", " = ")
-        divides = f"the next that does is {-(-size // parts) * parts}, and {size} divides over {math.gcd(size, parts)}"
+        hint = f"the next {SIZES.get(axis, 'size')} that does is {-(-size // parts) * parts}"
+        if math.gcd(size, parts) > 1:
+            hint += f"; {size} divides over {math.gcd(size, parts)}"
         if axis not in ("batch", "seq"):  # each device would compute all of it
-            divides += f"; {self.section}.{axis}=[] leaves it whole"
-        return UserError(
-            f"{name}: {axis} of {size} does not divide over {over} devices, in the shape {list(shape)}", divides
-        )
+            hint += f"; {self.section}.{axis}=[] leaves it whole"
+        return UserError(f"{name}: {axis} of {size} does not divide over {over} devices, in {list(shape)}", hint)
 
     def sharding(self, axes: Axes, shape: Sequence[int] | None = None, name: str = "tensor") -> NamedSharding:
         """`spec` on this mesh."""
@@ -259,8 +269,8 @@ def arrange(mesh: config.Mesh, devices: Sequence[Any]) -> np.ndarray:
     count, hardware = math.prod(dcn.values()), len({_slice(device) for device in devices})
     if devices[0].platform == "tpu" and count != hardware:
         raise UserError(
-            f"[mesh.dcn] {_product(dcn)} makes {count} slices, the devices are {hardware}",
-            "mesh.dcn.data=-1 is one replica a slice; mesh=multislice",
+            f"[mesh.dcn] {_product(dcn)} = {count}, slices of these chips: {hardware}",
+            "mesh.dcn.data=-1 is one replica a slice",
         )
     share = len(devices) // count
     slices = [_nearest(ici, devices[i * share : (i + 1) * share]) for i in range(count)]
@@ -270,9 +280,10 @@ def arrange(mesh: config.Mesh, devices: Sequence[Any]) -> np.ndarray:
 
 
 def slice_count(devices: Sequence[Any]) -> int:
-    """How many slices `mesh.dcn.AXIS = -1` stands for: those of the hardware, or where it has none, the hosts."""
-    slices = {_slice(device) for device in devices}
-    return len(slices) if len(slices) > 1 else len({device.process_index for device in devices})
+    """How many slices `mesh.dcn.AXIS = -1` stands for: those of the hardware, or, where it knows none, the hosts."""
+    slices = len({_slice(device) for device in devices})
+    knows = slices > 1 or devices[0].platform == "tpu"
+    return slices if knows else len({device.process_index for device in devices})
 
 
 def _nearest(ici: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Where every tensor of the named configurations lies: golden files in tests/layouts, one a configuration.
 
-A line is `shape split-over -> what a device holds`, layers stacked. `python -m tests.test_layouts` rewrites the
-files: then read what has moved.
+A line is `shape split-over -> what a device holds`, layers stacked. `python -m tests.test_layouts` rewrites the files;
+read what has moved.
 """
 
 from __future__ import annotations

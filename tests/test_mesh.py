@@ -128,9 +128,15 @@ def test_an_axis_of_the_torus_is_split_where_no_other_way_is_left():
 
 @pytest.mark.parametrize(("slices", "dcn"), [(2, {}), (1, {"data": 2}), (4, {"data": 2})])
 def test_slices_that_are_not_those_of_the_hardware(slices, dcn):
-    message = rf"\[mesh.dcn\] data {dcn.get('data', 1)} x .* slices, the devices are {slices} \(mesh.dcn.data=-1 "
+    message = rf"\[mesh.dcn\] data {dcn.get('data', 1)} x .*, slices of these chips: {slices} \(mesh.dcn.data=-1 "
     with pytest.raises(UserError, match=message):
         arrange(config.Mesh(dcn=config.Dcn(**dcn)), chips(slices))
+
+
+def test_one_slice_of_many_hosts_is_one_slice():
+    hosts = [dataclasses.replace(chip, process_index=chip.id // 4) for chip in chips(1)]
+    placed = arrange(config.Mesh(data=1, fsdp=-1, dcn=config.Dcn(data=-1)), hosts)
+    assert placed.shape == (1, 8, 1, 1, 1)
 
 
 def test_on_gpus_hosts_are_slices_for_who_asks():
@@ -161,14 +167,14 @@ def test_what_does_not_divide_is_named_with_its_numbers(layout):
     with pytest.raises(UserError) as error:
         layout.spec(("heads", "embed"), (3, 4), "o_proj")
     assert str(error.value) == (
-        "o_proj: heads of 3 does not divide over tensor = 2 devices, in the shape [3, 4] "
-        "(the next that does is 4, and 3 divides over 1; mesh.rules.heads=[] leaves it whole)"
+        "o_proj: heads of 3 does not divide over tensor = 2 devices, in [3, 4] "
+        "(the next size that does is 4; mesh.rules.heads=[] leaves it whole)"
     )
     with pytest.raises(UserError) as error:
         layout.spec(("batch", "seq"), (6, 8), "rows")
     assert str(error.value) == (
-        "rows: batch of 6 does not divide over data 2 x fsdp 2 x expert 1 = 4 devices, in the shape [6, 8] "
-        "(the next that does is 8, and 6 divides over 2)"
+        "rows: batch of 6 does not divide over data 2 x fsdp 2 x expert 1 = 4 devices, in [6, 8] "
+        "(the next train.batch_size / train.microbatches that does is 8; 6 divides over 2)"
     )
 
 

@@ -9,9 +9,10 @@ them, so that depth adds neither rows nor time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -110,24 +111,22 @@ def describe(cfg: config.Config, devices: int, slices: int = 1) -> Sharding:
     Raises:
         UserError: the mesh does not fit the devices, rules collide, or a size does not divide.
     """
-    decoder = Decoder(dataclasses.replace(cfg.model, layer_loop="scan"), Policy.from_config(cfg.numerics))
     layout = Layout.abstract(cfg.mesh, devices, slices)
     if not cfg.model.scanned:  # what is stacked here is then no axis
         unstacked = {**layout.rules, "layers": None}, {**layout.optimizer_rules, "layers": None}
         layout = dataclasses.replace(layout, rules=unstacked[0], optimizer_rules=unstacked[1])
-    optimizer = make_optimizer(cfg.train)
-    shardings = state_shardings(decoder, optimizer, layout)
-    shapes, axes = abstract_params(decoder)
-    owners: Any = jax.tree_util.tree_map_with_path(lambda path, _, at: _Owner(_dotted(path), at), shapes, axes)
-    moments = jax.eval_shape(optimizer.init, shapes)
-    moment_owners = optax.tree.map_params(
-        optimizer, lambda _, owner: owner, moments, owners, transform_non_params=lambda _: _Owner("", ())
-    )
-    leaves = (
-        *_leaves("parameter", shapes, owners, shardings.params),
-        *_leaves("optimizer", moments, moment_owners, shardings.opt_state),
-    )
+    parameters, moments = _state(dataclasses.replace(cfg.model, layer_loop="scan"), cfg.numerics, cfg.train)
+    leaves = (*_leaves("parameter", parameters, layout), *_leaves("optimizer", moments, layout.optimizer))
     return Sharding(dict(layout.mesh.shape), dict(layout.dcn), leaves)
+
+
+class _Array(NamedTuple):
+    """A leaf of the state, with the name and the logical axes of the parameter that it belongs to."""
+
+    name: str
+    array: jax.ShapeDtypeStruct
+    of: str
+    axes: Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,26 +137,44 @@ class _Owner:
     axes: Axes
 
 
-def _leaves(kind: Literal["parameter", "optimizer"], shapes: Any, owners: Any, shardings: Any) -> Iterator[Leaf]:
-    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    rest = zip(jax.tree.leaves(owners), jax.tree.leaves(shardings), strict=True)
-    for (path, leaf), (owner, sharding) in zip(flat, rest, strict=True):
-        entries = (*sharding.spec, *(None for _ in range(leaf.ndim - len(sharding.spec))))
-        named = (() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in entries)
-        sizes, local = sharding.mesh.shape, tuple(sharding.shard_shape(leaf.shape))
-        along = tuple(tuple(axis for axis in entry if sizes[axis] > 1) for entry in named)
-        parts = math.prod(sizes[axis] for entry in along for axis in entry)
+@functools.lru_cache(maxsize=4)
+def _state(
+    model: config.Model, numerics: config.Numerics, train: config.Train
+) -> tuple[tuple[_Array, ...], tuple[_Array, ...]]:
+    """The parameters and the leaves of the optimiser, on no mesh."""
+    optimizer = make_optimizer(train)
+    with jax.enable_x64(numerics.params == "float64"):
+        shapes, axes = abstract_params(Decoder(model, Policy.from_config(numerics)))
+        moments = jax.eval_shape(optimizer.init, shapes)
+    owners: Any = jax.tree_util.tree_map_with_path(lambda path, _, at: _Owner(_dotted(path), at), shapes, axes)
+    moment_owners = optax.tree.map_params(
+        optimizer, lambda _, owner: owner, moments, owners, transform_non_params=lambda _: _Owner("", ())
+    )
+
+    def joined(tree: Any, owners: Any) -> tuple[_Array, ...]:
+        flat = zip(jax.tree_util.tree_flatten_with_path(tree)[0], jax.tree.leaves(owners), strict=True)
+        return tuple(_Array(_dotted(path), leaf, owner.name, owner.axes) for (path, leaf), owner in flat)
+
+    return joined(shapes, owners), joined(moments, moment_owners)
+
+
+def _leaves(kind: Literal["parameter", "optimizer"], arrays: Iterable[_Array], layout: Layout) -> Iterator[Leaf]:
+    """Each array as the engine's `state_shardings` lays it."""
+    prefix = "optimizer." if kind == "optimizer" else ""
+    for name, array, of, axes in arrays:
+        sharding = layout.sharding(axes, array.shape, prefix + of)
+        local = tuple(sharding.shard_shape(array.shape))
         yield Leaf(
-            name=_dotted(path),
+            name=name,
             kind=kind,
-            of=owner.name,
-            shape=tuple(leaf.shape),
-            dtype=str(leaf.dtype),
-            axes=owner.axes,
-            mesh_axes=along,
+            of=of,
+            shape=tuple(array.shape),
+            dtype=str(array.dtype),
+            axes=axes,
+            mesh_axes=tuple(tuple(one for one in layout.along(axis) if layout.mesh.shape[one] > 1) for axis in axes),
             local_shape=local,
-            local_bytes=math.prod(local) * leaf.dtype.itemsize,
-            copies=sharding.mesh.size // parts,
+            local_bytes=math.prod(local) * array.dtype.itemsize,
+            copies=layout.mesh.size // math.prod(layout.parts(axis) for axis in axes),
         )
 
 

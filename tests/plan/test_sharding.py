@@ -59,6 +59,12 @@ def test_layers_that_are_not_stacked_have_no_axis_of_layers():
     assert {leaf.split for leaf in unrolled.leaves} == {"whole"}
 
 
+def test_float64_is_twice_as_large():
+    cfg = run("zero1")
+    wide = dataclasses.replace(cfg, numerics=config.Numerics(params="float64", compute="float64"))
+    assert describe(wide, devices=8).bytes("parameter") == 2 * describe(cfg, devices=8).bytes("parameter")
+
+
 def test_it_is_shown_and_written():
     told = describe(run("zero1"), devices=8)
     text = io.StringIO()

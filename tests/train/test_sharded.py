@@ -24,7 +24,13 @@ MESHES = {
     "fsdp": config.Mesh(data=1, fsdp=8),
     "data.expert": config.Mesh(data=2, expert=4),
     "data.expert.tensor": config.Mesh(data=2, expert=2, tensor=2),
-    "slices, whole kv heads": config.Mesh(data=1, tensor=4, rules={"kv_heads": ()}, dcn=config.Dcn(data=2)),
+    "slices, whole kv heads, zero1": config.Mesh(
+        data=1,
+        tensor=4,
+        dcn=config.Dcn(data=2),
+        rules={"kv_heads": ()},
+        optimizer_rules={"embed": ("fsdp", "data")},
+    ),
     "zero1": config_file.from_dict({"mesh": registry.mesh("zero1")}).mesh,
     "context": config.Mesh(data=1, context=8),
     "data.context": config.Mesh(data=2, context=4),
@@ -88,8 +94,7 @@ def three_steps(layout, model, microbatches, batches):
     [
         ("dense", "data.fsdp.tensor", "scan", 1),
         ("dense", "fsdp", "unroll", 4),
-        ("dense", "slices, whole kv heads", "scan", 1),
-        ("dense", "zero1", "scan", 2),
+        ("dense", "slices, whole kv heads, zero1", "scan", 2),
         pytest.param("hybrid with experts", "zero1", "scan", 1, marks=pytest.mark.soak),
         ("mamba", "data.fsdp.tensor", "scan", 1),
         ("mamba2", "data.fsdp.tensor", "unroll", 1),
@@ -208,8 +213,8 @@ def test_heads_that_do_not_divide_are_refused_with_numbers():
     with pytest.raises(UserError) as error:
         state_shardings(Decoder(dataclasses.replace(MODEL, n_heads=8)), make_optimizer(config.Train()), layout)
     assert str(error.value) == (
-        "layers_0.mixer.k_proj.kernel: kv_heads of 2 does not divide over tensor = 8 devices, in the shape [16, 2, 4] "
-        "(the next that does is 8, and 2 divides over 2; mesh.rules.kv_heads=[] leaves it whole)"
+        "layers_0.mixer.k_proj.kernel: kv_heads of 2 does not divide over tensor = 8 devices, in [16, 2, 4] "
+        "(the next model.n_kv_heads that does is 8; 2 divides over 2; mesh.rules.kv_heads=[] leaves it whole)"
     )
 
 
