@@ -130,8 +130,8 @@ def agree(facts: Mapping[str, Any]) -> None:
 
     if jax.process_count() == 1:
         return
-    client = _client()
-    if client is None:
+    service = client()
+    if service is None:
         raise UserError(
             f"{jax.process_count()} processes share the devices, and this one does not know the others",
             "set distributed.cluster, or JAXLM_COORDINATOR, JAXLM_PROCESSES and JAXLM_PROCESS_ID",
@@ -139,11 +139,11 @@ def agree(facts: Mapping[str, Any]) -> None:
     global _meetings
     _meetings += 1
     place, me = f"jaxlm/agree/{_meetings}", jax.process_index()
-    client.key_value_set(f"{place}/{me}", json.dumps(facts))
+    service.key_value_set(f"{place}/{me}", json.dumps(facts))
     if me == 0:
-        told = [json.loads(client.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())]
-        client.key_value_set(f"{place}/verdict", difference(told))
-    if verdict := client.blocking_key_value_get(f"{place}/verdict", _DAY):
+        told = [json.loads(service.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())]
+        service.key_value_set(f"{place}/verdict", difference(told))
+    if verdict := service.blocking_key_value_get(f"{place}/verdict", _DAY):
         raise UserError(verdict, "all processes must run the same program on the same data, with one run directory")
 
 
@@ -157,6 +157,13 @@ def difference(told: Sequence[Mapping[str, Any]]) -> str:
             most = sorted(holders.items(), key=lambda held: -len(held[1]))
             return f"the processes differ in {name}: " + "; ".join(f"{value} on {_span(ids)}" for value, ids in most)
     return ""
+
+
+def client() -> Any:
+    """The distributed client of this process, None if it has none. JAX has no public name for it; Orbax does so too."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
 
 
 def leave(code: int) -> None:
@@ -194,13 +201,6 @@ def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Pl
 def _tpu_vm() -> bool:
     """Whether this is a Cloud TPU machine, whose metadata server JAX asks."""
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-
-
-def _client() -> Any:
-    """The distributed client, of which JAX has no public name; Orbax takes it from here too."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
 
 
 def _span(ids: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import config
+from jaxlm import config, distributed
 from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
 from jaxlm.errors import UserError
 from jaxlm.flops import flops_per_token
@@ -24,6 +24,7 @@ from jaxlm.numerics import Policy
 from jaxlm.train.metrics import PEAK_FLOPS, plain
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
+from jaxlm.train.watch import Watch
 
 RUN_AHEAD = 2  # steps that may wait on the device
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample], list[str]]
@@ -43,6 +44,11 @@ class JaxEngine:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         self.config, self.layout, self._complete = cfg, Layout.from_config(cfg.mesh), complete
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
+        self._watch = None
+        if self.process_count > 1 and cfg.distributed.hang_seconds:
+            self._watch = Watch(
+                cfg.distributed.hang_seconds, self.process_index, self.process_count, distributed.client()
+            )
         self.policy = Policy.from_config(cfg.numerics)
         self.decoder = Decoder(cfg.model, self.policy)
         rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
@@ -101,11 +107,17 @@ class JaxEngine:
         return run
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        self._mark("in a step")
         self.state, metrics = self._step(self.state, self._place(batch))
         self._under_way.append(metrics)
         if len(self._under_way) > RUN_AHEAD:
             jax.block_until_ready(self._under_way.popleft())
+        self._mark("between two steps")
         return metrics
+
+    def _mark(self, what: str) -> None:
+        if self._watch:
+            self._watch.mark(what)
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return self.layout.place(batch, self.config.train.batch_size)
@@ -116,19 +128,29 @@ class JaxEngine:
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
         totals: dict[str, float] = collections.defaultdict(float)
         for batch in batches:
+            self._mark("in a validation")
             for name, value in jax.device_get(self._eval(self.state.params, self._place(batch))).items():
                 totals[name] += float(value)
+        self._mark("between two steps")
         return dict(totals)
 
     def complete(self, prompts: Sequence[str], sample: config.Sample) -> list[str]:
-        return self._complete(self.decoder, self.state.params, prompts, sample)
+        self._mark("in a sample")
+        texts = self._complete(self.decoder, self.state.params, prompts, sample)
+        self._mark("between two steps")
+        return texts
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
+        self._mark("in a save")
         self.checkpointer.save(self.state, run, validation_loss)
+        self._mark("between two steps")
 
     def close(self) -> None:
         if self._checkpointer is not None:
+            self._mark("waiting for the last save")
             self._checkpointer.close()
+        if self._watch:
+            self._watch.close()
 
 
 def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
