@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.convert.load import load
+
 STEPS = 3
 FLOAT64 = ("numerics.params=float64", "numerics.compute=float64")
 OPTIONS = (f"train.steps={STEPS}", "eval.every=2", "log.every=1", "checkpoint.every=0", "train.batch_size=8", *FLOAT64)
@@ -32,35 +34,35 @@ def on_mesh(**axes: int) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "devices", "mesh"),
+    ("processes", "devices", "mesh", "extra"),
     [
-        (4, 1, {"data": 1, "fsdp": 2, "tensor": 2}),
-        pytest.param(2, 2, {"data": 1, "fsdp": 2, "tensor": 2}, marks=SOAK),
-        pytest.param(2, 2, {"data": 4}, marks=SOAK),
-        pytest.param(2, 2, {"data": 1, "tensor": 4}, marks=SOAK),
-        pytest.param(4, 1, {"data": 1, "context": 4}, marks=SOAK),
-        pytest.param(4, 2, {"data": 2, "context": 2, "tensor": 2}, marks=SOAK),
-        pytest.param(2, 4, {"data": 1, "tensor": 2, "context": 2, "fsdp": 2}, marks=SOAK),
+        (4, 1, {"data": 1, "fsdp": 2, "tensor": 2}, ()),
+        pytest.param(2, 2, {"data": 1, "fsdp": 2, "tensor": 2}, SAMPLE, marks=SOAK),
+        pytest.param(2, 2, {"data": 4}, SAMPLE, marks=SOAK),
+        pytest.param(2, 2, {"data": 1, "tensor": 4}, SAMPLE, marks=SOAK),
+        pytest.param(4, 1, {"data": 1, "context": 4}, SAMPLE, marks=SOAK),
+        pytest.param(4, 2, {"data": 2, "context": 2, "tensor": 2}, SAMPLE, marks=SOAK),
+        pytest.param(2, 4, {"data": 1, "tensor": 2, "context": 2, "fsdp": 2}, SAMPLE, marks=SOAK),
     ],
 )
-def test_processes_train_what_one_does(runs, tmp_path, leaves, rows, monkeypatch, processes, devices, mesh):
-    options = (*OPTIONS, *SAMPLE, *on_mesh(**mesh))
+def test_processes_train_what_one_does(runs, tmp_path, rows, monkeypatch, processes, devices, mesh, extra):
+    options = (*OPTIONS, *extra, *on_mesh(**mesh))
     few = jax.devices()[: processes * devices]
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: few)
         runs.train(tmp_path / "one", *options)
     shown = launch(runs, tmp_path / "many", processes, devices, *options)
 
-    expected, found = leaves(tmp_path / "one"), leaves(tmp_path / "many")
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, rtol=1e-10, atol=1e-13, err_msg=name)
+    one, many = (jax.tree_util.tree_leaves_with_path(load(tmp_path / name).params) for name in ("one", "many"))
+    assert [path for path, _ in one] == [path for path, _ in many]
+    for (path, expected), (_, found) in zip(one, many, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13, err_msg=str(path))
     assert len(rows(tmp_path / "many")) == len(rows(tmp_path / "one")) == STEPS + 2
-    for one, many in zip(rows(tmp_path / "one"), rows(tmp_path / "many"), strict=True):
-        assert many.keys() == one.keys()
-        np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-10)
-    sample = f"samples/{STEPS:08}.txt"
-    assert (tmp_path / "many" / sample).read_bytes() == (tmp_path / "one" / sample).read_bytes()
+    for expected, found in zip(rows(tmp_path / "one"), rows(tmp_path / "many"), strict=True):
+        assert found.keys() == expected.keys()
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-10)
+    samples = [[path.read_text() for path in (tmp_path / name).glob("samples/*")] for name in ("one", "many")]
+    assert samples[0] == samples[1] and len(samples[0]) == (extra is SAMPLE)
     assert {line[:4] for line in shown.splitlines()} == {"[0] "}, "the others are silent"
     logs = {path.name for path in (tmp_path / "many" / "logs").iterdir()}
     assert logs == {f"process-{i}.log" for i in range(processes)}
