@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm import config
+from jaxlm import config, distributed
 from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
 from jaxlm.errors import UserError
 from jaxlm.flops import flops_per_token
@@ -22,8 +22,8 @@ from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, init_params
 from jaxlm.train.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.train.program import MakeLoss, training_program
-from jaxlm.train.program import state_shardings as state_shardings
 from jaxlm.train.step import init_state, make_eval
+from jaxlm.train.watch import Watch
 
 RUN_AHEAD = 2  # steps that may wait on the device
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample, Callable[[], None]], list[str]]
@@ -41,6 +41,11 @@ class JaxEngine:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         self.config, self.layout, self._complete = cfg, Layout.from_config(cfg.mesh), complete
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
+        self._watch = None
+        if self.process_count > 1 and cfg.distributed.hang_seconds:
+            self._watch = Watch(
+                cfg.distributed.hang_seconds, self.process_index, self.process_count, distributed.client()
+            )
         self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
         program = training_program(cfg, self.layout, make_loss)
         self.decoder, self._step = program.decoder, program.step
@@ -93,13 +98,19 @@ class JaxEngine:
         return run
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        self._mark("in a step")
         with jax.profiler.StepTraceAnnotation("train", step_num=self._steps):
             self.state, metrics = self._step(self.state, self._place(batch))
         self._steps += 1
         self._under_way.append(metrics)
         if len(self._under_way) > RUN_AHEAD:
             jax.block_until_ready(self._under_way.popleft())
+        self._mark("between two steps")
         return metrics
+
+    def _mark(self, what: str) -> None:
+        if self._watch:
+            self._watch.mark(what)
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return self.layout.place(batch, self.config.train.batch_size)
@@ -110,15 +121,22 @@ class JaxEngine:
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
         totals: dict[str, float] = collections.defaultdict(float)
         for batch in batches:
+            self._mark("in a validation")
             for name, value in jax.device_get(self._eval(self.state.params, self._place(batch))).items():
                 totals[name] += float(value)
+        self._mark("between two steps")
         return dict(totals)
 
     def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
-        return self._complete(self.decoder, self.state.params, prompts, sample, check)
+        self._mark("in a sample")
+        texts = self._complete(self.decoder, self.state.params, prompts, sample, check)
+        self._mark("between two steps")
+        return texts
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
+        self._mark("in a save")
         self.checkpointer.save(self.state, run, validation_loss)
+        self._mark("between two steps")
 
     def stops_at(self, point: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(point)
@@ -146,7 +164,10 @@ class JaxEngine:
     def close(self) -> None:
         self.profile(None)
         if self._checkpointer is not None:
+            self._mark("waiting for the last save")
             self._checkpointer.close()
+        if self._watch:
+            self._watch.close()
 
 
 def measured_flops(size: int = 1536, tries: int = 3) -> float:
