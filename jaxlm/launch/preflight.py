@@ -40,6 +40,8 @@ from jaxlm.mesh import Layout
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain", "libtpu", "jax-cuda12-plugin", "nvidia-nccl-cu12")
 PATIENCE = 120
 """Seconds to wait for an answer of another process."""
+VISIBLE_WITHIN = 10.0
+"""Seconds: a network file system may show a new file late."""
 MEGABYTES = {"cpu": (1, 4)}
 """What each device reduces, by platform; where it is not listed, `ALL_MEGABYTES`."""
 ALL_MEGABYTES = (1, 8, 64)
@@ -179,9 +181,9 @@ def shared_folder(talk: Talk, label: str, folder: Path) -> list[dict[str, Any]]:
     return talk.exchange(f"{label}-record", own)
 
 
-def _reads(path: Path, word: str, patience: float = 10.0) -> bool:
-    """Whether `path` holds `word`, or soon does: a network file system may show a new file late."""
-    deadline = time.monotonic() + patience
+def _reads(path: Path, word: str) -> bool:
+    """Whether `path` holds `word`, or soon does."""
+    deadline = time.monotonic() + VISIBLE_WITHIN
     while True:
         with contextlib.suppress(OSError):
             if path.read_text(encoding="utf-8") == word:

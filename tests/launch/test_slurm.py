@@ -104,7 +104,9 @@ def cluster() -> Iterator[Cluster]:
         conf = CONF.format(host=socket.gethostname().split(".")[0], folder=folder, cpus=os.cpu_count(), **ports)
         (folder / "slurm.conf").write_text(conf)
         cluster = Cluster(folder)
-        paths = [f"--{kind}={folder}/munge.{kind.split('-')[0]}" for kind in ("socket", "key-file", "pid-file", "seed-file")]
+        paths = [
+            f"--{kind}={folder}/munge.{kind.split('-')[0]}" for kind in ("socket", "key-file", "pid-file", "seed-file")
+        ]
         stack.enter_context(started(cluster, "munged", "--foreground", "--force", *paths))
         cluster.until("munged", (folder / "munge.socket").exists, 30)
         stack.enter_context(started(cluster, "slurmctld", "-D"))
@@ -127,9 +129,7 @@ def started(cluster: Cluster, program: str, *options: str) -> Iterator[None]:
     """A daemon in the foreground, for as long as it is entered."""
     environment = {**cluster.environment, "PATH": f"/usr/sbin:{os.environ['PATH']}"}
     with (cluster.folder / f"{program}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [program, *options], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen([program, *options], env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             yield
         finally:
