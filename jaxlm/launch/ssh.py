@@ -75,7 +75,7 @@ def launch_remotely(remote: Remote, words: Sequence[str], *, restarts: int, logs
     options = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(remote).items() if value]
     options.remove(f"--hosts={remote.hosts}")
     child = ["launch", "on-host", str(remote.hosts), *options, "--", *verb]
-    return launch(child, processes=count, restarts=restarts, grace=remote.grace + 30, logs=logs)
+    return launch(child, processes=count, restarts=restarts, grace=remote.grace + 30.0, logs=logs)
 
 
 def on_host(remote: Remote, words: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
