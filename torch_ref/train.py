@@ -104,6 +104,9 @@ class TorchEngine:
     def stops_at(self, point: int) -> bool:
         return False  # there is one process
 
+    def part(self) -> None:
+        """There is nobody to part from."""
+
     def of_first(self, value: bool) -> bool:
         return value
 

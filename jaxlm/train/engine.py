@@ -52,12 +52,12 @@ class JaxEngine:
         loss_fn, optimizer = make_loss(self.decoder, cfg.train), make_optimizer(cfg.train)
         context: Any = {"layout": self.layout, "matmul": cfg.numerics.matmul}
         shardings = state_shardings(self.decoder, optimizer, self.layout)
-        start = jax.jit(
+        self._init = jax.jit(
             lambda key: init_state(init_params(self.decoder, key), optimizer),
             out_shardings=shardings,
             compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
         )
-        self.state = start(jax.random.key(cfg.seed))
+        self._state: TrainState | None = None
         step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, model=cfg.model, **context)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
         self._eval = jax.jit(make_eval(loss_fn, **context), out_shardings=self.layout.replicated)
@@ -67,6 +67,17 @@ class JaxEngine:
         multiplied = matmul_params(self.decoder)
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len)
         self._peak_flops: float | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """Made when first needed: a run that resumes never holds two."""
+        if self._state is None:
+            self._state = self._init(jax.random.key(self.config.seed))
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
 
     @property
     def peak_flops(self) -> float:
@@ -97,7 +108,8 @@ class JaxEngine:
         return self.checkpointer.steps() if folder.is_dir() else []
 
     def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:
-        self.state, run = self.checkpointer.restore(self.state, warn)
+        shapes = jax.eval_shape(self._init, jax.random.key(self.config.seed))
+        self.state, run = self.checkpointer.restore(shapes, warn)
         return run
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
@@ -125,6 +137,9 @@ class JaxEngine:
 
     def stops_at(self, point: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(point)
+
+    def part(self) -> None:
+        jax.distributed.shutdown()
 
     def of_first(self, value: bool) -> bool:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))

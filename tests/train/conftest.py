@@ -83,6 +83,16 @@ class Runs:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(self.command(out, *overrides, resume=resume), env=environment, **pipes | options)
 
+    def launch(
+        self, out: Path, *overrides: str, processes: int, devices: int, resume: bool = False, restarts: int = 0
+    ) -> subprocess.Popen[str]:
+        """Start several processes with so many virtual devices each; what they print is in OUT/logs."""
+        _, _, *command = self.command(out, *overrides, resume=resume)
+        launcher = ["-m", "jaxlm", "launch", "local", f"--processes={processes}", f"--devices-per-process={devices}"]
+        words = [sys.executable, *launcher, f"--restarts={restarts}", "--", *command[1:]]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(words, **pipes)
+
     def refused(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> str:
         """Run a process that must end with exit code 2 and one line on stderr besides progress; returns the line."""
         process = self.start(out, *overrides, resume=resume, **options)
@@ -116,8 +126,10 @@ def leaves() -> Callable[[Path], dict[str, np.ndarray]]:
         newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
         found: dict[str, np.ndarray] = {"": np.array(int(newest.name))}
         for item in ("params", "optimizer"):
-            with ocp.StandardCheckpointer() as reader:
-                tree = reader.restore(newest / item)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                known: Any = reader.metadata(newest / item).item_metadata
+                numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known.tree)  # whatever mesh
+                tree = reader.restore(newest / item, args=ocp.args.PyTreeRestore(restore_args=numpy))
             for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
                 found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
         return found
