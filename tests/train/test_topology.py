@@ -9,9 +9,6 @@ import pytest
 
 from jaxlm.train.engine import JaxEngine
 
-FLOAT64 = ("numerics.params=float64", "numerics.compute=float64", "numerics.matmul=highest", "log.every=1")
-MODEL = ("model.n_heads=4", "model.n_kv_heads=4", 'model.pattern=["attention+moe"]', "model.d_ff=16")
-OPTIONS = (*FLOAT64, *MODEL, "train.microbatches=1", "train.batch_size=8", "eval.every=0", "train.steps=8")
 BOUND = 1e-10
 
 
@@ -31,7 +28,7 @@ def mesh(**sizes: int) -> tuple[str, ...]:
     return tuple(f"mesh.{axis}={sizes.get(axis, 1)}" for axis in ("data", "fsdp", "expert", "context", "tensor"))
 
 
-def test_from_mesh_to_mesh(runs, tmp_path, rows, leaves, monkeypatch):
+def test_from_mesh_to_mesh(runs, spread, tmp_path, rows, leaves, monkeypatch):
     read, steps = [], []
     original = JaxEngine.step
 
@@ -43,36 +40,22 @@ def test_from_mesh_to_mesh(runs, tmp_path, rows, leaves, monkeypatch):
 
     monkeypatch.setattr(JaxEngine, "step", step)
     steps.append(0)
-    runs.train(tmp_path / "whole", *OPTIONS, *mesh(data=2, expert=2, context=2))
+    runs.train(tmp_path / "whole", *spread, *mesh(data=2, expert=2, context=2))
     expected = list(read)
     read.clear()
     meshes = {2: mesh(fsdp=8), 5: mesh(data=2, tensor=4)}
     for steps[0], sizes in meshes.items():
         with pytest.raises(SystemExit):
-            runs.train(tmp_path / "run", *OPTIONS, *sizes, resume=True)
-    runs.train(tmp_path / "run", *OPTIONS, *mesh(fsdp=8), resume=True)
+            runs.train(tmp_path / "run", *spread, *sizes, resume=True)
+    runs.train(tmp_path / "run", *spread, *mesh(fsdp=8), resume=True)
     assert read == expected and len(read) == 8 * 8
     assert_same_curve(tmp_path / "run", tmp_path / "whole", rows, leaves)
 
 
-@pytest.fixture(scope="module")
-def two_processes(runs, tmp_path_factory):
-    """The run of two processes that nobody disturbs, with every checkpoint."""
-    out = tmp_path_factory.mktemp("two")
-    launched(runs, out, "checkpoint.every=4", "checkpoint.keep=9")
-    return out
-
-
-def launched(runs, out, *options, resume=False) -> None:
-    process = runs.launch(out, *OPTIONS, *options, processes=2, devices=2, resume=resume)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-
-
-def test_from_two_processes_to_one_and_back(runs, two_processes, tmp_path, rows, leaves):
+def test_from_two_processes_to_one_and_back(runs, spread, two_processes, tmp_path, rows, leaves):
     shutil.copytree(two_processes, tmp_path / "one", ignore=shutil.ignore_patterns("8"))
-    runs.train(tmp_path / "one", *OPTIONS, *mesh(data=2, tensor=4), resume=True)
+    runs.train(tmp_path / "one", *spread, *mesh(data=2, tensor=4), resume=True)
     assert_same_curve(tmp_path / "one", two_processes, rows, leaves)
     shutil.copytree(tmp_path / "one", tmp_path / "back", ignore=shutil.ignore_patterns("8"))
-    launched(runs, tmp_path / "back", *mesh(fsdp=4), resume=True)
+    runs.launched(tmp_path / "back", *spread, *mesh(fsdp=4), processes=2, devices=2, resume=True)
     assert_same_curve(tmp_path / "back", two_processes, rows, leaves)
