@@ -33,6 +33,7 @@ class TorchEngine:
     """Trains a `Decoder` on one device. See `jaxlm.train.loop.Engine`."""
 
     process_index, process_count = 0, 1
+    rows: np.ndarray | None = None
 
     def __init__(self, cfg: config.Config) -> None:
         _require_one_device(cfg.mesh)

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxlm import config
+from jaxlm import config, distributed
 from jaxlm.data.completion import Sampling
 from jaxlm.train.loop import Progress, train
 from jaxlm.train.malloc import keep_freed_memory
-from jaxlm.train.run import open_run
+from jaxlm.train.run import open_run, shared_facts
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
@@ -29,11 +29,10 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         UserError: the config, the data or the run directory is not usable.
     """
     keep_freed_memory()
-    if backend == "jax":
-        cfg = meet(cfg)
+    cfg, first = meet(cfg) if backend == "jax" else (cfg, True)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
-    cfg, corpus = open_run(cfg, resume=resume)
+    cfg, corpus = open_run(cfg, resume=resume, tell=print if first else lambda _: None)
     warm.join()
     if backend == "torch":
         from torch_ref.train import TorchEngine
@@ -42,6 +41,8 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     import jax
 
     from jaxlm.train.engine import JaxEngine
+
+    distributed.agree(shared_facts(cfg, corpus, resume))
 
     def complete(
         decoder: Decoder, params: Any, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]
@@ -58,13 +59,15 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         return train(cfg, corpus, JaxEngine(cfg, loss_fn, complete), resume=resume)
 
 
-def meet(cfg: config.Config) -> config.Config:
-    """Join the other processes of the run, if there are any; returns the config without what is this process's own."""
-    from jaxlm import distributed
+def meet(cfg: config.Config) -> tuple[config.Config, bool]:
+    """Join the other processes of the run, if there are any.
 
-    distributed.initialize(cfg.distributed)
+    Returns:
+        The config without what is this process's own, and whether this is the first of them.
+    """
+    place = distributed.initialize(cfg.distributed)
     anyone = dataclasses.replace(cfg.distributed, coordinator="", processes=0, process_id=-1)
-    return dataclasses.replace(cfg, distributed=anyone)
+    return dataclasses.replace(cfg, distributed=anyone), place is None or place.process_id == 0
 
 
 def _import_ahead(backend: config.Backend) -> None:
