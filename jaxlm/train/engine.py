@@ -119,6 +119,14 @@ class JaxEngine:
         self.state, run = self.checkpointer.restore(shapes, warn)
         return run
 
+    def adopt(self, params: Params) -> None:
+        """Begin with these parameters, numpy arrays that every process has."""
+
+        def place(leaf: np.ndarray, like: jax.Array) -> jax.Array:
+            return jax.make_array_from_callback(leaf.shape, like.sharding, lambda index: leaf[index])
+
+        self.state = self.state._replace(params=jax.tree.map(place, params, self.state.params))
+
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         self._mark("in a step")
         self.state, metrics = self._step(self.state, self._place(batch))
