@@ -8,7 +8,8 @@
     JAXLM_PROCESS_ID    which of them this one is, from 0
     JAXLM_HOSTS         on how many hosts they run, if known: a loopback coordinator is refused when it is above 1
 
-Under SLURM, Open MPI and Cloud TPU nothing need be said. One process without any of these initialises nothing.
+Under SLURM, Open MPI and Cloud TPU nothing need be said. One process without any of these initialises nothing, and does
+not even import JAX, which is loaded while the corpus is opened.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import ipaddress
+import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from jaxlm import config
 from jaxlm.errors import UserError
 
 MARGIN = 60
 """Seconds that JAX may wait longer than we do: its own way to end is an abort with a C++ stack."""
+_DAY = 24 * 3600 * 1000  # milliseconds: one may prepare the corpus while the others wait; the dead are noticed anyway
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+_meetings = 0  # calls of `agree`, the same on every process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +53,11 @@ def initialize(options: config.Distributed) -> Place | None:
     Raises:
         UserError: who this process is was said in part only, or the coordinator cannot be right or be reached.
     """
-    if jax.distributed.is_initialized():
-        return None
     place = find_place(options, os.environ)
     if place is None or place.processes == 1:
         return None
+    import jax
+
     refuse_loopback(place, os.environ)
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -117,9 +120,56 @@ def refuse_loopback(place: Place, environment: Mapping[str, str]) -> None:
         )
 
 
+def agree(facts: Mapping[str, Any]) -> None:
+    """Compare what every process has; all wait here until all have come. One process alone agrees.
+
+    Raises:
+        UserError: on every process, a fact on which they differ, and who has what.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    service = client()
+    if service is None:
+        raise UserError(
+            f"{jax.process_count()} processes share the devices, and this one does not know the others",
+            "set distributed.cluster, or JAXLM_COORDINATOR, JAXLM_PROCESSES and JAXLM_PROCESS_ID",
+        )
+    global _meetings
+    _meetings += 1
+    place, me = f"jaxlm/agree/{_meetings}", jax.process_index()
+    service.key_value_set(f"{place}/{me}", json.dumps(facts))
+    if me == 0:
+        told = [json.loads(service.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())]
+        service.key_value_set(f"{place}/verdict", difference(told))
+    if verdict := service.blocking_key_value_get(f"{place}/verdict", _DAY):
+        raise UserError(verdict, "all processes must run the same program on the same data, with one run directory")
+
+
+def difference(told: Sequence[Mapping[str, Any]]) -> str:
+    """The first fact on which processes differ, and who has what; empty if there is none."""
+    for name in dict.fromkeys(name for facts in told for name in facts):
+        holders: dict[str, list[int]] = {}
+        for process_id, facts in enumerate(told):
+            holders.setdefault(str(facts.get(name, "absent")), []).append(process_id)
+        if len(holders) > 1:
+            most = sorted(holders.items(), key=lambda held: -len(held[1]))
+            return f"the processes differ in {name}: " + "; ".join(f"{value} on {_span(ids)}" for value, ids in most)
+    return ""
+
+
+def client() -> Any:
+    """The distributed client of this process, None if it has none. JAX has no public name for it; Orbax does so too."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
 def leave(code: int) -> None:
     """End this process now if there are others: at a normal exit JAX would wait for them, and they for this one."""
-    if jax.distributed.is_initialized():
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -151,6 +201,11 @@ def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Pl
 def _tpu_vm() -> bool:
     """Whether this is a Cloud TPU machine, whose metadata server JAX asks."""
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _span(ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    return f"process{'es' if len(ids) > 1 else ''} {shown}"
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,9 +111,28 @@ class Layout:
             axes,
         )
 
-    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Lay this process's rows of a batch on the mesh."""
-        return {key: jax.make_array_from_process_local_data(self.batch, rows) for key, rows in batch.items()}
+    def rows(self, batch_size: int, devices: Collection[Any] = ()) -> np.ndarray:
+        """The rows of a batch that `devices` (default: those of this process) hold, in order: all that it has to read.
+
+        Processes that differ along an axis that does not split the batch hold the same rows.
+        """
+        parts = self.sharding(("batch",)).devices_indices_map((batch_size,))
+        devices = devices or self.mesh.local_devices
+        return np.unique(np.concatenate([np.arange(batch_size)[parts[device]] for device in devices]))
+
+    def place(self, batch: Mapping[str, np.ndarray], batch_size: int | None = None) -> dict[str, jax.Array]:
+        """Lay a batch [B, T] on the mesh, of which this process has its `rows` of `batch_size`, or all."""
+        if batch_size is None or self.batch.is_fully_addressable:
+            return jax.device_put(dict(batch), self.batch)
+        held = self.rows(batch_size)
+
+        def lay(array: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:  # a slice for each axis
+                return array[np.searchsorted(held, np.arange(batch_size)[index[0]]), index[1]]
+
+            return jax.make_array_from_callback((batch_size, array.shape[1]), self.batch, part)
+
+        return {key: lay(array) for key, array in batch.items()}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

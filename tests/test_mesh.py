@@ -80,6 +80,26 @@ def test_a_batch_lies_in_parts(layout):
     np.testing.assert_array_equal(placed, rows)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        config.Mesh(data=8),
+        config.Mesh(data=1, tensor=8),
+        config.Mesh(data=2, tensor=4),
+        config.Mesh(data=1, fsdp=2, context=4),
+        config.Mesh(data=2, expert=2, context=2),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(mesh, processes):
+    layout = Layout.from_config(mesh)
+    held = {}
+    for shard in layout.place({"row": np.repeat(np.arange(8)[:, None], 8, 1)})["row"].addressable_shards:
+        held.setdefault(shard.device, set()).update(np.asarray(shard.data).ravel().tolist())
+    for mine in np.split(np.array(jax.devices()), processes):
+        assert layout.rows(8, mine.tolist()).tolist() == sorted(set().union(*(held[device] for device in mine)))
+
+
 def test_constrain_places_only_inside_a_layout(layout):
     x = jnp.zeros((4, 4))
     place = lambda x: constrain(x, "batch", "mlp")  # noqa: E731

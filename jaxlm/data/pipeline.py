@@ -1,6 +1,6 @@
 """From `[data]` and `[tokenizer]` to batches: the corpus prepared, and grain iterators over its packed rows.
 
-Batch b of the run is rows `b * B` to `(b + 1) * B` of `PackedRows`; each process makes its own contiguous part of it.
+Batch b of the run is rows `b * B` to `(b + 1) * B` of `PackedRows`; each process makes those that its devices hold.
 The global batch does not depend on the number of processes, and the iterator's state is the number of the next batch.
 """
 
@@ -165,20 +165,17 @@ def make_train_iterator(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """An endless iterator over this process's part [B / processes, T] of each batch, made ahead by a thread.
+    """An endless iterator over these `rows` (of 0 to B - 1; None: all) of each batch, made ahead by a thread.
 
     Its `get_state()` is a small dict for JSON; `set_state()` continues with the very next batch.
-
-    Raises:
-        UserError: the batch does not divide by the processes.
     """
     import grain
 
-    rows = PackedRows(corpus.train, data.seq_len, seed=seed, pad=corpus.tokenizer.pad)
-    batches = grain.MapDataset.source(_Batches(rows, batch_size, _share(batch_size, process_index, process_count)))
+    packed = PackedRows(corpus.train, data.seq_len, seed=seed, pad=corpus.tokenizer.pad)
+    share = np.arange(batch_size) if rows is None else rows
+    batches = grain.MapDataset.source(_Batches(packed, batch_size, share))
     # One thread keeps the order of work simple and is far faster than a step; more would only contend for the lock.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)))
 
@@ -189,22 +186,21 @@ def make_validation_batches(
     *,
     batch_size: int,
     max_batches: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """This process's part of the held-out rows: each token once, always in the same order, the last batch padded.
+    """These `rows` of the held-out batches: each token once, always in the same order, the last batch padded.
 
     `max_batches` (0: all) takes the first ones, a fair sample: the rows are shuffled once, with a fixed seed.
     """
-    rows = PackedRows(corpus.validation, data.seq_len, seed=_VALIDATION_SEED, pad=corpus.tokenizer.pad)
-    share = _share(batch_size, process_index, process_count)
-    count = -(-rows.rows_per_epoch // batch_size)
+    packed = PackedRows(corpus.validation, data.seq_len, seed=_VALIDATION_SEED, pad=corpus.tokenizer.pad)
+    share = np.arange(batch_size) if rows is None else rows
+    count = -(-packed.rows_per_epoch // batch_size)
     for batch in range(min(count, max_batches or count)):
-        yield rows.first_epoch(batch * batch_size + share)._asdict()
+        yield packed.first_epoch(batch * batch_size + share)._asdict()
 
 
 class _Batches:
-    """The batches of one process, as a source that grain reads at random."""
+    """The rows of one process of all batches, as a source that grain reads at random."""
 
     def __init__(self, rows: PackedRows, batch_size: int, share: np.ndarray) -> None:
         self._rows, self._batch_size, self._share = rows, batch_size, share
@@ -217,13 +213,6 @@ class _Batches:
 
     def __repr__(self) -> str:
         return "PackedRows"
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    if batch_size % process_count:
-        raise UserError(f"train.batch_size = {batch_size} does not divide by {process_count} processes")
-    size = batch_size // process_count
-    return process_index * size + np.arange(size)
 
 
 def _corpus(config: Config, tokenizer: Tokenizer, shards: Shards) -> Corpus:

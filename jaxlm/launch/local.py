@@ -24,10 +24,15 @@ from jaxlm import config_file
 from jaxlm.errors import UserError
 
 LAST_LINES = 12
-USERS_MISTAKE = 2
+USERS_MISTAKE, RESUMABLE = 2, 75
+"""Exit codes of `jaxlm train`: no use to start it again; told to stop, and saved."""
+LAST_SAVE = 300.0
 LONGEST_PAUSE = 60.0
-# A C++ stack, and gloo as it connects: in the log only.
-_NOISE = re.compile(r"\s+@ |\*\*\* Check failure stack trace|\s*$|\[Gloo\] Rank")
+# Kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects.
+_NOISE = re.compile(
+    r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$| is connected to \d+ peer ranks"""
+    r"""|^(Thread|Current thread) 0x|^  File "[^"]*", line \d+ in """
+)
 
 
 def launch(
@@ -96,9 +101,10 @@ class _Process:
                 self._log.write(line)
                 self._log.flush()
                 text = line.decode(errors="replace").rstrip("\n")
-                if not _NOISE.match(text):
+                if not _NOISE.search(text):
                     self.last.append(text)
-                    print(f"[{self.index}] {text}", flush=True)
+                    sys.stdout.write(f"[{self.index}] {text}\n")
+                    sys.stdout.flush()
         self.popen.wait()
         self.ended = time.monotonic()
         ended.put(self)
@@ -154,8 +160,10 @@ class _Group:
                         continue
                     left -= 1
                     if one.popen.returncode and failed is None:
-                        failed, deadline = one, time.monotonic() + grace
-                        self.signal(signal.SIGTERM)
+                        stopped = one.popen.returncode == RESUMABLE  # and the others leave by themselves
+                        failed, deadline = one, time.monotonic() + (LAST_SAVE if stopped else grace)
+                        if not stopped:
+                            self.signal(signal.SIGTERM)
             finally:
                 self.signal(signal.SIGKILL)
         return failed

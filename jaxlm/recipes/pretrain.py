@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxlm import config
+from jaxlm import config, distributed
 from jaxlm.data.completion import Sampling
-from jaxlm.train.loop import Progress, train
+from jaxlm.recipes.initial import initial_params
+from jaxlm.train.loop import Engine, Progress, train
 from jaxlm.train.malloc import keep_freed_memory
-from jaxlm.train.run import open_run
+from jaxlm.train.run import open_run, shared_facts
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
@@ -29,19 +30,25 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         UserError: the config, the data or the run directory is not usable.
     """
     keep_freed_memory()
-    if backend == "jax":
-        cfg = meet(cfg)
+    cfg, first = meet(cfg) if backend == "jax" else (cfg, True)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
-    cfg, corpus = open_run(cfg, resume=resume)
+    cfg, corpus = open_run(cfg, resume=resume, tell=print if first else lambda _: None)
     warm.join()
     if backend == "torch":
         from torch_ref.train import TorchEngine
 
-        return train(cfg, corpus, TorchEngine(cfg), resume=resume)
+        torch_engine = TorchEngine(cfg)
+        if starts_from_another(cfg, torch_engine, resume):
+            from jaxlm.convert.native import to_torch
+
+            torch_engine.adopt(dict(to_torch(initial_params(cfg, corpus.tokenizer), cfg.model)))
+        return train(cfg, corpus, torch_engine, resume=resume)
     import jax
 
     from jaxlm.train.engine import JaxEngine
+
+    distributed.agree(shared_facts(cfg, corpus, resume))
 
     def complete(
         decoder: Decoder, params: Any, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]
@@ -55,16 +62,26 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
 
     wide = "float64" in (cfg.numerics.params, cfg.numerics.compute) or bool(jax.config.read("jax_enable_x64"))
     with jax.enable_x64(wide):
-        return train(cfg, corpus, JaxEngine(cfg, loss_fn, complete), resume=resume)
+        engine = JaxEngine(cfg, loss_fn, complete)
+        if starts_from_another(cfg, engine, resume):
+            engine.adopt(initial_params(cfg, corpus.tokenizer))
+        return train(cfg, corpus, engine, resume=resume)
 
 
-def meet(cfg: config.Config) -> config.Config:
-    """Join the other processes of the run, if there are any; returns the config without what is this process's own."""
-    from jaxlm import distributed
+def starts_from_another(cfg: config.Config, engine: Engine, resume: bool) -> bool:
+    """Whether the parameters are those of `train.init_from`: a run with a checkpoint has its own."""
+    return bool(cfg.train.init_from) and not (resume and engine.checkpoints())
 
-    distributed.initialize(cfg.distributed)
+
+def meet(cfg: config.Config) -> tuple[config.Config, bool]:
+    """Join the other processes of the run, if there are any.
+
+    Returns:
+        The config without what is this process's own, and whether this is the first of them.
+    """
+    place = distributed.initialize(cfg.distributed)
     anyone = dataclasses.replace(cfg.distributed, coordinator="", processes=0, process_id=-1)
-    return dataclasses.replace(cfg, distributed=anyone)
+    return dataclasses.replace(cfg, distributed=anyone), place is None or place.process_id == 0
 
 
 def _import_ahead(backend: config.Backend) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from jaxlm import config
+from jaxlm import config, distributed
 from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
 from jaxlm.errors import UserError
 from jaxlm.flops import flops_per_token
@@ -25,6 +25,7 @@ from jaxlm.numerics import Policy
 from jaxlm.train.metrics import PEAK_FLOPS, plain
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
+from jaxlm.train.watch import Watch
 
 RUN_AHEAD = 2  # steps that may wait on the device
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample, Callable[[], None]], list[str]]
@@ -44,20 +45,26 @@ class JaxEngine:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         self.config, self.layout, self._complete = cfg, Layout.from_config(cfg.mesh), complete
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
+        self._watch = None
+        if self.process_count > 1 and cfg.distributed.hang_seconds:
+            self._watch = Watch(
+                cfg.distributed.hang_seconds, self.process_index, self.process_count, distributed.client()
+            )
         self.policy = Policy.from_config(cfg.numerics)
         self.decoder = Decoder(cfg.model, self.policy)
         rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
         self.layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
+        self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
 
         loss_fn, optimizer = make_loss(self.decoder, cfg.train), make_optimizer(cfg.train)
         context: Any = {"layout": self.layout, "matmul": cfg.numerics.matmul}
         shardings = state_shardings(self.decoder, optimizer, self.layout)
-        start = jax.jit(
+        self._init = jax.jit(
             lambda key: init_state(init_params(self.decoder, key), optimizer),
             out_shardings=shardings,
             compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
         )
-        self.state = start(jax.random.key(cfg.seed))
+        self._state: TrainState | None = None
         step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, model=cfg.model, **context)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
         self._eval = jax.jit(make_eval(loss_fn, **context), out_shardings=self.layout.replicated)
@@ -67,6 +74,17 @@ class JaxEngine:
         multiplied = matmul_params(self.decoder)
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len)
         self._peak_flops: float | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """Made when first needed: a run that resumes never holds two."""
+        state: TrainState = self._init(jax.random.key(self.config.seed)) if self._state is None else self._state
+        self._state = state
+        return state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
 
     @property
     def peak_flops(self) -> float:
@@ -97,15 +115,33 @@ class JaxEngine:
         return self.checkpointer.steps() if folder.is_dir() else []
 
     def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:
-        self.state, run = self.checkpointer.restore(self.state, warn)
+        shapes = jax.eval_shape(self._init, jax.random.key(self.config.seed))
+        self.state, run = self.checkpointer.restore(shapes, warn)
         return run
 
+    def adopt(self, params: Params) -> None:
+        """Begin with these parameters, numpy arrays that every process has."""
+
+        def place(leaf: np.ndarray, like: jax.Array) -> jax.Array:
+            return jax.make_array_from_callback(leaf.shape, like.sharding, lambda index: leaf[index])
+
+        self.state = self.state._replace(params=jax.tree.map(place, params, self.state.params))
+
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        self.state, metrics = self._step(self.state, self.layout.place(batch))
+        self._mark("in a step")
+        self.state, metrics = self._step(self.state, self._place(batch))
         self._under_way.append(metrics)
         if len(self._under_way) > RUN_AHEAD:
             jax.block_until_ready(self._under_way.popleft())
+        self._mark("between two steps")
         return metrics
+
+    def _mark(self, what: str) -> None:
+        if self._watch:
+            self._watch.mark(what)
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return self.layout.place(batch, self.config.train.batch_size)
 
     def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [plain(one) for one in jax.device_get(list(metrics))]
@@ -113,25 +149,38 @@ class JaxEngine:
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
         totals: dict[str, float] = collections.defaultdict(float)
         for batch in batches:
-            for name, value in jax.device_get(self._eval(self.state.params, self.layout.place(batch))).items():
+            self._mark("in a validation")
+            for name, value in jax.device_get(self._eval(self.state.params, self._place(batch))).items():
                 totals[name] += float(value)
+        self._mark("between two steps")
         return dict(totals)
 
     def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
-        return self._complete(self.decoder, self.state.params, prompts, sample, check)
+        self._mark("in a sample")
+        texts = self._complete(self.decoder, self.state.params, prompts, sample, check)
+        self._mark("between two steps")
+        return texts
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
+        self._mark("in a save")
         self.checkpointer.save(self.state, run, validation_loss)
+        self._mark("between two steps")
 
     def stops_at(self, point: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(point)
+
+    def part(self) -> None:
+        jax.distributed.shutdown()
 
     def of_first(self, value: bool) -> bool:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
     def close(self) -> None:
         if self._checkpointer is not None:
+            self._mark("waiting for the last save")
             self._checkpointer.close()
+        if self._watch:
+            self._watch.close()
 
 
 def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:

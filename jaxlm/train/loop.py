@@ -37,6 +37,8 @@ class Engine(Protocol):
     flops_per_token: float
     process_index: int
     process_count: int
+    rows: np.ndarray | None
+    """The rows of each batch that this process makes; None: all."""
 
     @property
     def peak_flops(self) -> float:
@@ -73,6 +75,10 @@ class Engine(Protocol):
 
     def stops_at(self, point: int) -> bool:
         """Of many processes: whether a preemption notice to any of them lets all stop at this point, counted from 1."""
+        ...
+
+    def part(self) -> None:
+        """Of many processes, which all call it: leave the others, so that the first that ends takes none along."""
         ...
 
     def of_first(self, value: bool) -> bool:
@@ -115,6 +121,7 @@ def train(cfg: config.Config, corpus: Corpus, engine: Engine, *, resume: bool) -
             finally:
                 run.close()
     if run.stop.stopped:
+        engine.part()
         raise Stopped(run.stop.signal_name)
     return run.progress
 
@@ -124,26 +131,26 @@ class _Run:
 
     def __init__(self, cfg: config.Config, corpus: Corpus, engine: Engine, resume: bool) -> None:
         self.cfg, self.corpus, self.engine = cfg, corpus, engine
-        self.dir = Path(cfg.out_dir)
+        self.dir, self.first = Path(cfg.out_dir), engine.process_index == 0
         self.progress, self.saved, self.validation_loss = Progress(), Progress(), None
-        place = {"process_index": engine.process_index, "process_count": engine.process_count}
-        self.data = make_train_iterator(cfg.data, corpus, batch_size=cfg.train.batch_size, seed=cfg.seed, **place)
-        self.held_out = {"batch_size": cfg.train.batch_size, "max_batches": cfg.eval.batches, **place}
+        size: Any = {"batch_size": cfg.train.batch_size, "rows": engine.rows}
+        self.data = make_train_iterator(cfg.data, corpus, seed=cfg.seed, **size)
+        self.held_out = {"max_batches": cfg.eval.batches, **size}
         logged = read_metrics(self.dir / "metrics.jsonl")
         if resume and engine.checkpoints():
             self._resume(max((row["step"] for row in logged), default=0))
         self.validated = {row["step"] for row in logged if "validation_loss" in row} & {self.progress.step}
-        if engine.process_index == 0:
+        if self.first:
             write_run(cfg, corpus)
-        self.display = Display(cfg.train.steps, self.progress.step)
-        self.log = MetricsLog(self.dir, cfg.log, config_file.to_dict(cfg), self.progress.step)
+        self.display = Display(cfg.train.steps, self.progress.step, quiet=not self.first)
+        self.log = MetricsLog(self.dir, cfg.log, config_file.to_dict(cfg), self.progress.step, writes=self.first)
         self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
         self.clock, self.idle = time.monotonic(), 0.0
         self.saved_at = self.clock
 
     def _resume(self, reached: int) -> None:
-        record = self.engine.restore(lambda message: print(f"warning: {message}", flush=True))
+        record = self.engine.restore(lambda message: self._tell(f"warning: {message}"))
         for key, now in self._identity().items():
             if record.get(key) != now:
                 raise UserError(
@@ -154,7 +161,12 @@ class _Run:
         self.data.set_state(_position(record, self.cfg))
         step = self.progress.step
         again = f"; steps {step + 1} to {reached} are done again" if reached > step else ""
-        print(f"resuming {self.dir} from step {step}{again}", flush=True)
+        self._tell(f"resuming {self.dir} from step {step}{again}")
+
+    def _tell(self, message: str) -> None:
+        """Print a line, of several processes once."""
+        if self.first:
+            print(message, flush=True)
 
     def _identity(self) -> dict[str, str]:
         return {"tokenizer": self.corpus.tokenizer.fingerprint(), "corpus": self.corpus.fingerprint}
@@ -224,7 +236,7 @@ class _Run:
             self.engine.close()
         finally:
             self.log.close()
-        if self.engine.process_index == 0:
+        if self.first:
             rows = read_metrics(self.log.path)
             plot_loss(rows, self.dir / "plots" / "loss.png", self.corpus.unigram_entropy)
             write_report(self.cfg, rows, self.corpus.unigram_entropy)
@@ -301,7 +313,7 @@ class _Run:
             except UserError as error:  # a prompt that does not fit is no reason to stop training
                 self.display.say(f"step {self.progress.step}: no sample: {error}")
         self.progress.sampled = self.progress.step
-        if texts and self.engine.process_index == 0:
+        if texts and self.first:
             path = self.dir / "samples" / f"{self.progress.step:08d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             pairs = zip(prompts, texts, strict=True)

@@ -38,10 +38,18 @@ def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `metrics.jsonl`, and passes it on where the config asks for it."""
+    """Appends one JSON object a line to `metrics.jsonl`, and passes it on where the config asks for it.
 
-    def __init__(self, run_dir: Path, log: config.Log, resolved: dict[str, Any], resume_step: int) -> None:
+    Of several processes one `writes`.
+    """
+
+    def __init__(
+        self, run_dir: Path, log: config.Log, resolved: dict[str, Any], resume_step: int, *, writes: bool = True
+    ) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self._file, self._board, self._wandb = None, None, None
+        if not writes:
+            return
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -52,6 +60,8 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Record one row; it has a `step`."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         self._file.flush()
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
@@ -63,7 +73,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush everything."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
         if self._wandb:
@@ -71,10 +82,10 @@ class MetricsLog:
 
 
 class Display:
-    """The progress bar on a terminal; a line every few seconds elsewhere."""
+    """The progress bar on a terminal; a line every few seconds elsewhere; nothing if it is to be quiet."""
 
-    def __init__(self, total: int, start: int) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, total: int, start: int, *, quiet: bool = False) -> None:
+        self.console, self._quiet = Console(stderr=True, quiet=quiet), quiet
         self._total, self._printed = total, 0.0
         self._bar = Progress(
             TextColumn("step"),
@@ -103,7 +114,7 @@ class Display:
         """Show the latest metrics."""
         text = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.1%}"
         self._bar.update(self._task, status=text)
-        if not self.console.is_terminal and time.monotonic() - self._printed > PLAIN_SECONDS:
+        if not self._quiet and not self.console.is_terminal and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._printed = time.monotonic()
             print(f"step {row['step']}/{self._total}  {text}", file=sys.stderr, flush=True)
 

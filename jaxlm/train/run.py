@@ -6,10 +6,12 @@ runs/NAME/  config.toml (resolved)  tokenizer.json  metrics.jsonl  checkpoints/S
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config, config_file
+from jaxlm import __version__, config, config_file
 from jaxlm.data.pipeline import Corpus, prepare
 from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError
@@ -21,9 +23,11 @@ _FREE = (  # change neither parameters nor what they mean
     "model.attention_impl",
     *(f"model.moe.{name}" for name in ("impl", "balance_loss", "importance_loss", "z_loss", "bias_update_rate")),
 )
+_OWN = ("data.source", "data.validation_source", "data.cache_dir", "data.workers", "tokenizer.path")
+"""What each host may have for itself, as long as the tokens are the same."""
 
 
-def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus]:
+def open_run(cfg: config.Config, *, resume: bool, tell: Callable[[str], None] = print) -> tuple[config.Config, Corpus]:
     """Prepare the corpus and compare with the run that is there; returns the resolved config and the corpus.
 
     Raises:
@@ -39,8 +43,26 @@ def open_run(cfg: config.Config, *, resume: bool) -> tuple[config.Config, Corpus
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     check_fits(corpus.tokenizer, vocab_size)
     if exists:
-        _compare(run_dir, config_file.load(run_dir / "config.toml"), cfg)
+        _compare(run_dir, config_file.load(run_dir / "config.toml"), cfg, tell)
     return cfg, corpus
+
+
+def shared_facts(cfg: config.Config, corpus: Corpus, resume: bool) -> dict[str, Any]:
+    """What must be the same on every process of a run: versions, config, data, and the checkpoints that it sees."""
+    steps = sorted(int(path.name) for path in (Path(cfg.out_dir) / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    libraries = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}
+    identity = {"tokenizer": corpus.tokenizer.fingerprint(), "corpus": corpus.fingerprint}
+    options = {name: value for name, value in _flat(config_file.to_dict(cfg)).items() if name not in _OWN}
+    checkpoints = {"the checkpoints in out_dir": ", ".join(map(str, steps)) or "none"}
+    return {"jaxlm": __version__, **libraries, **identity, "--resume": resume, **options, **checkpoints}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def write_run(cfg: config.Config, corpus: Corpus) -> None:
@@ -62,7 +84,7 @@ def write_run(cfg: config.Config, corpus: Corpus) -> None:
         raise UserError(f"{run_dir}: cannot be written: {error.strerror}") from None
 
 
-def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
+def _compare(run_dir: Path, before: config.Config, now: config.Config, tell: Callable[[str], None]) -> None:
     """Refuse another model; speak of anything else that changed."""
     old, new = _explicit(before), _explicit(now)
     for name, was, value in _differences(old, new):
@@ -72,7 +94,7 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config) -> None:
                 "resume with the run's own config.toml, or choose another out_dir",
             )
         if name != "out_dir":
-            print(f"warning: resuming with {name} = {value!r}, was {was!r}", flush=True)
+            tell(f"warning: resuming with {name} = {value!r}, was {was!r}")
 
 
 def _explicit(cfg: config.Config) -> dict[str, Any]:

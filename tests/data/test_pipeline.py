@@ -60,23 +60,17 @@ def test_restored_state_continues_bitwise(settings, consumed):
     assert_equal(take(first, 10), expected)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_global_batch_is_the_same_for_any_number_of_processes(settings, processes):
+def test_a_process_makes_only_its_rows(settings):
     corpus = prepare(settings)
-    whole = take(make_train_iterator(settings.data, corpus, batch_size=8, seed=5), 6)
-    whole += list(make_validation_batches(settings.data, corpus, batch_size=8))
-    parts = []
-    for p in range(processes):
-        part = {"process_index": p, "process_count": processes}
-        batches = take(make_train_iterator(settings.data, corpus, batch_size=8, seed=5, **part), 6)
-        parts.append(batches + list(make_validation_batches(settings.data, corpus, batch_size=8, **part)))
-    joined = [
-        {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
-        for batches in zip(*parts, strict=True)
-    ]
-    assert_equal(joined, whole)
-    with pytest.raises(UserError, match="does not divide"):
-        make_train_iterator(settings.data, corpus, batch_size=7, seed=5, process_count=processes)
+
+    def batches(rows):
+        options = {"batch_size": 8, "rows": rows}
+        trained = take(make_train_iterator(settings.data, corpus, seed=5, **options), 6)
+        return trained + list(make_validation_batches(settings.data, corpus, **options))
+
+    rows = np.array([1, 2, 6])
+    expected = [{name: array[rows] for name, array in batch.items()} for batch in batches(None)]
+    assert_equal(batches(rows), expected)
 
 
 def test_validation_holds_each_token_once_in_one_order(settings):
