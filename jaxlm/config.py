@@ -82,6 +82,8 @@ class Train:
 
     steps: PositiveInt = 1000
     """Optimiser updates."""
+    init_from: str = ""
+    """Take only the parameters of this model (a run, a torch_ref or Hugging Face folder); all else begins anew."""
     batch_size: PositiveInt = 32
     """Rows of `data.seq_len` tokens in one update, over all devices and microbatches."""
     microbatches: PositiveInt = 1

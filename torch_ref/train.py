@@ -76,6 +76,10 @@ class TorchEngine:
         self.state, run = self._checkpointer.restore(self.decoder, self.optimizer, warn)
         return run
 
+    def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Begin with these parameters, by the names of the decoder's `state_dict`."""
+        self.decoder.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=True)
+
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         self.decoder.train()
         self.state, metrics = self._step(self.state, self._place(batch))
@@ -105,6 +109,9 @@ class TorchEngine:
 
     def stops_at(self, point: int) -> bool:
         return False  # there is one process
+
+    def part(self) -> None:
+        """There is nobody to part from."""
 
     def of_first(self, value: bool) -> bool:
         return value

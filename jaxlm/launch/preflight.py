@@ -40,6 +40,8 @@ from jaxlm.mesh import Layout
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain", "libtpu", "jax-cuda12-plugin", "nvidia-nccl-cu12")
 PATIENCE = 120
 """Seconds to wait for an answer of another process."""
+VISIBLE_WITHIN = 10.0
+"""Seconds: a network file system may show a new file late."""
 MEGABYTES = {"cpu": (1, 4)}
 """What each device reduces, by platform; where it is not listed, `ALL_MEGABYTES`."""
 ALL_MEGABYTES = (1, 8, 64)
@@ -54,7 +56,7 @@ def preflight(cfg: config.Config, *, devices: int = 0, out: Path | None = None) 
         out: the JSON file; None: `preflight.json` in the run directory.
 
     Raises:
-        UserError: the processes do not find each other, or one of them does not answer.
+        UserError: the processes do not find each other, one of them does not answer, or the mesh does not fit.
     """
     distributed.initialize(cfg.distributed)
     try:
@@ -71,6 +73,8 @@ def preflight(cfg: config.Config, *, devices: int = 0, out: Path | None = None) 
             path = out or Path(cfg.out_dir) / "preflight.json"
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"      {path}", flush=True)
+    if passed:  # as many devices as there should be: then a mesh that does not fit them is a mistake to mend
+        Layout.from_config(cfg.mesh)
     return passed
 
 
@@ -88,10 +92,6 @@ def _all(cfg: config.Config, expected: int) -> tuple[list[Check], dict[str, Any]
     local = jax.local_devices()
     counts = talk.exchange("devices", {"count": len(local), "kind": local[0].device_kind})
     found.append(checks.devices(counts, expected))
-    try:
-        Layout.from_config(cfg.mesh)
-    except UserError as error:
-        found.append(Check("mesh", "FAIL", str(error)))
     rows, right = reduce_all(jax.devices())
     wrong = [index for index, one in enumerate(talk.exchange("sums", right)) if not one]
     found.append(checks.all_reduce(rows, wrong))
@@ -181,9 +181,9 @@ def shared_folder(talk: Talk, label: str, folder: Path) -> list[dict[str, Any]]:
     return talk.exchange(f"{label}-record", own)
 
 
-def _reads(path: Path, word: str, patience: float = 10.0) -> bool:
-    """Whether `path` holds `word`, or soon does: a network file system may show a new file late."""
-    deadline = time.monotonic() + patience
+def _reads(path: Path, word: str) -> bool:
+    """Whether `path` holds `word`, or soon does."""
+    deadline = time.monotonic() + VISIBLE_WITHIN
     while True:
         with contextlib.suppress(OSError):
             if path.read_text(encoding="utf-8") == word:

@@ -1,4 +1,4 @@
-"""`jaxlm launch slurm|jobset|tpu|preflight`: scripts for schedulers, and what is checked before the first step."""
+"""`jaxlm launch slurm|jobset|tpu|ssh|preflight`: other machines, and what is checked before the first step."""
 
 from __future__ import annotations
 
@@ -111,6 +111,53 @@ def tpu(
     asked = CloudTpu(accelerator, image, zone, project, nfs, "" if capacity == "on-demand" else capacity.value)
     job.check_config()
     write(script(job, asked, queued=queued), out, "bash", executable=True)
+
+
+Hosts = Annotated[Path, typer.Argument(metavar="HOSTS", help="A file with a host on each line.", show_default=False)]
+Words = Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="What runs on each: train CONFIG ...")]
+Coordinator = Annotated[str, typer.Option(help="Process 0's address for the others; default: the first host.")]
+RemotePython = Annotated[str, typer.Option(help="An interpreter there that has jaxlm; default: jaxlm.")]
+RemoteFolder = Annotated[str, typer.Option(help="Where to start there; default: the folder current here.")]
+Ssh = Annotated[str, typer.Option(help="The command, with options of its own.")]
+Grace = Annotated[int, typer.Option(min=1, help="Seconds from SIGTERM to SIGKILL.")]
+
+
+@app.command()
+def ssh(
+    hosts: Hosts,
+    words: Words,
+    coordinator: Coordinator = "",
+    python: RemotePython = "",
+    folder: RemoteFolder = "",
+    ssh: Ssh = "ssh",
+    grace: Grace = 300,
+    restarts: Annotated[int, typer.Option(min=0, help="Start again so often after a failure, with --resume.")] = 0,
+    logs: Annotated[Path, typer.Option(help="Folder of process-N.log.")] = Path("logs"),
+) -> None:
+    """Start a verb on hosts that ssh reaches, one process a line of HOSTS; all are stopped when one fails."""
+    from jaxlm.launch.ssh import Remote, launch_remotely
+
+    remote = Remote(hosts, coordinator, python, folder, ssh, grace)
+    if code := launch_remotely(remote, words, restarts=restarts, logs=logs):
+        raise typer.Exit(code)
+
+
+@app.command(hidden=True)
+def on_host(
+    hosts: Hosts,
+    words: Words,
+    coordinator: Coordinator = "",
+    python: RemotePython = "",
+    folder: RemoteFolder = "",
+    ssh: Ssh = "ssh",
+    grace: Grace = 300,
+) -> None:
+    """One of the processes of `launch ssh`."""
+    from jaxlm.launch.ssh import Remote
+    from jaxlm.launch.ssh import on_host as start
+
+    if code := start(Remote(hosts, coordinator, python, folder, ssh, grace), words):
+        raise typer.Exit(code)
 
 
 @app.command()

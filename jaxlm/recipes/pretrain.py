@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jaxlm import config, distributed
 from jaxlm.data.completion import Sampling
 from jaxlm.errors import UserError
-from jaxlm.train.loop import Progress, train
+from jaxlm.recipes.initial import initial_params
+from jaxlm.train.loop import Engine, Progress, train
 from jaxlm.train.malloc import keep_freed_memory
 from jaxlm.train.run import open_run, shared_facts
 
@@ -39,7 +40,12 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     if backend == "torch":
         from torch_ref.train import TorchEngine
 
-        return train(cfg, corpus, TorchEngine(cfg), resume=resume)
+        torch_engine = TorchEngine(cfg)
+        if starts_from_another(cfg, torch_engine, resume):
+            from jaxlm.convert.native import to_torch
+
+            torch_engine.adopt(dict(to_torch(initial_params(cfg, corpus.tokenizer), cfg.model)))
+        return train(cfg, corpus, torch_engine, resume=resume)
     import jax
 
     from jaxlm.train.engine import JaxEngine
@@ -58,7 +64,15 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
 
     wide = "float64" in (cfg.numerics.params, cfg.numerics.compute) or bool(jax.config.read("jax_enable_x64"))
     with jax.enable_x64(wide):
-        return train(cfg, corpus, JaxEngine(cfg, loss_fn, complete), resume=resume)
+        engine = JaxEngine(cfg, loss_fn, complete)
+        if starts_from_another(cfg, engine, resume):
+            engine.adopt(initial_params(cfg, corpus.tokenizer))
+        return train(cfg, corpus, engine, resume=resume)
+
+
+def starts_from_another(cfg: config.Config, engine: Engine, resume: bool) -> bool:
+    """Whether the parameters are those of `train.init_from`: a run with a checkpoint has its own."""
+    return bool(cfg.train.init_from) and not (resume and engine.checkpoints())
 
 
 def meet(cfg: config.Config, backend: config.Backend) -> tuple[config.Config, bool]:

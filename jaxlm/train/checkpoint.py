@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxlm.errors import UserError
 from jaxlm.train.step import TrainState
@@ -153,13 +154,16 @@ class Checkpointer:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         abstract, cause = jax.tree.map(_abstract, like), None
         for step in steps:
+            found = None
             try:
-                return self._read(step, abstract)
+                found = self._read(step, abstract)
             except UserError:
                 raise
             except Exception as error:  # Orbax raises plain ones for what it cannot read
                 warn(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
                 cause = error
+            if _everywhere(found is not None) and found:
+                return found
         raise UserError(f"{self.folder}: no intact checkpoint", "start again with another out_dir") from cause
 
     def _asked(self, step: int | None) -> list[int]:
@@ -206,6 +210,7 @@ class Checkpointer:
             for step in damaged:
                 aside.mkdir(exist_ok=True)
                 (self.folder / str(step)).rename(tempfile.mkdtemp(prefix=f"{step}-", dir=aside))
+        _everywhere(True)  # nobody looks before it is done
         self._manager.reload()
 
     def _not_written(self, error: OSError) -> UserError:
@@ -280,6 +285,11 @@ def _word_sums(tree: Any) -> Any:
 def _word_sum(x: jax.Array) -> jax.Array:
     words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)  # a 64-bit value is two words
     return jnp.sum(jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _everywhere(value: bool) -> bool:
+    """Whether it is so in all processes, which all ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, init_params
 from jaxlm.train.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.train.program import MakeLoss, training_program
-from jaxlm.train.step import init_state, make_eval
+from jaxlm.train.step import TrainState, init_state, make_eval
 from jaxlm.train.watch import Watch
 
 RUN_AHEAD = 2  # steps that may wait on the device
@@ -49,12 +49,12 @@ class JaxEngine:
         self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
         program = training_program(cfg, self.layout, make_loss)
         self.decoder, self._step = program.decoder, program.step
-        start = jax.jit(
+        self._init = jax.jit(
             lambda key: init_state(init_params(self.decoder, key), program.optimizer),
             out_shardings=program.shardings,
             compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
         )
-        self.state = start(jax.random.key(cfg.seed))
+        self._state: TrainState | None = None
         evaluate = make_eval(program.loss_fn, layout=self.layout, matmul=cfg.numerics.matmul)
         self._eval = jax.jit(evaluate, out_shardings=self.layout.replicated)
         self._under_way: collections.deque[Any] = collections.deque()
@@ -64,6 +64,17 @@ class JaxEngine:
         multiplied = matmul_params(self.decoder)
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len)
         self._peak_flops: float | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """Made when first needed: a run that resumes never holds two."""
+        state: TrainState = self._init(jax.random.key(self.config.seed)) if self._state is None else self._state
+        self._state = state
+        return state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
 
     @property
     def peak_flops(self) -> float:
@@ -94,8 +105,17 @@ class JaxEngine:
         return self.checkpointer.steps() if folder.is_dir() else []
 
     def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:
-        self.state, run = self.checkpointer.restore(self.state, warn)
+        shapes = jax.eval_shape(self._init, jax.random.key(self.config.seed))
+        self.state, run = self.checkpointer.restore(shapes, warn)
         return run
+
+    def adopt(self, params: Params) -> None:
+        """Begin with these parameters, numpy arrays that every process has."""
+
+        def place(leaf: np.ndarray, like: jax.Array) -> jax.Array:
+            return jax.make_array_from_callback(leaf.shape, like.sharding, lambda index: leaf[index])
+
+        self.state = self.state._replace(params=jax.tree.map(place, params, self.state.params))
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         self._mark("in a step")
@@ -140,6 +160,9 @@ class JaxEngine:
 
     def stops_at(self, point: int) -> bool:
         return multihost_utils.reached_preemption_sync_point(point)
+
+    def part(self) -> None:
+        jax.distributed.shutdown()
 
     def of_first(self, value: bool) -> bool:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))

@@ -79,6 +79,10 @@ class Engine(Protocol):
         """Of many processes: whether a preemption notice to any of them lets all stop at this point, counted from 1."""
         ...
 
+    def part(self) -> None:
+        """Of many processes, which all call it: leave the others, so that the first that ends takes none along."""
+        ...
+
     def of_first(self, value: bool) -> bool:
         """Of many processes, which all call it: the value of the first one."""
         ...
@@ -131,6 +135,7 @@ def train(cfg: config.Config, corpus: Corpus, engine: Engine, *, resume: bool) -
             finally:
                 run.close()
     if run.stop.stopped:
+        engine.part()
         raise Stopped(run.stop.signal_name)
     return run.progress
 

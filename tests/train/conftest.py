@@ -51,6 +51,13 @@ every = 2
 """
 
 
+SPREAD = (  # options of a run that many meshes can carry, in float64
+    *("numerics.params=float64", "numerics.compute=float64", "numerics.matmul=highest"),
+    *("model.n_heads=4", "model.n_kv_heads=4", 'model.pattern=["attention+moe"]', "model.d_ff=16"),
+    *("train.microbatches=1", "train.batch_size=8", "train.steps=8", "eval.every=0", "log.every=1"),
+)
+
+
 class Runs:
     """Makes configs of tiny runs, trains them and reads what they leave."""
 
@@ -83,6 +90,22 @@ class Runs:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(self.command(out, *overrides, resume=resume), env=environment, **pipes | options)
 
+    def launch(
+        self, out: Path, *overrides: str, processes: int, devices: int, resume: bool = False, restarts: int = 0
+    ) -> subprocess.Popen[str]:
+        """Start several processes with so many virtual devices each; what they print is in OUT/logs."""
+        _, _, *command = self.command(out, *overrides, resume=resume)
+        launcher = ["-m", "jaxlm", "launch", "local", f"--processes={processes}", f"--devices-per-process={devices}"]
+        words = [sys.executable, *launcher, f"--restarts={restarts}", "--", *command[1:]]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(words, **pipes)
+
+    def launched(self, out: Path, *overrides: str, **options: Any) -> None:
+        """As `launch`; waits for the end, which must be a good one."""
+        process = self.launch(out, *overrides, **options)
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+
     def refused(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> str:
         """Run a process that must end with exit code 2 and one line on stderr besides progress; returns the line."""
         process = self.start(out, *overrides, resume=resume, **options)
@@ -97,6 +120,20 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Configs and processes of tiny runs, over one corpus."""
     return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def spread() -> tuple[str, ...]:
+    """Options of a run that many meshes can carry, in float64."""
+    return SPREAD
+
+
+@pytest.fixture(scope="session")
+def two_processes(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with the options of `spread`, of two processes with two devices each, that nobody disturbs."""
+    out = tmp_path_factory.mktemp("two")
+    runs.launched(out, *SPREAD, "checkpoint.every=4", "checkpoint.keep=9", processes=2, devices=2)
+    return out
 
 
 @pytest.fixture
@@ -116,8 +153,10 @@ def leaves() -> Callable[[Path], dict[str, np.ndarray]]:
         newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
         found: dict[str, np.ndarray] = {"": np.array(int(newest.name))}
         for item in ("params", "optimizer"):
-            with ocp.StandardCheckpointer() as reader:
-                tree = reader.restore(newest / item)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                known: Any = reader.metadata(newest / item).item_metadata
+                numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known.tree)  # whatever mesh
+                tree = reader.restore(newest / item, args=ocp.args.PyTreeRestore(restore_args=numpy))
             for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
                 found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
         return found

@@ -1,7 +1,10 @@
 """A training process that is killed again and again ends with the parameters of one that is not."""
 
+import os
 import random
+import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,3 +44,57 @@ def test_sigkill_at_random_moments(runs, tmp_path, leaves, rows, kills, steps, s
     print(f"{done} kills, {in_save} of them during a save, {run} runs finished, one run takes {whole_run:.1f} s")
     if kills >= 20:
         assert in_save > 0
+
+
+def children(process) -> list[int]:
+    """Of a process, in the order in which they were started."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+
+
+def kill_one(process, out: Path, chance: random.Random, longest: float, in_save: bool) -> str:
+    """Kill one of the launched processes at a random moment, or while a checkpoint is written; tells where it stood."""
+    until = time.monotonic() + (longest if in_save else chance.uniform(0, longest))
+    while time.monotonic() < until and process.poll() is None:
+        if in_save and any(out.glob("checkpoints/*.orbax-checkpoint-tmp*")):
+            break
+        time.sleep(0.002)
+    if not (alive := children(process)):
+        return ""
+    index = chance.randrange(len(alive))
+    os.kill(alive[index], signal.SIGKILL)
+    writing = [path.name.partition(".")[0] for path in out.glob("checkpoints/*.orbax-checkpoint-tmp*")]
+    return f"process {index}{', in a save of step ' + writing[0] if writing else ''}"
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(2, 2), pytest.param(4, 20, marks=SOAK)])
+def test_sigkill_of_any_one_process(runs, spread, two_processes, tmp_path, leaves, rows, processes, kills, seed):
+    """The first of every two moments is within a save."""
+    whole = two_processes
+    shape, longest = {"processes": processes, "devices": 4 // processes}, 60.0
+    options = (*spread, "checkpoint.every=1", "checkpoint.keep=2")
+    if processes != 2:
+        whole, begun = tmp_path / "whole", time.monotonic()
+        runs.launched(whole, *options, **shape)
+        longest = time.monotonic() - begun
+    expected, metrics = leaves(whole), rows(whole)
+    chance, moments, run = random.Random(seed), [], 0
+    while True:
+        out = tmp_path / f"run{run}"
+        process = runs.launch(out, *options, **shape, resume=True)
+        if len(moments) < kills and (moment := kill_one(process, out, chance, longest, len(moments) % 2 == 0)):
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 128 + signal.SIGKILL, said
+            moments.append(moment)
+            continue
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        found = leaves(out)
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], array) for name, array in expected.items())
+        assert rows(out) == metrics and not (out / "damaged").exists()
+        if len(moments) == kills:
+            break
+        run += 1
+    print(f"{run + 1} runs finished; killed: {'; '.join(moments)}")
+    assert any("in a save" in moment for moment in moments)
