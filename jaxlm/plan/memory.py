@@ -1,0 +1,95 @@
+"""The memory of one device while it trains, counted from shapes and the layout alone: no compiler is asked.
+
+The state is exact. What a step needs besides is what XLA's schedule keeps at its worst moment: gradients, what the
+backward pass waits for, one block at work, gathered parameters, one block of logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+
+from jaxlm import config
+from jaxlm.mesh import Axes, Layout
+from jaxlm.models.activations import activations
+from jaxlm.models.decoder import Decoder, abstract_params
+from jaxlm.numerics import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. The first three are exact, the others estimates."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int
+    """What the forward pass leaves for the backward pass."""
+    working: int
+    """One block at work, gathered parameters, logits."""
+
+    @property
+    def state(self) -> int:
+        """What lies there between two steps, and the batch."""
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.state + self.gradients + self.activations + self.working
+
+
+def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
+    """Count the memory of one of `devices`.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or a size does not divide.
+    """
+    layout, policy = Layout.abstract(cfg.mesh, devices, slices), Policy.from_config(cfg.numerics)
+    rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
+    layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
+    split = layout.parts("batch") * layout.parts("seq")
+    model = dataclasses.replace(cfg.model, remat="none", layer_loop="scan")
+    leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(Decoder(model, policy))]
+    parameters = sum(_held(layout, *leaf) for leaf in leaves) * policy.params.itemsize
+    moments = 2 * sum(_held(layout.optimizer, *leaf) for leaf in leaves) * policy.params.itemsize
+    narrow = policy.compute.itemsize / policy.params.itemsize
+    copies = int(parameters * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
+    used = activations(cfg, layout)
+    gathered = max(_gathered(layout, *leaf, model.repeats) for leaf in leaves) * policy.compute.itemsize
+    return Memory(
+        parameters=parameters,
+        optimizer=moments,
+        batch=5 * 4 * cfg.train.batch_size * cfg.data.seq_len // split,
+        gradients=parameters * (1 if cfg.train.microbatches == 1 else 2) + copies,
+        activations=used.kept,
+        working=used.working + gathered,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _leaves(decoder: Decoder) -> tuple[tuple[str, Any, Axes], ...]:
+    """Name, shape and axes of every parameter, layers stacked."""
+    shapes, axes = abstract_params(decoder)
+    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat)
+    return tuple(zip(names, (leaf for _, leaf in flat), tree.flatten_up_to(axes), strict=True))
+
+
+def _held(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes) -> int:
+    """Elements of a parameter that a device holds."""
+    layout.spec(axes, shape, name)
+    return math.prod(shape) // math.prod(layout.parts(axis) for axis in axes)
+
+
+def _gathered(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes, repeats: int) -> int:
+    """Elements that a device computes with and does not hold, and their gradient before it is scattered again."""
+    along = {one for axis in axes for one in layout.along(axis)} & {"data", "fsdp", "context"}
+    split = math.prod(layout.mesh.shape[one] for one in along)
+    size = _held(layout, name, shape, axes) * split if split > 1 else 0
+    return 2 * size // (repeats if name.startswith("layers.") else 1)
