@@ -87,7 +87,7 @@ class Model:
     """Rate after the embedding and after each mixer and feed-forward, while training."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of kernels and embeddings; `residual_std` for those that write into the residual stream."""
-    attention_impl: Literal["auto", "xla", "blockwise", "cudnn"] = "auto"
+    attention_impl: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
     """Attention kernel; `auto` picks for the hardware. All compute the same function."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     """`scan` compiles one repeat at any depth, `unroll` runs faster; `auto` unrolls 8 layers at most, without remat."""

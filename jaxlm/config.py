@@ -23,6 +23,8 @@ from jaxlm.parts import MoE as MoE
 from jaxlm.parts import RopeScaling as RopeScaling
 
 Backend = Literal["jax", "torch"]
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""Axes of the mesh, the fastest links last."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -174,8 +176,38 @@ class Numerics:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Dcn:
+    """The part of each axis that crosses slices, over the data-centre network; one may be -1: all the slices there are.
+
+    In all, an axis is as long as this part times its part in `[mesh]`.
+    """
+
+    data: int = 1
+    """Replicas in different slices."""
+    fsdp: int = 1
+    """Parts of the parameters in different slices: each layer is then gathered over the slow network."""
+    expert: int = 1
+    """Parts of the experts in different slices."""
+    context: int = 1
+    """Parts of the sequence in different slices."""
+    tensor: int = 1
+    """Parts of the heads in different slices."""
+
+    def __post_init__(self) -> None:
+        _check_axes(self.sizes, "mesh.dcn")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The five sizes by axis."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Mesh:
-    """Devices along each of the five axes; one of them may be -1: all that are left."""
+    """Devices of one slice along each of the five axes; one of them may be -1: all that are left.
+
+    Without `[mesh.dcn]` all devices are one slice. `mesh = "zero3"` takes all of this from `configs/mesh/zero3.toml`.
+    """
 
     data: int = -1
     """Replicas that split the batch."""
@@ -187,12 +219,26 @@ class Mesh:
     """Splits the sequence."""
     tensor: int = 1
     """Splits heads, feed-forward and vocabulary."""
+    dcn: Dcn = dataclasses.field(default_factory=Dcn)
+    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """The mesh axes of a logical axis, where they are not those of `RULES` in `jaxlm/mesh.py`: `heads = []` splits no
+    heads, `embed = ["fsdp", "context"]` splits the width over both."""
+    optimizer_rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """The same, on top of `rules`, for optimiser state that does not lie where its parameters do (ZeRO-1)."""
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            require(size >= 1 or size == -1, f"mesh.{name} = {size} must be positive or -1")
-        require(list(sizes.values()).count(-1) <= 1, f"more than one axis of [mesh] is -1: {sizes}")
+        _check_axes(self.sizes, "mesh")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The five sizes within a slice, by axis."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+
+def _check_axes(sizes: dict[str, int], section: str) -> None:
+    for name, size in sizes.items():
+        require(size >= 1 or size == -1, f"{section}.{name} = {size} must be positive or -1")
+    require(list(sizes.values()).count(-1) <= 1, f"more than one axis of [{section}] is -1: {sizes}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

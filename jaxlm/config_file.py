@@ -29,7 +29,8 @@ from jaxlm.errors import UserError, did_you_mean
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides (values in TOML syntax; a bare word is a string).
 
-    `path` may be the name or an alias of a file of `configs/models`: see `registry`.
+    `path` may be the name or an alias of a file of `configs/models`: see `registry`. A `mesh` that is a name, in the
+    file or as an override, stands for the section of `configs/mesh/NAME.toml`; overrides after it change its keys.
 
     Raises:
         UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or contradicts another.
@@ -43,8 +44,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is a folder", "name a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
+    _fill_in_mesh(tree)
     for override in overrides:
         _apply(tree, override)
+        _fill_in_mesh(tree)
     config = from_dict(tree, where=str(path))
     return config if config.out_dir else dataclasses.replace(config, out_dir=f"runs/{path.stem}")
 
@@ -93,6 +96,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section!r} is not a section")
     tree[key] = value
+
+
+def _fill_in_mesh(tree: dict[str, Any]) -> None:
+    if isinstance(tree.get("mesh"), str):
+        tree["mesh"] = registry.mesh(tree["mesh"])
 
 
 def _refuse_unknown(tree: Mapping[str, Any], cls: type, where: str, prefix: str) -> None:

@@ -1,7 +1,8 @@
-"""The named configurations: `configs/models/*.toml` beside the package. A name carries the counted parameters.
+"""What has a name: configurations and meshes, `configs/models/*.toml` and `configs/mesh/*.toml` beside the package.
 
-    find("dense-134m")   # configs/models/dense-134m.toml
+    find("dense-134m")   # configs/models/dense-134m.toml: the name carries the counted parameters
     find("s0-100m")      # the same by the name that its source gave it
+    mesh("zero3")        # the section that configs/mesh/zero3.toml holds
 
 Imports neither jax nor torch.
 """
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from jaxlm.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "configs" / "models"
+MESHES = FOLDER.with_name("mesh")
 
 
 def find(name: str | Path) -> Path:
@@ -47,3 +50,16 @@ def entries() -> dict[Path, tuple[str, ...]]:
     for path in sorted(FOLDER.glob("*.toml")):
         found[path] = tuple(tomllib.loads(path.read_text(encoding="utf-8")).get("aliases", ()))
     return found
+
+
+def mesh(name: str) -> dict[str, Any]:
+    """The section `[mesh]` of a preset, as plain dicts.
+
+    Raises:
+        UserError: there is no preset of that name.
+    """
+    path = MESHES / f"{name}.toml"
+    names = [file.stem for file in MESHES.glob("*.toml")]
+    if name not in names:
+        raise UserError(f"mesh = {name!r}: no such preset", did_you_mean(name, names) if names else f"see {MESHES}")
+    return tomllib.loads(path.read_text(encoding="utf-8"))["mesh"]

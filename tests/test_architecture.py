@@ -29,7 +29,7 @@ RANKS = {
     **dict.fromkeys(["convert"], 8),  # opens and writes the checkpoints of train
     **dict.fromkeys(["infer"], 9),  # opens whatever convert can open
     **dict.fromkeys(["recipes", "eval"], 10),
-    **dict.fromkeys(["parity"], 11),  # steps the objective of a recipe
+    **dict.fromkeys(["parity", "plan"], 11),  # step the objective of a recipe, compile it
     **dict.fromkeys(["cli", "pytest_plugin"], 12),
     **dict.fromkeys(["__main__"], 13),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import config, config_file
+from jaxlm import config, config_file, registry
 from jaxlm.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -166,3 +166,46 @@ def test_a_block_that_is_none_is_refused(block, message):
         config_file.from_dict({"model": {"pattern": [block]}})
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+PRESETS = sorted(path.stem for path in registry.MESHES.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_mesh_has_a_name(tmp_path, name):
+    path = tmp_path / "a.toml"
+    path.write_text(f'mesh = "{name}"\n')
+    found = config_file.load(path)
+    assert set(tomllib.loads((registry.MESHES / f"{name}.toml").read_text())) == {"mesh"}
+    assert config_file.from_dict({"mesh": registry.mesh(name)}).mesh == found.mesh
+    path.write_text("[mesh]\ntensor = 4\n[mesh.rules]\nheads = []\n")
+    assert config_file.load(path, [f"mesh={name}"]).mesh == found.mesh
+    assert config_file.from_dict(tomllib.loads(config_file.to_toml(found))) == found
+
+
+def test_overrides_change_a_named_mesh_in_their_order(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('mesh = "zero1"\n')
+    found = config_file.load(path, ["mesh.data=4", "mesh.rules.vocab=['tensor', 'fsdp']", "mesh.dcn.data=2"]).mesh
+    assert (found.data, found.dcn.data, found.rules) == (4, 2, {"vocab": ("tensor", "fsdp")})
+    assert found.optimizer_rules == {"embed": ("fsdp", "data")}
+    assert config_file.load(path, ["mesh.data=4", "mesh=zero3"]).mesh == config.Mesh(data=1, fsdp=-1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mesh=multslice", "mesh = 'multslice': no such preset (did you mean 'multislice'?)"),
+        ("mesh=../models/dense-134m", "no such preset (valid: "),
+        ("mesh.dnc.data=2", "unknown key 'mesh.dnc' (did you mean 'dcn'?)"),
+        ("mesh.dcn=2", "'mesh.dcn' is a section, not a value"),
+        ("mesh.dcn.data=0", "mesh.dcn.data = 0 must be positive or -1"),
+        ("mesh.rules.embed=fsdp", "mesh.rules.embed = 'fsdp': input should be a valid"),
+        ("mesh.rules=3", "mesh.rules = 3: input should be an object"),
+    ],
+)
+def test_what_is_wrong_with_a_mesh_is_named(tmp_path, override, message):
+    (tmp_path / "a.toml").write_text("")
+    with pytest.raises(UserError) as error:
+        config_file.load(tmp_path / "a.toml", [override])
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -150,7 +150,7 @@ def measured_flops(device: torch.device, size: int = 1536, tries: int = 3) -> fl
 
 
 def _require_one_device(mesh: config.Mesh) -> None:
-    for axis, size in dataclasses.asdict(mesh).items():
+    for axis, size in {**mesh.sizes, **{f"dcn.{axis}": size for axis, size in mesh.dcn.sizes.items()}}.items():
         if size not in (1, -1):
             raise UserError(f"mesh.{axis} = {size}: the torch backend trains on one device", f"mesh.{axis}=1")
 

@@ -12,7 +12,7 @@ import jax
 from jaxlm import config
 from jaxlm.architecture import Halves
 from jaxlm.flops import forward_flops
-from jaxlm.mesh import AXES, RULES, Axes
+from jaxlm.mesh import Axes, Layout
 from jaxlm.models.decoder import Decoder, abstract_params, init_cache
 from jaxlm.numerics import Policy
 
@@ -77,12 +77,13 @@ def account(cfg: config.Config) -> Account:
     model, policy = cfg.model, Policy.from_config(cfg.numerics)
     decoder = Decoder(model, policy)
     leaves = _leaves(decoder)
-    sizes = {name: max(size, 1) for name, size in dataclasses.asdict(cfg.mesh).items()}
+    layout = Layout.abstract(cfg.mesh)
     embedding = sum(leaf.size for path, leaf, _ in leaves if path[-1] == "embedding")
     total, active = parameters(model)
     matmul = matmul_params(decoder)
     forward = forward_flops(model, matmul, cfg.data.seq_len)
-    local = sum(_local_size(leaf, axes, sizes) for _, leaf, axes in leaves)
+    local = sum(_local_size(leaf, axes, layout) for _, leaf, axes in leaves)
+    moments = 2 * sum(_local_size(leaf, axes, layout.optimizer) for _, leaf, axes in leaves)
     width = policy.params.itemsize
     growing, fixed = _cache_bytes(decoder, cfg.data.seq_len)
     return Account(
@@ -92,11 +93,11 @@ def account(cfg: config.Config) -> Account:
         matmul=matmul,
         forward_flops=forward,
         train_flops=3 * forward,
-        devices=math.prod(sizes[axis] for axis in AXES),
+        devices=layout.mesh.size,
         parameter_bytes=local * width,
-        optimizer_bytes=2 * local * width,
+        optimizer_bytes=moments * width,
         gradient_bytes=local * width,
-        activation_bytes=_activations(cfg, sizes),
+        activation_bytes=_activations(cfg, layout.mesh.shape),
         cache_bytes_per_token=growing,
         cache_bytes_fixed=fixed,
     )
@@ -211,9 +212,5 @@ def _ffn(halves: Halves) -> int:
     return (moe.top_k + moe.n_shared) * wide * (moe.d_ff or model.d_ff) + 2 * moe.top_k * model.d_model + moe.n_experts
 
 
-def _local_size(leaf: Any, names: Axes, sizes: Mapping[str, int]) -> int:
-    parts = 1
-    for name in names:
-        entry = RULES[name] if name else None
-        parts *= math.prod(sizes[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-    return -(-leaf.size // parts)
+def _local_size(leaf: Any, axes: Axes, layout: Layout) -> int:
+    return -(-leaf.size // math.prod(layout.parts(axis) for axis in axes))

@@ -51,6 +51,14 @@ class Attention(nn.Module):
             k_BTKH = apply_rope(k_BTKH, *rope, layout=cfg.rope_layout)
         q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", "head_dim")
 
+        sinks_MD, sink_logits_N = None, None
+        if cfg.sink_tokens:
+            init = logical(nn.initializers.normal(cfg.init_std), None, "embed")
+            sinks_MD = self.param("sink_tokens", init, (cfg.sink_tokens, x_BTD.shape[-1]), self.policy.params)
+        if cfg.sink_logits:
+            init = logical(nn.initializers.normal(cfg.init_std), "heads")
+            sink_logits_N = self.param("sink_logits", init, (cfg.n_heads,), self.policy.params)
+
         options: Any = {"window": cfg.window, "softcap": cfg.softcap}
         aligned: Any = options | {"impl": cfg.attention_impl, "aligned": True}
         new, several = (k_BTKH, v_BTKH, places, places), False
@@ -60,7 +68,9 @@ class Attention(nn.Module):
             slots, cache = cache.extend(k_BTKH, v_BTKH, places)
             several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
             mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
-        if not (several or cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
+        if cache is None and not (cfg.keep_first or cfg.sink_tokens):
+            mixed = ops.attention(q_BTNH, *new, **aligned, sink_logits_N=sink_logits_N)
+        elif not (several or cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
             mixed = mix(q_BTNH, *held, **options)
         else:
             parts = [part(q_BTNH, *held, **options)]
@@ -69,16 +79,10 @@ class Attention(nn.Module):
             if cfg.keep_first:
                 first = cache.first if isinstance(cache, WindowCache) else None
                 parts.append(self._retained(bare_BTNH, k_BTKH, v_BTKH, places, first))
-            if cfg.sink_tokens:
-                init = logical(nn.initializers.normal(cfg.init_std), None, "embed")
-                sinks_MD = self.param("sink_tokens", init, (cfg.sink_tokens, x_BTD.shape[-1]), self.policy.params)
+            if sinks_MD is not None:
                 k_MKH, v_MKH = k_proj(sinks_MD), v_proj(sinks_MD)
                 k_MKH = k_MKH if k_norm is None else k_norm(k_MKH)
                 parts.append(ops.attend_sinks(bare_BTNH, k_MKH, v_MKH, places.segments, softcap=cfg.softcap))
-            sink_logits_N = None
-            if cfg.sink_logits:
-                init = logical(nn.initializers.normal(cfg.init_std), "heads")
-                sink_logits_N = self.param("sink_logits", init, (cfg.n_heads,), self.policy.params)
             mixed = ops.merge(parts, sink_logits_N, v_BTKH.dtype)
 
         o_proj = Linear(

@@ -161,7 +161,7 @@ def _split_moe(
     Along the axes of the experts that split the tokens too, tokens are exchanged; along the others every device has
     the tokens already, and what the devices compute is added.
     """
-    along, across, tokens = _axes(layout, "experts"), _axes(layout, "mlp"), _axes(layout, "batch", "seq")
+    along, across, tokens = layout.along("experts"), layout.along("mlp"), layout.along("batch") + layout.along("seq")
     across = tuple(axis for axis in across if axis not in tokens)
     summed = (*across, *(axis for axis in along if axis not in tokens))
     send = _exchange(layout, tuple(axis for axis in along if axis in tokens), cfg)
@@ -183,12 +183,6 @@ def _split_moe(
 
     run = jax.shard_map(local, mesh=layout.mesh, in_specs=(rows, rows, rows, weights), out_specs=rows, check_vma=False)
     return run(x_BTD, routing.weights, routing.experts, named)
-
-
-def _axes(layout: Layout, *names: str) -> tuple[str, ...]:
-    """The mesh axes that split logical axes."""
-    entries = (layout.spec((name,))[0] for name in names)
-    return tuple(axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def _exchange(layout: Layout, axis: tuple[str, ...], cfg: config.MoE) -> Any:

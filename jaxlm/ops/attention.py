@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.mesh import platform
 from jaxlm.numerics import wide
+from jaxlm.ops import choice
 
 BLOCK = 128  # least query block of `blockwise`
 MAX_BLOCKS = 16  # `blockwise` unrolls at most this many
@@ -55,25 +57,35 @@ def attention(
     aligned: bool = False,
     window: int = 0,
     softcap: float = 0.0,
+    sink_logits_N: Float[Array, " n"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Causal attention within documents (Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023).
 
     Args:
         q_places, k_places: positions and segments of queries [B, T] and keys [B, S].
-        impl: `xla`, `blockwise`, `cudnn`, or `auto` for the hardware at hand. cuDNN has no soft cap and gives no
-            log-sum-exp; where one is needed, `blockwise` takes its place.
+        impl: `xla`, `blockwise`, `cudnn`, `splash`, or `auto` for the platform that is compiled for. Where one does not
+            apply, the next in the table of `ops.choice` takes its place.
         aligned: queries and keys are the same tokens in the same order (no cache), so no key at a later index is seen,
-            and the tokens of a document follow one another. `blockwise` and `cudnn` need this.
+            and the tokens of a document follow one another. All but `xla` need this.
         window: tokens that a query sees, itself included (Beltagy et al. 2020, section 3.1); 0: all before it.
         softcap: scores are bounded, `cap tanh(score / cap)` (Gemma 2, section 2); 0: they are not.
+        sink_logits_N: as in `merge`.
 
     Returns:
         The mixed values [B, T, N, H], in the dtype of `v`. Softmax runs in float32 or wider.
     """
-    impl = default_impl(q_BTNH, aligned, fused=not softcap) if impl == "auto" else impl
-    if impl == "cudnn" and aligned and not softcap:
+    sinks = sink_logits_N is not None
+    impl = _choose(impl, q_BTNH, aligned, softcap, sinks=sinks)
+    if impl == "splash":
+        from jaxlm.ops.splash import splash  # loads Pallas, which only TPUs need
+
+        options: Any = {"window": window, "softcap": softcap, "sink_logits_N": sink_logits_N}
+        return splash(q_BTNH, k_BSKH, v_BSKH, q_places.segments, **options)
+    if impl == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, q_places, window)
-    return _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, v_BSKH.dtype).out
+    dtype = wide(q_BTNH.dtype) if sinks else v_BSKH.dtype
+    mixed = _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, dtype)
+    return merge([mixed], sink_logits_N, v_BSKH.dtype) if sinks else mixed.out
 
 
 def attend(
@@ -89,7 +101,7 @@ def attend(
     softcap: float = 0.0,
 ) -> Mixed:
     """`attention`, to be merged with other keys."""
-    impl = default_impl(q_BTNH, aligned, fused=False) if impl == "auto" else impl
+    impl = _choose(impl, q_BTNH, aligned, softcap, merged=True)
     width = wide(q_BTNH.dtype)
     return _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, width)
 
@@ -203,15 +215,9 @@ def cached_attend(
     return _cached(q_BTNH, keys_BKHS, values_BKSH, mask_BTS, softcap, wide(q_BTNH.dtype))
 
 
-def default_impl(q_BTNH: Float[Array, "b t n h"], aligned: bool, fused: bool = True) -> str:
-    """The fastest implementation for the default backend, these shapes and this dtype; `fused`: cuDNN would do."""
-    if not aligned or q_BTNH.shape[1] < 2 * BLOCK:
-        return "xla"
-    t, head_dim = q_BTNH.shape[1], q_BTNH.shape[3]
-    fits_cudnn = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128 and t % 2 == 0
-    if jax.default_backend() == "gpu" and fits_cudnn and fused:
-        return "cudnn"
-    return "blockwise"
+def _choose(asked: str, q_BTNH: Array, aligned: bool, softcap: float, **needs: bool) -> str:
+    _, t, _, h = q_BTNH.shape
+    return choice.attention(asked, choice.Attention(platform(), q_BTNH.dtype, t, h, aligned, bool(softcap), **needs))
 
 
 def visible(q: Places, k: Places, window: int = 0, beyond: int = 0) -> Bool[Array, "b t s"]:
@@ -238,9 +244,7 @@ def _mixed(
     dtype: DTypeLike,
 ) -> Mixed:
     """The kernels that know every option; `out` in `dtype`."""
-    if impl not in ("xla", "blockwise", "cudnn"):
-        raise ValueError(f"unknown attention implementation {impl!r}")
-    if impl != "xla" and aligned:
+    if impl == "blockwise":
         return _folded(q_BTNH, k_BSKH, v_BSKH, q_places, _Form(window, softcap, jnp.dtype(dtype)))
     q_BTKGH, width = _grouped(q_BTNH, k_BSKH.shape[2]), wide(q_BTNH.dtype)
     scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=width)

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.mesh import platform
 from jaxlm.numerics import wide
-from jaxlm.ops import ffn
+from jaxlm.ops import choice, ffn
 from jaxlm.ops.dispatch import Plan, collect, pick, sort_by_expert, take
 from jaxlm.ops.grouped import GROUPED, grouped_dot
 
@@ -50,8 +51,7 @@ def moe(
         activation: a name of `ops.ffn`.
         impl: `naive`, `blocks`, `ragged`, `megablox` (TPUs), or `auto` for the hardware.
     """
-    if impl == "auto":
-        impl = "blocks" if jax.default_backend() == "cpu" else "ragged"
+    impl = choice.experts(impl, platform(), x_TD.dtype)
     if impl == "naive":
         return _naive(x_TD, weights_TK, experts_TK, parameters, activation)
     if impl == "blocks":

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxlm import config
 from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
@@ -19,11 +18,10 @@ from jaxlm.errors import UserError
 from jaxlm.flops import flops_per_token
 from jaxlm.mesh import Layout
 from jaxlm.models.accounting import matmul_params
-from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
-from jaxlm.numerics import Policy
+from jaxlm.models.decoder import Decoder, Params, init_params
 from jaxlm.train.metrics import PEAK_FLOPS, plain
-from jaxlm.train.optim import make_optimizer
-from jaxlm.train.step import LossFn, TrainState, init_state, make_eval, make_step
+from jaxlm.train.program import MakeLoss, training_program
+from jaxlm.train.step import init_state, make_eval
 
 RUN_AHEAD = 2  # steps that may wait on the device
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample], list[str]]
@@ -35,31 +33,22 @@ class JaxEngine:
     The recipe brings `make_loss`, the objective, and `complete`, which continues texts.
     """
 
-    def __init__(
-        self, cfg: config.Config, make_loss: Callable[[Decoder, config.Train], LossFn], complete: Complete
-    ) -> None:
+    def __init__(self, cfg: config.Config, make_loss: MakeLoss, complete: Complete) -> None:
         enable_compilation_cache(cfg.data.cache_dir)
         # On a CPU a step that is begun before the last one has freed its temporary buffers takes as much again.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         self.config, self.layout, self._complete = cfg, Layout.from_config(cfg.mesh), complete
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
-        self.policy = Policy.from_config(cfg.numerics)
-        self.decoder = Decoder(cfg.model, self.policy)
-        rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
-        self.layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
-
-        loss_fn, optimizer = make_loss(self.decoder, cfg.train), make_optimizer(cfg.train)
-        context: Any = {"layout": self.layout, "matmul": cfg.numerics.matmul}
-        shardings = state_shardings(self.decoder, optimizer, self.layout)
+        program = training_program(cfg, self.layout, make_loss)
+        self.decoder, self._step = program.decoder, program.step
         start = jax.jit(
-            lambda key: init_state(init_params(self.decoder, key), optimizer),
-            out_shardings=shardings,
+            lambda key: init_state(init_params(self.decoder, key), program.optimizer),
+            out_shardings=program.shardings,
             compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
         )
         self.state = start(jax.random.key(cfg.seed))
-        step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, model=cfg.model, **context)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
-        self._eval = jax.jit(make_eval(loss_fn, **context), out_shardings=self.layout.replicated)
+        evaluate = make_eval(program.loss_fn, layout=self.layout, matmul=cfg.numerics.matmul)
+        self._eval = jax.jit(evaluate, out_shardings=self.layout.replicated)
         self._under_way: collections.deque[Any] = collections.deque()
         self._checkpointer: Any = None
 
@@ -125,21 +114,6 @@ class JaxEngine:
     def close(self) -> None:
         if self._checkpointer is not None:
             self._checkpointer.close()
-
-
-def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Where each leaf of the training state lies: moments lie with their parameters."""
-    shapes, axes = abstract_params(decoder)
-    params = layout.shardings(axes, shapes)
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, shapes),
-        params,
-        transform_non_params=lambda _: layout.replicated,
-    )
-    whole: Any = layout.replicated
-    return TrainState(whole, params, opt_state, whole)
 
 
 def measured_flops(size: int = 1536, tries: int = 3) -> float:

@@ -84,9 +84,10 @@ def _explicit(cfg: config.Config) -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     found = []
-    for key, was in old.items():
-        if isinstance(was, dict):
-            found += _differences(was, new[key], f"{prefix}{key}.")
-        elif new[key] != was:
-            found.append((prefix + key, was, new[key]))
+    for key in old | new:  # tables of rules have keys of their own
+        was, value = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(value, dict):
+            found += _differences(was, value, f"{prefix}{key}.")
+        elif value != was:
+            found.append((prefix + key, was, value))
     return found

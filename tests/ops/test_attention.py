@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlm.ops import attention as module
-from jaxlm.ops.attention import Mixed, Places, attend, attend_first, attend_sinks, attention, default_impl, merge
+from jaxlm.ops.attention import Mixed, Places, attend, attend_first, attend_sinks, attention, merge
 
 B, H = 2, 4
 
@@ -222,14 +222,6 @@ def test_a_row_that_sees_nothing_is_zero_and_has_finite_gradients(impl: str) -> 
     for gradient in map(np.asarray, gradients):
         assert np.isfinite(gradient).all()
         np.testing.assert_array_equal(gradient[hidden], 0)
-
-
-def test_the_default_is_blockwise_for_long_aligned_rows() -> None:
-    q = jnp.zeros((1, 2 * module.BLOCK, 2, H))
-    assert default_impl(q, aligned=True) == "blockwise"
-    assert default_impl(q[:, 1:], aligned=True) == "xla"
-    assert default_impl(q, aligned=False) == "xla"
-    assert default_impl(q.astype(jnp.bfloat16), aligned=True, fused=False) == "blockwise"
 
 
 def test_blockwise_keeps_no_probabilities_for_the_backward_pass() -> None:

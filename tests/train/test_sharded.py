@@ -7,13 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import config
+from jaxlm import config, config_file, registry
+from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, abstract_params, init_params
 from jaxlm.numerics import Policy
 from jaxlm.recipes.pretrain import loss_fn
-from jaxlm.train.engine import state_shardings
 from jaxlm.train.optim import make_optimizer
+from jaxlm.train.program import state_shardings
 from jaxlm.train.step import init_state, make_step
 
 B, T, V = 32, 8, 32
@@ -23,6 +24,8 @@ MESHES = {
     "fsdp": config.Mesh(data=1, fsdp=8),
     "data.expert": config.Mesh(data=2, expert=4),
     "data.expert.tensor": config.Mesh(data=2, expert=2, tensor=2),
+    "slices, whole kv heads": config.Mesh(data=1, tensor=4, rules={"kv_heads": ()}, dcn=config.Dcn(data=2)),
+    "zero1": config_file.from_dict({"mesh": registry.mesh("zero1")}).mesh,
 }
 SSM = config.Mamba(d_state=4, head_dim=8)
 ARCHITECTURES = {
@@ -81,6 +84,9 @@ def three_steps(layout, model, microbatches, batches):
     [
         ("dense", "data.fsdp.tensor", "scan", 1),
         ("dense", "fsdp", "unroll", 4),
+        ("dense", "slices, whole kv heads", "scan", 1),
+        ("dense", "zero1", "scan", 2),
+        pytest.param("hybrid with experts", "zero1", "scan", 1, marks=pytest.mark.soak),
         ("mamba", "data.fsdp.tensor", "scan", 1),
         ("mamba2", "data.fsdp.tensor", "unroll", 1),
         ("jamba", "data.fsdp.tensor", "scan", 1),
@@ -140,7 +146,39 @@ def test_moments_lie_where_their_parameters_do():
     assert axes["layers_0"]["mixer"]["k_proj"]["kernel"] == ("embed", "kv_heads", "head_dim")
 
 
+def test_zero1_shares_the_optimiser_in_the_compiled_step(batches):
+    """What a device holds between steps falls by seven eighths of both moments, and no step gathers them again."""
+    train = config.Train(batch_size=B)
+    decoder, optimizer = Decoder(MODEL), make_optimizer(train)
+    like = jax.eval_shape(lambda key: init_state(init_params(decoder, key), optimizer), jax.random.key(0))
+
+    def memory(name):
+        layout = Layout.from_config(config_file.from_dict({"mesh": registry.mesh(name)}).mesh)
+        shardings = state_shardings(decoder, optimizer, layout)
+        state = jax.tree.map(lambda leaf, at: leaf.update(sharding=at), like, shardings)
+        step = make_step(loss_fn(decoder, train), optimizer, train, seed=0, layout=layout)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
+        return jitted.lower(state, layout.place(batches[0])).compile().memory_analysis()
+
+    whole, shared = memory("replicas"), memory("zero1")
+    moments = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like.params))
+    for kind in ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes"):
+        assert getattr(whole, kind) - getattr(shared, kind) == moments * 7 // 8, kind
+    assert shared.temp_size_in_bytes < whole.temp_size_in_bytes
+
+
 def test_heads_that_do_not_divide_are_refused_with_numbers():
     layout = Layout.from_config(config.Mesh(tensor=8))
-    with pytest.raises(Exception, match=r"k_proj\.kernel: kv_heads of 2 does not divide over tensor = 8"):
+    with pytest.raises(UserError) as error:
         state_shardings(Decoder(dataclasses.replace(MODEL, n_heads=8)), make_optimizer(config.Train()), layout)
+    assert str(error.value) == (
+        "layers_0.mixer.k_proj.kernel: kv_heads of 2 does not divide over tensor = 8 devices, in the shape [16, 2, 4] "
+        "(the next that does is 8, and 2 divides over 2; mesh.rules.kv_heads=[] leaves it whole)"
+    )
+
+
+def test_an_optimiser_that_does_not_divide_is_named():
+    layout = Layout.from_config(config.Mesh(optimizer_rules={"mlp": ("data",)}))
+    message = r"optimizer\.layers_0.*: mlp of 36 .* over data = 8 .*mesh.optimizer_rules.mlp=\[\]"
+    with pytest.raises(UserError, match=message):
+        state_shardings(Decoder(dataclasses.replace(MODEL, d_ff=36)), make_optimizer(config.Train()), layout)

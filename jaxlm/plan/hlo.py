@@ -1,0 +1,347 @@
+"""Compiled HLO text read as a program: how often each instruction runs, its FLOP, its traffic, its collectives.
+
+XLA's own `cost_analysis` counts the body of a loop once; here everything is multiplied by the trip counts.
+
+    program = parse(compiled.as_text())
+    program.flops()                      # of one device in one step
+    collectives(program, layout.mesh.shape)
+
+Bytes and FLOP are those of one device. Sources: `xla/hlo/ir/hlo_instruction.cc` (the text),
+`xla/service/hlo_cost_analysis.cc` (FLOP of a convolution).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of the others, the first number of their name
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<= ]*)\](?:\{([^{}]*)\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([^ ]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?([^ ]+) = ")
+_OPERAND = re.compile(r"%([^ ,)]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([^ ,)]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_MOVERS = {
+    "while",
+    "call",
+    "conditional",
+    "tuple",
+    "get-tuple-element",
+    "parameter",
+    "constant",
+    "bitcast",
+    "after-all",
+}
+"""Instructions that move nothing themselves."""
+
+
+class Array(NamedTuple):
+    """One array of a shape."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str
+
+    @property
+    def bytes(self) -> int:
+        bits = ITEM_BITS[self.dtype] if self.dtype in ITEM_BITS else int(re.findall(r"\d+", self.dtype)[0])
+        return math.prod(self.dims) * bits // 8
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    arrays: tuple[Array, ...]
+    """Its result; several for a tuple."""
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    """The rest of the line."""
+    literal: str
+    """What stands in the parentheses of a constant or a parameter."""
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def op_name(self) -> str:
+        """The JAX operation that it comes from."""
+        return _option(self, r'op_name="([^"]*)"', "")
+
+
+class Computation(NamedTuple):
+    """A named list of instructions."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        return next(one for one in self.instructions.values() if one.root)
+
+
+class Flops(NamedTuple):
+    """FLOP of the matrix products and convolutions of one device in one step."""
+
+    total: int
+    recomputed: int
+    """Of these, what the backward pass computes for the second time (remat)."""
+
+
+class Program(NamedTuple):
+    """A compiled module."""
+
+    computations: Mapping[str, Computation]
+    runs: Mapping[str, int]
+    """How often each computation runs in one call; a loop whose trip count depends on data counts as one."""
+    unknown_loops: tuple[str, ...]
+    """Loops whose trip count depends on data."""
+
+    def walk(self) -> Iterator[tuple[int, Computation, Instruction]]:
+        """Every instruction that runs, and how often."""
+        for name, computation in self.computations.items():
+            times = self.runs.get(name, 0)
+            if times:
+                for one in computation.instructions.values():
+                    yield times, computation, one
+
+    def flops(self) -> Flops:
+        """Matrix products, convolutions, and what custom kernels say that they cost."""
+        total = recomputed = 0
+        for times, computation, one in self.walk():
+            count = times * _flops(computation, one)
+            total += count
+            recomputed += count if "rematted_computation" in one.op_name else 0
+        return Flops(total, recomputed)
+
+    def traffic(self) -> int:
+        """Bytes between the chip and its memory: operands and results outside fusions, less what stays on the chip."""
+        fused = {name for _, _, one in self.walk() if one.opcode == "fusion" for name in _called(one)}
+        total = 0
+        for times, computation, one in self.walk():
+            if computation.name not in fused and one.opcode not in _MOVERS:
+                total += times * _moved(self, computation, one)
+        return total
+
+
+def parse(text: str) -> Program:
+    """Read the text of a compiled module (`compiled.as_text()`)."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if line.startswith(" "):
+            head = _INSTRUCTION.match(line)
+            if head:
+                current[head.group(1)] = _instruction(head.group(1), line[head.end() :], "ROOT " in line[: head.end()])
+        elif (found := _COMPUTATION.match(line)) is not None:
+            current = {}
+            computations[found.group(2)] = Computation(found.group(2), current)
+            entry = found.group(2) if found.group(1) else entry
+    runs, unknown = {entry: 1}, []
+    for name in reversed(computations):  # a computation stands before those that call it
+        for one in computations[name].instructions.values():
+            times = runs.get(name, 0)
+            if one.opcode == "while":
+                trips = _trips(computations, computations[name], one)
+                unknown += [] if trips is not None else [one.name]
+                times *= 1 if trips is None else trips
+            for called in _called(one) if times else ():
+                runs[called] = runs.get(called, 0) + times
+    return Program(computations, runs, tuple(unknown))
+
+
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest, 0)
+    inside, attributes = rest[: end - 1], rest[end:]
+    return Instruction(name, arrays(shape), opcode, tuple(_OPERAND.findall(inside)), attributes, inside, root)
+
+
+def arrays(shape: str) -> tuple[Array, ...]:
+    """The arrays of a shape as it is written, `(f32[8]{0}, s32[])`."""
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        sizes = tuple(int(size.strip("<= ")) for size in dims.split(",") if size.strip())
+        found.append(Array(dtype, sizes, layout))
+    return tuple(found)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis closes that opens at `start`."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] == "(") - (text[at] == ")")
+        if not depth:
+            return at
+    return len(text)
+
+
+def _called(one: Instruction) -> list[str]:
+    """Computations that an instruction runs; the functions of reductions, sorts and collectives are not counted."""
+    if one.opcode in ("fusion", "call", "async-start", "conditional"):
+        branches = _BRANCHES.search(one.attributes)
+        return _CALLED.findall(one.attributes) + (re.findall(r"[^%, ]+", branches.group(1)) if branches else [])
+    if one.opcode == "while":
+        return re.findall(r"\bbody=%?([^ ,)]+)", one.attributes)
+    return []
+
+
+def _trips(computations: Mapping[str, Computation], around: Computation, loop: Instruction) -> int | None:
+    """How often the body of a loop runs: what XLA says, else the bound of `i < bound`; None: it depends on data."""
+    if known := _KNOWN.search(loop.attributes):
+        return int(known.group(1))
+    condition = re.search(r"\bcondition=%?([^ ,)]+)", loop.attributes)
+    if condition is None or condition.group(1) not in computations:
+        return None
+    inside = computations[condition.group(1)]
+    bounds = [one for one in inside.instructions.values() if one.opcode == "constant" and one.arrays[0].dims == ()]
+    compared, counter = inside.root, 0
+    if compared.opcode == "fusion":
+        compared = computations[_called(compared)[0]].root
+    indices = [re.search(r"index=(\d+)", inside.instructions[name].attributes) for name in inside.root.operands[:1]]
+    counter = int(indices[0].group(1)) if indices and indices[0] else 0
+    if compared.opcode != "compare" or "direction=LT" not in compared.attributes or len(bounds) != 1:
+        return None
+    start = _constant(around, loop.operands[0], counter)
+    return None if start is None else max(int(bounds[0].literal) - start, 0)
+
+
+def _constant(around: Computation, name: str, index: int) -> int | None:
+    """The integer that element `index` of a tuple has, None if it is none."""
+    one = around.instructions.get(name)
+    if one is not None and one.opcode == "tuple":
+        one = around.instructions.get(one.operands[index])
+    while one is not None and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+        one = around.instructions.get(one.operands[0])
+    return int(one.literal) if one is not None and re.fullmatch(r"-?\d+", one.literal) else None
+
+
+def _operand(computation: Computation, one: Instruction, index: int) -> Instruction | None:
+    return computation.instructions.get(one.operands[index]) if index < len(one.operands) else None
+
+
+def _flops(computation: Computation, one: Instruction) -> int:
+    if one.opcode == "dot":
+        left = _operand(computation, one, 0)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+        if left is None or contracted is None:
+            return 0
+        inner = math.prod(left.arrays[0].dims[int(axis)] for axis in contracted.group(1).split(",") if axis)
+        return 2 * inner * math.prod(one.arrays[0].dims)
+    if one.opcode == "convolution":
+        return _convolution(computation, one)
+    if one.opcode == "ragged-dot":
+        left = _operand(computation, one, 0)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+        ragged = re.search(r"lhs_ragged_dims=\{([\d,]*)\}", one.attributes)
+        if left is None or contracted is None:
+            return 0
+        axes = [int(axis) for axis in contracted.group(1).split(",") if axis]
+        if ragged and int(ragged.group(1)) in axes:  # each row belongs to one group: [R, M], [R, N] -> [G, M, N]
+            return 2 * left.arrays[0].dims[axes[0]] * math.prod(one.arrays[0].dims[1:])
+        return 2 * math.prod(left.arrays[0].dims[axis] for axis in axes) * math.prod(one.arrays[0].dims)
+    if one.opcode == "custom-call":
+        told = re.search(r'"flops":"?(\d+)', one.attributes)
+        return int(told.group(1)) if told else 0
+    return 0
+
+
+def _convolution(computation: Computation, one: Instruction) -> int:
+    """2 x batch x features in x features out x pairs of places that meet, holes of dilation and padding left out."""
+    left, right = _operand(computation, one, 0), _operand(computation, one, 1)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    if left is None or right is None or labels is None:
+        return 0
+    of_left, of_right, of_out = ({label: i for i, label in enumerate(part)} for part in labels.groups())
+    window = dict(re.findall(r"(\w+)=([\dx_-]+)", _option(one, r"window=\{([^}]*)\}", "")))
+    groups = int(_option(one, r"feature_group_count=(\d+)", "1"))
+    batches = int(_option(one, r"batch_group_count=(\d+)", "1"))
+    pairs = 1
+    for axis in (label for label in of_left if label.isdigit()):
+        i = int(axis)
+
+        def option(name: str, default: str, i: int = i) -> str:
+            return window[name].split("x")[i] if name in window else default
+
+        low = int(option("pad", "0_0").split("_")[0])
+        pairs *= _meeting(
+            left.arrays[0].dims[of_left[axis]],
+            right.arrays[0].dims[of_right[axis]],
+            one.arrays[0].dims[of_out[axis]],
+            low,
+            int(option("stride", "1")),
+            int(option("lhs_dilate", "1")),
+            int(option("rhs_dilate", "1")),
+        )
+    batch, features = left.arrays[0].dims[of_left["b"]], left.arrays[0].dims[of_left["f"]]
+    out = one.arrays[0].dims[of_out["f"]]
+    return 2 * (features // groups) * out * (batch // batches) * pairs
+
+
+def _option(one: Instruction, pattern: str, default: str) -> str:
+    found = re.search(pattern, one.attributes)
+    return found.group(1) if found else default
+
+
+@functools.cache
+def _meeting(size: int, taps: int, out: int, low: int, stride: int, dilate: int, spread: int) -> int:
+    """Pairs of a place of the output and of the kernel that meet an element of the input."""
+    last = (size - 1) * dilate
+    at = (place * stride - low + tap * spread for place in range(out) for tap in range(taps))
+    return sum(0 <= where <= last and where % dilate == 0 for where in at)
+
+
+def _moved(program: Program, computation: Computation, one: Instruction) -> int:
+    """Bytes that an instruction reads and writes in the memory of the chip; `S(n)` marks what lies elsewhere."""
+    if one.opcode.endswith(("-done", "-update")) or one.opcode == "copy-start":
+        return one.bytes // 2 if one.opcode == "copy-start" else 0
+    read = written = 0
+    inner = program.computations[_called(one)[0]] if one.opcode == "fusion" else None
+    for index in range(len(one.operands)):
+        operand = _operand(computation, one, index)
+        if operand is not None:
+            sliced = _sliced(inner, index) if inner else None
+            read += _in_memory(operand.arrays) if sliced is None else min(sliced, _in_memory(operand.arrays))
+    if one.opcode in ("dynamic-slice", "gather", "slice"):
+        read = _in_memory(one.arrays)
+    written = _in_memory(one.arrays)
+    updating = inner.root if inner else one
+    if updating.opcode in ("dynamic-update-slice", "scatter"):
+        update = _operand(inner or computation, updating, 1 if updating.opcode == "dynamic-update-slice" else 2)
+        if update is not None and not inner:
+            return 2 * _in_memory(update.arrays)
+        written = min(written, _in_memory(update.arrays)) if update is not None else written
+    return read + written
+
+
+def _sliced(inner: Computation, index: int) -> int | None:
+    """Bytes that a fusion takes of operand `index` if it only slices it or updates a part of it; None: all."""
+    name = next(
+        (o.name for o in inner.instructions.values() if o.opcode == "parameter" and o.literal == str(index)), ""
+    )
+    total, names = 0, {name}
+    for one in inner.instructions.values():  # in order, so that a bitcast stands before its users
+        used = [i for i, operand in enumerate(one.operands) if operand in names]
+        if not used:
+            continue
+        if one.opcode == "bitcast":
+            names.add(one.name)
+        elif one.opcode in ("dynamic-slice", "slice", "gather") and used == [0]:
+            total += one.bytes
+        elif one.opcode != "dynamic-update-slice" or used != [0]:
+            return None
+    return total
+
+
+def _in_memory(of: tuple[Array, ...]) -> int:
+    return sum(array.bytes for array in of if "S(" not in array.layout)
