@@ -24,6 +24,11 @@ MESHES = {
     "fsdp": config.Mesh(data=1, fsdp=8),
     "data.expert": config.Mesh(data=2, expert=4),
     "data.expert.tensor": config.Mesh(data=2, expert=2, tensor=2),
+    "expert": config.Mesh(data=1, expert=8),
+    "fsdp.expert.tensor": config.Mesh(data=1, fsdp=2, expert=2, tensor=2),
+    "whole experts": config.Mesh(
+        data=1, expert=2, context=2, tensor=2, rules={"experts": ("expert", "tensor"), "mlp": ()}
+    ),
     "slices, whole kv heads": config.Mesh(data=1, tensor=4, rules={"kv_heads": ()}, dcn=config.Dcn(data=2)),
     "zero1": config_file.from_dict({"mesh": registry.mesh("zero1")}).mesh,
 }
@@ -118,6 +123,11 @@ def test_windows_and_sinks_on_eight_devices(batches):
         ("data.expert", {"selection_bias": True, "balance_loss": 0.1, "importance_loss": 0.1, "z_loss": 1e-2}),
         ("data.expert.tensor", {"n_shared": 1, "router": "sigmoid", "capacity_factor": 1.1}),
         ("data.fsdp.tensor", {"impl": "ragged"}),
+        ("whole experts", {"exchange": "all_to_all", "impl": "ragged", "balance_loss": 0.1}),
+        pytest.param("expert", {"top_k": 1, "balance_loss": 0.1, "capacity_factor": 1.1}, marks=pytest.mark.soak),
+        pytest.param(
+            "fsdp.expert.tensor", {"exchange": "all_to_all", "impl": "ragged", "top_k": 3}, marks=pytest.mark.soak
+        ),
     ],
 )
 def test_eight_devices_share_the_experts(mesh, options, batches):
