@@ -190,7 +190,7 @@ def _exchange(layout: Layout, axis: tuple[str, ...], cfg: config.MoE) -> Any:
     devices = math.prod(layout.mesh.shape[one] for one in axis)
     if devices == 1:
         return lambda compute, x, weights, experts, parameters, n_local: compute(x, weights, experts, parameters)
-    if (cfg.exchange == "auto" and exchange.SLACK * cfg.top_k > devices) or cfg.exchange == "gather":
+    if cfg.exchange == "gather" or (cfg.exchange == "auto" and cfg.top_k > devices):
         return functools.partial(exchange.gather, axis=axis)
     return functools.partial(exchange.all_to_all, axis=axis, together=layout.mesh.axis_names)
 

@@ -16,6 +16,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxlm.ops import exchange, moe
+from jaxlm.plan.collectives import collectives
+from jaxlm.plan.hlo import parse
 
 T, D, F, E, K = 8 * 48, 5, 3, 16, 2
 LOCAL = E // 8
@@ -129,3 +131,28 @@ def test_the_rounds_have_room_for_all_and_no_more() -> None:
     assert exchange.sizes(4096, 2, devices=8, n_local=4) == (1280, 256)
     assert exchange.sizes(100, 2, devices=8, n_local=4) == (32, 8)
     assert exchange.sizes(3, 2, devices=8, n_local=1) == (3, 3)
+
+
+def moved(kind: str, tokens: int, width: int, top_k: int) -> tuple[int, int]:
+    """Bytes that one device sends, forward and backward: in the first round, and in a further one."""
+    compute = lambda x, weights, experts, own: x * jnp.sum(weights, axis=1, keepdims=True) * own  # noqa: E731
+    send: Any = functools.partial(getattr(exchange, kind), compute, n_local=LOCAL, axis="expert")
+    if kind == "all_to_all":
+        send = functools.partial(send, together=("expert",))
+    mesh, split = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,)), PartitionSpec("expert")
+    run = jax.shard_map(send, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
+    arguments = shape(tokens, width), shape(tokens, top_k), shape(tokens, top_k, dtype=jnp.int32), shape(8)
+    step = jax.jit(jax.grad(lambda *arguments: jnp.sum(run(*arguments) ** 2), argnums=(0, 1, 3)))
+    found = collectives(parse(step.lower(*arguments).compile().as_text()), {"expert": 8})
+    assert not any(one.times > 1 for one in found)
+    further = sum(one.moved for one in found if "while" in one.op_name)
+    return sum(one.moved for one in found) - further, further
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_all_to_all_moves_the_share_of_the_tokens_that_a_device_computes(top_k: int) -> None:
+    """1.25 K / P of what gathering moves: rows of 256 numbers, beside which weights and indices are small."""
+    (first, further), (gathered, _) = (moved(kind, 8 * 256, 256, top_k) for kind in ("all_to_all", "gather"))
+    assert first / gathered == pytest.approx(1.25 * top_k / 8, rel=0.03)
+    assert further / gathered == pytest.approx(5 / 4 * 0.25 * top_k / 8, rel=0.03)  # x is sent again for the gradient

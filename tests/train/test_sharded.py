@@ -121,7 +121,7 @@ def test_windows_and_sinks_on_eight_devices(batches):
     ("mesh", "options"),
     [
         ("data.expert", {"selection_bias": True, "balance_loss": 0.1, "importance_loss": 0.1, "z_loss": 1e-2}),
-        ("data.expert.tensor", {"n_shared": 1, "router": "sigmoid", "capacity_factor": 1.1}),
+        ("data.expert.tensor", {"exchange": "gather", "router": "sigmoid", "n_shared": 1, "capacity_factor": 1.1}),
         ("data.fsdp.tensor", {"impl": "ragged"}),
         ("whole experts", {"exchange": "all_to_all", "impl": "ragged", "balance_loss": 0.1}),
         pytest.param("expert", {"top_k": 1, "balance_loss": 0.1, "capacity_factor": 1.1}, marks=pytest.mark.soak),
