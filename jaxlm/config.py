@@ -110,7 +110,7 @@ class Train:
     label_smoothing: NonNegativeFloat = 0.0
     """Share of the target probability spread over the vocabulary."""
     loss_block: PositiveInt = 1024
-    """Tokens whose float32 logits exist at one time."""
+    """Tokens whose float32 logits exist at one time on a device."""
     max_skips: PositiveInt = 10
     """Stop after this many non-finite updates in a row, keeping the last good state."""
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from jaxlm import config
-from jaxlm.architecture import Halves
 from jaxlm.flops import forward_flops
 from jaxlm.mesh import Axes, Layout
+from jaxlm.models.activations import activations
 from jaxlm.models.decoder import Decoder, abstract_params, init_cache
 from jaxlm.numerics import Policy
 
@@ -38,7 +37,7 @@ class Account:
     optimizer_bytes: int
     gradient_bytes: int
     activation_bytes: int
-    """Estimate: what the backward pass keeps of one microbatch, and one block of logits."""
+    """Estimate: what the backward pass keeps of one microbatch, one block at work and one block of logits."""
     cache_bytes_per_token: int
     """What the cache of one row grows by with each token: keys and values of attention without a window."""
     cache_bytes_fixed: int
@@ -97,7 +96,7 @@ def account(cfg: config.Config) -> Account:
         parameter_bytes=local * width,
         optimizer_bytes=moments * width,
         gradient_bytes=local * width,
-        activation_bytes=_activations(cfg, layout.mesh.shape),
+        activation_bytes=sum(activations(cfg, layout)),
         cache_bytes_per_token=growing,
         cache_bytes_fixed=fixed,
     )
@@ -154,62 +153,6 @@ def _cache_bytes(decoder: Decoder, seq_len: int) -> tuple[int, int]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
-
-
-def _activations(cfg: config.Config, sizes: Mapping[str, int]) -> int:
-    """Elements that one token leaves behind in each block, by the remat policy, times the tokens of a microbatch."""
-    model = cfg.model
-    tokens = cfg.train.batch_size * cfg.data.seq_len // cfg.train.microbatches
-    local = tokens // math.prod(sizes[axis] for axis in ("data", "fsdp", "expert", "context"))
-    width = Policy.from_config(cfg.numerics).compute.itemsize
-    logits = min(cfg.train.loss_block, local) * model.vocab_size // sizes["tensor"] * 4
-    kept = model.repeats * sum(_kept(model, kind) for kind in model.pattern)
-    if model.remat != "none":  # one block is there wholly while it is recomputed
-        kept += max(_kept(dataclasses.replace(model, remat="none"), kind) for kind in model.pattern)
-    return local * kept * width // sizes["tensor"] + 2 * logits
-
-
-def _kept(model: config.Model, kind: str) -> int:
-    """Elements that one token leaves behind in one block."""
-    halves = model.halves(kind)
-    stream = 4 * model.d_model if halves.ffn_name else 2 * model.d_model  # both norms and both residuals
-    if model.remat == "full":
-        return model.d_model
-    if model.remat == "dots":
-        stream //= 2
-    return stream + _MIXERS[halves.mixer_name](halves.mixer) + (_ffn(halves) if halves.ffn_name else 0)
-
-
-def _attention(model: config.Model) -> int:
-    """Queries and keys before and after rotation, values, what is mixed."""
-    return (2 * model.n_heads + 3 * model.n_kv_heads) * model.head_dim
-
-
-def _mamba(model: config.Model) -> int:
-    """x and the gate, x convolved and activated, step size, output, gated output; one state a chunk; B and C."""
-    part, channels = model.mamba, model.mamba.expand * model.d_model
-    state = part.d_state or 16
-    return channels * (7 + state // part.chunk) + 2 * state + (part.dt_rank or -(-model.d_model // 16))
-
-
-def _mamba2(model: config.Model) -> int:
-    """The same, with B and C convolved, and for each head the decays of a chunk."""
-    part, channels = model.mamba, model.mamba.expand * model.d_model
-    state = part.d_state or 128
-    heads = channels // part.head_dim
-    return channels * (6 + state // part.chunk) + 6 * part.n_groups * state + 2 * heads * part.chunk
-
-
-_MIXERS = {"attention": _attention, "mamba": _mamba, "mamba2": _mamba2}
-
-
-def _ffn(halves: Halves) -> int:
-    """What the second matrix product needs, and for experts the tokens as they are sent."""
-    model, moe = halves.ffn, halves.ffn.moe
-    wide = 3 if model.activation in ("swiglu", "swiglu_clamped") else 2
-    if halves.ffn_name == "mlp":
-        return wide * model.d_ff
-    return (moe.top_k + moe.n_shared) * wide * (moe.d_ff or model.d_ff) + 2 * moe.top_k * model.d_model + moe.n_experts
 
 
 def _local_size(leaf: Any, axes: Axes, layout: Layout) -> int:

@@ -38,6 +38,17 @@ _MOVERS = {
     "after-all",
 }
 """Instructions that move nothing themselves."""
+_TALKERS = (
+    "all-",
+    "reduce-scatter",
+    "collective-",
+    "ragged-all",
+    "async-",
+    "send",
+    "recv",
+    "partition-id",
+    "replica-id",
+)
 
 
 class Array(NamedTuple):
@@ -124,12 +135,29 @@ class Program(NamedTuple):
 
     def traffic(self) -> int:
         """Bytes between the chip and its memory: operands and results outside fusions, less what stays on the chip."""
+        return sum(times * moved for times, moved, _ in self._operations())
+
+    def busy(self, flops: float, bandwidth: float) -> float:
+        """Seconds that a chip computes if its operations follow one another, each at its own roofline.
+
+        Args:
+            flops, bandwidth: FLOP and bytes that the chip does in a second.
+        """
+        return sum(times * max(moved / bandwidth, count / flops) for times, moved, count in self._operations())
+
+    def _operations(self) -> Iterator[tuple[int, int, int]]:
+        """How often, bytes moved and FLOP of all that runs outside fusions, collectives left out."""
         fused = {name for _, _, one in self.walk() if one.opcode == "fusion" for name in _called(one)}
-        total = 0
+        within = {
+            name: sum(_flops(self.computations[name], one) for one in self.computations[name].instructions.values())
+            for name in fused
+        }
         for times, computation, one in self.walk():
-            if computation.name not in fused and one.opcode not in _MOVERS:
-                total += times * _moved(self, computation, one)
-        return total
+            if computation.name in fused or one.opcode in _MOVERS or one.opcode.startswith(_TALKERS):
+                continue
+            inside = _called(one) if one.opcode == "fusion" else []
+            count = sum(within[name] for name in inside) if inside else _flops(computation, one)
+            yield times, _moved(self, computation, one), count
 
 
 def parse(text: str) -> Program:

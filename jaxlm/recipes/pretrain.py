@@ -59,6 +59,7 @@ def _import_ahead(backend: config.Backend) -> None:
 
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`, for `train.step`."""
+    from jaxlm.mesh import split_layout
     from jaxlm.objectives.lm import lm_loss
     from jaxlm.train.balance import collect
 
@@ -76,6 +77,8 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
         (hidden_BTD, _), told = applied
         unembedding: Any = decoder.apply(variables, method="unembedding")
         kernel_DV, bias_V = unembedding
+        layout = split_layout()
+        shares = layout.parts("batch") * layout.parts("seq") if layout else 1
         terms = lm_loss(
             hidden_BTD,
             kernel_DV,
@@ -84,7 +87,7 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
             batch["weights"],
             z_loss=train.z_loss,
             label_smoothing=train.label_smoothing,
-            block=train.loss_block,
+            block=train.loss_block * shares,
         )
         sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
         if decoder.config.moes:

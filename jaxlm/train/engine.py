@@ -21,6 +21,7 @@ from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, init_params
 from jaxlm.train.metrics import PEAK_FLOPS, plain
 from jaxlm.train.program import MakeLoss, training_program
+from jaxlm.train.program import state_shardings as state_shardings
 from jaxlm.train.step import init_state, make_eval
 
 RUN_AHEAD = 2  # steps that may wait on the device
