@@ -17,6 +17,8 @@ from jaxlm.ops import moe
 from jaxlm.plan.hlo import parse
 
 T, D, F, E, K = 1024, 256, 384, 8, 2
+NEEDED = 9 * 2 * T * K * D * F
+"""FLOP of the nine products."""
 
 
 def gradient(device: Any, impl: str) -> Any:
@@ -36,13 +38,17 @@ def gradient(device: Any, impl: str) -> Any:
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", pytest.param("v6e:2x2", marks=pytest.mark.soak)])
 def test_every_product_of_experts_is_the_kernel(topology: str, tpu: Callable[[str], Sequence[Any]]) -> None:
-    """Three products, and two for the gradient of each; `ragged_dot` computes three of them for all experts."""
-    device = tpu(topology)[0]
-    kernel, ragged = gradient(device, "auto"), gradient(device, "ragged")
-    assert kernel.as_text().count('custom_call_target="tpu_custom_call"') == 9
-    needed = 9 * 2 * T * K * D * F
-    assert parse(kernel.as_text()).flops().total == needed
-    assert ragged.cost_analysis()["flops"] > 3 * needed
+    """Three products, and two for the gradient of each, of the rows that there are."""
+    text = gradient(tpu(topology)[0], "auto").as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 9
+    assert parse(text).flops().total == NEEDED
+
+
+@pytest.mark.soak
+def test_ragged_dot_computes_the_gradient_of_its_kernels_for_all_rows(tpu: Callable[[str], Sequence[Any]]) -> None:
+    """Why it is not the default: 3 of 9 products cost E times too much. If this fails, XLA has learned it."""
+    products = [3, 3, 3 * E]
+    assert gradient(tpu("v5p:2x2x1")[0], "ragged").cost_analysis()["flops"] > 0.99 * NEEDED * sum(products) / 9
 
 
 def test_the_step_of_a_model_with_experts(
