@@ -103,8 +103,9 @@ class MoE:
     impl: Literal["auto", "naive", "blocks", "ragged", "megablox"] = "auto"
     """How experts are computed; `auto` picks for the hardware. All compute the same function."""
     exchange: Literal["auto", "all_to_all", "gather"] = "auto"
-    """How tokens reach the experts of other devices (`mesh.expert`): each to those that it chose, or all to all of
-    them; `auto` picks what moves less. Neither drops any."""
+    """How tokens reach the experts of other devices (`mesh.expert`): `all_to_all` sends each where its experts are,
+    `gather` sends all everywhere, which `auto` does if a token has more experts than there are devices. Neither drops
+    any."""
 
     def __post_init__(self) -> None:
         experts, top_k, groups = self.n_experts, self.top_k, self.n_groups

@@ -161,7 +161,7 @@ def _split_moe(
     Along the axes of the experts that split the tokens too, tokens are exchanged; along the others every device has
     the tokens already, and what the devices compute is added.
     """
-    along, across, tokens = _axes(layout, "experts"), _axes(layout, "mlp"), _axes(layout, "batch", "seq")
+    along, across, tokens = layout.along("experts"), layout.along("mlp"), layout.along("batch") + layout.along("seq")
     across = tuple(axis for axis in across if axis not in tokens)
     summed = (*across, *(axis for axis in along if axis not in tokens))
     send = _exchange(layout, tuple(axis for axis in along if axis in tokens), cfg)
@@ -185,18 +185,12 @@ def _split_moe(
     return run(x_BTD, routing.weights, routing.experts, named)
 
 
-def _axes(layout: Layout, *names: str) -> tuple[str, ...]:
-    """The mesh axes that split logical axes."""
-    entries = (layout.spec((name,))[0] for name in names)
-    return tuple(axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-
-
 def _exchange(layout: Layout, axis: tuple[str, ...], cfg: config.MoE) -> Any:
     """How tokens reach the devices along `axis`: an exchange of `ops.exchange`, or none for one device."""
     devices = math.prod(layout.mesh.shape[one] for one in axis)
     if devices == 1:
         return lambda compute, x, weights, experts, parameters, n_local: compute(x, weights, experts, parameters)
-    if (cfg.exchange == "auto" and exchange.SLACK * cfg.top_k > devices) or cfg.exchange == "gather":
+    if cfg.exchange == "gather" or (cfg.exchange == "auto" and cfg.top_k > devices):
         return functools.partial(exchange.gather, axis=axis)
     return functools.partial(exchange.all_to_all, axis=axis, together=layout.mesh.axis_names)
 

@@ -121,8 +121,8 @@ def _round(send: _Send, begin: Any, places: int, where: Where, x_TD: Array, weig
     assignment_S = jnp.where(filled_S, there_S, n_tokens * top_k)
     expert_S = jnp.where(filled_S, take(experts_TK.reshape(-1), there_S) % send.n_local, send.n_local)
     x_SD = exchange(pick(x_TD, token_S, back_TK))
-    weights_S1 = exchange(pick(weights_TK.reshape(-1, 1), assignment_S, back_TK.reshape(-1, 1)))
-    y_SD = send.compute(x_SD, weights_S1, exchange(expert_S)[:, None], own)
+    weights_S = exchange(pick(weights_TK.reshape(-1, 1), assignment_S, back_TK.reshape(-1, 1))[:, 0])
+    y_SD = send.compute(x_SD, weights_S[:, None], exchange(expert_S)[:, None], own)
     return collect(exchange(y_SD).astype(weights_TK.dtype), back_TK, token_S)
 
 

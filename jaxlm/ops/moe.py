@@ -51,7 +51,7 @@ def moe(
         activation: a name of `ops.ffn`.
         impl: `naive`, `blocks`, `ragged`, `megablox` (TPUs), or `auto` for the hardware.
     """
-    impl = choice.experts(impl, platform())
+    impl = choice.experts(impl, platform(), x_TD.dtype)
     if impl == "naive":
         return _naive(x_TD, weights_TK, experts_TK, parameters, activation)
     if impl == "blocks":
