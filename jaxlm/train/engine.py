@@ -45,7 +45,7 @@ class JaxEngine:
         start = jax.jit(
             lambda key: init_state(init_params(self.decoder, key), program.optimizer),
             out_shardings=program.shardings,
-            compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
+            compiler_options=RUN_ONCE if self.layout.platform == "cpu" else None,
         )
         self.state = start(jax.random.key(cfg.seed))
         evaluate = make_eval(program.loss_fn, layout=self.layout, matmul=cfg.numerics.matmul)
