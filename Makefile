@@ -13,10 +13,11 @@ ifeq ($(origin PY),file)
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 GPU := $(VENV)/.installed-gpu
+PLAN_GPU := $(VENV)/.installed-plan-gpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-gpu quickstart test lint soak gpu-check bench clean
+.PHONY: help install install-dev install-gpu quickstart test lint soak gpu-check plan-gpu bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -48,6 +49,9 @@ gpu-check: $(GPU) ## on a machine with a GPU: the tests marked gpu, then the 1.3
 	XLA_FLAGS= JAX_PLATFORMS=cuda,cpu $(PYTEST) -m gpu $(ARGS)
 	$(PY) -m benchmarks.gpu
 
+plan-gpu: $(PLAN_GPU) ## training steps compiled for GPUs that are not here: benchmarks/results/plan_gpu.json
+	$(PY) -m benchmarks.plan_gpu
+
 bench: $(DEV) ## step, decode and start-up times against transformers on this machine
 	$(PY) -m benchmarks.run
 
@@ -67,6 +71,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-plan-gpu: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[plan-gpu]'
+	@touch $@
 
 $(VENV)/.installed-gpu: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable '.[dev,gpu]'

@@ -102,6 +102,11 @@ class Layout:
         rules = {**self.rules, **self.optimizer_rules}
         return dataclasses.replace(self, rules=rules, optimizer_rules={}, section="mesh.optimizer_rules")
 
+    @property
+    def platform(self) -> str:
+        """Of the devices: `cpu`, `gpu` or `tpu`. Those of an abstract mesh are taken for ours."""
+        return jax.default_backend() if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat[0].platform
+
     def along(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes that split a logical axis."""
         entry = self.rules[axis] if axis else None
@@ -216,9 +221,7 @@ def split_layout() -> Layout | None:
 def platform() -> str:
     """What is compiled for, `cpu`, `gpu` or `tpu`: the devices of the active layout, which need not be here."""
     layout = _current.get()
-    if layout is None or isinstance(layout.mesh, AbstractMesh):
-        return jax.default_backend()
-    return layout.mesh.devices.flat[0].platform
+    return jax.default_backend() if layout is None else layout.platform
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -76,15 +76,13 @@ _ALL = {  # CUDA's limits, the same on all of them
 _CUDNN = "major: 9 minor: 8"  # the oldest that jax takes
 
 
-def has_cuda_compiler() -> bool:
-    """Whether jax's CUDA plugin is installed, and cuDNN, without which it does not start."""
-    return all(map(_installed, ("jax_plugins.xla_cuda12", "nvidia.cudnn")))
+def has_cuda_compiler(chip: str) -> bool:
+    """Whether jax's CUDA plugin is installed, with cuDNN for attention, and the chip is one that is described here."""
+    return chip in _BOARDS and all(map(_installed, ("jax_plugins.xla_cuda12", "nvidia.cudnn")))
 
 
-def target_config(chip: str) -> str | None:
-    """What the compiler must know of a chip, in the text form of `GpuTargetConfigProto`; None: it is not described."""
-    if chip not in _BOARDS:
-        return None
+def target_config(chip: str) -> str:
+    """What the compiler must know of a chip, in the text form of `GpuTargetConfigProto`."""
     board = dict(_BOARDS[chip])
     name, capability = board.pop("name"), board.pop("compute_capability")
     limits = " ".join(f"{key}: {value}" for key, value in (_ALL | board).items())

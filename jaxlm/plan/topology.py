@@ -1,8 +1,8 @@
 """Machines that are not here: `v5p:4x4x4`, `2*v6e:16x16`, `h100:512`, `cpu:8` as devices that a step is compiled for.
 
-For a TPU the devices are abstract ones of libtpu (extra `plan-tpu`), whose compiler is that of the chip. Without it,
-and for GPUs and CPUs, they are virtual CPU devices: the partitioner is the same, the memory is what the CPU's compiler
-asks.
+For a TPU the devices are abstract ones of libtpu (extra `plan-tpu`), for a GPU of the CUDA plugin (`plan-gpu`): the
+compiler is that of the chip. Without them, and for CPUs, they are virtual CPU devices: the partitioner is the same, the
+memory is what the CPU's compiler asks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.plan.chips import CHIPS, Chip
+from jaxlm.plan.cuda import cuda_devices, has_cuda_compiler
 
 MAX_DEVICES = 2**16
 _FORM = re.compile(r"(?:(\d+)\*)?([a-z0-9-]+):(\d+(?:x\d+)*)")
@@ -68,7 +69,7 @@ class Target(NamedTuple):
 
     devices: Sequence[Any]
     compiler: str
-    """`tpu` or `cpu`."""
+    """`tpu`, `gpu` or `cpu`."""
     note: str
     """What the figures are worth; empty: they are those of the chip."""
 
@@ -105,12 +106,21 @@ def has_tpu_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def compiler(topology: Topology) -> str:
+    """Whose compiler compiles for it here: `tpu`, `gpu` or `cpu`."""
+    platform = topology.chip.platform
+    installed = (platform == "tpu" and has_tpu_compiler()) or (
+        platform == "gpu" and has_cuda_compiler(topology.chip.name)
+    )
+    return platform if installed else "cpu"
+
+
 def prepare_environment(topology: Topology) -> None:
     """Set what must stand in the environment before JAX is imported: nothing is asked of a cloud, logs are quiet."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if not (topology.chip.platform == "tpu" and has_tpu_compiler()):
+    if compiler(topology) == "cpu":
         kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
         os.environ["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={topology.devices}"])
 
@@ -123,15 +133,17 @@ def target(topology: Topology) -> Target:
     """
     import jax
 
-    if topology.chip.platform == "tpu" and has_tpu_compiler():
+    if compiler(topology) == "tpu":
         return Target(_tpu_devices(topology), "tpu", "")
+    if compiler(topology) == "gpu":
+        return Target(cuda_devices(topology.chip.name, topology.devices), "gpu", "")
     devices = jax.devices("cpu")[: topology.devices]
     if len(devices) < topology.devices:
         have = f"{len(devices)} virtual CPU devices of this process"
         raise UserError(f"{topology} needs {topology.devices} devices, more than the {have}")
     notes = {
         "tpu": "compiled for virtual CPU devices: install the extra plan-tpu for the compiler of the chip",
-        "gpu": "compiled for virtual CPU devices: memory is our own count, not that of the chip's compiler",
+        "gpu": "compiled for virtual CPU devices: install the extra plan-gpu for the compiler of the chip",
         "cpu": "",
     }
     return Target(devices, "cpu", notes[topology.chip.platform])

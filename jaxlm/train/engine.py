@@ -52,7 +52,7 @@ class JaxEngine:
         self._init = jax.jit(
             lambda key: init_state(init_params(self.decoder, key), program.optimizer),
             out_shardings=program.shardings,
-            compiler_options=RUN_ONCE if jax.default_backend() == "cpu" else None,
+            compiler_options=RUN_ONCE if self.layout.platform == "cpu" else None,
         )
         self._state: TrainState | None = None
         evaluate = make_eval(program.loss_fn, layout=self.layout, matmul=cfg.numerics.matmul)

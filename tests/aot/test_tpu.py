@@ -69,7 +69,7 @@ def attention_program(devices: Sequence[Any], impl: str, t: int, head_dim: int, 
 
 
 def test_splash_holds_no_square_of_the_row(tpu: Devices) -> None:
-    """Scores of one head are 2 T^2 bytes and more; splash needs a fraction of this, and no array with two sides of T."""
+    """Scores of one head are 2 T^2 bytes and more; splash needs a fraction, and has no array with two sides of T."""
     t, chips = 4096, tpu("v6e:2x2")
     xla, splash = (attention_program(chips, impl, t, 64, 1, 1) for impl in ("xla", "splash"))
     assert xla.memory_analysis().temp_size_in_bytes > 2 * t * t
