@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from jaxlm.mesh import Axes, split_layout
+from jaxlm.ops.shards import Axis
 
 ROW = ("batch", "seq")
 
 
-def sequence_axis() -> str | tuple[str, ...] | None:
+def sequence_axis() -> Axis | None:
     """What splits the sequence in the active layout, if anything does."""
     axes = _mesh_axes("seq")
     return axes[0] if len(axes) == 1 else axes or None

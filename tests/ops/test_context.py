@@ -1,4 +1,4 @@
-"""Attention, convolution and scans of a sequence that is split over devices: values and gradients of one device, float64.
+"""Attention, convolution and scans of rows that are split over devices: values and gradients of one device, float64.
 
 Shapes: B batch, T length, N heads, K kv heads, H head dim, F channels, P state, G groups, C devices.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, T length, N heads, K kv heads, H head dim, F channels, P state,
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ def rows_of(t: int) -> Places:
     """A row of three documents, one of one token, with padding on both sides; and one of a document and padding."""
     positions, segments = np.zeros((B, t), np.int32), np.zeros((B, t), np.int32)
     begins = (2, t // 3, t // 3 + 1, t - 1)
-    for segment, (begin, end) in enumerate(zip(begins, begins[1:], strict=False), 1):
+    for segment, (begin, end) in enumerate(itertools.pairwise(begins), 1):
         segments[0, begin:end], positions[0, begin:end] = segment, np.arange(end - begin)
     segments[1, : t - 2], positions[1, : t - 2] = 1, np.arange(t - 2)
     return Places(jnp.asarray(positions), jnp.asarray(segments))

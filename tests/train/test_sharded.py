@@ -37,10 +37,8 @@ MESHES = {
         data=1, expert=2, context=2, tensor=2, rules={"experts": ("expert", "tensor"), "mlp": ()}
     ),
     "zero1": config_file.from_dict({"mesh": registry.mesh("zero1")}).mesh,
-    "context": config.Mesh(data=1, context=8),
     "data.context": config.Mesh(data=2, context=4),
     "fsdp.context.tensor": config.Mesh(data=1, fsdp=2, context=2, tensor=2),
-    "expert.context.tensor": config.Mesh(data=1, expert=2, context=2, tensor=2),
 }
 SSM = config.Mamba(d_state=4, head_dim=8)
 ARCHITECTURES = {
@@ -117,32 +115,29 @@ def test_eight_devices_compute_what_one_does(architecture, mesh, layer_loop, mic
 
 
 SINKS = {"window": 3, "keep_first": 1, "sink_logits": True, "sink_tokens": 2, "softcap": 3.0}
-SPLIT_ROWS = {
-    "ring": {"attention_impl": "blockwise", "dropout": 0.2, "positions": "learned", "rope": None},
-    "gathered": {"attention_impl": "xla", "softcap": 3.0, "remat": "full"},
-    "window": {"attention_impl": "blockwise", **SINKS},
-    "mamba": ARCHITECTURES["jamba"] | {"attention_impl": "blockwise", "remat": "dots"},
-    "mamba2": {
-        "pattern": ("mamba2+moe",),
-        "mamba": config.Mamba(d_state=4, head_dim=8, d_conv=3),
-        "moe": config.MoE(n_shared=1, capacity_factor=1.1, balance_loss=0.1, z_loss=1e-2),
-    },
-}
 
 
 @pytest.mark.parametrize(
-    ("options", "mesh", "microbatches"),
+    ("mesh", "microbatches", "options"),
     [
-        ("ring", "fsdp.context.tensor", 1),
-        ("gathered", "context", 2),
-        ("window", "data.context", 1),
-        ("mamba", "data.context", 2),
-        ("mamba2", "expert.context.tensor", 1),
+        ("data.context", 2, {"positions": "learned", **SINKS}),
+        (
+            "fsdp.context.tensor",
+            1,
+            {
+                "pattern": ("mamba", "mamba2+moe", "attention+mlp"),
+                "n_layers": 3,
+                "mamba": config.Mamba(d_state=4, head_dim=8, d_conv=3),
+                "moe": config.MoE(n_experts=4, capacity_factor=1.1, balance_loss=0.1),
+                "dropout": 0.2,
+                "remat": "dots",
+            },
+        ),
     ],
 )
-def test_rows_split_over_devices(options, mesh, microbatches, batches):
+def test_rows_split_over_devices(mesh, microbatches, options, batches):
     """Dropout, learned positions, drops and balance of experts too are those of one device."""
-    model = dataclasses.replace(MODEL, **SPLIT_ROWS[options])
+    model = dataclasses.replace(MODEL, attention_impl="blockwise", **options)
     with jax.enable_x64(True):
         alone = three_steps(Layout.from_config(config.Mesh(), jax.devices()[:1]), model, microbatches, batches)
         split = three_steps(Layout.from_config(MESHES[mesh]), model, microbatches, batches)
