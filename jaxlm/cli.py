@@ -268,13 +268,39 @@ def info(
         print(json.dumps(dataclasses.asdict(named)["rows"])) if as_json else _show(named)
         return
     cfg = config_file.load(path / "config.toml" if path.is_dir() else path, overrides or ())
-    if not cfg.model.vocab_size:
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=_tokenizer_size(cfg)))
-    counted = account(cfg)
+    counted = account(_sized(cfg))
     if as_json:
         print(json.dumps({**dataclasses.asdict(counted), "bytes": counted.bytes}))
     else:
         _show(counted)
+
+
+@app.command()
+def plan(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    topology: Annotated[str, typer.Option(help="CHIP:SHAPE, such as v5p:8x8x8, 2*v6e:16x16, h100:512, cpu:8.")] = "",
+    slices: Annotated[int, typer.Option(min=1, help="Slices of that shape, joined by the network.")] = 1,
+    search: Annotated[bool, typer.Option("--search", help="Try meshes, remat and microbatches; rank them.")] = False,
+    show_sharding: Annotated[bool, typer.Option("--show-sharding", help="Show who owns what.")] = False,
+    tokens: Annotated[float, typer.Option(min=0, help="Tokens of the run; 0: what train.steps make.")] = 0,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="USD for an hour of one chip; else the list price.")
+    ] = None,
+    compiling: Annotated[bool, typer.Option("--compile/--no-compile", help="Ask the compiler of the chip.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say whether CONFIG fits a machine that is not here, what limits it, what it takes and costs."""
+    from jaxlm import config_file
+    from jaxlm.plan import topology as topologies
+
+    goal, cfg = topologies.parse(topology, slices), config_file.load(path, overrides or ())
+    topologies.prepare_environment(goal)
+    from jaxlm.plan.make import plan_all
+
+    options = {"tokens": tokens, "price": price, "compiling": compiling, "name": Path(path).stem}
+    for part in plan_all(_sized(cfg), goal, search=search, show_sharding=show_sharding, **options):
+        print(json.dumps(part.as_dict())) if as_json else _show(part)
 
 
 @tokenizer_app.command("train")
@@ -341,11 +367,14 @@ def _guarded(command: Callable[[], Any]) -> int:
     return 0
 
 
-def _tokenizer_size(cfg: Any) -> int:
-    """The vocabulary that the tokenizer of a config will have, without reading the corpus."""
+def _sized(cfg: Any) -> Any:
+    """The config with the vocabulary that its tokenizer will have, without reading the corpus."""
     from jaxlm.data.pipeline import train_tokenizer
 
-    return cfg.tokenizer.vocab_size if cfg.tokenizer.kind == "bpe" else train_tokenizer(cfg).vocab_size
+    if cfg.model.vocab_size:
+        return cfg
+    size = cfg.tokenizer.vocab_size if cfg.tokenizer.kind == "bpe" else train_tokenizer(cfg).vocab_size
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
 
 
 def _show(renderable: Any) -> None:

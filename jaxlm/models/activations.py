@@ -44,6 +44,7 @@ def activations(cfg: config.Config, layout: Layout) -> Activations:
     kept = model.repeats * sum(kept_by(model, kind).bytes(tensor, width) for kind in model.pattern)
     whole = dataclasses.replace(model, remat="none")
     block = max(kept_by(whole, kind).bytes(tensor, width) for kind in model.pattern)
+    block *= 1 if model.remat == "none" else 2  # its gradient, and itself where it is computed again
     logits = 2 * min(train.loss_block, tokens) * model.vocab_size // layout.parts("vocab") * max(4, width)
     hidden = 3 * tokens * model.d_model * width
     return Activations(int(tokens * kept), int(tokens * block + logits + hidden))

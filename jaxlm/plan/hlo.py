@@ -18,6 +18,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from jaxlm.plan import kernels
+from jaxlm.plan.kernels import Count
+
 ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of the others, the first number of their name
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<= ]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^ ]+) \(.*\) -> .* \{$")
@@ -128,9 +131,9 @@ class Program(NamedTuple):
         """Matrix products, convolutions, and what custom kernels say that they cost."""
         total = recomputed = 0
         for times, computation, one in self.walk():
-            count = times * _flops(computation, one)
-            total += count
-            recomputed += count if "rematted_computation" in one.op_name else 0
+            count, again = _flops(computation, one)
+            total += times * count
+            recomputed += times * (count if "rematted_computation" in one.op_name else again)
         return Flops(total, recomputed)
 
     def traffic(self) -> int:
@@ -149,14 +152,14 @@ class Program(NamedTuple):
         """How often, bytes moved and FLOP of all that runs outside fusions, collectives left out."""
         fused = {name for _, _, one in self.walk() if one.opcode == "fusion" for name in _called(one)}
         within = {
-            name: sum(_flops(self.computations[name], one) for one in self.computations[name].instructions.values())
+            name: sum(_flops(self.computations[name], one)[0] for one in self.computations[name].instructions.values())
             for name in fused
         }
         for times, computation, one in self.walk():
             if computation.name in fused or one.opcode in _MOVERS or one.opcode.startswith(_TALKERS):
                 continue
             inside = _called(one) if one.opcode == "fusion" else []
-            count = sum(within[name] for name in inside) if inside else _flops(computation, one)
+            count = sum(within[name] for name in inside) if inside else _flops(computation, one)[0]
             yield times, _moved(self, computation, one), count
 
 
@@ -164,11 +167,9 @@ def parse(text: str) -> Program:
     """Read the text of a compiled module (`compiled.as_text()`)."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
-    for line in text.splitlines():
-        if line.startswith(" "):
-            head = _INSTRUCTION.match(line)
-            if head:
-                current[head.group(1)] = _instruction(head.group(1), line[head.end() :], "ROOT " in line[: head.end()])
+    for line in _joined(text):
+        if (head := _INSTRUCTION.match(line)) is not None:
+            current[head.group(1)] = _instruction(head.group(1), line[head.end() :], "ROOT " in line[: head.end()])
         elif (found := _COMPUTATION.match(line)) is not None:
             current = {}
             computations[found.group(2)] = Computation(found.group(2), current)
@@ -184,6 +185,19 @@ def parse(text: str) -> Program:
             for called in _called(one) if times else ():
                 runs[called] = runs.get(called, 0) + times
     return Program(computations, runs, tuple(unknown))
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Its lines, those put together that an attribute of an instruction breaks."""
+    held = ""
+    for line in text.splitlines():
+        if _INSTRUCTION.match(line) or _COMPUTATION.match(line) or line in ("", "}"):
+            if held:
+                yield held
+            held = line
+        else:
+            held += line
+    yield held
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
@@ -258,30 +272,36 @@ def _operand(computation: Computation, one: Instruction, index: int) -> Instruct
     return computation.instructions.get(one.operands[index]) if index < len(one.operands) else None
 
 
-def _flops(computation: Computation, one: Instruction) -> int:
-    if one.opcode == "dot":
-        left = _operand(computation, one, 0)
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-        if left is None or contracted is None:
-            return 0
-        inner = math.prod(left.arrays[0].dims[int(axis)] for axis in contracted.group(1).split(",") if axis)
-        return 2 * inner * math.prod(one.arrays[0].dims)
-    if one.opcode == "convolution":
-        return _convolution(computation, one)
-    if one.opcode == "ragged-dot":
-        left = _operand(computation, one, 0)
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-        ragged = re.search(r"lhs_ragged_dims=\{([\d,]*)\}", one.attributes)
-        if left is None or contracted is None:
-            return 0
-        axes = [int(axis) for axis in contracted.group(1).split(",") if axis]
-        if ragged and int(ragged.group(1)) in axes:  # each row belongs to one group: [R, M], [R, N] -> [G, M, N]
-            return 2 * left.arrays[0].dims[axes[0]] * math.prod(one.arrays[0].dims[1:])
-        return 2 * math.prod(left.arrays[0].dims[axis] for axis in axes) * math.prod(one.arrays[0].dims)
+def _flops(computation: Computation, one: Instruction) -> Count:
     if one.opcode == "custom-call":
         told = re.search(r'"flops":"?(\d+)', one.attributes)
-        return int(told.group(1)) if told else 0
-    return 0
+        if told or not one.arrays:
+            return Count(int(told.group(1)) if told else 0, 0)
+        operands = (_operand(computation, one, index) for index in range(len(one.operands)))
+        numbers = [o.arrays[0] for o in operands if o is not None and o.arrays]
+        shapes = [array.dims for array in numbers if array.dtype.startswith(("f", "bf"))]
+        return kernels.count(one.name, shapes, one.arrays[-1].dims)
+    counts = {"dot": _dot, "ragged-dot": _ragged_dot, "convolution": _convolution}
+    return Count(counts[one.opcode](computation, one) if one.opcode in counts else 0, 0)
+
+
+def _dot(computation: Computation, one: Instruction) -> int:
+    left = _operand(computation, one, 0)
+    return 2 * math.prod(_contracted(left, one)) * math.prod(one.arrays[0].dims) if left else 0
+
+
+def _ragged_dot(computation: Computation, one: Instruction) -> int:
+    """Rows times the matrix of their group; or [R, M], [R, N] -> [G, M, N], where each row belongs to one group."""
+    left, ragged = _operand(computation, one, 0), _option(one, r"lhs_ragged_dims=\{(\d*)", "")
+    if left is None:
+        return 0
+    grouped = ragged in _option(one, r"lhs_contracting_dims=\{([\d,]*)\}", "").split(",") and ragged
+    return 2 * math.prod(_contracted(left, one)) * math.prod(one.arrays[0].dims[1 if grouped else 0 :])
+
+
+def _contracted(left: Instruction, one: Instruction) -> list[int]:
+    axes = _option(one, r"lhs_contracting_dims=\{([\d,]*)\}", "").split(",")
+    return [left.arrays[0].dims[int(axis)] for axis in axes if axis]
 
 
 def _convolution(computation: Computation, one: Instruction) -> int:

@@ -5,6 +5,9 @@ make(config_file.load("dense-69b", ["mesh.fsdp=512", ...]), parse("v5p:8x8x8"), 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.flops import flops_per_token
@@ -16,6 +19,7 @@ from jaxlm.plan.compiled import compile_step
 from jaxlm.plan.memory import estimate
 from jaxlm.plan.report import Plan, price_of
 from jaxlm.plan.roofline import times
+from jaxlm.plan.sharding import describe
 from jaxlm.plan.topology import Topology
 
 
@@ -66,3 +70,17 @@ def make(
         price=price_of(topology, price),
         tokens=tokens or float(cfg.train.steps * rows),
     )
+
+
+def plan_all(
+    cfg: config.Config, topology: Topology, *, search: bool, show_sharding: bool, **options: Any
+) -> Iterator[Any]:
+    """What `jaxlm plan` shows, part by part."""
+    if show_sharding:
+        yield describe(cfg, topology.devices, topology.slices)
+    if search:
+        from jaxlm.plan.search import search_plans
+
+        yield search_plans(cfg, topology, **options)
+    else:
+        yield make(cfg, topology, **options)

@@ -7,13 +7,17 @@ backward pass waits for, one block at work, gathered parameters, one block of lo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Any
+
+import jax
 
 from jaxlm import config
-from jaxlm.mesh import Layout
+from jaxlm.mesh import Axes, Layout
 from jaxlm.models.activations import activations
+from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy
-from jaxlm.plan.sharding import Sharding, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,41 +50,46 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     Raises:
         UserError: the mesh does not fit the devices, or a size does not divide.
     """
-    layout, held = Layout.abstract(cfg.mesh, devices, slices), describe(cfg, devices, slices)
+    layout, policy = Layout.abstract(cfg.mesh, devices, slices), Policy.from_config(cfg.numerics)
     rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
-    split, policy = layout.parts("batch") * layout.parts("seq"), Policy.from_config(cfg.numerics)
-    parameters, narrow = held.bytes("parameter"), policy.compute.itemsize / policy.params.itemsize
+    split = layout.parts("batch") * layout.parts("seq")
+    model = dataclasses.replace(cfg.model, remat="none", layer_loop="scan")
+    leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(Decoder(model, policy))]
+    parameters = sum(_held(layout, *leaf) for leaf in leaves) * policy.params.itemsize
+    moments = 2 * sum(_held(layout.optimizer, *leaf) for leaf in leaves) * policy.params.itemsize
+    narrow = policy.compute.itemsize / policy.params.itemsize
     copies = int(parameters * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
     used = activations(cfg, layout)
+    gathered = max(_gathered(layout, *leaf, model.repeats) for leaf in leaves) * policy.compute.itemsize
     return Memory(
         parameters=parameters,
-        optimizer=held.bytes("optimizer"),
+        optimizer=moments,
         batch=5 * 4 * cfg.train.batch_size * cfg.data.seq_len // split,
         gradients=parameters * (1 if cfg.train.microbatches == 1 else 2) + copies,
         activations=used.kept,
-        working=used.working + _gathered(held, narrow),
+        working=used.working + gathered,
     )
 
 
-def _gathered(held: Sharding, narrow: float) -> int:
-    """Parameters that a device does not hold but computes with: those of one layer, and of the largest table.
-
-    Each is there with its gradient before that is scattered again.
-    """
-    layers = outside = 0
-    for leaf in held.leaves:
-        if leaf.kind != "parameter":
-            continue
-        split = _over_batch(leaf.mesh_axes, held.mesh)
-        size = int(leaf.local_bytes * split * narrow) if split > 1 else 0
-        if leaf.name.startswith("layers."):
-            layers += size // leaf.shape[0]
-        else:
-            outside = max(outside, size)
-    return 2 * max(layers, outside)
+@functools.lru_cache(maxsize=8)
+def _leaves(decoder: Decoder) -> tuple[tuple[str, Any, Axes], ...]:
+    """Name, shape and axes of every parameter, layers stacked."""
+    shapes, axes = abstract_params(decoder)
+    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat)
+    return tuple(zip(names, (leaf for _, leaf in flat), tree.flatten_up_to(axes), strict=True))
 
 
-def _over_batch(along: tuple[tuple[str, ...], ...], mesh: dict[str, int]) -> int:
-    """Into how many parts a parameter is split along axes that also split the batch: it is gathered over these."""
-    return math.prod(mesh[axis] for entry in along for axis in entry if axis in ("data", "fsdp", "context"))
+def _held(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes) -> int:
+    """Elements of a parameter that a device holds."""
+    layout.spec(axes, shape, name)
+    return math.prod(shape) // math.prod(layout.parts(axis) for axis in axes)
+
+
+def _gathered(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes, repeats: int) -> int:
+    """Elements that a device computes with and does not hold, and their gradient before it is scattered again."""
+    along = {one for axis in axes for one in layout.along(axis)} & {"data", "fsdp", "context"}
+    split = math.prod(layout.mesh.shape[one] for one in along)
+    size = _held(layout, name, shape, axes) * split if split > 1 else 0
+    return 2 * size // (repeats if name.startswith("layers.") else 1)

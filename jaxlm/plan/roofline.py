@@ -1,4 +1,4 @@
-"""How long a step takes at least and at most, from what it computes, moves in memory and sends over each axis of the mesh.
+"""How long a step takes at least and at most, from what it computes, moves in memory and sends over the mesh.
 
 A lower and an upper bound ("How to Scale Your Model", Austin et al. 2025, chapter 1): everything overlaps, and nothing
 does. Real steps lie between; latencies, stragglers and data are in neither.
