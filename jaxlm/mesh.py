@@ -183,9 +183,11 @@ def split_layout() -> Layout | None:
 
 
 def platform() -> str:
-    """What is compiled for, `cpu`, `gpu` or `tpu`: the devices of the active layout, which need not be here, else ours."""
+    """What is compiled for, `cpu`, `gpu` or `tpu`: the devices of the active layout, which need not be here."""
     layout = _current.get()
-    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+    if layout is None or isinstance(layout.mesh, AbstractMesh):
+        return jax.default_backend()
+    return layout.mesh.devices.flat[0].platform
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -100,8 +100,12 @@ class MoE:
     """Choose experts by score + bias, a state that balances the load without a loss (Wang et al. 2024)."""
     bias_update_rate: NonNegativeFloat = 1e-3
     """How far a step moves the selection bias of an expert, up if its load was below the mean."""
-    impl: Literal["auto", "naive", "blocks", "ragged"] = "auto"
-    """How tokens reach their experts; `auto` picks for the hardware. All compute the same function."""
+    impl: Literal["auto", "naive", "blocks", "ragged", "megablox"] = "auto"
+    """How experts are computed; `auto` picks for the hardware. All compute the same function."""
+    exchange: Literal["auto", "all_to_all", "gather"] = "auto"
+    """How tokens reach the experts of other devices (`mesh.expert`): `all_to_all` sends each where its experts are,
+    `gather` sends all everywhere, which `auto` does if a token has more experts than there are devices. Neither drops
+    any."""
 
     def __post_init__(self) -> None:
         experts, top_k, groups = self.n_experts, self.top_k, self.n_groups

@@ -187,7 +187,7 @@ _SCALING = {
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_slow", "beta_fast", "truncate", "attention_factor"),
 }
-_MOE_TRAINING = ("noisy", "balance_loss", "importance_loss", "z_loss", "bias_update_rate", "impl")
+_MOE_TRAINING = ("noisy", "balance_loss", "importance_loss", "z_loss", "bias_update_rate", "impl", "exchange")
 _MAMBA_TRAINING = ("dt_min", "dt_max", "dt_floor", "chunk", "impl")
 _MAMBA_UNUSED = {
     "mamba": (*_MAMBA_TRAINING, "head_dim", "n_groups"),

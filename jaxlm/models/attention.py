@@ -5,6 +5,7 @@ Shapes: B batch, T length, D width, N heads, K kv heads, H head dim, M sink toke
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +15,17 @@ from jaxtyping import Array, Float
 from jaxlm import config
 from jaxlm.mesh import constrain
 from jaxlm.models.cache import KVCache, Slots, WindowCache
+from jaxlm.models.context import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.models.layers import Linear, Norm, logical
 from jaxlm.numerics import Policy
 from jaxlm.ops import attention as ops
+from jaxlm.ops import ring
 from jaxlm.ops.attention import Mixed, Places
 from jaxlm.ops.rope import apply_rope, rope_table_of
+
+HEADS = (*ROW, "heads", "head_dim")
+SELF = (HEADS, HEADS, HEADS, ROW)
+MIXED = Mixed(HEADS, HEADS[:3])  # pyright: ignore[reportArgumentType]
 
 
 class Attention(nn.Module):
@@ -51,26 +58,31 @@ class Attention(nn.Module):
             k_BTKH = apply_rope(k_BTKH, *rope, layout=cfg.rope_layout)
         q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", "head_dim")
 
-        sinks_MD, sink_logits_N = None, None
-        if cfg.sink_tokens:
-            init = logical(nn.initializers.normal(cfg.init_std), None, "embed")
-            sinks_MD = self.param("sink_tokens", init, (cfg.sink_tokens, x_BTD.shape[-1]), self.policy.params)
-        if cfg.sink_logits:
-            init = logical(nn.initializers.normal(cfg.init_std), "heads")
-            sink_logits_N = self.param("sink_logits", init, (cfg.n_heads,), self.policy.params)
-
         options: Any = {"window": cfg.window, "softcap": cfg.softcap}
         aligned: Any = options | {"impl": cfg.attention_impl, "aligned": True}
-        new, several = (k_BTKH, v_BTKH, places, places), False
-        if cache is None:
-            mix, part, held, options = ops.attention, ops.attend, new, aligned
+        new: Any = (k_BTKH, v_BTKH, places, places)
+        held: Any = new
+        several = False
+        merged = bool(cfg.keep_first or cfg.sink_tokens)
+        needs = {"softcap": bool(cfg.softcap), "sinks": cfg.sink_logits, "merged": merged}
+        splash = cache is None and ops.choose(cfg.attention_impl, q_BTNH, aligned=True, **needs) == "splash"
+        if cache is None and sequence_axis():
+            held, options = (*_spread(k_BTKH, v_BTKH), places), {}
+            local = {"window": cfg.window, "softcap": cfg.softcap, "impl": cfg.attention_impl}
+            mix = over_sequence(functools.partial(ring.attention, **local), SELF, HEADS)
+            part = over_sequence(functools.partial(ring.attend, **local), SELF, MIXED)
+        elif cache is None:
+            mix, part, options = ops.attention, ops.attend, aligned
         else:
             slots, cache = cache.extend(k_BTKH, v_BTKH, places)
             several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
             mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
-        if cache is None and not (cfg.keep_first or cfg.sink_tokens):
-            mixed = ops.attention(q_BTNH, *new, **aligned, sink_logits_N=sink_logits_N)
-        elif not (several or cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
+        if splash:
+            from jaxlm.ops import splash as kernel  # loads Pallas, which only TPUs need
+
+            options = {"window": cfg.window, "softcap": cfg.softcap, "sink_logits_N": self._sink_logits()}
+            mixed = kernel.splash(q_BTNH, k_BTKH, v_BTKH, places.segments, **options)
+        elif not (several or merged or cfg.sink_logits):
             mixed = mix(q_BTNH, *held, **options)
         else:
             parts = [part(q_BTNH, *held, **options)]
@@ -79,11 +91,13 @@ class Attention(nn.Module):
             if cfg.keep_first:
                 first = cache.first if isinstance(cache, WindowCache) else None
                 parts.append(self._retained(bare_BTNH, k_BTKH, v_BTKH, places, first))
-            if sinks_MD is not None:
+            if cfg.sink_tokens:
+                init = logical(nn.initializers.normal(cfg.init_std), None, "embed")
+                sinks_MD = self.param("sink_tokens", init, (cfg.sink_tokens, x_BTD.shape[-1]), self.policy.params)
                 k_MKH, v_MKH = k_proj(sinks_MD), v_proj(sinks_MD)
                 k_MKH = k_MKH if k_norm is None else k_norm(k_MKH)
                 parts.append(ops.attend_sinks(bare_BTNH, k_MKH, v_MKH, places.segments, softcap=cfg.softcap))
-            mixed = ops.merge(parts, sink_logits_N, v_BTKH.dtype)
+            mixed = ops.merge(parts, self._sink_logits(), v_BTKH.dtype)
 
         o_proj = Linear(
             (cfg.d_model,),
@@ -104,6 +118,10 @@ class Attention(nn.Module):
             return WindowCache.empty(batch, min(slots, cfg.window), cfg.keep_first, *sizes)
         return KVCache.empty(batch, slots, *sizes)
 
+    def _sink_logits(self) -> Array | None:
+        cfg, init = self.config, logical(nn.initializers.normal(self.config.init_std), "heads")
+        return self.param("sink_logits", init, (cfg.n_heads,), self.policy.params) if cfg.sink_logits else None
+
     def _retained(self, bare_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, first: Slots | None) -> Mixed:
         """What queries take from the first tokens beyond the window, at the distance of a cache without gaps."""
         cfg, q_BTNH = self.config, bare_BTNH
@@ -114,6 +132,9 @@ class Attention(nn.Module):
             options: Any = {"beyond": cfg.window, "softcap": cfg.softcap}
             return ops.cached_attend(q_BTNH, first.keys, first.values, places, first.places, **options)
         options = {"keep_first": cfg.keep_first, "window": cfg.window, "softcap": cfg.softcap}
+        if sequence_axis():
+            kept = over_sequence(functools.partial(ring.attend_first, **options), SELF, MIXED)
+            return kept(q_BTNH, *_spread(k_BTKH, v_BTKH), places)
         return ops.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
 
     def _project(self, name: str, heads: int, axis: str) -> Linear:
@@ -126,3 +147,8 @@ class Attention(nn.Module):
             use_bias="qkv" in cfg.biases,
             name=name,
         )
+
+
+def _spread(*kv_BTKH: Array) -> tuple[Array, ...]:
+    """Keys and values with a kv head for every device that has query heads of it."""
+    return tuple(repeated(x, 2, "heads") for x in kv_BTKH)

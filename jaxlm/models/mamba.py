@@ -9,8 +9,10 @@ in G groups, H head dim.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,11 +21,17 @@ from jaxtyping import Array, Float
 
 from jaxlm import config
 from jaxlm.mesh import constrain
+from jaxlm.models.context import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.models.layers import Linear, Norm, logical
 from jaxlm.numerics import Policy, wide
 from jaxlm.ops import norm, ssm
 from jaxlm.ops.attention import Places
 from jaxlm.ops.ffn import swiglu
+
+INNER, HEADS, STATE = (*ROW, "inner"), (*ROW, "heads", None), (*ROW, "state")
+SCANNED = (INNER, INNER, ("inner", "state"), STATE, STATE, ("inner",), ROW)
+SCANNED_HEADS = (HEADS, HEADS[:3], ("heads",), HEADS, HEADS, ("heads",), ROW)
+"""Logical axes of the arguments of both scans; groups are split like the heads that they serve."""
 
 
 class MambaCache(NamedTuple):
@@ -73,21 +81,15 @@ class Mamba(nn.Module):
         dt_BTF = StepSize(inner, mamba, policy, name="dt_proj")(dt_BTR)
         log_FP = self.param("A_log", logical(_log_count, "inner", "state"), (inner, p), policy.params)
         skip_F = self.param("D", logical(nn.initializers.ones, "inner"), (inner,), policy.params)
-        y_BTF, state = ssm.selective_scan(
-            u_BTF,
-            dt_BTF,
-            -jnp.exp(log_FP.astype(width)),
-            b_BTP,
-            c_BTP,
-            skip_F,
-            places.segments,
-            None if cache is None else cache.state,
-            chunk=mamba.chunk,
-            impl=mamba.impl,
-        )
+        inputs = (u_BTF, dt_BTF, -jnp.exp(log_FP.astype(width)), b_BTP, c_BTP, skip_F, places.segments)
+        scan = functools.partial(ssm.selective_scan, chunk=mamba.chunk, impl=mamba.impl)
+        if cache is None:
+            y_BTF, state = over_sequence(_outputs(scan), SCANNED, INNER)(*inputs), None
+        else:
+            y_BTF, state = scan(*inputs, cache.state)
         out_proj = _linear(self, "out_proj", (cfg.d_model,), ("inner", "embed"), cfg.residual_std)
         mixed_BTD = out_proj(constrain(swiglu(z_BTF, y_BTF), "batch", "seq", "inner"))
-        return mixed_BTD, None if conv_state is None else MambaCache(conv_state, state)
+        return mixed_BTD, None if conv_state is None or state is None else MambaCache(conv_state, state)
 
     @staticmethod
     def empty_cache(cfg: config.Model, policy: Policy, batch: int, slots: int) -> MambaCache:
@@ -127,22 +129,20 @@ class Mamba2(nn.Module):
         bias_N = self.param("dt_bias", logical(_step_bias(mamba), "heads"), (heads,), policy.params)
         log_N = self.param("A_log", logical(_uniform_log, "heads"), (heads,), policy.params)
         skip_N = self.param("D", logical(nn.initializers.ones, "heads"), (heads,), policy.params)
-        y_BTNH, state = ssm.ssd(
-            x_BTF.reshape(b, t, heads, mamba.head_dim),
-            ssm.softplus(dt_BTN.astype(width) + bias_N.astype(width)),
-            -jnp.exp(log_N.astype(width)),
-            b_BTGP,
-            c_BTGP,
-            skip_N,
-            places.segments,
-            None if cache is None else cache.state,
-            chunk=mamba.chunk,
-            impl=mamba.impl,
-        )
+        x_BTNH = x_BTF.reshape(b, t, heads, mamba.head_dim)
+        dt_BTN = ssm.softplus(dt_BTN.astype(width) + bias_N.astype(width))
+        scan = functools.partial(ssm.ssd, chunk=mamba.chunk, impl=mamba.impl)
+        if sequence_axis():  # the heads of a device come with their groups
+            b_BTGP, c_BTGP = repeated(b_BTGP, 2, "heads"), repeated(c_BTGP, 2, "heads")
+        inputs = (x_BTNH, dt_BTN, -jnp.exp(log_N.astype(width)), b_BTGP, c_BTGP, skip_N, places.segments)
+        if cache is None:
+            y_BTNH, state = over_sequence(_outputs(scan), SCANNED_HEADS, HEADS)(*inputs), None
+        else:
+            y_BTNH, state = scan(*inputs, cache.state)
         y_BTF = GatedNorm(cfg.norm_eps, groups, policy, name="norm")(y_BTNH.reshape(b, t, inner), z_BTF)
         out_proj = _linear(self, "out_proj", (cfg.d_model,), ("inner", "embed"), cfg.residual_std)
         mixed_BTD = out_proj(constrain(y_BTF, "batch", "seq", "inner"))
-        if conv_state is None or bc_state is None:
+        if conv_state is None or bc_state is None or state is None:
             return mixed_BTD, None
         return mixed_BTD, Mamba2Cache(conv_state, bc_state, state)
 
@@ -173,7 +173,14 @@ class CausalConv(nn.Module):
         kernel_KF = self.param("kernel", logical(_uniform(self.taps**-0.5), None, self.axis), shape, self.policy.params)
         zeros = logical(nn.initializers.zeros, self.axis)
         bias_F = self.param("bias", zeros, shape[1:], self.policy.params) if self.use_bias else None
-        return ssm.causal_conv(x_BTF, kernel_KF, bias_F, places.segments, state_BJF)
+        inputs = (x_BTF, kernel_KF, bias_F, places.segments)
+        if state_BJF is not None:
+            return ssm.causal_conv(*inputs, state_BJF)
+        channels = (self.axis,)
+        convolve = over_sequence(
+            _outputs(ssm.causal_conv), ((*ROW, *channels), (None, *channels), channels, ROW), (*ROW, *channels)
+        )
+        return convolve(*inputs), None
 
 
 class StepSize(nn.Module):
@@ -205,6 +212,11 @@ class GatedNorm(nn.Module):
         ones = logical(nn.initializers.ones, "inner")
         scale_F = self.param("scale", ones, (x_BTF.shape[-1],), self.policy.params)
         return norm.gated_rms_norm(x_BTF, gate_BTF, scale_F, eps=self.eps, groups=self.groups)
+
+
+def _outputs(op: Callable[..., tuple[Array, Any]]) -> Callable[..., Array]:
+    """The op without the state that it ends with."""
+    return lambda *arrays, axis: op(*arrays, axis=axis)[0]
 
 
 def _linear(

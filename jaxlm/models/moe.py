@@ -6,10 +6,15 @@ Shapes: B batch, T length, D width, F width of one expert, E experts, K experts 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jaxlm import config
@@ -17,7 +22,7 @@ from jaxlm.mesh import Layout, split_layout
 from jaxlm.models.ffn import MLP
 from jaxlm.models.layers import Linear, logical
 from jaxlm.numerics import Policy, wide
-from jaxlm.ops import moe, router
+from jaxlm.ops import exchange, moe, router
 from jaxlm.ops.attention import Places
 
 SPLIT_AXES = {
@@ -112,11 +117,12 @@ class Experts(nn.Module):
         up, up_bias = self._stack("up_proj", d_model, width)
         down, down_bias = self._stack("down_proj", width, d_model)
         parameters = moe.Experts(gate, up, down, gate_bias, up_bias, down_bias)
-        options = {"activation": cfg.activation, "impl": cfg.moe.impl}
+        compute = functools.partial(moe.moe, activation=cfg.activation, impl=cfg.moe.impl)
         layout = split_layout()
         if layout is not None:
-            return _split_moe(layout, x_BTD, routing, parameters, options)
-        return _local_moe(x_BTD, routing.weights, routing.experts, parameters, options)
+            return _split_moe(layout, x_BTD, routing, parameters, cfg.moe, compute)
+        x_TD, weights_TK, experts_TK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, routing.weights, routing.experts))
+        return compute(x_TD, weights_TK, experts_TK, parameters).reshape(x_BTD.shape)
 
     def _stack(self, name: str, inputs: int, features: int) -> tuple[Array, Array | None]:
         down = name == "down_proj"
@@ -147,35 +153,61 @@ class ExpertLinear(nn.Module):
         return kernel, self.param("bias", zeros, (self.shape[0], self.shape[2]), params).astype(compute)
 
 
-def _local_moe(x_BTD: Array, weights_BTK: Array, experts_BTK: Array, parameters: moe.Experts, options: dict) -> Array:
-    x_TD, weights_TK, experts_TK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, experts_BTK))
-    return moe.moe(x_TD, weights_TK, experts_TK, parameters, **options).reshape(x_BTD.shape)
-
-
-def _split_moe(layout: Layout, x_BTD: Array, routing: router.Routing, parameters: moe.Experts, options: dict) -> Array:
+def _split_moe(
+    layout: Layout, x_BTD: Array, routing: router.Routing, parameters: moe.Experts, cfg: config.MoE, compute: Any
+) -> Array:
     """Each device computes its own experts, or its part F of them, for the tokens of all devices that share them.
 
-    The tokens of the devices along the axis of the experts are gathered and the outputs summed back to where they
-    belong: shapes are static and nothing is dropped.
+    Along the axes of the experts that split the tokens too, tokens are exchanged; along the others every device has
+    the tokens already, and what the devices compute is added.
     """
-    (along,), (across,), tokens = layout.spec(("experts",)), layout.spec(("mlp",)), layout.spec(("batch", "seq", None))
+    along, across, tokens = layout.along("experts"), layout.along("mlp"), layout.along("batch") + layout.along("seq")
+    across = tuple(axis for axis in across if axis not in tokens)
+    summed = (*across, *(axis for axis in along if axis not in tokens))
+    send = _exchange(layout, tuple(axis for axis in along if axis in tokens), cfg)
+    placed = {"experts": along, "mlp": across, None: None}
     named = {name: leaf for name, leaf in parameters._asdict().items() if leaf is not None}
-    places = {name: layout.spec(SPLIT_AXES[name]) for name in named}
+    weights = {name: PartitionSpec(*(placed[axis] for axis in SPLIT_AXES[name])) for name in named}
+    rows = layout.spec(("batch", "seq", None))
 
     def local(x_BTD: Array, weights_BTK: Array, experts_BTK: Array, named: dict[str, Array]) -> Array:
         parameters = moe.Experts(**{"gate": None, **named})
-        n_local = parameters.up.shape[0]
-        gathered = (jax.lax.all_gather(a, along, axis=0, tiled=True) for a in (x_BTD, weights_BTK, experts_BTK))
-        x, weights, experts = gathered
-        own = experts - jax.lax.axis_index(along) * n_local
-        own = jnp.where((own >= 0) & (own < n_local), own, n_local)
         if parameters.down_bias is not None:  # it is added once, not by every device that has a part of F
             first = jax.lax.axis_index(across) == 0
             parameters = parameters._replace(down_bias=jnp.where(first, parameters.down_bias, 0))
-        y = jax.lax.psum(_local_moe(x, weights, own, parameters, options), across)
-        return jax.lax.psum_scatter(y, along, scatter_dimension=0, tiled=True)
+        x_TD, weights_TK, experts_TK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTK, experts_BTK))
+        n_local = parameters.up.shape[0]
+        experts_TK = _within_reach(experts_TK, n_local, {axis: layout.mesh.shape[axis] for axis in along}, tokens)
+        y_TD = send(compute, x_TD, weights_TK, experts_TK, parameters, n_local=n_local)
+        return jax.lax.psum(y_TD, summed).reshape(x_BTD.shape)
 
-    run = jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(tokens, tokens, tokens, places), out_specs=tokens, check_vma=False
-    )
+    run = jax.shard_map(local, mesh=layout.mesh, in_specs=(rows, rows, rows, weights), out_specs=rows, check_vma=False)
     return run(x_BTD, routing.weights, routing.experts, named)
+
+
+def _exchange(layout: Layout, axis: tuple[str, ...], cfg: config.MoE) -> Any:
+    """How tokens reach the devices along `axis`: an exchange of `ops.exchange`, or none for one device."""
+    devices = math.prod(layout.mesh.shape[one] for one in axis)
+    if devices == 1:
+        return lambda compute, x, weights, experts, parameters, n_local: compute(x, weights, experts, parameters)
+    if cfg.exchange == "gather" or (cfg.exchange == "auto" and cfg.top_k > devices):
+        return functools.partial(exchange.gather, axis=axis)
+    return functools.partial(exchange.all_to_all, axis=axis, together=layout.mesh.axis_names)
+
+
+def _within_reach(experts_TK: Array, n_local: int, sizes: Mapping[str, int], tokens: tuple[str, ...]) -> Array:
+    """Experts numbered along those axes of theirs that split the tokens; none, where another device computes them.
+
+    Args:
+        sizes: of all axes that split the experts, `n_local` on each device.
+        tokens: the axes that split the tokens.
+    """
+    device, reachable, number, devices = experts_TK // n_local, True, 0, 1
+    for axis, size in reversed(list(sizes.items())):
+        device, place = jnp.divmod(device, size)
+        if axis in tokens:
+            number, devices = number + place * devices, devices * size
+        else:
+            reachable = reachable & (place == jax.lax.axis_index(axis))
+    reachable = reachable & (device == 0)  # it is not 0 for assignments that are not carried out
+    return jnp.where(reachable, number * n_local + experts_TK % n_local, devices * n_local)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,14 @@ class Places(NamedTuple):
 
     positions: Int[Array, "b s"]
     segments: Int[Array, "b s"]
+
+
+class Keys(NamedTuple):
+    """Keys and values with their places."""
+
+    k: Float[Array, "b s k h"]
+    v: Float[Array, "b s k h"]
+    places: Places
 
 
 class Mixed(NamedTuple):
@@ -57,7 +65,6 @@ def attention(
     aligned: bool = False,
     window: int = 0,
     softcap: float = 0.0,
-    sink_logits_N: Float[Array, " n"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Causal attention within documents (Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023).
 
@@ -69,23 +76,18 @@ def attention(
             and the tokens of a document follow one another. All but `xla` need this.
         window: tokens that a query sees, itself included (Beltagy et al. 2020, section 3.1); 0: all before it.
         softcap: scores are bounded, `cap tanh(score / cap)` (Gemma 2, section 2); 0: they are not.
-        sink_logits_N: as in `merge`.
 
     Returns:
         The mixed values [B, T, N, H], in the dtype of `v`. Softmax runs in float32 or wider.
     """
-    sinks = sink_logits_N is not None
-    impl = _choose(impl, q_BTNH, aligned, softcap, sinks=sinks)
+    impl = choose(impl, q_BTNH, aligned, softcap=bool(softcap))
     if impl == "splash":
         from jaxlm.ops.splash import splash  # loads Pallas, which only TPUs need
 
-        options: Any = {"window": window, "softcap": softcap, "sink_logits_N": sink_logits_N}
-        return splash(q_BTNH, k_BSKH, v_BSKH, q_places.segments, **options)
+        return splash(q_BTNH, k_BSKH, v_BSKH, q_places.segments, window=window, softcap=softcap)
     if impl == "cudnn":
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, q_places, window)
-    dtype = wide(q_BTNH.dtype) if sinks else v_BSKH.dtype
-    mixed = _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, dtype)
-    return merge([mixed], sink_logits_N, v_BSKH.dtype) if sinks else mixed.out
+        return cudnn(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, window, aligned)
+    return _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, v_BSKH.dtype).out
 
 
 def attend(
@@ -101,7 +103,7 @@ def attend(
     softcap: float = 0.0,
 ) -> Mixed:
     """`attention`, to be merged with other keys."""
-    impl = _choose(impl, q_BTNH, aligned, softcap, merged=True)
+    impl = choose(impl, q_BTNH, aligned, softcap=bool(softcap), merged=True)
     width = wide(q_BTNH.dtype)
     return _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, width)
 
@@ -115,18 +117,28 @@ def attend_first(
     keep_first: int,
     window: int,
     softcap: float = 0.0,
+    earlier: Keys | None = None,
 ) -> Mixed:
     """Attention to the first tokens of each document, once they have left the window (Xiao et al. 2023, section 3.2).
 
     Queries and keys are the same tokens in the same order. Each query gathers its F keys, so the cost is O(T F).
+
+    Args:
+        earlier: the first F tokens of the document that the row begins within, where it does not begin with one.
     """
     b, t, n, h = q_BTNH.shape
     start_BT = jnp.arange(t) - places.positions  # where the document of each token begins
     at_BTF = start_BT[..., None] + jnp.arange(keep_first)
-    inside_BTF = (at_BTF >= 0) & (at_BTF < t)
-    at_BTF = jnp.clip(at_BTF, 0, t - 1)
-    k_BTFKH, v_BTFKH, positions_BTF, segments_BTF = (
-        jax.vmap(lambda row, at: row[at])(x, at_BTF) for x in (k_BTKH, v_BTKH, *places)
+    inside_BTF = at_BTF < t
+    keys = Keys(k_BTKH, v_BTKH, places)
+    if earlier is None:
+        inside_BTF, at_BTF = inside_BTF & (at_BTF >= 0), jnp.maximum(at_BTF, 0)
+    else:
+        keys = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), earlier, keys)
+        at_BTF = jnp.where(at_BTF >= 0, at_BTF + keep_first, jnp.arange(keep_first))
+    at_BTF = jnp.minimum(at_BTF, keys.k.shape[1] - 1)
+    k_BTFKH, v_BTFKH, (positions_BTF, segments_BTF) = jax.tree.map(
+        lambda x: jax.vmap(lambda row, at: row[at])(x, at_BTF), keys
     )
     far_BTF = places.positions[..., None] - positions_BTF >= window
     same_BTF = (places.segments[..., None] == segments_BTF) & (places.segments != 0)[..., None]
@@ -215,9 +227,10 @@ def cached_attend(
     return _cached(q_BTNH, keys_BKHS, values_BKSH, mask_BTS, softcap, wide(q_BTNH.dtype))
 
 
-def _choose(asked: str, q_BTNH: Array, aligned: bool, softcap: float, **needs: bool) -> str:
+def choose(asked: str, q_BTNH: Float[Array, "b t n h"], aligned: bool, **needs: bool) -> str:
+    """The implementation of a call: see `ops.choice`, whose `needs` are `softcap`, `sinks` and `merged`."""
     _, t, _, h = q_BTNH.shape
-    return choice.attention(asked, choice.Attention(platform(), q_BTNH.dtype, t, h, aligned, bool(softcap), **needs))
+    return choice.attention(asked, choice.Attention(platform(), q_BTNH.dtype, t, h, aligned, **needs))
 
 
 def visible(q: Places, k: Places, window: int = 0, beyond: int = 0) -> Bool[Array, "b t s"]:
@@ -245,7 +258,7 @@ def _mixed(
 ) -> Mixed:
     """The kernels that know every option; `out` in `dtype`."""
     if impl == "blockwise":
-        return _folded(q_BTNH, k_BSKH, v_BSKH, q_places, _Form(window, softcap, jnp.dtype(dtype)))
+        return folded(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, Form(window, softcap, jnp.dtype(dtype)))
     q_BTKGH, width = _grouped(q_BTNH, k_BSKH.shape[2]), wide(q_BTNH.dtype)
     scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=width)
     scores_BKGTS = _capped(scores_BKGTS * q_BTNH.shape[-1] ** -0.5, softcap)
@@ -302,43 +315,47 @@ def _grouped(q_BTNH: Array, n_kv_heads: int) -> Array:
 # The G queries of one kv head and one token are neighbours, [B, K, T, G, H]: a block is then one matrix [T G, H].
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What a blockwise program is made for."""
 
     window: int
     softcap: float
     dtype: Any
     """Of the output."""
+    sees: Literal["window", "before", "all"] = "window"
+    """Which keys, the last of which are of the queries' own tokens: none behind its own, and none before its window
+    if the tokens of a document follow one another. `all`: they are any keys."""
 
 
-def _folded(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, form: _Form) -> Mixed:
+def folded(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places: Places, k_places: Places, form: Form) -> Mixed:
     """`_blockwise`; with a window, rows that need too many blocks are cut into pieces, rows of their own.
 
-    A piece has the keys of its tokens and, before them, those of the window - 1 tokens that its first one sees.
+    A piece has the keys of its tokens and, before them, those of the window - 1 tokens that its first one sees. Keys
+    are those of the tokens, and with a window perhaps of as many before them.
     """
-    b, t, halo = *q_BTNH.shape[:2], form.window - 1
+    b, t, halo, given = *q_BTNH.shape[:2], form.window - 1, k_BSKH.shape[1] - q_BTNH.shape[1]
     pieces = -(-t // (_block_size(t, form.window) * MAX_BLOCKS)) if form.window else 1
     mixed: Any
     if pieces == 1:
-        mixed = _blockwise(q_BTNH, k_BTKH, v_BTKH, places, places, form)
+        mixed = _blockwise(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, form)
         return Mixed(*mixed)
     length = -(-t // pieces)
 
-    def cut(x: Array, before: int) -> Array:
-        x = jnp.pad(x, [(0, 0), (before, pieces * length - t), *[(0, 0)] * (x.ndim - 2)])
+    def cut(x: Array, before: int = halo, given: int = given) -> Array:
+        x = jnp.pad(x, [(0, 0), (before - given, pieces * length - t), *[(0, 0)] * (x.ndim - 2)])
         parts = [x[:, i * length : (i + 1) * length + before] for i in range(pieces)]
         return jnp.stack(parts, axis=1).reshape(b * pieces, length + before, *x.shape[2:])
 
-    q_places, k_places = (Places(*(cut(x, before) for x in places)) for before in (0, halo))
-    mixed = _blockwise(cut(q_BTNH, 0), cut(k_BTKH, halo), cut(v_BTKH, halo), q_places, k_places, form)
+    q_places, k_places = Places(*(cut(x, 0, 0) for x in q_places)), Places(*(cut(x) for x in k_places))
+    mixed = _blockwise(cut(q_BTNH, 0, 0), cut(k_BSKH), cut(v_BSKH), q_places, k_places, form)
     return Mixed(*(x.reshape(b, pieces * length, *x.shape[2:])[:, :t] for x in mixed))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blockwise(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places: Places, k_places: Places, form: _Form
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places: Places, k_places: Places, form: Form
 ) -> tuple[Array, Array]:
-    return _blockwise_forward(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, form)[0]
+    return blockwise_forward(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, form)[0]
 
 
 def _block_size(length: int, window: int) -> int:
@@ -346,22 +363,23 @@ def _block_size(length: int, window: int) -> int:
     return max(BLOCK, min(window // 4, least) if window else least)
 
 
-def _blocks(length: int, keys: int, window: int) -> list[tuple[slice, slice]]:
-    """Rows of each block of queries, and of the keys that it may see. The last `length` keys are those of the rows."""
-    size, before = _block_size(length, window), keys - length
-    ends = [min(start + size, length) for start in range(0, length, size)]
-    begins = [max(0, before + start - window + 1) if window else 0 for start in range(0, length, size)]
-    rows = zip(range(0, length, size), ends, begins, strict=True)
-    return [(slice(start, end), slice(begin, before + end)) for start, end, begin in rows]
+def _blocks(length: int, keys: int, form: Form) -> list[tuple[slice, slice]]:
+    """Rows of each block of queries, and of the keys that it may see."""
+    size, before = _block_size(length, form.window), keys - length
+    rows = [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    ends = [keys if form.sees == "all" else before + row.stop for row in rows]
+    banded = form.window and form.sees == "window"
+    begins = [max(0, before + row.start - form.window + 1) if banded else 0 for row in rows]
+    return [(row, slice(begin, end)) for row, begin, end in zip(rows, begins, ends, strict=True)]
 
 
-def _heads_first(x_BTNH: Array, n_kv_heads: int) -> Array:
+def heads_first(x_BTNH: Array, n_kv_heads: int) -> Array:
     """[B, K, T, G, H]."""
     return jnp.swapaxes(_grouped(x_BTNH, n_kv_heads), 1, 2)
 
 
 def _block_scores(
-    q_BKTGH: Array, k_BKSH: Array, q_places: Places, k_places: Places, rows: slice, keys: slice, form: _Form
+    q_BKTGH: Array, k_BKSH: Array, q_places: Places, k_places: Places, rows: slice, keys: slice, form: Form
 ) -> tuple[Array, Array]:
     """Scaled, capped scores of one block [B, K, T, G, S] in float32 or wider, and the same with what is unseen -inf."""
     mask_BTS = visible(
@@ -374,14 +392,14 @@ def _block_scores(
     return scores, jnp.where(mask_BTS[:, None, :, None], scores, -jnp.inf)
 
 
-def _blockwise_forward(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places: Places, k_places: Places, form: _Form
+def blockwise_forward(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places: Places, k_places: Places, form: Form
 ) -> tuple[tuple[Array, Array], tuple]:
     n_kv_heads, width = k_BSKH.shape[2], wide(q_BTNH.dtype)
-    q = _heads_first(q_BTNH, n_kv_heads)
+    q = heads_first(q_BTNH, n_kv_heads)
     k, v = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
     outs, logs = [], []
-    for rows, keys in _blocks(q.shape[2], k.shape[2], form.window):
+    for rows, keys in _blocks(q.shape[2], k.shape[2], form):
         _, scores = _block_scores(q[:, :, rows], k[:, :, keys], q_places, k_places, rows, keys, form)
         top = jnp.max(scores, axis=-1, keepdims=True)
         top = jnp.where(jnp.isfinite(top), top, 0)
@@ -396,14 +414,27 @@ def _blockwise_forward(
     return (out_BTNH, lse_BTN), (q, k, v, q_places, k_places, out_BKTGH, log_BKTG1)
 
 
-def _blockwise_backward(form: _Form, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+def _blockwise_backward(form: Form, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+    dtype = residuals[0].dtype
+    return *(g.astype(dtype) for g in blockwise_gradients(residuals, cotangents, form, dtype)), None, None
+
+
+def blockwise_gradients(
+    residuals: tuple, cotangents: tuple[Array, Array], form: Form, dq_dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Of queries, keys and values: their share of the whole, if output and log-sum-exp are those of more keys.
+
+    Args:
+        residuals: of `blockwise_forward`.
+        dq_dtype: what the gradient of the queries is made in; those of keys and values are float32 or wider.
+    """
     q, k, v, q_places, k_places, out, log = residuals
     dout_BTNH, dlse_BTN = cotangents
     dtype, width, scale = q.dtype, wide(q.dtype), q.shape[-1] ** -0.5
-    dout = _heads_first(dout_BTNH, k.shape[1])
+    dout = heads_first(dout_BTNH, k.shape[1])
     # sum_s p_ts dp_ts = out_t . dout_t: the softmax's own term of the score gradient
     inner = jnp.sum(dout.astype(width) * out.astype(width), axis=-1, keepdims=True)
-    inner = inner - _heads_first(dlse_BTN[..., None], k.shape[1])
+    inner = inner - heads_first(dlse_BTN[..., None], k.shape[1])
     dout = dout.astype(dtype)
     log = jnp.where(jnp.isfinite(log), log, 0)
     # The probabilities are made anew from what was kept, so XLA may make them early, and on a CPU it does: those of all
@@ -411,25 +442,34 @@ def _blockwise_backward(form: _Form, residuals: tuple, cotangents: tuple[Array, 
     q = q + 0 * dout
     dqs = []
     dk, dv = jnp.zeros(k.shape, width), jnp.zeros(v.shape, width)
-    for rows, keys in _blocks(q.shape[2], k.shape[2], form.window):
+    for rows, keys in _blocks(q.shape[2], k.shape[2], form):
         scores, seen = _block_scores(q[:, :, rows], k[:, :, keys], q_places, k_places, rows, keys, form)
         p = jnp.exp(seen - log[:, :, rows])
         dp = jnp.einsum("bktgh,bksh->bktgs", dout[:, :, rows], v[:, :, keys], preferred_element_type=width)
         ds = p * (dp - inner[:, :, rows]) * scale
         ds = (ds * (1 - (scores / form.softcap) ** 2) if form.softcap else ds).astype(dtype)
-        dqs.append(jnp.einsum("bktgs,bksh->bktgh", ds, k[:, :, keys]))
+        dqs.append(jnp.einsum("bktgs,bksh->bktgh", ds, k[:, :, keys], preferred_element_type=dq_dtype))
         dk = dk.at[:, :, keys].add(jnp.einsum("bktgs,bktgh->bksh", ds, q[:, :, rows], preferred_element_type=width))
         p = p.astype(dtype)
         dv = dv.at[:, :, keys].add(jnp.einsum("bktgs,bktgh->bksh", p, dout[:, :, rows], preferred_element_type=width))
     dq_BTNH = jnp.swapaxes(jnp.concatenate(dqs, axis=2), 1, 2).reshape(dout_BTNH.shape)
-    return dq_BTNH, jnp.swapaxes(dk, 1, 2).astype(dtype), jnp.swapaxes(dv, 1, 2).astype(dtype), None, None
+    return dq_BTNH, jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2)
 
 
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+_blockwise.defvjp(blockwise_forward, _blockwise_backward)
 
 
-def _cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, places: Places, window: int) -> Array:
+def cudnn(
+    q_BTNH: Float[Array, "b t n h"],
+    k_BSKH: Float[Array, "b s k h"],
+    v_BSKH: Float[Array, "b s k h"],
+    q_places: Places,
+    k_places: Places,
+    window: int,
+    aligned: bool,
+) -> Float[Array, "b t n h"]:
     """cuDNN's fused kernel. Padding rows come out as zero, as everywhere."""
-    mask_B1TS = visible(places, places, window)[:, None]
-    out = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=True, implementation="cudnn")
-    return jnp.where((places.segments != 0)[:, :, None, None], out, 0)
+    mask_B1TS = visible(q_places, k_places, window)[:, None]
+    options: Any = {"mask": mask_B1TS, "is_causal": aligned, "implementation": "cudnn"}
+    out = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, **options)
+    return jnp.where((q_places.segments != 0)[:, :, None, None], out, 0)

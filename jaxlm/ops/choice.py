@@ -84,6 +84,13 @@ def attention(asked: str, call: Attention) -> str:
     return next(name for name, kernel in rest if call.platform in kernel.platforms and kernel.applies(call))
 
 
-def experts(asked: str, platform: str) -> str:
-    """The implementation of a mixture of experts: CPUs have no grouped matrix product, GPUs and TPUs do."""
-    return ("blocks" if platform == "cpu" else "ragged") if asked == "auto" else asked
+def experts(asked: str, platform: str, dtype: Any) -> str:
+    """The implementation of a mixture of experts: the one asked for where it applies, else `auto`.
+
+    TPUs have the kernel `megablox`. XLA's own `ragged_dot` takes the gradient of the kernels as if every row passed
+    every expert, and on GPUs and CPUs all products, so there the rows are computed in `blocks` (docs/experts.md).
+    """
+    fits = platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32)
+    if asked == "auto" or (asked == "megablox" and not fits):
+        return "megablox" if fits else "blocks"
+    return asked

@@ -1,8 +1,8 @@
 """The experts of a mixture: each token passes the feed-forwards that its router chose, and their outputs are summed.
 
 `naive` computes every expert for every token, masked: the readable reference, which costs E / K times too much.
-`blocks` and `ragged` sort the assignments by expert and compute those alone; nothing is dropped and every shape is
-static. The weight of an assignment multiplies the hidden layer, which by linearity is to multiply the output.
+`blocks`, `ragged` and `megablox` sort the assignments by expert and compute those alone; nothing is dropped and every
+shape is static. The weight of an assignment multiplies the hidden layer, which by linearity is to multiply the output.
 
 Shapes: T tokens, D width, F width of one expert, E experts, K experts of one token, R = T K assignments.
 """
@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from jaxlm.mesh import platform
 from jaxlm.numerics import wide
 from jaxlm.ops import choice, ffn
+from jaxlm.ops.dispatch import Plan, collect, pick, sort_by_expert, take
+from jaxlm.ops.grouped import GROUPED, grouped_dot
 
 
 class Experts(NamedTuple):
@@ -47,15 +49,15 @@ def moe(
         weights_TK: float32 or wider.
         experts_TK: the chosen experts; E or more: none.
         activation: a name of `ops.ffn`.
-        impl: `naive`, `blocks`, `ragged`, or `auto` for the hardware.
+        impl: `naive`, `blocks`, `ragged`, `megablox` (TPUs), or `auto` for the hardware.
     """
-    impl = choice.experts(impl, platform())
+    impl = choice.experts(impl, platform(), x_TD.dtype)
     if impl == "naive":
         return _naive(x_TD, weights_TK, experts_TK, parameters, activation)
     if impl == "blocks":
         return _blocks(x_TD, weights_TK, experts_TK, parameters, activation)
-    if impl == "ragged":
-        return _ragged(x_TD, weights_TK, experts_TK, parameters, activation)
+    if impl in GROUPED:
+        return _grouped(impl, x_TD, weights_TK, experts_TK, parameters, activation)
     raise ValueError(f"unknown implementation {impl!r}")
 
 
@@ -93,55 +95,40 @@ def _naive(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Expert
     return y_TD.astype(x_TD.dtype)
 
 
-class Plan(NamedTuple):
-    """Assignments sorted by expert, those of one expert in the order of the tokens."""
-
-    order: Int[Array, " r"]
-    """Assignment (token K + choice) of each row."""
-    rows: Int[Array, "t k"]
-    """Row of each assignment."""
-    ends: Int[Array, " e"]
-    """First row after those of each expert."""
-
-
-def _plan(experts_TK: Array, n_experts: int) -> Plan:
-    flat = experts_TK.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    rows = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    ends = jnp.searchsorted(flat[order], jnp.arange(n_experts, dtype=flat.dtype), side="right")
-    return Plan(order, rows.reshape(experts_TK.shape), ends.astype(jnp.int32))
-
-
-def _take(x: Array, rows: Array) -> Array:
-    return x.at[rows].get(mode="promise_in_bounds")
-
-
 def _combine(y_RD: Array, plan: Plan, dtype: Any) -> Array:
     """The sum of each token's rows; those of no expert are zero."""
-    y_TKD = jnp.where((plan.rows < plan.ends[-1])[..., None], _take(y_RD, plan.rows), 0)
+    y_TKD = jnp.where((plan.rows < plan.ends[-1])[..., None], take(y_RD, plan.rows), 0)
     return jnp.sum(y_TKD, axis=1).astype(dtype)
 
 
-def _ragged(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str) -> Array:
-    """One grouped matrix product for each kernel: `jax.lax.ragged_dot`, which GPUs and TPUs have."""
-    plan, top_k = _plan(experts_TK, parameters.up.shape[0]), experts_TK.shape[1]
+def _grouped(
+    impl: str, x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str
+) -> Array:
+    """One grouped matrix product for each kernel: GPUs and TPUs have it."""
+    (n_tokens, top_k), n_experts = experts_TK.shape, parameters.up.shape[0]
+    plan, wide_type = sort_by_expert(experts_TK, n_experts), weights_TK.dtype
     sizes = jnp.diff(plan.ends, prepend=0)
-    x_RD, weights_R = _take(x_TD, plan.order // top_k), _take(weights_TK.reshape(-1), plan.order)
-    expert_R = jnp.minimum(_take(experts_TK.reshape(-1), plan.order), parameters.up.shape[0] - 1)
+    # where each row comes from and each assignment went; those of no expert come from and go nowhere
+    carried_R = jnp.arange(plan.order.size) < plan.ends[-1]
+    token_R = jnp.where(carried_R, plan.order // top_k, n_tokens)
+    assignment_R = jnp.where(carried_R, plan.order, plan.order.size)
+    back_TK = jnp.where(plan.rows < plan.ends[-1], plan.rows, plan.order.size)
+    x_RD = pick(x_TD, token_R, back_TK)
+    weights_R = pick(weights_TK.reshape(-1, 1), assignment_R, back_TK.reshape(-1, 1))[:, 0]
+    expert_R = jnp.minimum(take(experts_TK.reshape(-1), plan.order), n_experts - 1)
 
     def of_row(bias: Array | None) -> Any:  # wide, since its gradient is a sum over rows
-        return None if bias is None else bias.astype(weights_R.dtype)[expert_R]
+        return None if bias is None else bias.astype(wide_type)[expert_R]
 
     def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-        return _plus(jax.lax.ragged_dot(x, kernel, sizes), of_row(bias))
+        return _plus(grouped_dot(x, kernel, sizes, impl=impl), of_row(bias))
 
     gate_RF = None if parameters.gate is None else linear(x_RD, parameters.gate, parameters.gate_bias)
     hidden_RF = _activate(activation, gate_RF, linear(x_RD, parameters.up, parameters.up_bias))
-    wide_type = weights_R.dtype
-    y_RD = jax.lax.ragged_dot(_times(hidden_RF, weights_R), parameters.down, sizes, preferred_element_type=wide_type)
+    y_RD = grouped_dot(_times(hidden_RF, weights_R), parameters.down, sizes, impl=impl, dtype=wide_type)
     if parameters.down_bias is not None:
         y_RD = y_RD + weights_R[:, None] * of_row(parameters.down_bias)
-    return _combine(y_RD, plan, x_TD.dtype)
+    return collect(y_RD, back_TK, token_R).astype(x_TD.dtype)
 
 
 # Blocks: a loop over the experts that have rows, and for each a loop over blocks of its rows, first large ones and then
@@ -181,7 +168,7 @@ def _over_blocks(plan: Plan, parameters: Experts, start: Any, body: Any, finish:
 
 def _sorted(x: Array, indices: Array, spare: int) -> Array:
     """Rows of x, and `spare` more for the last block to reach into."""
-    return _take(x, jnp.pad(indices, (0, spare)))
+    return take(x, jnp.pad(indices, (0, spare)))
 
 
 def _rows_of(array: Array | None, row: Array, size: int) -> Any:
@@ -202,7 +189,7 @@ def _blocks(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Exper
 def _blocks_forward(
     x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str, keep: bool = True
 ) -> tuple[Array, Any]:
-    plan, top_k = _plan(experts_TK, parameters.up.shape[0]), experts_TK.shape[1]
+    plan, top_k = sort_by_expert(experts_TK, parameters.up.shape[0]), experts_TK.shape[1]
     spare = _sizes(plan.order.size, parameters.up.shape[0])[0]
     x = _sorted(x_TD, plan.order // top_k, spare)
     weights = _sorted(weights_TK.reshape(-1), plan.order, spare)
@@ -265,7 +252,7 @@ def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, A
 
     start = (jnp.zeros(x.shape, width), jnp.zeros(len(x), width), zeros, jax.tree.map(jnp.zeros_like, parameters))
     dx, dweights, _, gradients = _over_blocks(plan, parameters, start, body, finish)
-    dweights_TK = jnp.where(plan.rows < plan.ends[-1], _take(dweights, plan.rows), 0)
+    dweights_TK = jnp.where(plan.rows < plan.ends[-1], take(dweights, plan.rows), 0)
     return _combine(dx, plan, dtype), dweights_TK, None, gradients
 
 

@@ -12,6 +12,7 @@ Shapes: B batch, T length, N heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jaxtyping import Array, Float, Int
 
-from jaxlm.mesh import Layout, platform, split_layout
+from jaxlm.mesh import platform, split_layout
 
 LANES = 128  # rows are padded to a multiple of this, the width of a vector register
 BLOCKS = (512, 256, 128)  # of queries and of keys: the first that divides the row
@@ -46,12 +47,15 @@ def splash(
     """
     layout = split_layout()
     _, t, n, h = q_BTNH.shape
-    shards = _shards(layout, "seq")
+    shards, head_shards = (1, 1) if layout is None else (layout.parts("seq"), layout.parts("heads"))
     pad = -t % (LANES * shards)
-    q, k, v = (jnp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)]) for x in (q_BTNH * h**-0.5, k_BTKH, v_BTKH))
+    # each device has the kv heads of its heads: one that serves heads on several is there more than once
+    times = math.lcm(k_BTKH.shape[2], head_shards) // k_BTKH.shape[2]
+    k, v = (jnp.repeat(x, times, axis=2) if times > 1 else x for x in (k_BTKH, v_BTKH))
+    q, k, v = (jnp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)]) for x in (q_BTNH * h**-0.5, k, v))
     q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     padded_BT = jnp.pad(segments_BT, [(0, 0), (0, pad)])
-    kernel = _kernel(n, t + pad, _shards(layout, "heads"), shards, window, softcap)
+    kernel = _kernel(n, t + pad, head_shards, shards, window, softcap)
 
     def mixed(kernel: Any, q: Array, k: Array, v: Array, mine: Array, theirs: Array, sinks: Array | None) -> Array:
         def row(q: Array, k: Array, v: Array, mine: Array, theirs: Array) -> Array:
@@ -60,7 +64,7 @@ def splash(
         return jax.vmap(row)(q, k, v, mine, theirs)
 
     if layout is not None:
-        queries, keys = layout.spec(("batch", "heads", "seq", None)), layout.spec(("batch", "kv_heads", None, None))
+        queries, keys = layout.spec(("batch", "heads", "seq", None)), layout.spec(("batch", "heads", None, None))
         tables = kernel.manual_sharding_spec(layout.sharding(("heads", "seq")))
         tokens = layout.spec(("batch", "seq")), layout.spec(("batch", None))
         mixed = jax.shard_map(
@@ -73,11 +77,6 @@ def splash(
     out_BNTH = mixed(kernel, q_BNTH, k_BKTH, v_BKTH, padded_BT, padded_BT, sink_logits_N)
     out_BTNH = jnp.swapaxes(out_BNTH, 1, 2)[:, :t]
     return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, 0)
-
-
-def _shards(layout: Layout | None, axis: str) -> int:
-    """In how many parts a logical axis is split."""
-    return 1 if layout is None else layout.mesh.size // layout.sharding((axis,)).shard_shape((layout.mesh.size,))[0]
 
 
 def _kernel(n_heads: int, length: int, head_shards: int, shards: int, window: int, softcap: float) -> Any:

@@ -5,6 +5,10 @@ and nothing crosses that boundary, forward or backward; what is carried is multi
 document that goes on. Padding (segment 0) leaves the state as it is; its outputs are finite and mean nothing. Whatever
 the inputs are, states and sums are float32 or wider.
 
+With an `axis`, a row is split over the devices along it (within `jax.shard_map`): the convolution reads the last tokens
+of the device before, and a scan begins with the state that the devices before have left. Only ends of their parts, and
+states, pass between devices.
+
 Shapes: B batch, T length, F channels, P state, K taps of the convolution, J = K - 1; N heads in G groups of M, H head
 dim; Q tokens of a chunk, C chunks.
 """
@@ -20,12 +24,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.numerics import wide
+from jaxlm.ops import shards
 
 
-def starts(segments_BT: Int[Array, "b t"]) -> Bool[Array, "b t"]:
+def starts(segments_BT: Int[Array, "b t"], axis: str | None = None) -> Bool[Array, "b t"]:
     """Where a document begins: a token whose segment is not that of the token before it."""
-    before_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
+    before_BT = _preceded(segments_BT, 1, axis)[:, :-1]
     return (segments_BT != 0) & (segments_BT != before_BT)
+
+
+def _preceded(x_BT: Array, tokens: int, axis: str | None) -> Array:
+    """x with the tokens before its first: those of other devices, or zero."""
+    if axis is None:
+        return jnp.pad(x_BT, ((0, 0), (tokens, 0), *((0, 0),) * (x_BT.ndim - 2)))
+    return jnp.concatenate([shards.halo(x_BT, tokens, axis), x_BT], axis=1)
 
 
 def causal_conv(
@@ -34,6 +46,8 @@ def causal_conv(
     bias_F: Float[Array, " f"] | None,
     segments_BT: Int[Array, "b t"],
     state_BJF: Float[Array, "b j f"] | None = None,
+    *,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "b t f"], Float[Array, "b j f"] | None]:
     """Depthwise convolution, `y_t = silu(sum_k kernel_k x_(t-K+1+k) + bias)`: the last tap reads the token itself.
 
@@ -46,7 +60,7 @@ def causal_conv(
     """
     taps = kernel_KF.shape[0]
     if state_BJF is None:
-        return _conv_packed(x_BTF, kernel_KF, bias_F, segments_BT), None
+        return _conv_packed(x_BTF, kernel_KF, bias_F, segments_BT, axis), None
     joined_BSF = jnp.concatenate([state_BJF, x_BTF.astype(state_BJF.dtype)], axis=1)
     if x_BTF.shape[1] == 1:
         state = jnp.where((segments_BT != 0)[..., None], joined_BSF[:, 1:], state_BJF)
@@ -75,28 +89,29 @@ def _convolve(before_BSF: Array, kernel_KF: Array, bias_F: Array | None, segment
     return jax.nn.silu(y_BTF)
 
 
-def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
+def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None) -> Array:
     """The convolution of whole rows."""
     before = kernel_KF.shape[0] - 1
-    padded_BSF = jnp.pad(x_BTF, ((0, 0), (before, 0), (0, 0)))
-    segments_BS = jnp.pad(segments_BT, ((0, 0), (before, 0)))
+    padded_BSF, segments_BS = _preceded(x_BTF, before, axis), _preceded(segments_BT, before, axis)
     return _convolve(padded_BSF, kernel_KF, bias_F, segments_BS).astype(x_BTF.dtype)
 
 
-@jax.custom_vjp
-def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None) -> Array:
     """`_conv_rows`; its backward pass keeps the input alone."""
-    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT)
+    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT, axis)
 
 
-def _conv_packed_forward(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array) -> tuple:
-    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT), (x_BTF, kernel_KF, bias_F, segments_BT)
+def _conv_packed_forward(
+    x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None
+) -> tuple:
+    return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT, axis), (x_BTF, kernel_KF, bias_F, segments_BT)
 
 
-def _conv_packed_backward(inputs: tuple, dy_BTF: Array) -> tuple:
+def _conv_packed_backward(axis: str | None, inputs: tuple, dy_BTF: Array) -> tuple:
     x_BTF, kernel_KF, bias_F, segments_BT = inputs
     x_BTF = x_BTF + 0 * dy_BTF  # XLA on a CPU would else take what it has computed forward, and keep it: see attention
-    _, pull = jax.vjp(lambda x, kernel, bias: _conv_rows(x, kernel, bias, segments_BT), x_BTF, kernel_KF, bias_F)
+    _, pull = jax.vjp(lambda x, kernel, bias: _conv_rows(x, kernel, bias, segments_BT, axis), x_BTF, kernel_KF, bias_F)
     return *pull(dy_BTF), None
 
 
@@ -133,6 +148,7 @@ def selective_scan(
     *,
     chunk: int = 8,
     impl: str = "auto",
+    axis: str | None = None,
 ) -> tuple[Float[Array, "b t f"], Float[Array, "b p f"]]:
     """Mamba's scan: `h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t`, `y_t = C_t h_t + D u_t` (Gu & Dao 2023, algorithm 2).
 
@@ -145,27 +161,31 @@ def selective_scan(
         impl: `sequential`, the recurrence token by token; `chunked`; or `auto`.
 
     Returns:
-        y in the dtype of u, and the state after the last token.
+        y in the dtype of u, and the state after the last token, with an axis after the last one of this device.
     """
     t, width, real_BT = u_BTF.shape[1], wide(u_BTF.dtype), segments_BT != 0
     dt_BTF = jnp.where(real_BT[..., None], dt_BTF.astype(width), 0)
-    keep_BT, h_BPF = _carried(segments_BT, state_BPF, a_FP.shape[::-1], width)
+    keep_BT, h_BPF = _carried(segments_BT, state_BPF, a_FP.shape[::-1], width, axis)
     tokens = (u_BTF.astype(width), dt_BTF, b_BTP.astype(width), c_BTP.astype(width), keep_BT)
     weights = (a_FP.T.astype(width), d_F.astype(width))
     if impl == "sequential" or t == 1:
+        if axis is not None:
+            h_BPF = shards.before(_scan_tokens(tokens, weights, h_BPF)[1], _whole_decay(tokens, weights), axis)
         y_BTF, h_BPF = _scan_tokens(tokens, weights, h_BPF)
     elif impl in ("chunked", "auto"):
-        scanned: Any = _scan_chunks(_padded(tokens, -t % chunk), weights, h_BPF, chunk)
+        scanned: Any = _scan_chunks(_padded(tokens, -t % chunk), weights, h_BPF, chunk, axis)
         y_BTF, h_BPF = scanned
     else:
         raise ValueError(f"unknown scan implementation {impl!r}")
     return y_BTF[:, :t].astype(u_BTF.dtype), h_BPF
 
 
-def _carried(segments_BT: Array, state: Array | None, shape: tuple[int, ...], width: jnp.dtype) -> tuple[Array, Array]:
-    """What of the state before reaches each token, 1 or 0, and the state before the first."""
+def _carried(
+    segments_BT: Array, state: Array | None, shape: tuple[int, ...], width: jnp.dtype, axis: str | None
+) -> tuple[Array, Array]:
+    """What of the state before reaches each token, 1 or 0, and the state before the first, of this device."""
     if state is None:
-        return (~starts(segments_BT)).astype(width), jnp.zeros((segments_BT.shape[0], *shape), width)
+        return (~starts(segments_BT, axis)).astype(width), jnp.zeros((segments_BT.shape[0], *shape), width)
     return jnp.ones(segments_BT.shape, width), state.astype(width)
 
 
@@ -192,6 +212,12 @@ def _step(h_BPF: Array, token: tuple[Array, ...], weights: tuple[Array, Array]) 
     return h_BPF, jnp.sum(h_BPF * c_BP[:, :, None], axis=1) + d_F * u_BF
 
 
+def _whole_decay(tokens: tuple[Array, ...], weights: tuple[Array, Array]) -> Array:
+    """What of a state before the first token is left after the last one [B, P, F]."""
+    (_, dt_BTF, _, _, keep_BT), (a_PF, _) = tokens, weights
+    return _decay(jnp.sum(dt_BTF, axis=1), a_PF, jnp.prod(keep_BT, axis=1))
+
+
 def _scan_tokens(tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array) -> tuple[Array, Array]:
     if tokens[0].shape[1] == 1:
         h_BPF, y_BF = _step(h_BPF, tuple(x[:, 0] for x in tokens), weights)
@@ -206,11 +232,38 @@ def _scan_tokens(tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF:
 # states of a chunk live only while it is worked on; kept are those before each chunk.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _scan_chunks(
-    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int
+    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: str | None
 ) -> tuple[Array, Array]:
-    return _scan_chunks_forward(tokens, weights, h_BPF, chunk)[0]
+    return _scan_chunks_forward(tokens, weights, h_BPF, chunk, axis)[0]
+
+
+# Over several devices each pass is made twice. The first time, from zero, all but the last state is unused, and XLA
+# drops its computation; the second time, it begins with what the other devices have carried so far.
+
+
+def _scan_chunks_forward(
+    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: str | None
+) -> tuple[tuple[Array, Array], tuple]:
+    if axis is not None:
+        (_, end_BPF), _ = _scan_part(tokens, weights, h_BPF, chunk)
+        h_BPF = shards.before(end_BPF, _whole_decay(tokens, weights), axis)
+    return _scan_part(tokens, weights, h_BPF, chunk)
+
+
+def _scan_chunks_backward(chunk: int, axis: str | None, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+    dy_BTF, dlast_BPF = cotangents
+    if axis is None:
+        return _scan_part_backward(chunk, residuals, cotangents)
+    tokens, weights, _ = residuals
+    *_, dfirst_BPF = _scan_part_backward(chunk, residuals, cotangents)
+    dnext_BPF = shards.before(dfirst_BPF, _whole_decay(tokens, weights), axis, reverse=True)
+    dtokens, dweights, _ = _scan_part_backward(chunk, residuals, (dy_BTF, dlast_BPF + dnext_BPF))
+    return dtokens, dweights, jnp.zeros_like(dfirst_BPF)
+
+
+_scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)
 
 
 def _take(arrays: tuple[Array, ...], i: Array, chunk: int) -> list[tuple[Array, ...]]:
@@ -224,7 +277,7 @@ def _put(x: Array, tokens: tuple[Array, ...], i: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(x, jnp.stack(tokens, axis=1), i * len(tokens), axis=1)
 
 
-def _scan_chunks_forward(
+def _scan_part(
     tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int
 ) -> tuple[tuple[Array, Array], tuple]:
     def work(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -242,7 +295,7 @@ def _scan_chunks_forward(
     return (y_BTF, h_BPF), (tokens, weights, before_CBPF)
 
 
-def _scan_chunks_backward(chunk: int, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+def _scan_part_backward(chunk: int, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     tokens, (a_PF, d_F), before_CBPF = residuals
     dy_BTF, dlast_BPF = cotangents
     chunks = before_CBPF.shape[0]
@@ -276,9 +329,6 @@ def _scan_chunks_backward(chunk: int, residuals: tuple, cotangents: tuple[Array,
     return (*dtokens, None), (da_PF, jnp.sum(dy_BTF * tokens[0], axis=(0, 1))), dh_BPF
 
 
-_scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)
-
-
 def _over_channels(x_BPF: Array, y_BF: Array) -> Array:
     """[B, P]; a product of matrices, because XLA on a CPU does not vectorise a sum over the last axis."""
     return jnp.einsum("bpf,bf->bp", x_BPF, y_BF, precision="highest")
@@ -296,6 +346,7 @@ def ssd(
     *,
     chunk: int = 64,
     impl: str = "auto",
+    axis: str | None = None,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b n h p"]]:
     """Mamba-2's scan: the recurrence of `selective_scan` with one A and one dt a head (Dao & Gu 2024, section 5).
 
@@ -308,7 +359,7 @@ def ssd(
     (b, t, n, h), (g, p) = x_BTNH.shape, b_BTGP.shape[2:]
     x_wide = x_BTNH.astype(width)
     dt_BTN = jnp.where(real_BT[..., None], dt_BTN.astype(width), 0)
-    keep_BT, state_BNHP = _carried(segments_BT, state_BNHP, (n, h, p), width)
+    keep_BT, state_BNHP = _carried(segments_BT, state_BNHP, (n, h, p), width, axis)
     state = state_BNHP.reshape(b, g, n // g, h, p)
     w_BTGMH = (x_wide * dt_BTN[..., None]).reshape(b, t, g, n // g, h)
     log_BTGM = (dt_BTN * a_N.astype(width)).reshape(b, t, g, n // g)
@@ -319,8 +370,27 @@ def ssd(
         y_BTGMH, state = _ssd_chunks(*inputs, keep_BT, state, min(chunk, t))
     else:
         raise ValueError(f"unknown scan implementation {impl!r}")
+    if axis is not None:
+        y_BTGMH, state = _ssd_carried(y_BTGMH, state, log_BTGM, inputs[-1], keep_BT, axis)
     y_BTNH = y_BTGMH.reshape(b, t, n, h) + d_N.astype(width)[:, None] * x_wide
     return y_BTNH.astype(x_BTNH.dtype), state.reshape(b, n, h, p)
+
+
+def _ssd_carried(
+    y_BTGMH: Array, end_BGMHP: Array, log_BTGM: Array, c_BTGP: Array, keep_BT: Array, axis: str
+) -> tuple[Array, Array]:
+    """Outputs and last state of this device, computed from zero, with what the devices before it have carried here."""
+
+    @jax.checkpoint
+    def add(y_BTGMH: Array, since_BTGM: Array, c_BTGP: Array, state_BGMHP: Array) -> Array:
+        carried_BTGMH = jnp.einsum("btgp,bgmhp->btgmh", c_BTGP, state_BGMHP, precision="highest")
+        return y_BTGMH + carried_BTGMH * since_BTGM[..., None]
+
+    kept_BT = jnp.cumprod(keep_BT, axis=1)
+    since_BTGM = jnp.exp(jnp.cumsum(log_BTGM, axis=1)) * kept_BT[..., None, None]
+    decay_BGM11 = since_BTGM[:, -1, :, :, None, None]
+    state_BGMHP = shards.before(end_BGMHP, decay_BGM11, axis)
+    return add(y_BTGMH, since_BTGM, c_BTGP, state_BGMHP), end_BGMHP + decay_BGM11 * state_BGMHP
 
 
 def _ssd_tokens(w: Array, log: Array, b: Array, c: Array, keep_BT: Array, state: Array) -> tuple[Array, Array]:

@@ -48,7 +48,8 @@ DRAWS = 5
 Told = Callable[[str, str], None]
 """Called with a dtype and what begins, and with two empty words at the end."""
 
-_CHOICES = ("dropout", "init_std", "attention_impl", "layer_loop", "remat", "moe.impl", "mamba.impl", "mamba.chunk")
+_CHOICES = ("dropout", "init_std", "attention_impl", "layer_loop", "remat")
+_CHOICES += ("moe.impl", "moe.exchange", "mamba.impl", "mamba.chunk")
 """Options of `[model]` that change no result but by rounding, or are left out of the comparison."""
 _STEPS = (
     *("learning_rate", "schedule", "warmup_steps", "final_lr_fraction", "decay_fraction", "beta1", "beta2", "eps"),

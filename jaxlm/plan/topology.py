@@ -21,7 +21,7 @@ MAX_DEVICES = 2**16
 _FORM = re.compile(r"(?:(\d+)\*)?([a-z0-9-]+):(\d+(?:x\d+)*)")
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time: nothing here holds a chip
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is held, so several processes may compile
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",  # of the machine at hand, which has none
     "TPU_STDERR_LOG_LEVEL": "3",

@@ -19,6 +19,7 @@ _FREE = (  # change neither parameters nor what they mean
     "model.dropout",
     "model.remat",
     "model.attention_impl",
+    "model.moe.exchange",
     *(f"model.moe.{name}" for name in ("impl", "balance_loss", "importance_loss", "z_loss", "bias_update_rate")),
 )
 

@@ -64,9 +64,12 @@ def test_what_is_asked_for_is_taken_where_it_applies(
     assert choice.attention(asked, Attention(platform, **(LONG | change))) == kernel
 
 
-def test_experts_have_grouped_products_on_chips() -> None:
-    assert [choice.experts("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["blocks", "ragged", "ragged"]
-    assert choice.experts("naive", "tpu") == "naive"
+@pytest.mark.parametrize("asked", ["auto", "megablox"])
+def test_experts_have_a_kernel_on_tpus(asked: str) -> None:
+    narrow = [choice.experts(asked, platform, jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")]
+    assert narrow == ["blocks", "blocks", "megablox"]
+    assert choice.experts(asked, "tpu", jnp.float64) == "blocks"
+    assert choice.experts("naive", "tpu", jnp.bfloat16) == "naive"
 
 
 def test_the_names_of_the_table_are_those_of_the_config() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxlm import config
 from jaxlm.mesh import Layout
 from jaxlm.ops import choice, splash
-from jaxlm.ops.attention import Places, attention, visible
+from jaxlm.ops.attention import Places, attend, attention, merge, visible
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +51,13 @@ def errors(
     places = rows(batch, t)
 
     def both(impl: str) -> Any:
-        def mixed(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
-            choices: Any = {"impl": impl, "aligned": True, "sink_logits_N": sinks}
-            return attention(q, k, v, places, places, **choices, **options)
+        def mixed(*arrays: jax.Array | None) -> jax.Array:
+            *qkv, sinks = arrays
+            if sinks is None:
+                return attention(*qkv, places, places, impl=impl, aligned=True, **options)
+            if impl == "splash":
+                return splash.splash(*qkv, places.segments, sink_logits_N=sinks, **options)
+            return merge([attend(*qkv, places, places, impl=impl, **options)], sinks)
 
         out, vjp = jax.vjp(mixed, *qkv, sinks)
         return out, *vjp(dout)

@@ -24,6 +24,11 @@ MESHES = {
     "fsdp": config.Mesh(data=1, fsdp=8),
     "data.expert": config.Mesh(data=2, expert=4),
     "data.expert.tensor": config.Mesh(data=2, expert=2, tensor=2),
+    "expert": config.Mesh(data=1, expert=8),
+    "fsdp.expert.tensor": config.Mesh(data=1, fsdp=2, expert=2, tensor=2),
+    "whole experts": config.Mesh(
+        data=1, expert=2, context=2, tensor=2, rules={"experts": ("expert", "tensor"), "mlp": ()}
+    ),
     "slices, whole kv heads": config.Mesh(data=1, tensor=4, rules={"kv_heads": ()}, dcn=config.Dcn(data=2)),
     "zero1": config_file.from_dict({"mesh": registry.mesh("zero1")}).mesh,
 }
@@ -116,8 +121,11 @@ def test_windows_and_sinks_on_eight_devices(batches):
     ("mesh", "options"),
     [
         ("data.expert", {"selection_bias": True, "balance_loss": 0.1, "importance_loss": 0.1, "z_loss": 1e-2}),
-        ("data.expert.tensor", {"n_shared": 1, "router": "sigmoid", "capacity_factor": 1.1}),
+        ("data.expert.tensor", {"exchange": "gather", "router": "sigmoid", "n_shared": 1, "capacity_factor": 1.1}),
         ("data.fsdp.tensor", {"impl": "ragged"}),
+        ("whole experts", {"impl": "ragged", "balance_loss": 0.1, "capacity_factor": 1.1}),
+        pytest.param("expert", {"top_k": 1, "balance_loss": 0.1}, marks=pytest.mark.soak),
+        pytest.param("fsdp.expert.tensor", {"exchange": "all_to_all", "top_k": 3}, marks=pytest.mark.soak),
     ],
 )
 def test_eight_devices_share_the_experts(mesh, options, batches):
@@ -182,3 +190,13 @@ def test_an_optimiser_that_does_not_divide_is_named():
     message = r"optimizer\.layers_0.*: mlp of 36 .* over data = 8 .*mesh.optimizer_rules.mlp=\[\]"
     with pytest.raises(UserError, match=message):
         state_shardings(Decoder(dataclasses.replace(MODEL, d_ff=36)), make_optimizer(config.Train()), layout)
+
+
+def test_experts_that_do_not_divide_are_refused_with_numbers():
+    layout = Layout.from_config(config.Mesh(data=2, expert=4))
+    model = dataclasses.replace(MODEL, pattern=("attention+moe",), moe=config.MoE(n_experts=6))
+    message = (
+        r"ffn\.experts\.\w+_proj\.kernel: experts of 6 does not divide over expert = 4 devices, in the shape \[6, "
+    )
+    with pytest.raises(UserError, match=message):
+        state_shardings(Decoder(model), make_optimizer(config.Train()), layout)

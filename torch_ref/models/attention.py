@@ -79,9 +79,6 @@ class Attention(nn.Module):
             slots, cache = cache.extend(k_BTKH, v_BTKH, places)
             several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
             mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
-        sink_logits_N = self.sink_logits if cfg.sink_logits else None
-        if cache is None and not (cfg.keep_first or cfg.sink_tokens):
-            return self.o_proj(ops.attention(q_BTNH, *new, **aligned, sink_logits_N=sink_logits_N)), cache
         if not (several or cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
             return self.o_proj(mix(q_BTNH, *held, **options)), cache
         parts = [part(q_BTNH, *held, **options)]
@@ -94,7 +91,7 @@ class Attention(nn.Module):
             k_MKH, v_MKH = self.k_proj(self.sink_tokens), self.v_proj(self.sink_tokens)
             k_MKH = self.k_norm(k_MKH) if cfg.qk_norm else k_MKH
             parts.append(ops.attend_sinks(bare_BTNH, k_MKH, v_MKH, places.segments, softcap=cfg.softcap))
-        mixed = ops.merge(parts, sink_logits_N, v_BTKH.dtype)
+        mixed = ops.merge(parts, self.sink_logits if cfg.sink_logits else None, v_BTKH.dtype)
         return self.o_proj(mixed), cache
 
     @staticmethod

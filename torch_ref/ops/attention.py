@@ -15,7 +15,7 @@ F retained first tokens, M sink tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,6 @@ def attention(
     aligned: bool = False,
     window: int = 0,
     softcap: float = 0.0,
-    sink_logits_N: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "b t n h"]:
     """Causal attention within documents (Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023).
 
@@ -63,15 +62,10 @@ def attention(
         aligned: queries and keys are the same tokens in the same order. Neither kernel needs this here.
         window: tokens that a query sees, itself included (Beltagy et al. 2020, section 3.1); 0: all before it.
         softcap: scores are bounded, `cap tanh(score / cap)` (Gemma 2, section 2); 0: they are not.
-        sink_logits_N: as in `merge`.
 
     Returns:
         The mixed values [B, T, N, H], in the dtype of `v`. Softmax runs in float32 or wider.
     """
-    if sink_logits_N is not None:
-        options: Any = {"impl": impl, "aligned": aligned, "window": window, "softcap": softcap}
-        part = attend(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, **options)
-        return merge([part], sink_logits_N, v_BSKH.dtype)
     impl = default_impl(q_BTNH, aligned, fused=not softcap) if impl == "auto" else impl
     if impl in ("blockwise", "cudnn", "splash") and not softcap:
         return _sdpa(q_BTNH, k_BSKH, v_BSKH, visible(q_places, k_places, window))

@@ -1,0 +1,75 @@
+"""Context parallelism: ops that mix tokens, each device with its part of every row.
+
+What works token by token is left to XLA's partitioner. Attention, convolutions and scans run in `jax.shard_map`, where
+they pass to each other just what they need: `ops/ring.py` and the `axis` of `ops/ssm.py`. See docs/context.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from jaxlm.mesh import Axes, split_layout
+
+ROW = ("batch", "seq")
+
+
+def sequence_axis() -> str | tuple[str, ...] | None:
+    """What splits the sequence in the active layout, if anything does."""
+    axes = _mesh_axes("seq")
+    return axes[0] if len(axes) == 1 else axes or None
+
+
+def over_sequence(op: Callable[..., Any], arguments: Sequence[Axes], results: Any) -> Callable[..., Any]:
+    """`op(*arrays, axis=...)` of each device's parts of arrays, all leaves of one argument having the same axes.
+
+    Where nothing splits the sequence: `op(*arrays, axis=None)` of the arrays themselves.
+
+    Args:
+        arguments: logical axes of each argument; it may be None.
+        results: a tree like that of the results, with logical axes as its leaves.
+
+    Raises:
+        UserError: a dimension does not divide.
+    """
+    layout, axis = split_layout(), sequence_axis()
+    if layout is None or axis is None:
+        return functools.partial(op, axis=None)
+    is_axes = lambda leaf: type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)  # noqa: E731
+    out_specs = jax.tree.map(layout.spec, results, is_leaf=is_axes)
+
+    def run(*arrays: Any) -> Any:
+        in_specs = tuple(
+            jax.tree.map(lambda x, axes=axes: layout.spec(axes, x.shape, "activation"), array)
+            for array, axes in zip(arrays, arguments, strict=True)
+        )
+        local = functools.partial(op, axis=axis)
+        return jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+    return run
+
+
+def repeated(x: Shaped[Array, "..."], dimension: int, name: str) -> Shaped[Array, "..."]:
+    """x with each entry of `dimension` as often as it takes to split it as the axis `name` is split.
+
+    A kv head that serves query heads on several devices is then on each of them, and so is a group of Mamba-2.
+    """
+    layout, size = split_layout(), x.shape[dimension]
+    parts = 1 if layout is None else math.prod(layout.mesh.shape[one] for one in _mesh_axes(name))
+    return jnp.repeat(x, math.lcm(size, parts) // size, axis=dimension) if size % parts else x
+
+
+def _mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes of more than one device that split a logical axis."""
+    layout = split_layout()
+    if layout is None:
+        return ()
+    (entry,) = layout.spec((name,))
+    entry = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(one for one in entry if layout.mesh.shape[one] > 1)

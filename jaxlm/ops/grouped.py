@@ -1,0 +1,88 @@
+"""The grouped matrix product: rows sorted by group, each times the matrix of its group.
+
+`ragged` is `jax.lax.ragged_dot`, which every backend has. `megablox` is the Pallas kernel of that name in JAX, for
+TPUs: float32 or bfloat16, and it works only on tiles that have rows.
+
+Shapes: R rows, G groups, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+GROUPED = ("ragged", "megablox")
+
+
+def grouped_dot(
+    x_RI: Float[Array, "r i"],
+    kernels_GIO: Float[Array, "g i o"],
+    sizes_G: Int[Array, " g"],
+    *,
+    impl: str = "ragged",
+    dtype: Any = None,
+) -> Float[Array, "r o"]:
+    """`x_RI @ kernels_GIO[group of the row]`, zeros for the rows behind the last group.
+
+    Args:
+        sizes_G: rows of each group, in order.
+        impl: one of `GROUPED`.
+        dtype: of the result; default: that of x.
+    """
+    dtype = jnp.dtype(dtype or x_RI.dtype)
+    if impl == "megablox":
+        return _megablox(x_RI, kernels_GIO, sizes_G.astype(jnp.int32), dtype)
+    return jax.lax.ragged_dot(x_RI, kernels_GIO, sizes_G, preferred_element_type=dtype)
+
+
+def tiles(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
+    """Rows, inputs and outputs of a tile: multiples of 128, which is what a TPU's matrix unit takes."""
+    fit = lambda size, most: min(most, -(-size // 128) * 128)  # noqa: E731
+    return fit(rows, 512), fit(inputs, 1024), fit(outputs, 1024)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _megablox(x_RI: Array, kernels_GIO: Array, sizes_G: Array, dtype: Any) -> Array:
+    return _gmm(x_RI, kernels_GIO, sizes_G, dtype)
+
+
+def _on_tpu(kernel: Callable[..., Array], *arrays: Array) -> Array:
+    """The kernel compiled where the program is compiled for TPUs, and interpreted elsewhere: slow, for tests."""
+    interpreted = functools.partial(kernel, interpret=True)
+    return jax.lax.platform_dependent(*arrays, tpu=kernel, default=interpreted)
+
+
+def _gmm(x: Array, kernels: Array, sizes: Array, dtype: Any, transpose: bool = False) -> Array:
+    """The kernel takes whole tiles of rows, and leaves what no group has as it found it in memory."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # importing Pallas takes a second
+
+    rows, (inputs, outputs) = len(x), kernels.shape[1:] if not transpose else kernels.shape[:0:-1]
+    tiling = tiles(rows, inputs, outputs)
+    x = jnp.pad(x, ((0, -rows % tiling[0]), (0, 0)))
+    product = functools.partial(gmm, preferred_element_type=dtype, tiling=tiling, transpose_rhs=transpose)
+    y = _on_tpu(product, x, kernels, sizes)
+    return jnp.where((jnp.arange(rows) < jnp.sum(sizes))[:, None], y[:rows], 0)
+
+
+def _forward(x: Array, kernels: Array, sizes: Array, dtype: Any) -> tuple[Array, Any]:
+    return _megablox(x, kernels, sizes, dtype), (x, kernels, sizes)
+
+
+def _backward(dtype: Any, kept: Any, dy: Array) -> tuple[Array, Array, None]:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    x, kernels, sizes = kept
+    dy = dy.astype(x.dtype)  # as ragged_dot's gradient has it: products of narrow numbers, added wide
+    tiling = tiles(len(x), *kernels.shape[1:])
+    x_padded, dy_padded = (jnp.pad(rows, ((0, -len(x) % tiling[0]), (0, 0))) for rows in (x, dy))
+    product = functools.partial(tgmm, preferred_element_type=kernels.dtype, tiling=tiling)
+    dkernels = _on_tpu(product, x_padded.T, dy_padded, sizes)
+    return _gmm(dy, kernels, sizes, x.dtype, transpose=True), dkernels, None
+
+
+_megablox.defvjp(_forward, _backward)
