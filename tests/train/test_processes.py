@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -21,18 +20,15 @@ STEPS = 3
 FLOAT64 = ("numerics.params=float64", "numerics.compute=float64")
 OPTIONS = (f"train.steps={STEPS}", "eval.every=2", "log.every=1", "checkpoint.every=0", "train.batch_size=8", *FLOAT64)
 SAMPLE = ('sample.prompts=["def "]', "sample.max_new_tokens=4", "sample.temperature=0")
-ONE_DEVICE = ("--devices-per-process", "1", "--")
 SOAK = pytest.mark.soak
 
 
-def launch(runs, out: Path, processes: int, devices: int, *overrides: str) -> str:
-    """Run as so many processes; returns what was printed."""
-    _, _, _, *train = runs.command(out, *overrides)
-    options = ["--processes", str(processes), "--devices-per-process", str(devices), "--"]
-    command = [sys.executable, "-m", "jaxlm", "launch", "local", *options, *train]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def command(runs, out: Path, processes: int, devices: int, *overrides: str, grace: int = 10) -> list[str]:
+    """The command line of a run as so many processes."""
+    python, module, jaxlm, *train = runs.command(out, *overrides)
+    options = {"processes": processes, "devices-per-process": devices, "grace": grace}
+    launch = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [python, module, jaxlm, "launch", "local", *launch, "--", *train]
 
 
 def on_mesh(**axes: int) -> tuple[str, ...]:
@@ -57,7 +53,9 @@ def test_processes_train_what_one_does(runs, tmp_path, rows, monkeypatch, proces
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: few)
         runs.train(tmp_path / "one", *options)
-    shown = launch(runs, tmp_path / "many", processes, devices, *options)
+    words = command(runs, tmp_path / "many", processes, devices, *options)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     one, many = (jax.tree_util.tree_leaves_with_path(load(tmp_path / name).params) for name in ("one", "many"))
     assert [path for path, _ in one] == [path for path, _ in many]
@@ -69,7 +67,7 @@ def test_processes_train_what_one_does(runs, tmp_path, rows, monkeypatch, proces
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-10)
     samples = [[path.read_text() for path in (tmp_path / name).glob("samples/*")] for name in ("one", "many")]
     assert samples[0] == samples[1] and len(samples[0]) == (extra is SAMPLE)
-    assert {line[:4] for line in shown.splitlines()} == {"[0] "}, "the others are silent"
+    assert {line[:4] for line in done.stdout.splitlines()} == {"[0] "}, "the others are silent"
     logs = {path.name for path in (tmp_path / "many" / "logs").iterdir()}
     assert logs == {f"process-{i}.log" for i in range(processes)}
 
@@ -105,9 +103,9 @@ def test_caches_need_not_be_shared(runs, tmp_path):
 @SOAK
 def test_a_stopped_process_is_noticed_and_named(runs, tmp_path):
     """SIGSTOP: the others end after `heartbeat_timeout`, and JAX says which one was silent."""
-    _, _, _, *train = runs.command(tmp_path, "train.steps=1000000", "log.every=1", "distributed.heartbeat_timeout=10")
-    command = [sys.executable, "-m", "jaxlm", "launch", "local", "--processes", "2", "--grace", "1", *ONE_DEVICE, *train]
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = ("train.steps=1000000", "log.every=1", "distributed.heartbeat_timeout=10")
+    words = command(runs, tmp_path, 2, 1, *options, grace=1)
+    launcher = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert any("step 1/" in line for line in launcher.stdout), "it trains"
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     silent = next(int(pid) for pid in children if b"JAXLM_PROCESS_ID=1" in Path(f"/proc/{pid}/environ").read_bytes())
@@ -132,9 +130,8 @@ if os.environ.get("JAXLM_PROCESS_ID") == "1":
 def test_a_process_that_hangs_is_named(runs, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(HANG)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    _, _, _, *train = runs.command(tmp_path / "run", "train.steps=100", "eval.every=0", "distributed.hang_seconds=30")
-    command = [sys.executable, "-m", "jaxlm", "launch", "local", "--processes", "2", *ONE_DEVICE, *train]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    words = command(runs, tmp_path / "run", 2, 1, "train.steps=100", "eval.every=0", "distributed.hang_seconds=30")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert done.returncode == HUNG
     assert re.search(r"error: process \d: nothing finished for 30 s, .*; process 1 is behind, ", done.stdout)
-    assert "packing" in (tmp_path / "run" / "logs" / "process-1.log").read_text(), "where it hangs"
+    assert "sitecustomize.py" in (tmp_path / "run" / "logs" / "process-1.log").read_text(), "where it hangs"
