@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm import config, distributed
-from jaxlm.distributed import Place, find_place, refuse_loopback
+from jaxlm.distributed import Place, difference, find_place, refuse_loopback
 from jaxlm.errors import UserError
 
 SAID = {"JAXLM_COORDINATOR": "node1:1234", "JAXLM_PROCESSES": "4", "JAXLM_PROCESS_ID": "3"}
@@ -73,7 +73,7 @@ def test_one_process_initialises_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("process_id", "message"),
     [
-        (0, "process 0: not all of the 1 other processes came to 127.0.0.1:"),
+        (0, "process 0: not all 2 processes came to 127.0.0.1:"),
         (1, r"process 1: the coordinator 127.0.0.1:\d+ was not reached in 2 s: Connection refused"),
     ],
 )
@@ -93,3 +93,14 @@ def test_a_peer_that_never_comes_ends_the_wait_in_one_line(process_id, message, 
     (line,) = [line for line in done.stderr.splitlines() if "WARNING" not in line]
     assert done.returncode == 2
     assert re.match("error: " + message, line), line
+
+
+def test_what_differs_between_processes_is_told_with_who_has_what():
+    facts = {"jax": "0.10.2", "corpus": "abc", "train.steps": 5}
+    assert difference([facts, dict(facts), dict(facts)]) == ""
+    other = {**facts, "corpus": "xyz"}
+    expected = "the processes differ in corpus: abc on processes 0, 2; xyz on process 1"
+    assert difference([facts, other, facts]) == expected
+    assert difference([facts, {**facts, "new": 1}]).endswith("in new: absent on process 0; 1 on process 1")
+    many = difference([facts, *[other] * 20])
+    assert "in corpus: xyz on processes 1, 2, 3, 4, 5, 6, 7, 8 and 12 more; abc on process 0" in many

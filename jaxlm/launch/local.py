@@ -23,11 +23,12 @@ from typing import IO, Any
 from jaxlm import config_file
 from jaxlm.errors import UserError
 
+PROGRAM = (sys.executable, "-m", "jaxlm")
 LAST_LINES = 12
 USERS_MISTAKE, RESUMABLE = 2, 75
 """Exit codes of `jaxlm train`: no use to start it again; told to stop, and saved."""
 LAST_SAVE = 300.0
-LONGEST_PAUSE = 60.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 # Kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects.
 _NOISE = re.compile(
     r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$| is connected to \d+ peer ranks"""
@@ -70,7 +71,7 @@ def launch(
         _say(f"{failed.describe()}\n  logs: {folder}")
         if failed.exit_code == USERS_MISTAKE or attempt == restarts:
             break
-        pause = min(2.0**attempt, LONGEST_PAUSE)
+        pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
         _say(f"restart {attempt + 1} of {restarts} in {pause:g} s")
         time.sleep(pause)
         words += ["--resume"] if words[0] == "train" and "--resume" not in words else []
@@ -135,7 +136,7 @@ class _Group:
         self.told_to_stop = False
         self._ended: queue.Queue[_Process] = queue.Queue()
         self._members: list[_Process] = []
-        command, port = [sys.executable, "-m", "jaxlm", *words], _free_port()
+        command, port = [*PROGRAM, *words], _free_port()
         self._start = lambda index: _Process(
             index, command, _environment(index, count, devices, port), folder / f"process-{index}.log"
         )
