@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from jaxlm import config, distributed
 from jaxlm.data.completion import Sampling
 from jaxlm.errors import UserError
-from jaxlm.recipes.initial import initial_params
 from jaxlm.train.loop import Engine, Progress, train
 from jaxlm.train.malloc import keep_freed_memory
 from jaxlm.train.run import open_run, shared_facts
@@ -43,6 +42,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         torch_engine = TorchEngine(cfg)
         if starts_from_another(cfg, torch_engine, resume):
             from jaxlm.convert.native import to_torch
+            from jaxlm.recipes.initial import initial_params
 
             torch_engine.adopt(dict(to_torch(initial_params(cfg, corpus.tokenizer), cfg.model)))
         return train(cfg, corpus, torch_engine, resume=resume)
@@ -66,6 +66,8 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     with jax.enable_x64(wide):
         engine = JaxEngine(cfg, loss_fn, complete)
         if starts_from_another(cfg, engine, resume):
+            from jaxlm.recipes.initial import initial_params
+
             engine.adopt(initial_params(cfg, corpus.tokenizer))
         return train(cfg, corpus, engine, resume=resume)
 
