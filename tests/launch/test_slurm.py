@@ -147,11 +147,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def submit(cluster: Cluster, folder: Path, *overrides: str, **asked: Any) -> tuple[str, Path]:
-    """Generate the script of the quickstart, ask SLURM whether it would run it, and submit it: job id and log."""
+def submit(cluster: Cluster, folder: Path, *overrides: str, port: int = 0, **asked: Any) -> tuple[str, Path]:
+    """Generate the script of the quickstart, ask SLURM whether it would run it, and submit it: job id and log.
+
+    With a `port`, processes are told who they are, as where one has several GPUs.
+    """
     job = Job("configs/quickstart.toml", overrides, storage=str(folder), restarts=3)
     path = folder / "run.sbatch"
-    path.write_text(sbatch(job, Slurm(processes=2, partition="gpu", python=sys.executable, **asked)))
+    text = sbatch(job, Slurm(processes=2, partition="gpu", python=sys.executable, **asked))
+    path.write_text(text.replace("coordinator_port=0", f"coordinator_port={port}"))
     log = folder / "job.log"
     print(cluster.call("sbatch", "--test-only", str(path)))
     answer = cluster.call("sbatch", f"--output={log}", str(path))
@@ -164,10 +168,10 @@ def steps(folder: Path) -> list[int]:
 
 
 SHORT = ("train.steps=60", "train.batch_size=2", "data.seq_len=64", "log.every=1", "data.max_bytes=400_000")
-SMALLER = ("tokenizer.kind=bytes", "model.n_layers=2", "eval.every=0", "eval.batches=1", "checkpoint.every=0")
+SMALLER = ("tokenizer.kind=bytes", "model.n_layers=2", "eval.every=0", "eval.batches=1", "checkpoint.every=5")
 
 
-@pytest.mark.parametrize("stopped_by", ["scancel", "time limit"])
+@pytest.mark.parametrize("stopped_by", ["scancel", "time limit", "kill -9"])
 def test_a_job_of_two_tasks_is_requeued_and_resumes(cluster: Cluster, tmp_path: Path, stopped_by: str) -> None:
     many = "train.steps=100_000" if stopped_by == "time limit" else "train.steps=60"
     asked = {"time": "00:02:00", "save_before": 60} if stopped_by == "time limit" else {}
@@ -176,27 +180,42 @@ def test_a_job_of_two_tasks_is_requeued_and_resumes(cluster: Cluster, tmp_path: 
     cluster.until("the first steps", lambda: metrics.exists() and len(steps(tmp_path)) > 5)
     if stopped_by == "scancel":
         cluster.call("scancel", "--signal=TERM", job)  # as for a preemption: to the tasks
+    if stopped_by == "kill -9":
+        os.kill(task(cluster, job, "1"), signal.SIGKILL)
     cluster.until("the requeue", lambda: int(cluster.state(job)["Restarts"]) > 0)
     text = log.read_text()
-    assert "exit code 75: queued again (1 of 3)" in text
-    saved = int(re.search(r"SIGTERM: saved step (\d+)", text)[1])  # pyright: ignore[reportOptionalSubscript]
-    if stopped_by == "scancel":
+    if stopped_by == "kill -9":
+        assert re.search(r"exit code (?!75|2\b)\d+: queued again \(1 of 3\)", text)
+        saved = r"\d+"
+    else:
+        assert "exit code 75: queued again (1 of 3)" in text
+        saved = re.search(r"SIGTERM: saved step (\d+)", text)[1]  # pyright: ignore[reportOptionalSubscript]
+    if stopped_by != "time limit":
         cluster.until("the end", lambda: cluster.state(job)["JobState"] not in {"PENDING", "RUNNING", "COMPLETING"})
         assert cluster.state(job)["JobState"] == "COMPLETED", log.read_text()
         assert sorted(set(steps(tmp_path))) == list(range(1, 61))
-    text = wait_for(cluster, log, f"from step {saved}")
+    cluster.until("the resumption", lambda: re.search(f"resuming .* from step {saved}", log.read_text()))
+    text = log.read_text()
     assert "devices     2 (cpu), processes: 2" in text
     print(text)
 
 
-def wait_for(cluster: Cluster, log: Path, words: str) -> str:
-    cluster.until(words, lambda: words in log.read_text())
-    return log.read_text()
+def task(cluster: Cluster, job: str, number: str) -> int:
+    """The process of one task of a job's training."""
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = environ.read_bytes().split(b"\0")
+            mine = f"SLURM_CONF={cluster.folder}/slurm.conf".encode() in variables
+            command = environ.with_name("cmdline").read_bytes().split(b"\0")
+            if mine and f"SLURM_PROCID={number}".encode() in variables and b"train" in command:
+                return int(environ.parent.name)
+    raise AssertionError(f"no task {number} of job {job}")
 
 
 def test_a_mistake_is_not_started_again(cluster: Cluster, tmp_path: Path) -> None:
-    job, log = submit(cluster, tmp_path, *SHORT, "mesh.data=3", "sample.prompts=[]")
+    job, log = submit(cluster, tmp_path, *SHORT, *SMALLER, "mesh.data=3", port=free_port())
     cluster.until("the end", lambda: cluster.state(job)["JobState"] in {"FAILED", "COMPLETED"})
-    state = cluster.state(job)
-    print(log.read_text())
-    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), log.read_text()
+    state, text = cluster.state(job), log.read_text()
+    print(text)
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "2:0"), text
+    assert "devices     2 (cpu), processes: 2" in text and "exit code 2, a mistake to mend: not started again" in text
