@@ -22,7 +22,6 @@ from jaxlm.mesh import Axes, Layout
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.program import state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
