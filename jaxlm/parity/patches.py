@@ -89,7 +89,7 @@ def _tiled_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q.transpose(1, 2), k, v
 
 
-tiled_heads = patched(attention, "heads_first", lambda original: _tiled_heads)
+tiled_heads = patched(attention, "_heads_first", lambda original: _tiled_heads)
 
 
 def _visible(causal: bool, documents: bool) -> Callable[..., Tensor]:

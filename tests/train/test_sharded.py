@@ -120,14 +120,13 @@ SINKS = {"window": 3, "keep_first": 1, "sink_logits": True, "sink_tokens": 2, "s
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "options"),
     [
-        ("data.context", 2, {"positions": "learned", **SINKS}),
+        ("data.context", 2, {"pattern": ("mamba", "attention"), "mamba": SSM, "positions": "learned", **SINKS}),
         (
             "fsdp.context.tensor",
             1,
             {
-                "pattern": ("mamba", "mamba2+moe", "attention+mlp"),
-                "n_layers": 3,
-                "mamba": config.Mamba(d_state=4, head_dim=8, d_conv=3),
+                "pattern": ("mamba2+moe", "attention+mlp"),
+                "mamba": SSM,
                 "moe": config.MoE(n_experts=4, capacity_factor=1.1, balance_loss=0.1),
                 "dropout": 0.2,
                 "remat": "dots",
