@@ -40,10 +40,11 @@ def grouped_dot(
     return jax.lax.ragged_dot(x_RI, kernels_GIO, sizes_G, preferred_element_type=dtype)
 
 
-def tiles(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
-    """Rows, inputs and outputs of a tile: multiples of 128, which is what a TPU's matrix unit takes."""
+def tiles(rows: int, inputs: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows, inputs and outputs of a tile: multiples of 128, as a TPU's matrix unit takes them, in the 16 MiB of a v5e."""
     fit = lambda size, most: min(most, -(-size // 128) * 128)  # noqa: E731
-    return fit(rows, 512), fit(inputs, 1024), fit(outputs, 1024)
+    side = 2048 // itemsize
+    return fit(rows, 512), fit(inputs, side), fit(outputs, side)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -62,7 +63,7 @@ def _gmm(x: Array, kernels: Array, sizes: Array, dtype: Any, transpose: bool = F
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # importing Pallas takes a second
 
     rows, (inputs, outputs) = len(x), kernels.shape[1:] if not transpose else kernels.shape[:0:-1]
-    tiling = tiles(rows, inputs, outputs)
+    tiling = tiles(rows, inputs, outputs, x.dtype.itemsize)
     x = jnp.pad(x, ((0, -rows % tiling[0]), (0, 0)))
     product = functools.partial(gmm, preferred_element_type=dtype, tiling=tiling, transpose_rhs=transpose)
     y = _on_tpu(product, x, kernels, sizes)
@@ -78,7 +79,7 @@ def _backward(dtype: Any, kept: Any, dy: Array) -> tuple[Array, Array, None]:
 
     x, kernels, sizes = kept
     dy = dy.astype(x.dtype)  # as ragged_dot's gradient has it: products of narrow numbers, added wide
-    tiling = tiles(len(x), *kernels.shape[1:])
+    tiling = tiles(len(x), *kernels.shape[1:], x.dtype.itemsize)
     x_padded, dy_padded = (jnp.pad(rows, ((0, -len(x) % tiling[0]), (0, 0))) for rows in (x, dy))
     product = functools.partial(tgmm, preferred_element_type=kernels.dtype, tiling=tiling)
     dkernels = _on_tpu(product, x_padded.T, dy_padded, sizes)

@@ -55,13 +55,14 @@ def test_the_product_of_each_group(
     impl: str, dtype: str, bound: float, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With several tiles along every side, none of which comes out even; bfloat16 is rounded once."""
-    monkeypatch.setattr(grouped, "tiles", lambda rows, inputs, outputs: (32, 8, 4))
+    monkeypatch.setattr(grouped, "tiles", lambda *sizes: (32, 8, 4))
     assert max(errors(impl, dtype, rng).values()) < bound
 
 
 def test_tiles_are_as_large_as_the_product_needs() -> None:
-    assert grouped.tiles(16384, 2048, 1408) == (512, 1024, 1024)
-    assert grouped.tiles(100, 200, 7) == (128, 256, 128)
+    assert grouped.tiles(16384, 2048, 1408, 2) == (512, 1024, 1024)
+    assert grouped.tiles(16384, 2048, 1408, 4) == (512, 512, 512)
+    assert grouped.tiles(100, 200, 7, 2) == (128, 256, 128)
 
 
 def test_experts_by_the_kernel_of_the_tpu(rng: np.random.Generator) -> None:
