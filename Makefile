@@ -49,7 +49,8 @@ gpu-check: $(GPU) ## on a machine with a GPU: the tests marked gpu, then the 1.3
 	XLA_FLAGS= JAX_PLATFORMS=cuda,cpu $(PYTEST) -m gpu $(ARGS)
 	$(PY) -m benchmarks.gpu
 
-plan-gpu: $(PLAN_GPU) ## training steps compiled for GPUs that are not here: benchmarks/results/plan_gpu.json
+plan-gpu: $(PLAN_GPU) ## a training step compiled for GPUs that are not here, and what it takes: 2.6 GB to install
+	$(PYTEST) tests/aot/test_cuda.py
 	$(PY) -m benchmarks.plan_gpu
 
 bench: $(DEV) ## step, decode and start-up times against transformers on this machine
@@ -73,7 +74,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-plan-gpu: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) --editable '.[plan-gpu]'
+	$(PIP_INSTALL) --editable '.[test,plan-gpu]'
 	@touch $@
 
 $(VENV)/.installed-gpu: pyproject.toml constraints.txt | $(VENV)/bin/python
