@@ -1,8 +1,7 @@
 """Machines that are not here: `v5p:4x4x4`, `2*v6e:16x16`, `h100:512`, `cpu:8` as devices that a step is compiled for.
 
-For a TPU the devices are abstract ones of libtpu (extra `plan-tpu`), whose compiler is that of the chip. Without it,
-and for GPUs and CPUs, they are virtual CPU devices: the partitioner is the same, the memory is what the CPU's compiler
-asks.
+Where the compiler of the chip is installed (extras `plan-tpu` and `plan-gpu`), the devices are its abstract ones.
+Otherwise they are virtual CPU devices: the partitioner is the same, memory and traffic are those of the CPU's compiler.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError, did_you_mean
+from jaxlm.plan import cuda
 from jaxlm.plan.chips import CHIPS, Chip
 
 MAX_DEVICES = 2**16
@@ -68,7 +68,7 @@ class Target(NamedTuple):
 
     devices: Sequence[Any]
     compiler: str
-    """`tpu` or `cpu`."""
+    """`tpu`, `gpu` or `cpu`."""
     note: str
     """What the figures are worth; empty: they are those of the chip."""
 
@@ -125,13 +125,15 @@ def target(topology: Topology) -> Target:
 
     if topology.chip.platform == "tpu" and has_tpu_compiler():
         return Target(_tpu_devices(topology), "tpu", "")
+    if topology.chip.platform == "gpu" and cuda.has_cuda_compiler():
+        return Target(cuda.cuda_devices(topology.chip.name, topology.devices), "gpu", "")
     devices = jax.devices("cpu")[: topology.devices]
     if len(devices) < topology.devices:
         have = f"{len(devices)} virtual CPU devices of this process"
         raise UserError(f"{topology} needs {topology.devices} devices, more than the {have}")
     notes = {
         "tpu": "compiled for virtual CPU devices: install the extra plan-tpu for the compiler of the chip",
-        "gpu": "compiled for virtual CPU devices: memory is our own count, not that of the chip's compiler",
+        "gpu": "compiled for virtual CPU devices: install the extra plan-gpu for the compiler of the chip",
         "cpu": "",
     }
     return Target(devices, "cpu", notes[topology.chip.platform])
