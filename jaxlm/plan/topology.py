@@ -1,8 +1,7 @@
 """Machines that are not here: `v5p:4x4x4`, `2*v6e:16x16`, `h100:512`, `cpu:8` as devices that a step is compiled for.
 
-For a TPU the devices are abstract ones of libtpu (extra `plan-tpu`), for a GPU of the CUDA plugin (`plan-gpu`): the
-compiler is that of the chip. Without them, and for CPUs, they are virtual CPU devices: the partitioner is the same, the
-memory is what the CPU's compiler asks.
+Where the compiler of the chip is installed (extras `plan-tpu` and `plan-gpu`), the devices are its abstract ones.
+Otherwise they are virtual CPU devices: the partitioner is the same, memory and traffic are those of the CPU's compiler.
 """
 
 from __future__ import annotations
