@@ -59,7 +59,7 @@ def predicted(cfg: Any, sizes: dict[str, int]) -> dict[str, int]:
     A sum over n devices sends 2 (n - 1) / n of the array, a gather n - 1 times what a device holds.
 
     - data: one sum of all gradients.
-    - fsdp: the layers' parameters gathered in the forward pass and again in the backward pass, those of the tables once;
+    - fsdp: the layers' parameters gathered in the forward pass and again in the backward pass, the tables once;
       gradients summed. XLA's CPU compiler sums whole gradients where a reduce-scatter would do with half.
     - tensor: outputs of attention and feed-forward summed in the forward pass; in the backward pass the gradients of
       their inputs, once for each of the five kernels that read one (other compilers add those of one input first); the
