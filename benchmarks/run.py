@@ -12,7 +12,7 @@ import sys
 
 COMMANDS = (
     *("train_step", "moe_step", "mamba_step", "mamba_step --hybrid"),
-    *("decode", "mamba_decode", "compile_time", "startup"),
+    *("decode", "mamba_decode", "compile_time", "startup", "expert_exchange"),
 )
 
 

@@ -41,7 +41,7 @@ def grouped_dot(
 
 
 def tiles(rows: int, inputs: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows, inputs and outputs of a tile: multiples of 128, as a TPU's matrix unit takes them, in the 16 MiB of a v5e."""
+    """Rows, inputs and outputs of a tile: multiples of 128, as the matrix unit takes them, in the 16 MiB of a v5e."""
     fit = lambda size, most: min(most, -(-size // 128) * 128)  # noqa: E731
     side = 2048 // itemsize
     return fit(rows, 512), fit(inputs, side), fit(outputs, side)
