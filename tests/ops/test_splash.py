@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from jaxlm import config
 from jaxlm.mesh import Layout
+from jaxlm.models.decoder import Decoder, init_params
+from jaxlm.numerics import Policy
 from jaxlm.ops import choice, splash
 from jaxlm.ops.attention import Places, attend, attention, merge, visible
 
@@ -90,10 +93,42 @@ def test_splash_is_xla(shape: tuple[int, int, int, int, int], options: dict[str,
     assert max(errors(*shape, **options).values()) < 1e-6
 
 
-@pytest.mark.parametrize("mesh", [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(data=2, context=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(data=2, context=2, tensor=2), config.Mesh(data=2, tensor=4)],
+)
 def test_a_mesh_changes_nothing(mesh: config.Mesh) -> None:
-    """Rows, heads and the tokens of the queries are split; every device has its own part of the mask."""
+    """Rows, heads and the queries' tokens are split, also 2 kv heads over 4; each device has its part of the mask."""
     assert max(errors(4, 300, 4, 2, 8, Layout.from_config(mesh), window=100, sinks=True).values()) < 1e-6
+
+
+def test_a_decoder_with_splash_is_one_with_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a mesh that splits the sequence, with all that the kernel knows."""
+    calls, kernel = [], splash.splash
+    monkeypatch.setattr(
+        splash, "splash", lambda *arrays, **options: calls.append(options) or kernel(*arrays, **options)
+    )
+    options: Any = {"window": 20, "softcap": 3.0, "sink_logits": True, "layer_loop": "unroll"}
+    model = config.Model(vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64, **options)
+    places, tokens = rows(2, 60), jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 60)), jnp.int32)
+    policy = Policy.from_config(config.Numerics(matmul="highest"))
+    params = init_params(Decoder(model, policy), jax.random.key(0))
+
+    def gradients(impl: str) -> Any:
+        decoder = Decoder(dataclasses.replace(model, attention_impl=impl), policy)
+
+        def loss(params: Any) -> jax.Array:
+            logits, _ = decoder.apply({"params": params}, tokens, *places)
+            return jnp.mean(jnp.where((places.segments != 0)[..., None], logits, 0) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    expected = gradients("xla")
+    with Layout.from_config(config.Mesh(data=2, context=2, tensor=2)).active():
+        got = gradients("splash")
+    assert calls and all(call["sink_logits_N"] is not None for call in calls)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
 
 
 @settings(max_examples=50)
