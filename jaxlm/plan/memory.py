@@ -90,7 +90,7 @@ def _held(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes) -> int:
 def _gathered(layout: Layout, leaves: list[tuple[str, tuple[int, ...], Axes]], repeats: int) -> int:
     """Elements that a device computes with and does not hold, and their gradients before they are scattered again.
 
-    These are the parameters of one layer, of which the next is fetched meanwhile, or the largest table.
+    These are the parameters of one layer, or the largest table.
     """
     layer = table = 0
     for name, shape, axes in leaves:
@@ -98,7 +98,7 @@ def _gathered(layout: Layout, leaves: list[tuple[str, tuple[int, ...], Axes]], r
         split = math.prod(layout.mesh.shape[one] for one in along)
         size = 2 * split * _held(layout, name, shape, axes) if split > 1 else 0
         if name.startswith("layers."):
-            layer += 2 * size // repeats
+            layer += size // repeats
         else:
             table = max(table, size)
     return max(layer, table)
