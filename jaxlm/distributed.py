@@ -115,7 +115,8 @@ def refuse_loopback(place: Place, environment: Mapping[str, str]) -> None:
     Raises:
         UserError: the coordinator resolves to a loopback address and the processes run on several hosts.
     """
-    hosts = max(_number(environment, name, 1) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    said = (_number(environment, name, 0) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    hosts = next(filter(None, said), 1)
     if hosts > 1 and (address := _loopback(place.coordinator)):
         raise UserError(
             f"the coordinator {place.coordinator} is {address}, which on each of the {hosts} hosts is that host itself",

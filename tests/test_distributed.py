@@ -60,6 +60,8 @@ def test_what_is_said_in_part_is_refused(environment, message):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "127.0.1.1:1", "[::1]:1"])
 def test_a_loopback_coordinator_of_several_hosts_is_refused(hosts, address):
     refuse_loopback(Place(address, 2, 0), {hosts: "1"})
+    if hosts != "JAXLM_HOSTS":  # `launch local` within a job of two nodes
+        refuse_loopback(Place(address, 2, 0), {hosts: "2", "JAXLM_HOSTS": "1"})
     refuse_loopback(Place("192.0.2.1:1", 2, 0), {hosts: "2"})
     with pytest.raises(UserError, match="which on each of the 2 hosts is that host itself"):
         refuse_loopback(Place(address, 2, 0), {hosts: "2"})
