@@ -49,6 +49,7 @@ def test_options_come_before_variables_and_variables_before_the_cluster(options,
         ({**SAID, "JAXLM_PROCESS_ID": "4"}, "process_id 4 of 4 processes"),
         ({**SAID, "JAXLM_PROCESSES": "four"}, "JAXLM_PROCESSES='four' is not a number"),
         ({**SAID, "JAXLM_COORDINATOR": "node1"}, "'node1' is not HOST:PORT"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI started 2 processes"),
     ],
 )
 def test_what_is_said_in_part_is_refused(environment, message):
