@@ -115,7 +115,8 @@ def refuse_loopback(place: Place, environment: Mapping[str, str]) -> None:
     Raises:
         UserError: the coordinator resolves to a loopback address and the processes run on several hosts.
     """
-    hosts = max(_number(environment, name, 1) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    said = (_number(environment, name, 0) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    hosts = next(filter(None, said), 1)
     if hosts > 1 and (address := _loopback(place.coordinator)):
         raise UserError(
             f"the coordinator {place.coordinator} is {address}, which on each of the {hosts} hosts is that host itself",
@@ -209,6 +210,9 @@ def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Pl
     if coordinator is None or processes is None or process_id is None:
         if method:
             raise UserError(f"distributed.cluster = {method!r}: this process does not run under it")
+        if (count := _number(environment, "OMPI_COMM_WORLD_SIZE", 1)) > 1:
+            message = f"Open MPI started {count} processes, and JAX does not find out which one this is"
+            raise UserError(message, "pip install mpi4py and set distributed.cluster=mpi4py: Open MPI 5 needs it")
         return None
     return Place(coordinator, processes, process_id, tuple(devices) if devices is not None else None)
 
