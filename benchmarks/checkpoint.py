@@ -88,10 +88,14 @@ def saving(model: str, folder: str, rows: int, length: int, steps: int, rounds: 
 
 
 def write(model: str, folder: str) -> dict[str, Any]:
-    """Save a state of random numbers, for `resume`; those that are zero at the start would take no room."""
+    """Save a state of random numbers, for `resume`, on a machine whose memory does not hold it twice."""
+    import functools
+
     import jax
     import numpy as np
+    import orbax.checkpoint as ocp
 
+    ocp.PyTreeCheckpointHandler = functools.partial(ocp.PyTreeCheckpointHandler, save_device_host_concurrent_gb=2)
     made, _, parameters = engine(model, folder, 1, 2)
     random = np.random.default_rng(0)
 
