@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from jaxlm import config
@@ -33,6 +34,7 @@ from jaxlm.errors import UserError
 MARGIN = 60
 """Seconds that JAX may wait longer than we do: its own way to end is an abort with a C++ stack."""
 _DAY = 24 * 3600 * 1000  # milliseconds: one may prepare the corpus while the others wait; the dead are noticed anyway
+_FAREWELL = 10_000  # milliseconds
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 _meetings = 0  # calls of `agree`, the same on every process
 
@@ -74,6 +76,7 @@ def initialize(options: config.Distributed) -> Place | None:
             initialization_timeout=options.init_timeout + MARGIN,
             heartbeat_timeout_seconds=options.heartbeat_timeout,
         )
+    _leave_after_exceptions()
     return place
 
 
@@ -144,6 +147,8 @@ def agree(facts: Mapping[str, Any]) -> None:
         told = [json.loads(service.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())]
         service.key_value_set(f"{place}/verdict", difference(told))
     if verdict := service.blocking_key_value_get(f"{place}/verdict", _DAY):
+        with contextlib.suppress(Exception):  # the first process, whom the others ask, must not leave before them
+            service.wait_at_barrier(f"{place}/read", _FAREWELL)
         raise UserError(verdict, "all processes must run the same program on the same data, with one run directory")
 
 
@@ -173,6 +178,16 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _leave_after_exceptions() -> None:
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        report(kind, error, trace)
+        leave(1)
+
+    sys.excepthook = hook
 
 
 def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Place | None:
@@ -244,10 +259,8 @@ def _reach(place: Place, seconds: float) -> None:
 
 
 def _nobody_came(place: Place, seconds: float) -> UserError:
-    others = place.processes - 1
     return UserError(
-        f"process {place.process_id}: not all of the {others} other processes came to {place.coordinator} "
-        f"in {seconds:g} s",
+        f"process {place.process_id}: not all {place.processes} processes came to {place.coordinator} in {seconds:g} s",
         "are all of them running with the same coordinator and distributed.processes, each with its own process_id? "
         "See their logs; distributed.init_timeout is how long to wait",
     )

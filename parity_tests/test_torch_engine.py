@@ -279,3 +279,12 @@ pretrain.run(config_file.load({str(toml)!r}, {overrides!r}), backend="torch")
     plain, compiled = rows(tmp_path / "false"), rows(tmp_path / "true")
     for row, other in zip(plain, compiled, strict=True):
         assert row == pytest.approx(other, rel=FLOAT64.allowed)
+
+
+def test_both_backends_begin_with_the_parameters_of_another_run(train, whole, toml, tmp_path):
+    options = (f'train.init_from="{whole}"', "train.steps=1", "model.dropout=0.0")
+    train(tmp_path / "torch", *options)
+    pretrain.run(config_file.load(toml, [f'out_dir="{tmp_path / "jax"}"', *options]))
+    ours, theirs = (rows(tmp_path / backend)[0] for backend in ("jax", "torch"))
+    assert ours["step"] == theirs["step"] == 1
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and ours["loss"] < rows(whole)[0]["loss"] - 0.01

@@ -73,7 +73,7 @@ def test_one_process_initialises_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("process_id", "message"),
     [
-        (0, "process 0: not all of the 1 other processes came to 127.0.0.1:"),
+        (0, "process 0: not all 2 processes came to 127.0.0.1:"),
         (1, r"process 1: the coordinator 127.0.0.1:\d+ was not reached in 2 s: Connection refused"),
     ],
 )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config, distributed
 from jaxlm.data.completion import Sampling
-from jaxlm.recipes.initial import initial_params
+from jaxlm.errors import UserError
 from jaxlm.train.loop import Engine, Progress, train
 from jaxlm.train.malloc import keep_freed_memory
 from jaxlm.train.run import open_run, shared_facts
@@ -30,7 +31,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         UserError: the config, the data or the run directory is not usable.
     """
     keep_freed_memory()
-    cfg, first = meet(cfg) if backend == "jax" else (cfg, True)
+    cfg, first = meet(cfg, backend)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
     cfg, corpus = open_run(cfg, resume=resume, tell=print if first else lambda _: None)
@@ -41,6 +42,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         torch_engine = TorchEngine(cfg)
         if starts_from_another(cfg, torch_engine, resume):
             from jaxlm.convert.native import to_torch
+            from jaxlm.recipes.initial import initial_params
 
             torch_engine.adopt(dict(to_torch(initial_params(cfg, corpus.tokenizer), cfg.model)))
         return train(cfg, corpus, torch_engine, resume=resume)
@@ -64,6 +66,8 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     with jax.enable_x64(wide):
         engine = JaxEngine(cfg, loss_fn, complete)
         if starts_from_another(cfg, engine, resume):
+            from jaxlm.recipes.initial import initial_params
+
             engine.adopt(initial_params(cfg, corpus.tokenizer))
         return train(cfg, corpus, engine, resume=resume)
 
@@ -73,12 +77,19 @@ def starts_from_another(cfg: config.Config, engine: Engine, resume: bool) -> boo
     return bool(cfg.train.init_from) and not (resume and engine.checkpoints())
 
 
-def meet(cfg: config.Config) -> tuple[config.Config, bool]:
+def meet(cfg: config.Config, backend: config.Backend) -> tuple[config.Config, bool]:
     """Join the other processes of the run, if there are any.
 
     Returns:
         The config without what is this process's own, and whether this is the first of them.
+
+    Raises:
+        UserError: see `distributed.initialize`; or PyTorch, which trains in one process, is to compute.
     """
+    if backend == "torch":
+        if distributed.find_place(cfg.distributed, os.environ):
+            raise UserError("--backend torch trains in one process", "launch one, or use --backend jax")
+        return cfg, True
     place = distributed.initialize(cfg.distributed)
     anyone = dataclasses.replace(cfg.distributed, coordinator="", processes=0, process_id=-1)
     return dataclasses.replace(cfg, distributed=anyone), place is None or place.process_id == 0

@@ -85,12 +85,3 @@ def test_another_function_or_vocabulary_is_refused_by_name(runs, source, tmp_pat
     with pytest.raises(UserError, match=r"its tokenizer is another than that of \[tokenizer\] \(tokenizer.kind=file"):
         pretrain.run(dataclasses.replace(cfg, tokenizer=other))
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
-
-
-def test_the_torch_backend_takes_them_too(runs, source, tmp_path):
-    losses = {}
-    for backend in ("jax", "torch"):
-        cfg = runs.config(tmp_path / backend, *PLAIN, f'train.init_from="{source / "run"}"', "train.steps=1")
-        pretrain.run(cfg, backend=backend)
-        losses[backend] = first_loss(tmp_path / backend)
-    assert losses["torch"] == pytest.approx(losses["jax"], rel=1e-5)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlm.convert.load import load
+from jaxlm.train.watch import HUNG
 
 STEPS = 3
 FLOAT64 = ("numerics.params=float64", "numerics.compute=float64")
@@ -19,14 +23,12 @@ SAMPLE = ('sample.prompts=["def "]', "sample.max_new_tokens=4", "sample.temperat
 SOAK = pytest.mark.soak
 
 
-def launch(runs, out: Path, processes: int, devices: int, *overrides: str) -> str:
-    """Run as so many processes; returns what was printed."""
-    _, _, _, *train = runs.command(out, *overrides)
-    options = ["--processes", str(processes), "--devices-per-process", str(devices), "--"]
-    command = [sys.executable, "-m", "jaxlm", "launch", "local", *options, *train]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def command(runs, out: Path, processes: int, devices: int, *overrides: str, grace: int = 10) -> list[str]:
+    """The command line of a run as so many processes."""
+    python, module, jaxlm, *train = runs.command(out, *overrides)
+    options = {"processes": processes, "devices-per-process": devices, "grace": grace}
+    launch = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [python, module, jaxlm, "launch", "local", *launch, "--", *train]
 
 
 def on_mesh(**axes: int) -> tuple[str, ...]:
@@ -51,7 +53,9 @@ def test_processes_train_what_one_does(runs, tmp_path, rows, monkeypatch, proces
     with monkeypatch.context() as patch:
         patch.setattr(jax, "devices", lambda: few)
         runs.train(tmp_path / "one", *options)
-    shown = launch(runs, tmp_path / "many", processes, devices, *options)
+    words = command(runs, tmp_path / "many", processes, devices, *options)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     one, many = (jax.tree_util.tree_leaves_with_path(load(tmp_path / name).params) for name in ("one", "many"))
     assert [path for path, _ in one] == [path for path, _ in many]
@@ -63,6 +67,71 @@ def test_processes_train_what_one_does(runs, tmp_path, rows, monkeypatch, proces
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-10)
     samples = [[path.read_text() for path in (tmp_path / name).glob("samples/*")] for name in ("one", "many")]
     assert samples[0] == samples[1] and len(samples[0]) == (extra is SAMPLE)
-    assert {line[:4] for line in shown.splitlines()} == {"[0] "}, "the others are silent"
+    assert {line[:4] for line in done.stdout.splitlines()} == {"[0] "}, "the others are silent"
     logs = {path.name for path in (tmp_path / "many" / "logs").iterdir()}
     assert logs == {f"process-{i}.log" for i in range(processes)}
+
+
+def pair(runs, out: Path, *differing: str) -> list[tuple[int, str]]:
+    """Two processes, each with an option of its own; their exit codes and what they printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"distributed.coordinator=127.0.0.1:{probe.getsockname()[1]}"
+    mine = [("distributed.processes=2", coordinator, f"distributed.process_id={i}", differing[i]) for i in range(2)]
+    pipes = {"stderr": subprocess.STDOUT}
+    processes = [runs.start(out, *OPTIONS, *options, **pipes) for options in mine]
+    printed = [process.communicate(timeout=240)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
+
+
+@SOAK
+def test_processes_that_differ_are_refused_on_both(runs, tmp_path):
+    for code, printed in pair(runs, tmp_path / "run", "train.learning_rate=0.1", "train.learning_rate=0.2"):
+        assert code == 2, printed
+        expected = "error: the processes differ in train.learning_rate: 0.1 on process 0; 0.2 on process 1 ("
+        assert printed.splitlines()[-1].startswith(expected)
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+@SOAK
+def test_caches_need_not_be_shared(runs, tmp_path):
+    folders = [f'data.cache_dir="{tmp_path / str(i)}"' for i in range(2)]
+    assert [code for code, _ in pair(runs, tmp_path / "run", *folders)] == [0, 0]
+    assert len(list(tmp_path.glob("?/*/meta.json"))) == 2, "each has prepared the corpus"
+
+
+@SOAK
+def test_a_stopped_process_is_noticed_and_named(runs, tmp_path):
+    """SIGSTOP: the others end after `heartbeat_timeout`, and JAX says which one was silent."""
+    options = ("train.steps=1000000", "log.every=1", "distributed.heartbeat_timeout=10")
+    words = command(runs, tmp_path, 2, 1, *options, grace=1)
+    launcher = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert any("step 1/" in line for line in launcher.stdout), "it trains"
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    silent = next(int(pid) for pid in children if b"JAXLM_PROCESS_ID=1" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(silent, signal.SIGSTOP)
+    printed = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 128 + signal.SIGABRT
+    assert re.search(r"unhealthy \(stopped sending heartbeats\):\n\[0\] 1\n", printed), printed
+    assert "launch: process 0 was killed by SIGABRT" in printed
+    assert not Path(f"/proc/{silent}").exists()
+
+
+HANG = """
+import os
+if os.environ.get("JAXLM_PROCESS_ID") == "1":
+    import time, jaxlm.data.packing as packing
+    read = packing.PackedRows.__getitem__
+    packing.PackedRows.__getitem__ = lambda rows, index: time.sleep(1000) if index.min() > 100 else read(rows, index)
+"""
+
+
+@SOAK
+def test_a_process_that_hangs_is_named(runs, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(HANG)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    words = command(runs, tmp_path / "run", 2, 1, "train.steps=100", "eval.every=0", "distributed.hang_seconds=30")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    assert done.returncode == HUNG
+    assert re.search(r"error: process \d: nothing finished for 30 s, .*; process 1 is behind, ", done.stdout)
+    assert "sitecustomize.py" in (tmp_path / "run" / "logs" / "process-1.log").read_text(), "where it hangs"
