@@ -32,7 +32,6 @@ from jax._src.distributed import global_state  # no public name for the client o
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import __version__, config, config_file, distributed
-from jaxlm.errors import UserError
 from jaxlm.launch import checks
 from jaxlm.launch.checks import Check
 from jaxlm.mesh import Layout
@@ -56,14 +55,17 @@ def preflight(cfg: config.Config, *, devices: int = 0, out: Path | None = None) 
         out: the JSON file; None: `preflight.json` in the run directory.
 
     Raises:
-        UserError: the processes do not find each other, one of them does not answer, or the mesh does not fit.
+        UserError: the processes do not find each other, or the mesh does not fit.
     """
     distributed.initialize(cfg.distributed)
     try:
         found, seen = _all(cfg, devices)
-    finally:
-        if jax.distributed.is_initialized():
-            jax.distributed.shutdown()
+    except Silent as silent:
+        print(Check("answers", "FAIL", str(silent)), flush=True)
+        distributed.leave(1)  # a shutdown would wait for those that do not answer
+        return False
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
     passed = all(check.verdict != "FAIL" for check in found)
     if not seen["process"]:
         for check in found:
@@ -103,6 +105,10 @@ def _all(cfg: config.Config, expected: int) -> tuple[list[Check], dict[str, Any]
     return found, {"process": talk.process, **figures}
 
 
+class Silent(Exception):
+    """A process that should have said something did not."""
+
+
 class Talk:
     """What the processes tell each other, through the coordinator."""
 
@@ -115,7 +121,7 @@ class Talk:
         """Everybody's value, in order of process; any JSON.
 
         Raises:
-            UserError: a process did not tell its own.
+            Silent: a process did not tell its own.
         """
         if self._client is None:
             return [value]
@@ -126,8 +132,7 @@ class Talk:
         try:
             return json.loads(self._client.blocking_key_value_get(f"preflight/{key}/{index}", PATIENCE * 1000))
         except jax.errors.JaxRuntimeError:
-            hint = "its own log says why; did it start the same command?"
-            raise UserError(f"process {index} did not tell its {key} in {PATIENCE} s", hint) from None
+            raise Silent(f"process {index} did not tell its {key} in {PATIENCE} s; see its log") from None
 
     def now(self, key: str) -> float:
         """This host's clock at a moment that is the same for all, within the time of a message."""
@@ -135,9 +140,16 @@ class Talk:
         return time.time()
 
     def meet(self, key: str) -> None:
-        """Wait until all are here."""
+        """Wait until all are here.
+
+        Raises:
+            Silent: not all came.
+        """
         if self._client is not None:
-            self._client.wait_at_barrier(f"preflight/{key}", PATIENCE * 1000)
+            try:
+                self._client.wait_at_barrier(f"preflight/{key}", PATIENCE * 1000)
+            except jax.errors.JaxRuntimeError:
+                raise Silent(f"not all processes came to {key} in {PATIENCE} s; see their logs") from None
 
 
 def own_versions(cfg: config.Config) -> dict[str, str]:

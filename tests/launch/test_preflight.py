@@ -35,6 +35,7 @@ def preflight(folder: Path, faults: str, *options: str, processes: int = 2, devi
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "OTHER_FOLDER": str(folder / "own"),
+        "DIES": "1" if "dies" in faults else "",
     }
     command = [sys.executable, str(FAULTY), faults, str(folder / "a.toml"), f"out_dir={folder}/run", *options]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -83,3 +84,10 @@ def test_a_mesh_that_does_not_fit_is_the_users_mistake(tmp_path: Path) -> None:
     codes, printed = preflight(tmp_path, "", "mesh.data=3")
     assert (codes, verdicts(printed)) == ([2, 2], {})
     assert "[mesh] data 3" in printed and "does not fit 4 devices" in printed.splitlines()[-1]
+
+
+def test_a_process_that_dies_is_named(tmp_path: Path) -> None:
+    """Exit code 1 of the others: another machine in its place may do better."""
+    codes, printed = preflight(tmp_path, "dies")
+    assert codes == [1, 9], printed
+    assert verdicts(printed) == {"answers": "process 1 did not tell its versions in 3 s; see its log"}

@@ -22,16 +22,16 @@ TOLD_TO_STOP = """#!/bin/sh
 echo "$JAXLM_PROCESS_ID of $JAXLM_PROCESSES at $JAXLM_COORDINATOR in $(pwd): $*"
 trap 'echo saved; touch "$0.$JAXLM_PROCESS_ID.saved"; exit 75' TERM
 touch "$0.$JAXLM_PROCESS_ID.runs"
-while true; do sleep 0.1; done
+for _ in $(seq 600); do sleep 0.1; done
 """
 FAILS = """#!/bin/sh
 if [ "$JAXLM_PROCESS_ID" = 1 ]; then
-    while [ ! -e "$0.runs" ]; do sleep 0.1; done
+    for _ in $(seq 600); do [ -e "$0.runs" ] && break; sleep 0.1; done
     exit 3
 fi
 trap 'touch "$0.saved"; exit 75' TERM
 touch "$0.runs"
-while true; do sleep 0.1; done
+for _ in $(seq 600); do sleep 0.1; done
 """
 
 
