@@ -79,7 +79,7 @@ def _backward(dtype: Any, kept: Any, dy: Array) -> tuple[Array, Array, None]:
 
     x, kernels, sizes = kept
     dy = dy.astype(x.dtype)  # as ragged_dot's gradient has it: products of narrow numbers, added wide
-    tiling = tiles(len(x), *kernels.shape[1:], x.dtype.itemsize)
+    tiling = tiles(len(x), x.shape[1], kernels.shape[2], x.dtype.itemsize)
     x_padded, dy_padded = (jnp.pad(rows, ((0, -len(x) % tiling[0]), (0, 0))) for rows in (x, dy))
     product = functools.partial(tgmm, preferred_element_type=kernels.dtype, tiling=tiling)
     dkernels = _on_tpu(product, x_padded.T, dy_padded, sizes)
