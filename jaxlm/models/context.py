@@ -15,16 +15,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from jaxlm.errors import UserError
 from jaxlm.mesh import Axes, split_layout
-from jaxlm.ops.shards import Axis
 
 ROW = ("batch", "seq")
 
 
-def sequence_axis() -> Axis | None:
-    """What splits the sequence in the active layout, if anything does."""
+def sequence_axis() -> str | None:
+    """The mesh axis that splits the sequence in the active layout, if one does.
+
+    Raises:
+        UserError: more than one does.
+    """
     axes = _mesh_axes("seq")
-    return axes[0] if len(axes) == 1 else axes or None
+    if len(axes) > 1:
+        raise UserError(f"the rules split `seq` over {' and '.join(axes)}", "one mesh axis can split the sequence")
+    return axes[0] if axes else None
 
 
 def over_sequence(op: Callable[..., Any], arguments: Sequence[Axes], results: Any) -> Callable[..., Any]:

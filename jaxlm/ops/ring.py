@@ -29,7 +29,6 @@ from jaxlm.numerics import wide
 from jaxlm.ops import attention as whole
 from jaxlm.ops import shards
 from jaxlm.ops.attention import Form, Keys, Mixed, Places
-from jaxlm.ops.shards import Axis
 
 
 def attention(
@@ -38,7 +37,7 @@ def attention(
     v_BTKH: Float[Array, "b t k h"],
     places: Places,
     *,
-    axis: Axis,
+    axis: str,
     impl: str = "auto",
     window: int = 0,
     softcap: float = 0.0,
@@ -60,7 +59,7 @@ def attend(
     v_BTKH: Float[Array, "b t k h"],
     places: Places,
     *,
-    axis: Axis,
+    axis: str,
     impl: str = "auto",
     window: int = 0,
     softcap: float = 0.0,
@@ -76,7 +75,7 @@ def attend_first(
     v_BTKH: Float[Array, "b t k h"],
     places: Places,
     *,
-    axis: Axis,
+    axis: str,
     keep_first: int,
     window: int,
     softcap: float = 0.0,
@@ -108,7 +107,7 @@ def attend_first(
     return whole.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
 
 
-def _mixed(q_BTNH: Array, keys: Keys, axis: Axis, impl: str, window: int, softcap: float, dtype: DTypeLike) -> Mixed:
+def _mixed(q_BTNH: Array, keys: Keys, axis: str, impl: str, window: int, softcap: float, dtype: DTypeLike) -> Mixed:
     t, form = q_BTNH.shape[1], Form(window, softcap, jnp.dtype(dtype))
     blockwise = impl != "xla"
     if blockwise and not _near(t, axis, window) and t % 2 == 0:
@@ -121,12 +120,12 @@ def _mixed(q_BTNH: Array, keys: Keys, axis: Axis, impl: str, window: int, softca
     return Mixed(out.astype(dtype), lse)
 
 
-def _near(tokens: int, axis: Axis, window: int) -> bool:
+def _near(tokens: int, axis: str, window: int) -> bool:
     """Whether fetching the window costs no more than half of the row."""
     return 0 < 2 * window <= tokens * lax.axis_size(axis)
 
 
-def _reach(keys: Keys, axis: Axis, window: int) -> Keys:
+def _reach(keys: Keys, axis: str, window: int) -> Keys:
     """Every key that a token of this device may see."""
     if not _near(keys.k.shape[1], axis, window):
         return shards.gather(keys, axis)
@@ -139,11 +138,11 @@ def _reach(keys: Keys, axis: Axis, window: int) -> Keys:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _ring(q_BTNH: Array, keys: Keys, axis: Axis, form: Form) -> tuple[Array, Array]:
+def _ring(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[Array, Array]:
     return _ring_forward(q_BTNH, keys, axis, form)[0]
 
 
-def _ring_forward(q_BTNH: Array, keys: Keys, axis: Axis, form: Form) -> tuple[tuple[Array, Array], tuple]:
+def _ring_forward(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[tuple[Array, Array], tuple]:
     wide_form = form._replace(dtype=wide(q_BTNH.dtype))
     queries = (q_BTNH, keys.places)
 
@@ -166,7 +165,7 @@ def _ring_forward(q_BTNH: Array, keys: Keys, axis: Axis, form: Form) -> tuple[tu
     return (out, lse), (q_BTNH, keys, out, lse)
 
 
-def _ring_backward(axis: Axis, form: Form, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+def _ring_backward(axis: str, form: Form, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     q_BTNH, keys, out_BTNH, lse_BTN = residuals
     n_kv_heads, width = keys.k.shape[2], wide(q_BTNH.dtype)
     queries = (q_BTNH, keys.places, out_BTNH, lse_BTN[..., None], *cotangents)
@@ -199,7 +198,7 @@ def _ring_backward(axis: Axis, form: Form, residuals: tuple, cotangents: tuple[A
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _around(visit: Callable[[Array | int, Any, Keys], Any], carry: Any, keys: Keys, axis: Axis) -> Any:
+def _around(visit: Callable[[Array | int, Any, Keys], Any], carry: Any, keys: Keys, axis: str) -> Any:
     """`carry = visit(hops, carry, keys)` for the keys of each other device; the next ones are under way meanwhile."""
     devices = lax.axis_size(axis)
 

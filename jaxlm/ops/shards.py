@@ -17,18 +17,16 @@ from jaxtyping import Array, Shaped
 
 Tree = Any
 """Arrays [B, T, ...]."""
-Axis = str | tuple[str, ...]
-"""One mesh axis or several that together split the sequence."""
 
 
-def shift(tree: Tree, axis: Axis, hops: int = 1, *, around: bool = False) -> Tree:
+def shift(tree: Tree, axis: str, hops: int = 1, *, around: bool = False) -> Tree:
     """What the device `hops` to the left holds; zero where there is none, unless the devices form a ring."""
     devices = lax.axis_size(axis)
     pairs = [(i, (i + hops) % devices) for i in range(devices) if around or i + hops < devices]
     return lax.ppermute(tree, axis, pairs) if pairs else jax.tree.map(jnp.zeros_like, tree)
 
 
-def halo(x_BT: Shaped[Array, "b t ..."], tokens: int, axis: Axis) -> Shaped[Array, "b j ..."]:
+def halo(x_BT: Shaped[Array, "b t ..."], tokens: int, axis: str) -> Shaped[Array, "b j ..."]:
     """The `tokens` tokens before this device's first, zero before the first of the row."""
     own, parts = x_BT.shape[1], []
     for hops, done in enumerate(range(0, tokens, own), 1):
@@ -36,12 +34,12 @@ def halo(x_BT: Shaped[Array, "b t ..."], tokens: int, axis: Axis) -> Shaped[Arra
     return jnp.concatenate([*reversed(parts), x_BT[:, :0]], axis=1)
 
 
-def gather(tree: Tree, axis: Axis) -> Tree:
+def gather(tree: Tree, axis: str) -> Tree:
     """The tokens of all devices."""
     return lax.all_gather(tree, axis, axis=1, tiled=True)
 
 
-def zigzag(tree: Tree, axis: Axis) -> Tree:
+def zigzag(tree: Tree, axis: str) -> Tree:
     """Parts r and 2 C - 1 - r of 2 C, one behind the other. T is even."""
     devices, even_device = lax.axis_size(axis), lax.axis_index(axis) % 2 == 0
     firsts, seconds = _homes(devices)
@@ -54,7 +52,7 @@ def zigzag(tree: Tree, axis: Axis) -> Tree:
     return jax.tree.map(move, tree)
 
 
-def unzigzag(tree: Tree, axis: Axis) -> Tree:
+def unzigzag(tree: Tree, axis: str) -> Tree:
     """The way back from `zigzag`."""
     devices, even_device = lax.axis_size(axis), lax.axis_index(axis) % 2 == 0
     firsts, seconds = ([(j, i) for i, j in pairs] for pairs in _homes(devices))
@@ -74,7 +72,7 @@ def _homes(devices: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     return list(enumerate(home[::2])), list(enumerate(home[1::2]))
 
 
-def before(ends: Array, decays: Array, axis: Axis, *, reverse: bool = False) -> Array:
+def before(ends: Array, decays: Array, axis: str, *, reverse: bool = False) -> Array:
     """What a linear recurrence `h' = decay h + end`, one step a device, has carried to this device from zero.
 
     Args:

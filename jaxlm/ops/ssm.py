@@ -25,16 +25,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.numerics import wide
 from jaxlm.ops import shards
-from jaxlm.ops.shards import Axis
 
 
-def starts(segments_BT: Int[Array, "b t"], axis: Axis | None = None) -> Bool[Array, "b t"]:
+def starts(segments_BT: Int[Array, "b t"], axis: str | None = None) -> Bool[Array, "b t"]:
     """Where a document begins: a token whose segment is not that of the token before it."""
     before_BT = _preceded(segments_BT, 1, axis)[:, :-1]
     return (segments_BT != 0) & (segments_BT != before_BT)
 
 
-def _preceded(x_BT: Array, tokens: int, axis: Axis | None) -> Array:
+def _preceded(x_BT: Array, tokens: int, axis: str | None) -> Array:
     """x with the tokens before its first: those of other devices, or zero."""
     if axis is None:
         return jnp.pad(x_BT, ((0, 0), (tokens, 0), *((0, 0),) * (x_BT.ndim - 2)))
@@ -48,7 +47,7 @@ def causal_conv(
     segments_BT: Int[Array, "b t"],
     state_BJF: Float[Array, "b j f"] | None = None,
     *,
-    axis: Axis | None = None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "b t f"], Float[Array, "b j f"] | None]:
     """Depthwise convolution, `y_t = silu(sum_k kernel_k x_(t-K+1+k) + bias)`: the last tap reads the token itself.
 
@@ -90,7 +89,7 @@ def _convolve(before_BSF: Array, kernel_KF: Array, bias_F: Array | None, segment
     return jax.nn.silu(y_BTF)
 
 
-def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: Axis | None) -> Array:
+def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None) -> Array:
     """The convolution of whole rows."""
     before = kernel_KF.shape[0] - 1
     padded_BSF, segments_BS = _preceded(x_BTF, before, axis), _preceded(segments_BT, before, axis)
@@ -98,18 +97,18 @@ def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: Axis | None) -> Array:
+def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None) -> Array:
     """`_conv_rows`; its backward pass keeps the input alone."""
     return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT, axis)
 
 
 def _conv_packed_forward(
-    x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: Axis | None
+    x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None
 ) -> tuple:
     return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT, axis), (x_BTF, kernel_KF, bias_F, segments_BT)
 
 
-def _conv_packed_backward(axis: Axis | None, inputs: tuple, dy_BTF: Array) -> tuple:
+def _conv_packed_backward(axis: str | None, inputs: tuple, dy_BTF: Array) -> tuple:
     x_BTF, kernel_KF, bias_F, segments_BT = inputs
     x_BTF = x_BTF + 0 * dy_BTF  # XLA on a CPU would else take what it has computed forward, and keep it: see attention
     _, pull = jax.vjp(lambda x, kernel, bias: _conv_rows(x, kernel, bias, segments_BT, axis), x_BTF, kernel_KF, bias_F)
@@ -149,7 +148,7 @@ def selective_scan(
     *,
     chunk: int = 8,
     impl: str = "auto",
-    axis: Axis | None = None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "b t f"], Float[Array, "b p f"]]:
     """Mamba's scan: `h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t`, `y_t = C_t h_t + D u_t` (Gu & Dao 2023, algorithm 2).
 
@@ -182,7 +181,7 @@ def selective_scan(
 
 
 def _carried(
-    segments_BT: Array, state: Array | None, shape: tuple[int, ...], width: jnp.dtype, axis: Axis | None
+    segments_BT: Array, state: Array | None, shape: tuple[int, ...], width: jnp.dtype, axis: str | None
 ) -> tuple[Array, Array]:
     """What of the state before reaches each token, 1 or 0, and the state before the first, of this device."""
     if state is None:
@@ -235,7 +234,7 @@ def _scan_tokens(tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _scan_chunks(
-    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: Axis | None
+    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: str | None
 ) -> tuple[Array, Array]:
     return _scan_chunks_forward(tokens, weights, h_BPF, chunk, axis)[0]
 
@@ -245,7 +244,7 @@ def _scan_chunks(
 
 
 def _scan_chunks_forward(
-    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: Axis | None
+    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: str | None
 ) -> tuple[tuple[Array, Array], tuple]:
     if axis is not None:
         (_, end_BPF), _ = _scan_part(tokens, weights, h_BPF, chunk)
@@ -253,7 +252,7 @@ def _scan_chunks_forward(
     return _scan_part(tokens, weights, h_BPF, chunk)
 
 
-def _scan_chunks_backward(chunk: int, axis: Axis | None, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+def _scan_chunks_backward(chunk: int, axis: str | None, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     dy_BTF, dlast_BPF = cotangents
     if axis is None:
         return _scan_part_backward(chunk, residuals, cotangents)
@@ -347,7 +346,7 @@ def ssd(
     *,
     chunk: int = 64,
     impl: str = "auto",
-    axis: Axis | None = None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b n h p"]]:
     """Mamba-2's scan: the recurrence of `selective_scan` with one A and one dt a head (Dao & Gu 2024, section 5).
 
@@ -378,7 +377,7 @@ def ssd(
 
 
 def _ssd_carried(
-    y_BTGMH: Array, end_BGMHP: Array, log_BTGM: Array, c_BTGP: Array, keep_BT: Array, axis: Axis
+    y_BTGMH: Array, end_BGMHP: Array, log_BTGM: Array, c_BTGP: Array, keep_BT: Array, axis: str
 ) -> tuple[Array, Array]:
     """Outputs and last state of this device, computed from zero, with what the devices before it have carried here."""
 

@@ -105,6 +105,17 @@ def test_first_tokens_that_lie_on_other_devices(devices: int, keep_first: int) -
     same(one, split, heads(24), rows_of(24))
 
 
+def test_the_ring_halves_the_square() -> None:
+    """Each of two devices does half of what one does alone, which leaves out blocks of late keys."""
+    t = 1024
+    places = Places(*[jax.ShapeDtypeStruct((1, t), jnp.int32)] * 2)
+    arrays = [jax.ShapeDtypeStruct((1, t, n, H), jnp.float32) for n in (N, K, K)]
+    one = lambda q, k, v, places: whole.attention(q, k, v, places, places, impl="blockwise", aligned=True)  # noqa: E731
+    split = over(2, functools.partial(ring.attention, impl="blockwise"), (True,) * 4)
+    alone, each = (jax.jit(op).lower(*arrays, places).compile().cost_analysis()["flops"] for op in (one, split))
+    assert 0.49 < each / alone < 0.52
+
+
 def test_low_precision_sums_are_wide() -> None:
     """bfloat16 inputs: the ring is no further from float64 than twice one device."""
     places, wide_heads = rows_of(64), [x.astype(jnp.bfloat16).astype(jnp.float64) for x in heads(64)]
