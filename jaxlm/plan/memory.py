@@ -55,7 +55,7 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
     split = layout.parts("batch") * layout.parts("seq")
     model = dataclasses.replace(cfg.model, remat="none", layer_loop="scan")
-    leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(Decoder(model, policy))]
+    leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(model, policy)]
     parameters = sum(_held(layout, *leaf) for leaf in leaves) * policy.params.itemsize
     moments = 2 * sum(_held(layout.optimizer, *leaf) for leaf in leaves) * policy.params.itemsize
     narrow = policy.compute.itemsize / policy.params.itemsize
@@ -73,9 +73,9 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
 
 
 @functools.lru_cache(maxsize=8)
-def _leaves(decoder: Decoder) -> tuple[tuple[str, Any, Axes], ...]:
+def _leaves(model: config.Model, policy: Policy) -> tuple[tuple[str, Any, Axes], ...]:
     """Name, shape and axes of every parameter, layers stacked."""
-    shapes, axes = abstract_params(decoder)
+    shapes, axes = abstract_params(Decoder(model, policy))
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat)
     return tuple(zip(names, (leaf for _, leaf in flat), tree.flatten_up_to(axes), strict=True))
