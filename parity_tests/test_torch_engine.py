@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import resource
 import subprocess
@@ -283,7 +284,10 @@ pretrain.run(config_file.load({str(toml)!r}, {overrides!r}), backend="torch")
         assert row == pytest.approx(other, rel=FLOAT64.allowed)
 
 
-def test_both_backends_begin_with_the_parameters_of_another_run(train, whole, toml, tmp_path):
+def test_both_backends_begin_with_the_parameters_of_another_run(train, whole, toml, tmp_path, monkeypatch):
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    importlib.import_module("jaxlm.train.engine")  # here, and not while the main thread also compiles: `ast` races
     options = (f'train.init_from="{whole}"', "train.steps=1", "model.dropout=0.0")
     train(tmp_path / "torch", *options)
     pretrain.run(config_file.load(toml, [f'out_dir="{tmp_path / "jax"}"', *options]))

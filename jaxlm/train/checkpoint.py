@@ -33,7 +33,7 @@ from jaxlm.train.step import TrainState
 
 FORMAT = 1
 _TREES = ("params", "optimizer")
-_CONCURRENT_GB = 2  # under way between disk and device at a time: what saving and resuming need besides the state
+_LIMIT_GB = 96  # Orbax's own
 _OTHER_STEP = "--step names an earlier one"
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
 
@@ -44,7 +44,9 @@ for _noisy in ("absl", "asyncio"):  # what is wrong with a checkpoint is said he
 class Checkpointer:
     """Saves and restores the training state of one run directory."""
 
-    def __init__(self, run_dir: str | Path, keep: int = 3, read_only: bool = False) -> None:
+    def __init__(
+        self, run_dir: str | Path, keep: int = 3, read_only: bool = False, under_way_gb: int = _LIMIT_GB
+    ) -> None:
         _hush_abandoned_work()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
@@ -56,7 +58,7 @@ class Checkpointer:
         )
         self.folder = Path(run_dir).absolute() / "checkpoints"
         # Weights hardly compress: 8 % smaller for twice the time to read them.
-        limits: Any = {"save_concurrent_gb": _CONCURRENT_GB, "restore_concurrent_gb": _CONCURRENT_GB}
+        limits: Any = {"save_concurrent_gb": under_way_gb, "restore_concurrent_gb": under_way_gb}
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False, **limits) for name in _TREES}
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()}
@@ -283,15 +285,14 @@ def _host_word_sum(x: np.ndarray) -> int:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """For each leaf the sum of its 32-bit words modulo 2^32: one pass on the device, the same on any mesh."""
-    return {name: int(value) for name, value in _leaves(jax.device_get(_word_sums(tree))).items()}
+    """For each leaf the sum of its 32-bit words modulo 2^32: one pass on the device, the same on any mesh.
+
+    One leaf at a time, for the words are a copy of it.
+    """
+    return {name: int(value) for name, value in jax.device_get(_leaves(jax.tree.map(_word_sum, tree))).items()}
 
 
 @jax.jit
-def _word_sums(tree: Any) -> Any:
-    return jax.tree.map(_word_sum, tree)
-
-
 def _word_sum(x: jax.Array) -> jax.Array:
     words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)  # a 64-bit value is two words
     return jnp.sum(jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32), dtype=jnp.uint32)
@@ -300,6 +301,15 @@ def _word_sum(x: jax.Array) -> jax.Array:
 def _everywhere(value: bool) -> bool:
     """Whether it is so in all processes, which all ask."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
+
+
+def under_way_gb(shapes: Any) -> int:
+    """How much of such a state a process may have under way between disk and device at a time.
+
+    Orbax refuses what is larger than its limit, which can be a whole leaf: it may have been saved by one device.
+    """
+    largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return max(2, math.ceil(largest / 1e9) + 1)
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:

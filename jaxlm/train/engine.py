@@ -88,9 +88,10 @@ class JaxEngine:
     def checkpointer(self) -> Any:
         """Made when first needed: importing Orbax takes a second."""
         if self._checkpointer is None:
-            from jaxlm.train.checkpoint import Checkpointer
+            from jaxlm.train.checkpoint import Checkpointer, under_way_gb
 
-            self._checkpointer = Checkpointer(self.config.out_dir, self.config.checkpoint.keep)
+            keep, limit = self.config.checkpoint.keep, under_way_gb(self._shapes())
+            self._checkpointer = Checkpointer(self.config.out_dir, keep, under_way_gb=limit)
         return self._checkpointer
 
     def checkpoints(self) -> list[int]:
@@ -105,9 +106,11 @@ class JaxEngine:
         return self.checkpointer.steps() if folder.is_dir() else []
 
     def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:
-        shapes = jax.eval_shape(self._init, jax.random.key(self.config.seed))
-        self.state, run = self.checkpointer.restore(shapes, warn)
+        self.state, run = self.checkpointer.restore(self._shapes(), warn)
         return run
+
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._init, jax.random.key(self.config.seed))
 
     def adopt(self, params: Params) -> None:
         """Begin with these parameters, numpy arrays that every process has."""

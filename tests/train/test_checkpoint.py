@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.train.checkpoint import Checkpointer, checksums
+from jaxlm.train.checkpoint import Checkpointer, checksums, under_way_gb
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import TrainState, init_state
 
@@ -48,6 +48,11 @@ def test_a_state_returns_bit_for_bit(tmp_path, optimizer):
     state, run = Checkpointer(tmp_path).restore(make_state(optimizer, 0), pytest.fail)
     assert run["data"] == 2
     jax.tree.map(np.testing.assert_array_equal, state, make_state(optimizer, 2))
+
+
+def test_the_largest_leaf_fits_under_the_limit():
+    assert under_way_gb({"x": jax.ShapeDtypeStruct((3,), jnp.float32)}) == 2
+    assert under_way_gb({"x": jax.ShapeDtypeStruct((1100, 1_000_000), jnp.float32)}) == 6  # for 4.4 GB
 
 
 def truncate(path: Path) -> None:
