@@ -95,7 +95,7 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss, label_smoothing, bl
     zero = jnp.zeros((), width)
     start = ((zero,) * 4, jnp.zeros(kernel.shape, width), jnp.zeros(bias.shape, width))
     (sums, dkernel, dbias), dhidden = jax.lax.scan(body, start, _split((hidden, targets, weights), blocks))
-    dhidden = jnp.moveaxis(dhidden, 0, 2).reshape(hidden.shape)
+    dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden.shape)
     return sums, (dhidden, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype))
 
 
@@ -126,8 +126,5 @@ def _block_terms(kernel_DV, bias_V, z_loss, label_smoothing, hidden_BCD, targets
 
 
 def _split(arrays, blocks: int):
-    """Cut [B, T, ...] into `blocks` equal pieces along T, stacked in front.
-
-    Token t goes to piece t mod `blocks`: a device that has a part of each row then has its part of each piece.
-    """
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, blocks, *x.shape[2:]), 2, 0), arrays)
+    """Cut [B, T, ...] into `blocks` equal pieces along T, stacked in front."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0), arrays)
