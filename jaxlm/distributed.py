@@ -36,6 +36,7 @@ MARGIN = 60
 _DAY = 24 * 3600 * 1000  # milliseconds: one may prepare the corpus while the others wait; the dead are noticed anyway
 _FAREWELL = 10_000  # milliseconds
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+_joined = False  # whether `initialize` has met others
 _meetings = 0  # calls of `agree`, the same on every process
 
 
@@ -76,6 +77,8 @@ def initialize(options: config.Distributed) -> Place | None:
             initialization_timeout=options.init_timeout + MARGIN,
             heartbeat_timeout_seconds=options.heartbeat_timeout,
         )
+    global _joined
+    _joined = True
     _leave_after_exceptions()
     return place
 
@@ -174,8 +177,11 @@ def client() -> Any:
 
 def leave(code: int) -> None:
     """End this process now if there are others: at a normal exit JAX would wait for them, and they for this one."""
-    jax = sys.modules.get("jax")
-    if jax and jax.distributed.is_initialized():
+    if not _joined:  # and JAX may just be being imported
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
