@@ -302,7 +302,10 @@ def plan(
 
     options = {"tokens": tokens, "price": price, "compiling": compiling, "name": Path(path).stem}
     for part in plan_all(_sized(cfg), goal, search=search, show_sharding=show_sharding, **options):
-        print(json.dumps(part.as_dict())) if as_json else _show(part)
+        if isinstance(part, str):
+            print(end="" if as_json else f"{part}\n")
+        else:
+            print(json.dumps(part.as_dict())) if as_json else _show(part)
 
 
 @tokenizer_app.command("train")

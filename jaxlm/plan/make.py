@@ -75,12 +75,14 @@ def make(
 def plan_all(
     cfg: config.Config, topology: Topology, *, search: bool, show_sharding: bool, **options: Any
 ) -> Iterator[Any]:
-    """What `jaxlm plan` shows, part by part."""
+    """What `jaxlm plan` shows, part by part: tables, and lines of text."""
     if show_sharding:
         yield describe(cfg, topology.devices, topology.slices)
     if search:
         from jaxlm.plan.search import search_plans
 
-        yield search_plans(cfg, topology, **options)
+        ranking = search_plans(cfg, topology, **options)
+        yield ranking
+        yield f"best: {ranking.best}"  # as it is, since a table would break the line
     else:
         yield make(cfg, topology, **options)

@@ -70,8 +70,8 @@ class Ranking:
         from rich.text import Text
 
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("mesh, remat, microbatches")
-        for name in ("GiB, counted", "compiled", "s, counted", "at least", "at most", "MFU, at least", "limit"):
+        table.add_column("mesh, remat, microbatches", no_wrap=True)
+        for name in ("GiB", "compiled", "seconds", "least", "most", "MFU", "limit"):
             table.add_column(name, justify="right")
         for one, plan in self.plans:
             axes = " ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
@@ -84,11 +84,18 @@ class Ranking:
             ]
             if plan.times:
                 worst = plan.times.worst
-                cells += [f"{plan.times.best:.3f}", f"{worst:.3f}", f"{100 * plan.mfu(worst):.1f} %"]
+                cells += [f"{plan.times.best:.3g}", f"{worst:.3g}", f"{100 * plan.mfu(worst):.1f} %"]
             table.add_row(*cells, *[""] * (7 - len(cells)), plan.limit)
-        head = f"{self.counted} ways counted, {self.fitting} should fit, {len(self.plans)} compiled"
-        best = f"best: {self.plans[0][0].overrides}"
-        return Group(Text(head), table, Text(best, style="bold", overflow="fold"))
+        asked = sum(plan.measured is not None for _, plan in self.plans)
+        head = f"{self.counted} ways counted, {self.fitting} should fit, {asked} compiled"
+        table.caption = "GiB and seconds counted, compiled; MFU at the most seconds, when nothing overlaps"
+        table.caption_justify = "left"
+        return Group(Text(head), table)
+
+    @property
+    def best(self) -> str:
+        """The overrides of the first, to paste."""
+        return self.plans[0][0].overrides
 
 
 def search_plans(cfg: config.Config, topology: Topology, **options: Any) -> Ranking:

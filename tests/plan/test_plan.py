@@ -198,6 +198,7 @@ def test_search_ranks_what_divides_and_fits():
     for one, plan in ranking.plans:
         assert plan.fits and plan.devices == 8 and len(one.overrides.split()) == 7
         assert 4 % one.cfg.mesh.expert == 0
+    assert ranking.best == ranking.plans[0][0].overrides
     assert [one.seconds for one, _ in ranking.plans] == sorted(one.seconds for one, _ in ranking.plans)
 
 
