@@ -283,7 +283,7 @@ def plan(
     slices: Annotated[int, typer.Option(min=1, help="Slices of that shape, joined by the network.")] = 1,
     search: Annotated[bool, typer.Option("--search", help="Try meshes, remat and microbatches; rank them.")] = False,
     show_sharding: Annotated[bool, typer.Option("--show-sharding", help="Show who owns what.")] = False,
-    tokens: Annotated[float, typer.Option(min=0, help="Tokens of the run; 0: what train.steps make.")] = 0,
+    tokens: Annotated[float, typer.Option(min=0, help="Tokens of the run; 0: what train.steps make.")] = 0.0,
     price: Annotated[
         float | None, typer.Option(min=0, help="USD for an hour of one chip; else the list price.")
     ] = None,

@@ -27,8 +27,8 @@ class Activations(NamedTuple):
 class Elements(NamedTuple):
     """Elements that one token leaves behind in one block: in the residual stream, and split by `tensor`."""
 
-    stream: float
-    inner: float
+    stream: int | float
+    inner: int | float
 
     def bytes(self, tensor: int, width: int) -> float:
         """Those of one device."""
@@ -62,19 +62,19 @@ def kept_by(model: config.Model, kind: str) -> Elements:
     return Elements(stream, mixer + (_ffn(ffn, halves.ffn_name) if halves.ffn_name else 0))
 
 
-def _attention(model: config.Model) -> float:
+def _attention(model: config.Model) -> int | float:
     """Queries and keys, values, what is mixed, and the log-sum-exp of each head."""
     return (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim + 2 * model.n_heads
 
 
-def _mamba(model: config.Model) -> float:
+def _mamba(model: config.Model) -> int | float:
     """x and the gate, x convolved and activated, step size, output, gated output; one state a chunk; B and C."""
     part, channels = model.mamba, model.mamba.expand * model.d_model
     state = part.d_state or 16
     return channels * (7 + state / part.chunk) + 2 * state + (part.dt_rank or -(-model.d_model // 16))
 
 
-def _mamba2(model: config.Model) -> float:
+def _mamba2(model: config.Model) -> int | float:
     """The same, with B and C convolved, and for each head the decays of a chunk."""
     part, channels = model.mamba, model.mamba.expand * model.d_model
     state = part.d_state or 128
@@ -85,7 +85,7 @@ def _mamba2(model: config.Model) -> float:
 _MIXERS = {"attention": _attention, "mamba": _mamba, "mamba2": _mamba2}
 
 
-def _ffn(model: config.Model, name: str) -> float:
+def _ffn(model: config.Model, name: str) -> int | float:
     """What the second matrix product needs, and for experts the tokens as they are sent."""
     moe, wide = model.moe, 3 if model.gated else 2
     if name == "mlp":

@@ -125,7 +125,7 @@ def _read(compiled: Any, layout: Any, topology: Topology, compiler: str, note: s
     sums: dict[tuple[str, tuple[str, ...]], Traffic] = {}
     for one in collectives(program, layout.mesh.shape):
         if one.axes:
-            speed = bandwidth(one.groups[0], devices, topology, one_way=one.kind == "collective-permute")
+            speed = bandwidth(one.groups[0].tolist(), devices, topology, one_way=one.kind == "collective-permute")
             old = sums.get((one.kind, one.axes), Traffic(one.kind, one.axes, 0, 0, speed))
             moved, runs = old.bytes + one.times * one.moved, old.runs + one.times
             sums[one.kind, one.axes] = Traffic(one.kind, one.axes, moved, runs, min(old.bandwidth, speed))

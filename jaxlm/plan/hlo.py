@@ -146,7 +146,7 @@ class Program(NamedTuple):
         Args:
             flops, bandwidth: FLOP and bytes that the chip does in a second.
         """
-        return sum(times * max(moved / bandwidth, count / flops) for times, moved, count in self._operations())
+        return sum((times * max(moved / bandwidth, count / flops) for times, moved, count in self._operations()), 0.0)
 
     def _operations(self) -> Iterator[tuple[int, int, int]]:
         """How often, bytes moved and FLOP of all that runs outside fusions, collectives left out."""

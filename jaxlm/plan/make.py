@@ -28,7 +28,7 @@ def make(
     topology: Topology,
     *,
     name: str = "",
-    tokens: float = 0,
+    tokens: float = 0.0,
     price: float | None = None,
     compiling: bool = True,
 ) -> Plan:

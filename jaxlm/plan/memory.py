@@ -55,13 +55,13 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
     split = layout.parts("batch") * layout.parts("seq")
     model = dataclasses.replace(cfg.model, remat="none", layer_loop="scan")
-    leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(Decoder(model, policy))]
+    leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(model, policy)]
     parameters = sum(_held(layout, *leaf) for leaf in leaves) * policy.params.itemsize
     moments = 2 * sum(_held(layout.optimizer, *leaf) for leaf in leaves) * policy.params.itemsize
     narrow = policy.compute.itemsize / policy.params.itemsize
     copies = int(parameters * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
     used = activations(cfg, layout)
-    gathered = max(_gathered(layout, *leaf, model.repeats) for leaf in leaves) * policy.compute.itemsize
+    gathered = _gathered(layout, leaves, model.repeats) * policy.compute.itemsize
     return Memory(
         parameters=parameters,
         optimizer=moments,
@@ -73,9 +73,9 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
 
 
 @functools.lru_cache(maxsize=8)
-def _leaves(decoder: Decoder) -> tuple[tuple[str, Any, Axes], ...]:
+def _leaves(model: config.Model, policy: Policy) -> tuple[tuple[str, Any, Axes], ...]:
     """Name, shape and axes of every parameter, layers stacked."""
-    shapes, axes = abstract_params(decoder)
+    shapes, axes = abstract_params(Decoder(model, policy))
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat)
     return tuple(zip(names, (leaf for _, leaf in flat), tree.flatten_up_to(axes), strict=True))
@@ -87,9 +87,18 @@ def _held(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes) -> int:
     return math.prod(shape) // math.prod(layout.parts(axis) for axis in axes)
 
 
-def _gathered(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes, repeats: int) -> int:
-    """Elements that a device computes with and does not hold, and their gradient before it is scattered again."""
-    along = {one for axis in axes for one in layout.along(axis)} & {"data", "fsdp", "context"}
-    split = math.prod(layout.mesh.shape[one] for one in along)
-    size = _held(layout, name, shape, axes) * split if split > 1 else 0
-    return 2 * size // (repeats if name.startswith("layers.") else 1)
+def _gathered(layout: Layout, leaves: list[tuple[str, tuple[int, ...], Axes]], repeats: int) -> int:
+    """Elements that a device computes with and does not hold, and their gradients before they are scattered again.
+
+    These are the parameters of one layer, or the largest table.
+    """
+    layer = table = 0
+    for name, shape, axes in leaves:
+        along = {one for axis in axes for one in layout.along(axis)} & {"data", "fsdp", "context"}
+        split = math.prod(layout.mesh.shape[one] for one in along)
+        size = 2 * split * _held(layout, name, shape, axes) if split > 1 else 0
+        if name.startswith("layers."):
+            layer += size // repeats
+        else:
+            table = max(table, size)
+    return max(layer, table)

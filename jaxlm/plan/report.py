@@ -173,7 +173,7 @@ class Plan:
         return table
 
 
-def gib(size: float) -> str:
+def gib(size: int | float) -> str:
     """Bytes as GiB."""
     return f"{size / 2**30:,.2f}"
 

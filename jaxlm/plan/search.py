@@ -172,7 +172,7 @@ def _seconds(cfg: config.Config, topology: Topology, memory: Memory, forward: in
         "context": keys * mesh.context * layers * (3 + again),
         "tensor": 2 * stream * branches * layers * (2 + again),
     }
-    moved = (_time(sent[axis], axis, mesh, topology) for axis in AXES)
+    moved = (_time(float(sent[axis]), axis, mesh, topology) for axis in AXES)
     flops = (3 + again) * forward * tokens / mesh.tensor
     traffic = (
         7 * memory.parameters + 3 * parts * held * mesh.fsdp + 4 * parts * memory.activations

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.plan.collectives import collectives, groups_of, moved_by
 from jaxlm.plan.hlo import arrays, parse
+from jaxlm.plan.kernels import count
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs the 8 virtual devices of conftest.py")
 SIZES = {"data": 2, "fsdp": 1, "tensor": 4}
@@ -168,3 +169,29 @@ def test_every_kind_along_every_axis(mesh, kind, axes):
 )
 def test_groups(text, groups):
     assert np.array_equal(groups_of(text, 6), groups)
+
+
+def test_flops_of_kernels():
+    """Splash: half of 2 B N T S H a product, also for grouped heads. Grouped products: rows times a matrix."""
+    q, k = (8, 12, 1024, 64), (8, 12, 1024, 64)
+    product = 8 * 12 * 1024 * 1024 * 64
+    assert count("splash_mha_fwd_segmented_residuals.3", [q, k, k], q) == (2 * product, 0)
+    assert count("splash_mqa_dkv_no_residuals", [q, (8, 1024, 64)], q) == (4 * product, product)
+    assert count("gmm.1", [(512, 64), (4, 64, 32)], (512, 32)) == count("tgmm", [(64, 512), (512, 32)], (4, 64, 32))
+    assert count("another", [q], q) == (0, 0)
+
+
+def test_a_line_that_an_attribute_breaks_is_one():
+    """`kernel_metadata` of the TPU's kernels has line ends; what stands behind them still belongs to the call."""
+    text = """HloModule m
+
+ENTRY %main (a: bf16[2,4,256,64]) -> bf16[2,4,256,64] {
+  %a = bf16[2,4,256,64]{3,2,1,0} parameter(0)
+  ROOT %splash_mha_fwd.1 = bf16[2,4,256,64]{3,2,1,0} custom-call(%a, %a, %a), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"x": 1
+}}, metadata={op_name="jit(f)/rematted_computation/splash"}
+}
+"""
+    product = 2 * 4 * 256 * 256 * 64
+    assert parse(text).flops() == (2 * product, 2 * product)
