@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError, did_you_mean
+from jaxlm.plan import cuda
 from jaxlm.plan.chips import CHIPS, Chip
-from jaxlm.plan.cuda import cuda_devices, has_cuda_compiler
 
 MAX_DEVICES = 2**16
 _FORM = re.compile(r"(?:(\d+)\*)?([a-z0-9-]+):(\d+(?:x\d+)*)")
@@ -109,7 +109,7 @@ def compiler(topology: Topology) -> str:
     """Whose compiler compiles for it here: `tpu`, `gpu` or `cpu`."""
     platform = topology.chip.platform
     installed = (platform == "tpu" and has_tpu_compiler()) or (
-        platform == "gpu" and has_cuda_compiler(topology.chip.name)
+        platform == "gpu" and cuda.has_cuda_compiler(topology.chip.name)
     )
     return platform if installed else "cpu"
 
@@ -135,7 +135,7 @@ def target(topology: Topology) -> Target:
     if compiler(topology) == "tpu":
         return Target(_tpu_devices(topology), "tpu", "")
     if compiler(topology) == "gpu":
-        return Target(cuda_devices(topology.chip.name, topology.devices), "gpu", "")
+        return Target(cuda.cuda_devices(topology.chip.name, topology.devices), "gpu", "")
     devices = jax.devices("cpu")[: topology.devices]
     if len(devices) < topology.devices:
         have = f"{len(devices)} virtual CPU devices of this process"
