@@ -167,13 +167,13 @@ def steps(folder: Path) -> list[int]:
     return [row["step"] for row in map(json.loads, rows) if "step" in row]
 
 
-SHORT = ("train.steps=60", "train.batch_size=2", "data.seq_len=64", "log.every=1", "data.max_bytes=400_000")
+SHORT = ("train.steps=400", "train.batch_size=2", "data.seq_len=64", "log.every=1", "data.max_bytes=400_000")
 SMALLER = ("tokenizer.kind=bytes", "model.n_layers=2", "eval.every=0", "eval.batches=1", "checkpoint.every=5")
 
 
 @pytest.mark.parametrize("stopped_by", ["scancel", "time limit", "kill -9"])
 def test_a_job_of_two_tasks_is_requeued_and_resumes(cluster: Cluster, tmp_path: Path, stopped_by: str) -> None:
-    many = "train.steps=100_000" if stopped_by == "time limit" else "train.steps=60"
+    many = "train.steps=100_000" if stopped_by == "time limit" else "train.steps=400"
     asked = {"time": "00:02:00", "save_before": 60} if stopped_by == "time limit" else {}
     job, log = submit(cluster, tmp_path, *SHORT, *SMALLER, many, "sample.prompts=[]", **asked)
     metrics = tmp_path / "runs/quickstart/metrics.jsonl"
@@ -193,7 +193,7 @@ def test_a_job_of_two_tasks_is_requeued_and_resumes(cluster: Cluster, tmp_path: 
     if stopped_by != "time limit":
         cluster.until("the end", lambda: cluster.state(job)["JobState"] not in {"PENDING", "RUNNING", "COMPLETING"})
         assert cluster.state(job)["JobState"] == "COMPLETED", log.read_text()
-        assert sorted(set(steps(tmp_path))) == list(range(1, 61))
+        assert sorted(set(steps(tmp_path))) == list(range(1, 401))
     cluster.until("the resumption", lambda: re.search(f"resuming .* from step {saved}", log.read_text()))
     text = log.read_text()
     assert "devices     2 (cpu), processes: 2" in text
