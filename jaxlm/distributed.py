@@ -36,6 +36,7 @@ MARGIN = 60
 _DAY = 24 * 3600 * 1000  # milliseconds: one may prepare the corpus while the others wait; the dead are noticed anyway
 _FAREWELL = 10_000  # milliseconds
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+_joined = False  # whether `initialize` has met others
 _meetings = 0  # calls of `agree`, the same on every process
 
 
@@ -76,6 +77,8 @@ def initialize(options: config.Distributed) -> Place | None:
             initialization_timeout=options.init_timeout + MARGIN,
             heartbeat_timeout_seconds=options.heartbeat_timeout,
         )
+    global _joined
+    _joined = True
     _leave_after_exceptions()
     return place
 
@@ -115,7 +118,8 @@ def refuse_loopback(place: Place, environment: Mapping[str, str]) -> None:
     Raises:
         UserError: the coordinator resolves to a loopback address and the processes run on several hosts.
     """
-    hosts = max(_number(environment, name, 1) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    said = (_number(environment, name, 0) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    hosts = next(filter(None, said), 1)
     if hosts > 1 and (address := _loopback(place.coordinator)):
         raise UserError(
             f"the coordinator {place.coordinator} is {address}, which on each of the {hosts} hosts is that host itself",
@@ -173,8 +177,11 @@ def client() -> Any:
 
 def leave(code: int) -> None:
     """End this process now if there are others: at a normal exit JAX would wait for them, and they for this one."""
-    jax = sys.modules.get("jax")
-    if jax and jax.distributed.is_initialized():
+    if not _joined:  # and JAX may just be being imported
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -209,6 +216,9 @@ def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Pl
     if coordinator is None or processes is None or process_id is None:
         if method:
             raise UserError(f"distributed.cluster = {method!r}: this process does not run under it")
+        if (count := _number(environment, "OMPI_COMM_WORLD_SIZE", 1)) > 1:
+            message = f"Open MPI started {count} processes, and JAX does not find out which one this is"
+            raise UserError(message, "pip install mpi4py and set distributed.cluster=mpi4py: Open MPI 5 needs it")
         return None
     return Place(coordinator, processes, process_id, tuple(devices) if devices is not None else None)
 

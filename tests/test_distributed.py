@@ -49,6 +49,7 @@ def test_options_come_before_variables_and_variables_before_the_cluster(options,
         ({**SAID, "JAXLM_PROCESS_ID": "4"}, "process_id 4 of 4 processes"),
         ({**SAID, "JAXLM_PROCESSES": "four"}, "JAXLM_PROCESSES='four' is not a number"),
         ({**SAID, "JAXLM_COORDINATOR": "node1"}, "'node1' is not HOST:PORT"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI started 2 processes"),
     ],
 )
 def test_what_is_said_in_part_is_refused(environment, message):
@@ -60,6 +61,8 @@ def test_what_is_said_in_part_is_refused(environment, message):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "127.0.1.1:1", "[::1]:1"])
 def test_a_loopback_coordinator_of_several_hosts_is_refused(hosts, address):
     refuse_loopback(Place(address, 2, 0), {hosts: "1"})
+    if hosts != "JAXLM_HOSTS":  # `launch local` within a job of two nodes
+        refuse_loopback(Place(address, 2, 0), {hosts: "2", "JAXLM_HOSTS": "1"})
     refuse_loopback(Place("192.0.2.1:1", 2, 0), {hosts: "2"})
     with pytest.raises(UserError, match="which on each of the 2 hosts is that host itself"):
         refuse_loopback(Place(address, 2, 0), {hosts: "2"})

@@ -27,7 +27,7 @@ PROGRAM = (sys.executable, "-m", "jaxlm")
 LAST_LINES = 12
 USERS_MISTAKE, RESUMABLE = 2, 75
 """Exit codes of `jaxlm train`: no use to start it again; told to stop, and saved."""
-LAST_SAVE = 300.0
+LAST_SAVE, LAST_WORDS = 300.0, 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 # Kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects.
 _NOISE = re.compile(
@@ -93,9 +93,20 @@ class _Process:
         )
         self.begun = self.ended = time.monotonic()
         self._log = log.open("ab")
+        self._listener = threading.Thread(target=self._listen, daemon=True)
 
-    def listen(self, ended: queue.Queue[_Process]) -> None:
-        """Copy the output until the process has ended, and say so."""
+    def follow(self, ended: queue.Queue[_Process]) -> None:
+        """Copy the output from now on, and say at once when the process has ended: the first one is the cause."""
+
+        def wait() -> None:
+            self.popen.wait()
+            self.ended = time.monotonic()
+            ended.put(self)
+
+        threading.Thread(target=wait, daemon=True).start()
+        self._listener.start()
+
+    def _listen(self) -> None:
         output: IO[bytes] = self.popen.stdout  # pyright: ignore[reportAssignmentType]
         with self._log, output:
             for line in output:
@@ -106,15 +117,16 @@ class _Process:
                     self.last.append(text)
                     sys.stdout.write(f"[{self.index}] {text}\n")
                     sys.stdout.flush()
-        self.popen.wait()
-        self.ended = time.monotonic()
-        ended.put(self)
 
     def signal(self, number: int) -> None:
         """Signal the process and what it has started, if it still runs."""
         if self.popen.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, number)
+
+    def close(self) -> None:
+        """Wait for the rest of the output."""
+        self._listener.join(LAST_WORDS)
 
     @property
     def exit_code(self) -> int:
@@ -149,7 +161,7 @@ class _Group:
             try:
                 for index in range(self._count):
                     self._members.append(self._start(index))
-                    threading.Thread(target=self._members[-1].listen, args=(self._ended,)).start()
+                    self._members[-1].follow(self._ended)
                 left = self._count
                 while left:
                     timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
@@ -161,12 +173,14 @@ class _Group:
                         continue
                     left -= 1
                     if one.popen.returncode and failed is None:
-                        stopped = one.popen.returncode == RESUMABLE  # and the others leave by themselves
+                        stopped = self.told_to_stop or one.popen.returncode == RESUMABLE  # all leave by themselves
                         failed, deadline = one, time.monotonic() + (LAST_SAVE if stopped else grace)
                         if not stopped:
                             self.signal(signal.SIGTERM)
             finally:
                 self.signal(signal.SIGKILL)
+                for member in self._members:
+                    member.close()
         return failed
 
     def signal(self, number: int) -> None:

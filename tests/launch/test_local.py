@@ -63,6 +63,26 @@ time.sleep(60)
     assert "process 0" not in told and "process 2" not in told
 
 
+def test_the_cause_is_the_first_to_end_whoever_is_heard_first(script, capfd):
+    """What a process has started may hold its output open; the others see the connection break and end meanwhile."""
+    logs = script(
+        """
+mark = Path(__file__).with_suffix(".mark")
+if me == 1:
+    print("hung", flush=True)
+    os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "1")
+    mark.touch()
+    os._exit(124)
+while not mark.exists():
+    time.sleep(0.01)
+time.sleep(0.2)
+sys.exit(1)
+"""
+    )
+    assert launch(WORDS, processes=2, logs=logs) == 124
+    assert re.search("process 1 ended with exit code 124 .*\n    hung\n", capfd.readouterr().err)
+
+
 FAIL_UNTIL = """
 tries = Path(__file__).with_suffix(f".{me}")
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
