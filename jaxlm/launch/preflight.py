@@ -87,11 +87,11 @@ def _all(cfg: config.Config, expected: int) -> tuple[list[Check], dict[str, Any]
     found = [checks.same("versions", versions)]
     hosts = talk.exchange("hosts", socket.gethostname())
     clocks = talk.exchange("clocks", [talk.now(f"clock-{index}") for index in range(TRIES)])
+    local = jax.local_devices()  # all processes at once: what is first to use a device waits for the others
     needed = checkpoint_bytes(cfg) if talk.process == 0 else 0
     for label, folder, room in (("run", cfg.out_dir, needed), ("cache", cfg.data.cache_dir, 0)):
         found.append(checks.storage(folder, shared_folder(talk, label, Path(folder)), room))
     found.append(checks.clocks(clocks))
-    local = jax.local_devices()
     counts = talk.exchange("devices", {"count": len(local), "kind": local[0].device_kind})
     found.append(checks.devices(counts, expected))
     rows, right = reduce_all(jax.devices())
