@@ -287,9 +287,9 @@ def _host_word_sum(x: np.ndarray) -> int:
 def checksums(tree: Any) -> dict[str, int]:
     """For each leaf the sum of its 32-bit words modulo 2^32: one pass on the device, the same on any mesh.
 
-    One leaf at a time, for the words are a copy of it.
+    One leaf after the other: the words are a copy of it, and on CPUs two programs under way may wait for each other.
     """
-    return {name: int(value) for name, value in jax.device_get(_leaves(jax.tree.map(_word_sum, tree))).items()}
+    return {name: int(_word_sum(leaf)) for name, leaf in _leaves(tree).items()}
 
 
 @jax.jit

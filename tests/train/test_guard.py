@@ -9,7 +9,7 @@ from jaxlm import config
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.recipes.pretrain import loss_fn
-from jaxlm.train.engine import state_shardings
+from jaxlm.train.program import state_shardings
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import init_state, make_step
 
