@@ -69,7 +69,8 @@ def test_every_option_is_tried() -> None:
     }
     sizes, training = {"vocab_size", "max_seq_len"}, {"dropout", "init_std"}
     begin = {"mamba.dt_min", "mamba.dt_max", "mamba.dt_floor"}  # where the step sizes start, and no more
-    assert untried == sizes | training | begin
+    layout = {"moe.exchange"}  # how tokens travel between devices: tests/ops/test_exchange.py
+    assert untried == sizes | training | begin | layout
 
 
 def halves_of(cfg: config.Model) -> Iterator[config.Model]:

@@ -230,6 +230,6 @@ def test_an_optimiser_that_does_not_divide_is_named():
 def test_experts_that_do_not_divide_are_refused_with_numbers():
     layout = Layout.from_config(config.Mesh(data=2, expert=4))
     model = dataclasses.replace(MODEL, pattern=("attention+moe",), moe=config.MoE(n_experts=6))
-    message = r"experts\.\w+_proj\.kernel: experts of 6 does not divide over expert = 4 devices, in the shape \[6, "
+    message = r"experts\.\w+_proj\.kernel: experts of 6 does not divide over expert = 4 devices, in \[6, "
     with pytest.raises(UserError, match=message):
         state_shardings(Decoder(model), make_optimizer(config.Train()), layout)
