@@ -136,6 +136,8 @@ class _Process:
     def describe(self) -> str:
         """Which process failed, how, when, and what it said last."""
         code = self.popen.returncode
+        if code == RESUMABLE:
+            return f"process {self.index} was told to stop, and has saved"
         how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         lines = "".join(f"\n    {line}" for line in self.last)
         return f"process {self.index} {how} after {self.ended - self.begun:.1f} s; its last lines:{lines or ' none'}"

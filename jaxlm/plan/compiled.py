@@ -145,14 +145,14 @@ def _read(compiled: Any, layout: Any, topology: Topology, compiler: str, note: s
     )
 
 
+_REFUSALS = (r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds")
+"""What the TPU compiler says when memory is short."""
+
+
 def _asked_for(message: str) -> int:
-    """Bytes of `Used 120.5G of 95.74G hbm`, 0 if the message is another."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return (
-        int(float(found.group(1)) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found.group(2)])
-        if found
-        else 0
-    )
+    """Bytes that a refused step would need, 0 if the message is another."""
+    found = next((one for pattern in _REFUSALS if (one := re.search(pattern, message))), None)
+    return int(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ")) if found else 0
 
 
 def main() -> None:

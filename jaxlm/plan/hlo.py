@@ -239,33 +239,55 @@ def _called(one: Instruction) -> list[str]:
 
 
 def _trips(computations: Mapping[str, Computation], around: Computation, loop: Instruction) -> int | None:
-    """How often the body of a loop runs: what XLA says, else the bound of `i < bound`; None: it depends on data."""
+    """How often the body of a loop runs: what XLA says, else by `i < bound; i += step`; None: it depends on data."""
     if known := _KNOWN.search(loop.attributes):
         return int(known.group(1))
-    condition = re.search(r"\bcondition=%?([^ ,)]+)", loop.attributes)
-    if condition is None or condition.group(1) not in computations:
+    condition, body = (computations.get(_option(loop, rf"\b{part}=%?([^ ,)]+)", "")) for part in ("condition", "body"))
+    if condition is None or body is None:
         return None
-    inside = computations[condition.group(1)]
-    bounds = [one for one in inside.instructions.values() if one.opcode == "constant" and one.arrays[0].dims == ()]
-    compared, counter = inside.root, 0
+    bounds = [one for one in condition.instructions.values() if one.opcode == "constant" and one.arrays[0].dims == ()]
+    compared = condition.root
     if compared.opcode == "fusion":
         compared = computations[_called(compared)[0]].root
-    indices = [re.search(r"index=(\d+)", inside.instructions[name].attributes) for name in inside.root.operands[:1]]
-    counter = int(indices[0].group(1)) if indices and indices[0] else 0
     if compared.opcode != "compare" or "direction=LT" not in compared.attributes or len(bounds) != 1:
         return None
+    counter = int(_option(condition.instructions[condition.root.operands[0]], r"index=(\d+)", "0"))
     start = _constant(around, loop.operands[0], counter)
-    return None if start is None else max(int(bounds[0].literal) - start, 0)
+    step = _step(computations, body, _unwrapped(body, body.root.operands[counter]), counter)
+    return None if start is None or not step else max(-(-(int(bounds[0].literal) - start) // step), 0)
+
+
+def _step(computations: Mapping[str, Computation], body: Computation, one: Instruction, counter: int) -> int | None:
+    """What one turn adds to element `counter` of what a loop carries, as far as instruction `one` of its body."""
+    if one.opcode == "get-tuple-element" and f"index={counter}" in one.attributes.split(", "):
+        return 0
+    inside = computations[_called(one)[0]] if one.opcode == "fusion" else body
+    added = inside.root if one.opcode == "fusion" else one
+    if added.opcode != "add":
+        return None
+    terms = [_unwrapped(inside, name) for name in added.operands]
+    if one.opcode == "fusion":
+        outer = [_unwrapped(body, name) for name in one.operands]
+        terms = [outer[int(term.literal)] if term.opcode == "parameter" else term for term in terms]
+    for before, more in (terms, terms[::-1]):
+        step = _step(computations, body, before, counter)
+        if step is not None and more.opcode == "constant":
+            return step + int(more.literal)
+    return None
 
 
 def _constant(around: Computation, name: str, index: int) -> int | None:
     """The integer that element `index` of a tuple has, None if it is none."""
-    one = around.instructions.get(name)
-    if one is not None and one.opcode == "tuple":
-        one = around.instructions.get(one.operands[index])
-    while one is not None and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-        one = around.instructions.get(one.operands[0])
-    return int(one.literal) if one is not None and re.fullmatch(r"-?\d+", one.literal) else None
+    one = around.instructions[name]
+    one = _unwrapped(around, one.operands[index] if one.opcode == "tuple" else name)
+    return int(one.literal) if re.fullmatch(r"-?\d+", one.literal) else None
+
+
+def _unwrapped(computation: Computation, name: str) -> Instruction:
+    """An instruction, or what it is a copy of."""
+    one = computation.instructions[name]
+    wrappers = ("copy", "bitcast", "convert", "copy-done", "copy-start")
+    return _unwrapped(computation, one.operands[0]) if one.opcode in wrappers else one
 
 
 def _operand(computation: Computation, one: Instruction, index: int) -> Instruction | None:

@@ -1,7 +1,7 @@
 """The memory of one device while it trains, counted from shapes and the layout alone: no compiler is asked.
 
 The state is exact. What a step needs besides is what XLA's schedule keeps at its worst moment: gradients, what the
-backward pass waits for, one block at work, gathered parameters, one block of logits.
+backward pass waits for, gathered parameters, one block at work or a block of logits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxlm import config
 from jaxlm.mesh import Axes, Layout
 from jaxlm.models.activations import activations
 from jaxlm.models.decoder import Decoder, abstract_params
-from jaxlm.numerics import Policy
+from jaxlm.numerics import Policy, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Memory:
     activations: int
     """What the forward pass leaves for the backward pass."""
     working: int
-    """One block at work, gathered parameters, logits."""
+    """One block at work or a block of logits, and gathered parameters."""
 
     @property
     def state(self) -> int:
@@ -61,7 +61,10 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     narrow = policy.compute.itemsize / policy.params.itemsize
     copies = int(parameters * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
     used = activations(cfg, layout)
-    gathered = _gathered(layout, leaves, model.repeats) * policy.compute.itemsize
+    layer, table = _gathered(layout, leaves, model.repeats)
+    # of a layer: itself, the next one on its way, its gradient; of the table: itself, its gradient summed and cast
+    narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
+    gathered = layer * 3 * narrow_width + table * (2 * narrow_width + wide_width)
     return Memory(
         parameters=parameters,
         optimizer=moments,
@@ -87,18 +90,15 @@ def _held(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes) -> int:
     return math.prod(shape) // math.prod(layout.parts(axis) for axis in axes)
 
 
-def _gathered(layout: Layout, leaves: list[tuple[str, tuple[int, ...], Axes]], repeats: int) -> int:
-    """Elements that a device computes with and does not hold, and their gradients before they are scattered again.
-
-    These are the parameters of one layer, or the largest table.
-    """
+def _gathered(layout: Layout, leaves: list[tuple[str, tuple[int, ...], Axes]], repeats: int) -> tuple[int, int]:
+    """Elements of one layer, and of the largest table, that a device computes with and does not hold."""
     layer = table = 0
     for name, shape, axes in leaves:
         along = {one for axis in axes for one in layout.along(axis)} & {"data", "fsdp", "context"}
         split = math.prod(layout.mesh.shape[one] for one in along)
-        size = 2 * split * _held(layout, name, shape, axes) if split > 1 else 0
+        size = split * _held(layout, name, shape, axes) if split > 1 else 0
         if name.startswith("layers."):
             layer += size // repeats
         else:
             table = max(table, size)
-    return max(layer, table)
+    return layer, table

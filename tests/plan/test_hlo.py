@@ -56,6 +56,17 @@ def test_a_trip_count_is_read_from_the_condition_where_xla_does_not_tell():
     assert parse(silent).flops().total == parse(text).flops().total == 5 * 2 * 4 * 16 * 16
 
 
+def test_a_loop_may_go_by_steps():
+    """As the TPU compiler unrolls loops that multiply and send in turn: `i += 2`, and what is left of the last step."""
+    text = compiled(
+        lambda x: jax.lax.while_loop(lambda c: c[0] < 7, lambda c: (c[0] + 2, c[1] @ c[1]), (0, x))[1],
+        jnp.zeros((8, 8)),
+    )
+    silent = re.sub(r'"known_(trip_count|init_step)":\{[^}]*\},?', "", text)
+    assert silent != text
+    assert parse(silent).flops().total == parse(text).flops().total == 4 * 2 * 8**3
+
+
 def test_a_loop_that_depends_on_data_is_named():
     program = parse(compiled(lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x), jnp.zeros((8, 8)), 3))
     assert program.flops().total == 2 * 8**3 and len(program.unknown_loops) == 1

@@ -9,8 +9,8 @@ from jaxlm import config
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.recipes.pretrain import loss_fn
-from jaxlm.train.program import state_shardings
 from jaxlm.train.optim import make_optimizer
+from jaxlm.train.program import state_shardings
 from jaxlm.train.step import init_state, make_step
 
 B, T, V = 8, 8, 32
