@@ -18,7 +18,7 @@ from parity_tests import pairs, test_generation, test_logits_gradients, test_opt
 from parity_tests.options import OPTIONS
 from parity_tests.test_logits_gradients import split
 
-PARTS, EXAMPLES = 6, 2  # twelve in all, in six tests so that workers share them
+QUICK, PARTS, EXAMPLES = (2, 4, 5), 6, 2  # twelve in all, in six tests so that workers share them; `make soak` runs all
 TRAIN = config.Train(batch_size=2, steps=10, warmup_steps=0, learning_rate=1e-2, z_loss=1e-3)
 
 
@@ -117,7 +117,7 @@ def check(cfg: config.Model) -> None:
     test_optimiser.check_same(test_optimiser.run_torch(pair, **options), test_optimiser.run_jax(pair, **options))
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [n if n in QUICK else pytest.param(n, marks=pytest.mark.soak) for n in range(PARTS)])
 def test_models_drawn_at_random(part: int) -> None:
     calm = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

@@ -69,7 +69,7 @@ def report_of(sides: tuple[Side, Side], inputs: Inputs, dtypes: tuple[str, ...] 
     return Report("test", "small", inputs.text, tuple(findings), seconds)
 
 
-MODELS = [(0, DTYPES[:2]), (2, DTYPES[::2])]
+MODELS = [(0, DTYPES[:2]), pytest.param(2, DTYPES[::2], marks=pytest.mark.soak)]
 MORE_MODELS = [pytest.param(seed, DTYPES, marks=pytest.mark.soak) for seed in range(20)]
 
 

@@ -155,6 +155,7 @@ def test_a_write_that_fails_stops_with_one_line(runs, tmp_path, monkeypatch):
     assert_survives(runs, tmp_path, line)
 
 
+@pytest.mark.soak
 def test_a_full_disk_stops_with_one_line(runs, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

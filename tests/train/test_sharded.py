@@ -101,7 +101,7 @@ def three_steps(layout, model, microbatches, batches):
         pytest.param("hybrid with experts", "zero1", "scan", 1, marks=pytest.mark.soak),
         ("mamba", "data.fsdp.tensor", "scan", 1),
         ("mamba2", "data.fsdp.tensor", "unroll", 1),
-        ("jamba", "data.fsdp.tensor", "scan", 1),
+        pytest.param("jamba", "data.fsdp.tensor", "scan", 1, marks=pytest.mark.soak),
         ("hybrid with experts", "data.expert.tensor", "scan", 1),
     ],
 )
@@ -157,7 +157,7 @@ def test_windows_and_sinks_on_eight_devices(batches):
     [
         ("data.expert", {"selection_bias": True, "balance_loss": 0.1, "importance_loss": 0.1, "z_loss": 1e-2}),
         ("data.expert.tensor", {"exchange": "gather", "router": "sigmoid", "n_shared": 1, "capacity_factor": 1.1}),
-        ("data.fsdp.tensor", {"impl": "ragged"}),
+        pytest.param("data.fsdp.tensor", {"impl": "ragged"}, marks=pytest.mark.soak),
         ("whole experts", {"impl": "ragged", "balance_loss": 0.1, "capacity_factor": 1.1}),
         pytest.param("expert", {"top_k": 1, "balance_loss": 0.1}, marks=pytest.mark.soak),
         pytest.param("fsdp.expert.tensor", {"exchange": "all_to_all", "top_k": 3}, marks=pytest.mark.soak),
