@@ -367,7 +367,7 @@ def _guarded(command: Callable[[], Any]) -> int:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except BrokenPipeError:
         return 141
     except SystemExit as exit_:

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any
 
 from jaxlm import config
-from jaxlm.errors import UserError
+from jaxlm.errors import MissingPeersError, UserError
 
 MARGIN = 60
 """Seconds that JAX may wait longer than we do: its own way to end is an abort with a C++ stack."""
@@ -54,7 +54,8 @@ def initialize(options: config.Distributed) -> Place | None:
     """Meet the other processes of the run; call it before the first use of a device. None: there are no others.
 
     Raises:
-        UserError: who this process is was said in part only, or the coordinator cannot be right or be reached.
+        UserError: who this process is was said in part only, or the coordinator cannot be right.
+        MissingPeersError: the coordinator or another process was not there in time.
     """
     place = find_place(options, os.environ)
     if place is None or place.processes == 1:
@@ -67,7 +68,7 @@ def initialize(options: config.Distributed) -> Place | None:
     deadline = time.monotonic() + options.init_timeout
     if place.process_id:
         _reach(place, options.init_timeout)
-    with _bounded(deadline, f"error: {_nobody_came(place, options.init_timeout)}"):
+    with _bounded(deadline, _nobody_came(place, options.init_timeout)):
         jax.distributed.initialize(
             place.coordinator,
             place.processes,
@@ -265,11 +266,11 @@ def _reach(place: Place, seconds: float) -> None:
     hint = "is process 0 running, is the address right as seen from here, is the port open?"
     if address := _loopback(place.coordinator):
         hint = f"{address} is this host itself: is process 0 running here?"
-    raise UserError(f"{who} was not reached in {seconds:g} s: {cause}", hint)
+    raise MissingPeersError(f"{who} was not reached in {seconds:g} s: {cause}", hint)
 
 
-def _nobody_came(place: Place, seconds: float) -> UserError:
-    return UserError(
+def _nobody_came(place: Place, seconds: float) -> MissingPeersError:
+    return MissingPeersError(
         f"process {place.process_id}: not all {place.processes} processes came to {place.coordinator} in {seconds:g} s",
         "are all of them running with the same coordinator and distributed.processes, each with its own process_id? "
         "See their logs; distributed.init_timeout is how long to wait",
@@ -277,14 +278,14 @@ def _nobody_came(place: Place, seconds: float) -> UserError:
 
 
 @contextlib.contextmanager
-def _bounded(deadline: float, line: str) -> Iterator[None]:
-    """Print `line` and end with exit code 2 if the work inside, which cannot be interrupted, outlasts `deadline`."""
+def _bounded(deadline: float, late: MissingPeersError) -> Iterator[None]:
+    """Print `late` and end with its exit code if the work inside, which cannot be interrupted, outlasts `deadline`."""
     done = threading.Event()
 
     def watch() -> None:
         if not done.wait(max(deadline - time.monotonic(), 0)):
-            print(line, file=sys.stderr, flush=True)
-            os._exit(2)
+            print(f"error: {late}", file=sys.stderr, flush=True)
+            os._exit(late.exit_code)
 
     threading.Thread(target=watch, daemon=True).start()
     try:

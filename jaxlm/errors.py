@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake. The command line prints it as one line and leaves with exit code 2."""
+"""What a user can mend. The command line prints it as one line and leaves with the exit code of the exception."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can mend: `message` names the file, key or tensor, `hint` says what to do."""
 
+    exit_code = 2
+    """Launchers do not start such a command again."""
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message if not hint else f"{message} ({hint})")
         self.message = message
         self.hint = hint
+
+
+class MissingPeersError(UserError):
+    """Other processes did not come in time. They may the next time."""
+
+    exit_code = 1
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:

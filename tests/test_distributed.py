@@ -94,7 +94,7 @@ def test_a_peer_that_never_comes_ends_the_wait_in_one_line(process_id, message, 
         timeout=30,
     )
     (line,) = [line for line in done.stderr.splitlines() if "WARNING" not in line]
-    assert done.returncode == 2
+    assert done.returncode == 1  # another try may find it
     assert re.match("error: " + message, line), line
 
 
