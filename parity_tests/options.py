@@ -5,6 +5,7 @@ An entry holds options of `config.Model` on top of `pairs.BASE`; `loss` are opti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from jaxlm import config
@@ -218,3 +219,22 @@ MIXTURES: Options = {
         "loss": {"z_loss": 1e-2, "label_smoothing": 0.1},
     },
 }
+
+
+def quick() -> set[str]:
+    """What `make test` tries; `make soak` tries all: mixtures, and options with a value that none before them has."""
+    seen = {pair for options in MIXTURES.values() for pair in _values(options)}
+    found = set(MIXTURES)
+    for name, options in OPTIONS.items():
+        if new := set(_values(options)) - seen:
+            seen |= new
+            found.add(name)
+    return found
+
+
+def _values(options: dict[str, Any], section: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{section}{name}.")
+        elif name != "n_layers":
+            yield section + name, str(value)

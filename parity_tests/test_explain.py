@@ -111,7 +111,15 @@ def check(found: list[Explanation], words: str) -> None:
 
 
 def of(names: tuple[str, ...], section: str = "", /, **wrong: Any) -> list[Any]:
-    return [pytest.param(name, section, wrong, id=f"{name}-{section}{[*wrong.items()]}") for name in names]
+    return [
+        pytest.param(name, section, wrong, id=f"{name}-{section}{[*wrong.items()]}", marks=marks_of(name, names))
+        for name in names
+    ]
+
+
+def marks_of(name: str, names: tuple[str, ...]) -> list[pytest.MarkDecorator]:
+    """`make test` plants a fault in the first and the last architecture that can have it, `make soak` in all."""
+    return [] if name in (names[0], names[-1]) else [pytest.mark.soak]
 
 
 CONFIGS = {
@@ -151,7 +159,11 @@ class Ignoring(TorchSide):
 
 @pytest.mark.parametrize(
     ("name", "section", "wrong", "words"),
-    [pytest.param(*case.values, words, id=case.id) for words, cases in CONFIGS.items() for case in cases],
+    [
+        pytest.param(*case.values, words, id=case.id, marks=case.marks)
+        for words, cases in CONFIGS.items()
+        for case in cases
+    ],
 )
 def test_a_wrong_option_is_named(name: str, section: str, wrong: dict[str, Any], words: str) -> None:
     cfg = model(name)
@@ -267,7 +279,12 @@ WEIGHTS: dict[str, tuple[tuple[str, ...], str, Callable[[Arrays, config.Model], 
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"), [(name, fault) for fault, (names, _, _) in WEIGHTS.items() for name in names]
+    ("name", "fault"),
+    [
+        pytest.param(name, fault, marks=marks_of(name, names))
+        for fault, (names, _, _) in WEIGHTS.items()
+        for name in names
+    ],
 )
 def test_a_change_of_the_weights_is_named(name: str, fault: str) -> None:
     _, words, change = WEIGHTS[fault]
@@ -406,7 +423,14 @@ PATCHES: dict[str, tuple[tuple[str, ...], Any, str, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "fault"), [(name, fault) for fault, (names, *_) in PATCHES.items() for name in names])
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        pytest.param(name, fault, marks=marks_of(name, names))
+        for fault, (names, *_) in PATCHES.items()
+        for name in names
+    ],
+)
 def test_a_change_of_the_computation_is_named(name: str, fault: str) -> None:
     _, owner, function, wrong, words = PATCHES[fault]
 

@@ -19,7 +19,7 @@ import torch
 from jaxlm import config
 from jaxlm.models import decoder as jax_decoder
 from parity_tests import pairs
-from parity_tests.options import MIXTURES, OPTIONS
+from parity_tests.options import MIXTURES, OPTIONS, quick
 from parity_tests.tolerances import COSINE64, COSINES, FLOAT64, FLOORS, RATIO
 from torch_ref.models import decoder as torch_decoder
 
@@ -51,7 +51,9 @@ def check_logits(ours: pairs.Result, theirs: pairs.Result) -> None:
     FLOAT64.check(pairs.error(ours.logits, theirs.logits), "logits")
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, *MIXTURES])
+@pytest.mark.parametrize(
+    "name", [name if name in quick() else pytest.param(name, marks=pytest.mark.soak) for name in OPTIONS | MIXTURES]
+)
 def test_float64(name: str, rng: np.random.Generator) -> None:
     cfg, loss = split((OPTIONS | MIXTURES)[name])
     pair, batch = pairs.pair(cfg, pairs.random_params(cfg, rng)), pairs.packed_batch(cfg, rng)

@@ -259,7 +259,7 @@ def tokenizer_bin(path: Path, vocab_size: int) -> bytes:
 
 def write(
     stage: Path,
-    parameters: Mapping[str, np.ndarray],
+    parameters: Mapping[str, Any],
     cfg: config.Model,
     kept: bytes | None,
     told: Callable[[int], object] = lambda size: None,

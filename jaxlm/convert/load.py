@@ -44,7 +44,7 @@ class Opened:
 
     path: Path
     config: config.Config
-    parameters: Mapping[str, np.ndarray]
+    parameters: Mapping[str, Any]  # arrays; a check of types would read one
     kind: str
     """`run`, `torch`, or the name of a family."""
     tokenizer: Path | None = None

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def hollow(leaves: Sequence[Leaf]) -> Arrays:
     return [np.broadcast_to(np.float32(0), leaf.shape) for leaf in leaves]
 
 
-def plan(parameters: Mapping[str, np.ndarray], cfg: config.Model, rows: Sequence[Row]) -> Iterator[Planned]:
+def plan(parameters: Mapping[str, Any], cfg: config.Model, rows: Sequence[Row]) -> Iterator[Planned]:
     """Every tensor of a layout; `parameters` by canonical names.
 
     What else than a mapping of arrays a `Parameters` or a `Tree` can do saves reading for the sake of it.

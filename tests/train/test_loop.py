@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -42,11 +43,13 @@ def test_a_non_finite_update_is_skipped_and_said(runs, tmp_path, poison, capsys)
 
 @pytest.mark.parametrize("every", [1, 4, 100])
 def test_too_many_in_a_row_stop_the_run_with_the_last_good_state(runs, tmp_path, poison, leaves, every):
-    options = (*OPTIONS, "train.schedule=constant", "checkpoint.every=0")
-    runs.train(tmp_path / "good", *options, "train.steps=4")
+    options = (*OPTIONS, "train.schedule=constant")
+    runs.train(tmp_path / "good", *options, "checkpoint.every=4", "checkpoint.keep=9")
+    for other in ("5", "8", "10", "12"):
+        shutil.rmtree(tmp_path / "good" / "checkpoints" / other)
     poison(range(5, 100))
     with pytest.raises(UserError, match=r"3 updates in a row were not finite, up to step 7 \(the last good"):
-        runs.train(tmp_path / "bad", *options, "train.max_skips=3", f"log.every={every}")
+        runs.train(tmp_path / "bad", *options, "train.max_skips=3", f"log.every={every}", "checkpoint.every=0")
     bad, good = leaves(tmp_path / "bad"), leaves(tmp_path / "good")
     names = [name for name in good if name.startswith("params")]
     assert names and all(np.array_equal(bad[name], good[name]) and np.isfinite(bad[name]).all() for name in names)

@@ -40,7 +40,7 @@ def test_from_mesh_to_mesh(runs, spread, tmp_path, rows, leaves, monkeypatch):
 
     monkeypatch.setattr(JaxEngine, "step", step)
     steps.append(0)
-    runs.train(tmp_path / "whole", *spread, *mesh(data=2, expert=2, context=2))
+    runs.train(tmp_path / "whole", *spread, *mesh(fsdp=8))
     expected = list(read)
     read.clear()
     meshes = {2: mesh(fsdp=8), 5: mesh(data=2, tensor=4)}
