@@ -174,6 +174,7 @@ def plot(rows: list[dict[str, Any]], moved: list[dict[str, Any]], path: Path) ->
         left.plot(counts, [row["of_one_device"] for row in points], marker="o", label=label)
     left.set(xscale="log", xlabel="devices", ylabel="machine's tokens/s, of one device's", ylim=(0, None))
     left.set_xticks(DEVICES, [str(n) for n in DEVICES])
+    left.minorticks_off()
     left.axhline(1, color="grey", ls="--", lw=1)
     left.legend(frameon=False, fontsize=8)
     names = [
