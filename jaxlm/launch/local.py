@@ -29,9 +29,9 @@ USERS_MISTAKE, RESUMABLE = 2, 75
 """Exit codes of `jaxlm train`: no use to start it again; told to stop, and saved."""
 LAST_SAVE, LAST_WORDS = 300.0, 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-# Kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects.
+# Kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects, which writes half lines too.
 _NOISE = re.compile(
-    r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$| is connected to \d+ peer ranks"""
+    r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$|Rank \d+ is connected to|\d peer ranks\. Expected"""
     r"""|^(Thread|Current thread) 0x|^  File "[^"]*", line \d+ in """
 )
 
