@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,16 +110,14 @@ def check(found: list[Explanation], words: str) -> None:
 # Faults in the config
 
 
-def of(names: tuple[str, ...], section: str = "", /, **wrong: Any) -> list[Any]:
-    return [
-        pytest.param(name, section, wrong, id=f"{name}-{section}{[*wrong.items()]}", marks=marks_of(name, names))
-        for name in names
-    ]
+def of(names: tuple[str, ...], section: str = "", /, **wrong: Any) -> tuple[tuple[str, ...], str, dict[str, Any]]:
+    return names, section, wrong
 
 
-def marks_of(name: str, names: tuple[str, ...]) -> list[pytest.MarkDecorator]:
+def planted(each: Iterable[tuple[tuple[str, ...], tuple[Any, ...]]]) -> list[Any]:
     """`make test` plants a fault in the first and the last architecture that can have it, `make soak` in all."""
-    return [] if name in (names[0], names[-1]) else [pytest.mark.soak]
+    soak = lambda name, names: [] if name in (names[0], names[-1]) else [pytest.mark.soak]  # noqa: E731
+    return [pytest.param(name, *fault, marks=soak(name, names)) for names, fault in each for name in names]
 
 
 CONFIGS = {
@@ -159,11 +157,7 @@ class Ignoring(TorchSide):
 
 @pytest.mark.parametrize(
     ("name", "section", "wrong", "words"),
-    [
-        pytest.param(*case.values, words, id=case.id, marks=case.marks)
-        for words, cases in CONFIGS.items()
-        for case in cases
-    ],
+    planted(((names, (*wrong, words)) for words, (names, *wrong) in CONFIGS.items())),
 )
 def test_a_wrong_option_is_named(name: str, section: str, wrong: dict[str, Any], words: str) -> None:
     cfg = model(name)
@@ -278,14 +272,7 @@ WEIGHTS: dict[str, tuple[tuple[str, ...], str, Callable[[Arrays, config.Model], 
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [
-        pytest.param(name, fault, marks=marks_of(name, names))
-        for fault, (names, _, _) in WEIGHTS.items()
-        for name in names
-    ],
-)
+@pytest.mark.parametrize(("name", "fault"), planted((names, (fault,)) for fault, (names, _, _) in WEIGHTS.items()))
 def test_a_change_of_the_weights_is_named(name: str, fault: str) -> None:
     _, words, change = WEIGHTS[fault]
     check(explained(name, wrong=change(tensors(name), model(name))), words)
@@ -423,14 +410,7 @@ PATCHES: dict[str, tuple[tuple[str, ...], Any, str, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [
-        pytest.param(name, fault, marks=marks_of(name, names))
-        for fault, (names, *_) in PATCHES.items()
-        for name in names
-    ],
-)
+@pytest.mark.parametrize(("name", "fault"), planted((names, (fault,)) for fault, (names, *_) in PATCHES.items()))
 def test_a_change_of_the_computation_is_named(name: str, fault: str) -> None:
     _, owner, function, wrong, words = PATCHES[fault]
 
