@@ -29,11 +29,13 @@ USERS_MISTAKE, RESUMABLE = 2, 75
 """Exit codes of `jaxlm train`: no use to start it again; told to stop, and saved."""
 LAST_SAVE, LAST_WORDS = 300.0, 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-# Kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects, which writes half lines too.
-_NOISE = re.compile(
-    r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$|Rank \d+ is connected to|\d peer ranks\. Expected"""
+NOISE = re.compile(
+    r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$"""
     r"""|^(Thread|Current thread) 0x|^  File "[^"]*", line \d+ in """
+    r"""|^(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d)+$"""
 )
+"""Lines kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects, whose threads write pieces
+of lines between each other's, so that a line may be a digit."""
 
 
 def launch(
@@ -113,7 +115,7 @@ class _Process:
                 self._log.write(line)
                 self._log.flush()
                 text = line.decode(errors="replace").rstrip("\n")
-                if not _NOISE.search(text):
+                if not NOISE.search(text):
                     self.last.append(text)
                     sys.stdout.write(f"[{self.index}] {text}\n")
                     sys.stdout.flush()

@@ -45,6 +45,17 @@ def test_all_processes_get_one_free_address(script, capfd):
     assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
 
 
+def test_half_lines_of_gloo_stay_in_the_log(script, capfd):
+    """Seen: two threads that connect at once, between whose pieces the other's may fall."""
+    whole = "[Gloo] Rank 1 is connected to 2 peer ranks. Expected number of connected peer ranks is : 2"
+    halves = ["[Gloo] Rank [Gloo] Rank 10 is connected to ", "2", " is connected to 2 peer ranks. ", "2 peer ranks. 2"]
+    told = ["step 1/3", "2 peer ranks are behind", "[Gloo] Rank 1 lost"]
+    logs = script(f'if me == 0: print("""{chr(10).join([whole, *halves, *told])}""")')
+    assert launch(WORDS, processes=2, logs=logs) == 0
+    assert capfd.readouterr().out.splitlines() == [f"[0] {line}" for line in told]
+    assert (logs / "process-0.log").read_text().splitlines() == [whole, *halves, *told]
+
+
 @pytest.mark.parametrize(("end", "code", "how"), [("sys.exit(3)", 3, "ended with exit code 3"), ("", 137, "SIGKILL")])
 def test_the_first_failure_is_told_and_the_others_are_stopped(script, capfd, end, code, how):
     end = end or "os.kill(os.getpid(), signal.SIGKILL)"
