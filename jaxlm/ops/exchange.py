@@ -27,6 +27,8 @@ SLACK = 1.25
 """Rows of the first round, over the mean."""
 FURTHER = 0.25
 """Rows of each further round, over the mean."""
+FURTHER_ROUNDS = "further_rounds"
+"""Scope of the loop over them in a compiled program: it does not turn while the experts are balanced."""
 
 Axis = str | tuple[str, ...]
 Compute = Callable[[Array, Array, Array, Any], Array]
@@ -136,7 +138,8 @@ def _further(send: _Send, where: Where, start: Any, body: Callable[[Callable, An
     def run(i: Array, state: Any) -> Any:
         return body(functools.partial(_round, send, send.first + i * send.further, send.further, where), state)
 
-    return jax.lax.fori_loop(0, where[-1], run, start)
+    with jax.named_scope(FURTHER_ROUNDS):
+        return jax.lax.fori_loop(0, where[-1], run, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -115,9 +115,11 @@ class Program(NamedTuple):
 
     computations: Mapping[str, Computation]
     runs: Mapping[str, int]
-    """How often each computation runs in one call; a loop whose trip count depends on data counts as one."""
+    """How often each computation runs in one call; a loop whose trip count depends on data counts as one turn."""
     unknown_loops: tuple[str, ...]
-    """Loops whose trip count depends on data."""
+    """Loops whose trip count depends on data, but those that are idle."""
+    grouped_rows: int
+    """Rows of a grouped product that belong to a group; 0: all."""
 
     def walk(self) -> Iterator[tuple[int, Computation, Instruction]]:
         """Every instruction that runs, and how often."""
@@ -131,7 +133,7 @@ class Program(NamedTuple):
         """Matrix products, convolutions, and what custom kernels say that they cost."""
         total = recomputed = 0
         for times, computation, one in self.walk():
-            count, again = _flops(computation, one)
+            count, again = self._flops(computation, one)
             total += times * count
             recomputed += times * (count if "rematted_computation" in one.op_name else again)
         return Flops(total, recomputed)
@@ -152,19 +154,36 @@ class Program(NamedTuple):
         """How often, bytes moved and FLOP of all that runs outside fusions, collectives left out."""
         fused = {name for _, _, one in self.walk() if one.opcode == "fusion" for name in _called(one)}
         within = {
-            name: sum(_flops(self.computations[name], one)[0] for one in self.computations[name].instructions.values())
-            for name in fused
+            name: sum(self._flops(self.computations[name], one).total for one in inside.instructions.values())
+            for name, inside in self.computations.items()
+            if name in fused
         }
         for times, computation, one in self.walk():
             if computation.name in fused or one.opcode in _MOVERS or one.opcode.startswith(_TALKERS):
                 continue
             inside = _called(one) if one.opcode == "fusion" else []
-            count = sum(within[name] for name in inside) if inside else _flops(computation, one)[0]
+            count = sum(within[name] for name in inside) if inside else self._flops(computation, one).total
             yield times, _moved(self, computation, one), count
 
+    def _flops(self, computation: Computation, one: Instruction) -> Count:
+        if one.opcode != "custom-call":
+            counts = {"dot": _dot, "ragged-dot": _ragged_dot, "convolution": _convolution}
+            return Count(counts[one.opcode](computation, one) if one.opcode in counts else 0, 0)
+        operands = (_operand(computation, one, index) for index in range(len(one.operands)))
+        numbers = [o.arrays[0] for o in operands if o is not None and o.arrays]
+        shapes = [array.dims for array in numbers if array.dtype.startswith(("f", "bf"))]
+        known = kernels.count(one.name, shapes, one.arrays[-1].dims, self.grouped_rows) if one.arrays else None
+        told = re.search(r'"flops":"?(\d+)', one.attributes)
+        return known or Count(int(told.group(1)) if told else 0, 0)
 
-def parse(text: str) -> Program:
-    """Read the text of a compiled module (`compiled.as_text()`)."""
+
+def parse(text: str, *, idle: str = "", grouped_rows: int = 0) -> Program:
+    """Read the text of a compiled module (`compiled.as_text()`).
+
+    Args:
+        idle: the name scope of loops that depend on data and do not turn as a rule.
+        grouped_rows: rows of a grouped product that belong to a group, as a rule; 0: all.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in _joined(text):
@@ -180,11 +199,13 @@ def parse(text: str) -> Program:
             times = runs.get(name, 0)
             if one.opcode == "while":
                 trips = _trips(computations, computations[name], one)
-                unknown += [] if trips is not None else [one.name]
-                times *= 1 if trips is None else trips
+                if trips is None:
+                    trips = 0 if idle and idle in one.op_name.split("/") else 1
+                    unknown += [one.name] * trips
+                times *= trips
             for called in _called(one) if times else ():
                 runs[called] = runs.get(called, 0) + times
-    return Program(computations, runs, tuple(unknown))
+    return Program(computations, runs, tuple(unknown), grouped_rows)
 
 
 def _joined(text: str) -> Iterator[str]:
@@ -292,19 +313,6 @@ def _unwrapped(computation: Computation, name: str) -> Instruction:
 
 def _operand(computation: Computation, one: Instruction, index: int) -> Instruction | None:
     return computation.instructions.get(one.operands[index]) if index < len(one.operands) else None
-
-
-def _flops(computation: Computation, one: Instruction) -> Count:
-    if one.opcode == "custom-call":
-        told = re.search(r'"flops":"?(\d+)', one.attributes)
-        if told or not one.arrays:
-            return Count(int(told.group(1)) if told else 0, 0)
-        operands = (_operand(computation, one, index) for index in range(len(one.operands)))
-        numbers = [o.arrays[0] for o in operands if o is not None and o.arrays]
-        shapes = [array.dims for array in numbers if array.dtype.startswith(("f", "bf"))]
-        return kernels.count(one.name, shapes, one.arrays[-1].dims)
-    counts = {"dot": _dot, "ragged-dot": _ragged_dot, "convolution": _convolution}
-    return Count(counts[one.opcode](computation, one) if one.opcode in counts else 0, 0)
 
 
 def _dot(computation: Computation, one: Instruction) -> int:

@@ -122,6 +122,8 @@ def test_the_tpu_compiler_says_what_is_recorded(topology, name, overrides, size)
     options = ["numerics.compute=bfloat16", "model.remat=full", *overrides.split()]
     plan = make(config_file.load(name, options), parse(topology), name=name)
     assert plan.bytes / 2**30 == pytest.approx(size, rel=0.01)
+    assert plan.measured is not None
+    assert 0.979 < (plan.measured.flops - plan.measured.recomputed_flops) / plan.model_flops < 1.02
 
 
 FITS = {  # the machine that a named config is planned for, and how: counted here, compiled by `make soak`
@@ -157,15 +159,20 @@ def test_every_named_config_compiles_for_its_machine(path):
     assert plan.of_chip and plan.fits, plan.verdict
 
 
+EXPERTS = "model.pattern=['attention+moe'] model.moe.n_experts=8 model.moe.d_ff=512 model.n_layers=2"
+
+
 @tpu
-def test_the_compiler_of_the_chip_is_asked():
-    """For four v6e chips: our count of memory within a tenth, of FLOP within 2 %, parameters gathered along fsdp."""
-    options = ["mesh.data=1", "mesh.fsdp=4", "train.batch_size=64", "model.remat=full", "numerics.compute=bfloat16"]
+@pytest.mark.parametrize(("axis", "overrides"), [("fsdp", "train.batch_size=64"), ("expert", EXPERTS)])
+def test_the_compiler_of_the_chip_is_asked(axis, overrides):
+    """For four v6e chips: our count of memory within a tenth, of FLOP within 2 %, collectives along the axis alone."""
+    options = ["mesh.data=1", f"mesh.{axis}=4", "model.remat=full", "numerics.compute=bfloat16", *overrides.split()]
     plan = make(config_file.load("dense-15.5m", options), parse("v6e:2x2"), tokens=1e9)
     assert plan.of_chip and plan.measured is not None and plan.measured.compiler == "tpu" and plan.fits
     assert 0.9 < plan.estimate.bytes / plan.measured.bytes < 1.1
     assert 0.98 < (plan.measured.flops - plan.measured.recomputed_flops) / plan.model_flops < 1.02
-    assert plan.measured.traffic and {one.axes for one in plan.measured.traffic} == {("fsdp",)}
+    assert plan.measured.unknown_loops == 0
+    assert plan.measured.traffic and {one.axes for one in plan.measured.traffic} == {(axis,)}
     assert plan.times is not None and plan.times.best < plan.times.worst and plan.cost(1.0) is not None
 
 
