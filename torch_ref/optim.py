@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jaxlm import config
 from jaxlm.train.schedule import learning_rate
@@ -15,17 +17,25 @@ DECAYED = (Linear, Embed, Head, ExpertLinear, Router, CausalConv, StepSize)
 
 
 def make_optimizer(decoder: nn.Module, train: config.Train) -> torch.optim.AdamW:
-    """AdamW with two groups, one of which decays, and moments of zero. The step sets the learning rate."""
-    decays = decay_mask(decoder)
+    """AdamW for all parameters of a decoder, as `decay_mask` says. The step sets the learning rate."""
     parameters = dict(decoder.named_parameters())
+    return adamw([(parameters[name], decays) for name, decays in decay_mask(decoder).items()], train)
+
+
+def adamw(parameters: Iterable[tuple[nn.Parameter | Tensor, bool]], train: config.Train) -> torch.optim.AdamW:
+    """AdamW in one pass over memory, with moments of zero, for parameters that decay and others that do not."""
+    parameters = list(parameters)
     groups = [
-        {"params": [parameters[name] for name, decay in decays.items() if decay], "weight_decay": train.weight_decay},
-        {"params": [parameters[name] for name, decay in decays.items() if not decay], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter, decays in parameters if decays == group],
+            "weight_decay": train.weight_decay if group else 0.0,
+        }
+        for group in (True, False)
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(train.beta1, train.beta2), eps=train.eps)
-    for parameter in parameters.values():
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(train.beta1, train.beta2), eps=train.eps, fused=True)
+    for parameter, _ in parameters:
         optimizer.state[parameter] = {
-            "step": torch.tensor(0.0, dtype=torch.float32),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -34,6 +34,7 @@ from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.lifted import Lifted
 from jaxlm.parity.tolerances import FLOAT64
 from jaxlm.parity.trace import ARRIVES, LOGITS, RETURNS, STEPS, Arrays, Events, Trace, moved, settings_of
+from torch_ref.optim import adamw
 from torch_ref.step import Batch, Sums, TrainState, make_step
 
 Parameters = dict[str, Tensor]
@@ -208,20 +209,7 @@ class HuggingFaceSide:
         train, batch, levels = self._settings.train, _tensors(inputs.step_rows), {}
         state, decayed = TrainState(), names.decayed()
         now = {name: parameter.detach().clone().requires_grad_() for name, parameter in parameters.items()}
-        groups = [
-            {
-                "params": [parameter for name, parameter in now.items() if (name in decayed) == decays],
-                "weight_decay": train.weight_decay if decays else 0.0,
-            }
-            for decays in (True, False)
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(train.beta1, train.beta2), eps=train.eps)
-        for parameter in now.values():  # as of `torch_ref.optim.make_optimizer`
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0, dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        optimizer = adamw([(parameter, name in decayed) for name, parameter in now.items()], train)
         step = make_step(self._loss(model, now), optimizer, train, seed=0)
         with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
             for number in range(1, max(STEPS) + 1):

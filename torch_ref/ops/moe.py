@@ -9,6 +9,7 @@ Shapes: T tokens, D width, F width of one expert, E experts, K experts of one to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
@@ -47,9 +48,7 @@ def moe(
         impl: `naive`, or anything else for the loop over gathered tokens.
     """
     y_TD = x_TD.new_zeros(x_TD.shape, dtype=weights_TK.dtype)
-    for e in range(parameters.up.shape[0]):
-        single: dict[str, Any] = {name: None if p is None else p[e] for name, p in parameters._asdict().items()}
-        one = Experts(**single)
+    for e, one in enumerate(_single(parameters)):
         chosen_TK = experts_TK == e
         weights_T = weights_TK.masked_fill(~chosen_TK, 0).sum(dim=-1)
         if impl == "naive":
@@ -59,6 +58,13 @@ def moe(
             hidden = _activate(activation, *_hidden(x_TD[rows], one))
             y_TD = y_TD.index_add(0, rows, _down(hidden, weights_T[rows], one))
     return y_TD.to(x_TD.dtype)
+
+
+def _single(parameters: Experts) -> Iterator[Experts]:
+    """The weights of each expert; taken by `unbind`, whose gradient is stacked once, not added to zeros E times."""
+    unbound: dict[str, Any] = {name: p.unbind() for name, p in parameters._asdict().items() if p is not None}
+    for number in range(len(parameters.up)):
+        yield Experts(**{"gate": None, **{name: each[number] for name, each in unbound.items()}})
 
 
 def _activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
