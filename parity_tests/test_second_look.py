@@ -1,4 +1,7 @@
-"""An alarm about a gradient below float64 is confirmed on other rows: luck passes, what rounds too often does not."""
+"""Alarms below float64 about gradients, and with experts about outputs, are confirmed on other rows.
+
+Luck passes, what rounds too often does not.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ NAME = "layers.0.mixer.D"
 
 
 class Noisy(JaxSide):
-    """A side whose gradient of four elements has an error of this size; nothing else is asked of it."""
+    """A side whose gradient of four elements, or output, has an error of this size; nothing else is asked of it."""
 
     def __init__(self, size: float, salt: int) -> None:
         self.name, self.size, self.salt, self.asked = "noisy", size, salt, 0
@@ -29,6 +32,8 @@ class Noisy(JaxSide):
         noise = np.random.default_rng([seed, self.salt]).standard_normal(4)
         return {NAME: exact if dtype == "float64" else exact + self.size * noise}
 
+    forward = gradients
+
 
 @pytest.fixture
 def inputs() -> Inputs:
@@ -39,17 +44,19 @@ def alarm(level: str = "gradients", error: float = 9e-5) -> Finding:
     return Finding("float32", level, NAME, error, 4e-5, errors=(2e-5, error))
 
 
+@pytest.mark.parametrize("level", ["gradients", "forward"])
 @pytest.mark.parametrize("salt", range(5))
-def test_bad_luck_passes(inputs: Inputs, salt: int) -> None:
-    (found,) = look_again("float32", [alarm()], inputs, (Noisy(3e-5, salt), Noisy(3e-5, 100 + salt)))
-    assert found.ok and found.errors is not None
+def test_bad_luck_passes(inputs: Inputs, salt: int, level: str) -> None:
+    (found,) = look_again("float32", [alarm(level)], inputs, (Noisy(3e-5, salt), Noisy(3e-5, 100 + salt)), [level])
+    assert found.level == level and found.ok and found.errors is not None
     assert found.bound == 2 * min(found.errors)
     assert found.note in ("medians of 8 other draws", "medians of 16 other draws")
 
 
+@pytest.mark.parametrize("level", ["gradients", "forward"])
 @pytest.mark.parametrize("salt", range(5))
-def test_what_is_four_times_as_wrong_does_not(inputs: Inputs, salt: int) -> None:
-    (found,) = look_again("float32", [alarm()], inputs, (Noisy(1.2e-4, salt), Noisy(3e-5, 100 + salt)))
+def test_what_is_four_times_as_wrong_does_not(inputs: Inputs, salt: int, level: str) -> None:
+    (found,) = look_again("float32", [alarm(level)], inputs, (Noisy(1.2e-4, salt), Noisy(3e-5, 100 + salt)), [level])
     assert not found.ok and "16 other draws" in found.note
 
 

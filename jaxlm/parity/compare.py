@@ -166,47 +166,69 @@ def compare_by_ratio(
             yield _by_ratio(dtype, level, name, values, floor, one_sided, scale, angle)
 
 
-def look_again(dtype: str, found: Sequence[Finding], inputs: Inputs, sides: tuple[Side, Side]) -> Iterator[Finding]:
-    """`found`, with every alarm about a gradient judged anew, by its median errors on `LOOKS` other draws of rows.
+def look_again(
+    dtype: str,
+    found: Sequence[Finding],
+    inputs: Inputs,
+    sides: tuple[Side, Side],
+    levels: Sequence[str] = ("gradients",),
+) -> Iterator[Finding]:
+    """`found`, with every alarm about one of `levels` judged anew, by its median errors on `LOOKS` other draws of rows.
 
-    The error of a few elements, or of many that share a cause, is a matter of luck, and so is the ratio of two. What
+    The error of a few elements, or of many that share a cause, is a matter of luck, and so is the ratio of two: of
+    gradients, and where there are experts of outputs too, as one token near a tie is given to others by rounding. What
     rounds too often is as wrong on other rows.
     """
     one_sided = not all(side.mirrors for side in sides)
-    suspects = [one.name for one in found if one.level == "gradients" and not one.ok and math.isfinite(one.error)]
+    suspects = [
+        (one.level, one.name) for one in found if one.level in levels and not one.ok and math.isfinite(one.error)
+    ]
     if not suspects:
         yield from found
         return
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in suspects}
+    seen: dict[tuple[str, str], list[tuple[float, float]]] = {suspect: [] for suspect in suspects}
+    alarmed = [level for level in levels if level in {level for level, _ in suspects}]
 
     def judged(errors: tuple[float, float]) -> tuple[float, float]:
         low, high = low_and_high(errors, one_sided)
         return high, RATIO.allowed * max(low, FLOORS[dtype].allowed)
 
-    for exact, *both in _draws(dtype, inputs, sides):
-        for name in suspects:
-            mine, other = (relative(gradients[name], exact[name]) for gradients in both)
-            seen[name].append((mine, other))
+    for draw in _draws(dtype, inputs, sides, alarmed):
+        for level, name in suspects:
+            exact, mine, other = (arrays[name] for arrays in draw[level])
+            seen[level, name].append((relative(mine, exact), relative(other, exact)))
         drawn = [errors for draws in seen.values() for errors in draws]
         if len(drawn) == SURE * len(suspects) and all(high <= bound for high, bound in map(judged, drawn)):
             break
     for one in found:
-        if one.level == "gradients" and one.name in seen:
-            mine, other = np.median(seen[one.name], axis=0).tolist()
-            note = f"medians of {len(seen[one.name])} other draws"
+        if (one.level, one.name) in seen:
+            draws = seen[one.level, one.name]
+            mine, other = np.median(draws, axis=0).tolist()
             high, bound = judged((mine, other))
+            note = f"medians of {len(draws)} other draws"
             yield dataclasses.replace(one, error=high, bound=bound, errors=(mine, other), note=note)
         else:
             yield one
 
 
-def _draws(dtype: str, inputs: Inputs, sides: tuple[Side, Side]) -> Iterator[list[Arrays]]:
-    """The gradients of other rows: jaxlm's in float64, then those of both sides, computed at the same time."""
+def _draws(
+    dtype: str, inputs: Inputs, sides: tuple[Side, Side], levels: Sequence[str]
+) -> Iterator[dict[str, list[Arrays]]]:
+    """Each level of other rows: jaxlm's in float64, then those of both sides, computed at the same time."""
     wanted = [(sides[0], "float64"), *((side, dtype) for side in sides)]
+
+    def compute(level: str, side: Side, width: str, rows: Mapping[str, np.ndarray]) -> Arrays:
+        if level == "gradients":
+            return side.gradients(width, rows)
+        return {name: real_tokens(output, rows) for name, output in side.forward(width, rows).items()}
+
     with ThreadPoolExecutor(len(wanted)) as pool:
         for number in range(1, LOOKS + 1):
             rows = inputs.other_rows(number)
-            yield [*pool.map(lambda one, rows=rows: one[0].gradients(one[1], rows), wanted)]
+            yield {
+                level: [*pool.map(lambda one, level=level, rows=rows: compute(level, one[0], one[1], rows), wanted)]
+                for level in levels
+            }
 
 
 def compare_tokens(

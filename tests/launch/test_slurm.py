@@ -174,7 +174,7 @@ SMALLER = ("tokenizer.kind=bytes", "model.n_layers=2", "eval.every=0", "eval.bat
 @pytest.mark.parametrize("stopped_by", ["scancel", "time limit", "kill -9"])
 def test_a_job_of_two_tasks_is_requeued_and_resumes(cluster: Cluster, tmp_path: Path, stopped_by: str) -> None:
     many = "train.steps=100_000" if stopped_by == "time limit" else "train.steps=400"
-    asked = {"time": "00:02:00", "save_before": 60} if stopped_by == "time limit" else {}
+    asked = {"time": "00:03:00", "save_before": 60} if stopped_by == "time limit" else {}
     job, log = submit(cluster, tmp_path, *SHORT, *SMALLER, many, "sample.prompts=[]", **asked)
     metrics = tmp_path / "runs/quickstart/metrics.jsonl"
     cluster.until("the first steps", lambda: metrics.exists() and len(steps(tmp_path)) > 5)
