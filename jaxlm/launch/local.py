@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,13 +29,23 @@ USERS_MISTAKE, RESUMABLE = 2, 75
 """Exit codes of `jaxlm train`: no use to start it again; told to stop, and saved."""
 LAST_SAVE, LAST_WORDS = 300.0, 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-NOISE = re.compile(
-    r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$"""
-    r"""|^(Thread|Current thread) 0x|^  File "[^"]*", line \d+ in """
-    r"""|^(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d)+$"""
+_NOISE = re.compile(
+    r"""^\s+@ |^\*\*\* Check failure stack trace|^\s*$|^(Thread|Current thread) 0x|^  File "[^"]*", line \d+ in """
 )
-"""Lines kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects, whose threads write pieces
-of lines between each other's, so that a line may be a digit."""
+_PIECE = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : "
+_GLOO = re.compile(rf"^\d*({_PIECE})({_PIECE}|\d)*$")
+
+
+def told(lines: Iterable[str]) -> Iterator[str]:
+    """Without what is kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects.
+
+    Its threads write pieces of lines between each other's, so that behind such a line may stand one of digits.
+    """
+    connecting = False
+    for line in lines:
+        connecting = bool(_GLOO.search(line)) or (connecting and line.isdigit())
+        if not connecting and not _NOISE.search(line):
+            yield line
 
 
 def launch(
@@ -111,14 +121,16 @@ class _Process:
     def _listen(self) -> None:
         output: IO[bytes] = self.popen.stdout  # pyright: ignore[reportAssignmentType]
         with self._log, output:
-            for line in output:
-                self._log.write(line)
-                self._log.flush()
-                text = line.decode(errors="replace").rstrip("\n")
-                if not NOISE.search(text):
-                    self.last.append(text)
-                    sys.stdout.write(f"[{self.index}] {text}\n")
-                    sys.stdout.flush()
+            for text in told(self._logged(output)):
+                self.last.append(text)
+                sys.stdout.write(f"[{self.index}] {text}\n")
+                sys.stdout.flush()
+
+    def _logged(self, output: IO[bytes]) -> Iterator[str]:
+        for line in output:
+            self._log.write(line)
+            self._log.flush()
+            yield line.decode(errors="replace").rstrip("\n")
 
     def signal(self, number: int) -> None:
         """Signal the process and what it has started, if it still runs."""
