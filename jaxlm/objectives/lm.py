@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.numerics import wide
+from jaxlm.objectives.blocks import block_count, join, split
 
 
 class LMLoss(NamedTuple):
@@ -51,17 +52,11 @@ def lm_loss(
     Args:
         block: tokens whose logits exist at one time.
     """
-    b, t, _ = hidden_BTD.shape
     width = wide(hidden_BTD.dtype)
     bias_V = jnp.zeros(kernel_DV.shape[1], width) if bias_V is None else bias_V
-    blocks = _divisor(t, -(-b * t // block))
+    blocks = block_count(targets_BT.shape, block)
     sums: Any = _blockwise(hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT, z_loss, label_smoothing, blocks)
     return LMLoss(*sums)
-
-
-def _divisor(t: int, least: int) -> int:
-    """The smallest number of equal blocks that is at least `least` (at most one token a row in each)."""
-    return next(n for n in range(min(least, t), t + 1) if t % n == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -71,7 +66,7 @@ def _blockwise(hidden, kernel, bias, targets, weights, z_loss, label_smoothing, 
         return jax.tree.map(jnp.add, sums, terms), None
 
     zero = jnp.zeros((), wide(hidden.dtype))
-    sums, _ = jax.lax.scan(body, (zero,) * 4, _split((hidden, targets, weights), blocks))
+    sums, _ = jax.lax.scan(body, (zero,) * 4, split((hidden, targets, weights), blocks))
     return sums
 
 
@@ -94,9 +89,8 @@ def _forward(hidden, kernel, bias, targets, weights, z_loss, label_smoothing, bl
 
     zero = jnp.zeros((), width)
     start = ((zero,) * 4, jnp.zeros(kernel.shape, width), jnp.zeros(bias.shape, width))
-    (sums, dkernel, dbias), dhidden = jax.lax.scan(body, start, _split((hidden, targets, weights), blocks))
-    dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden.shape)
-    return sums, (dhidden, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype))
+    (sums, dkernel, dbias), dhidden = jax.lax.scan(body, start, split((hidden, targets, weights), blocks))
+    return sums, (join(dhidden), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype))
 
 
 def _backward(z_loss, label_smoothing, blocks, residuals, cotangents):
@@ -123,8 +117,3 @@ def _block_terms(kernel_DV, bias_V, z_loss, label_smoothing, hidden_BCD, targets
     correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
     terms = [jnp.sum(term * weights_BC) for term in (loss_BC, nll_BC, correct_BC)]
     return (logits_BCV, partition_BC1), (*terms, jnp.sum(weights_BC))
-
-
-def _split(arrays, blocks: int):
-    """Cut [B, T, ...] into `blocks` equal pieces along T, stacked in front."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0), arrays)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torch_ref.numerics import wide, wide_matmul
+from torch_ref.objectives.blocks import block_count, join, split
 
 
 class LMLoss(NamedTuple):
@@ -50,19 +51,13 @@ def lm_loss(
     Args:
         block: tokens whose logits exist at one time.
     """
-    b, t, _ = hidden_BTD.shape
     width = wide(hidden_BTD.dtype)
     bias_V = hidden_BTD.new_zeros(kernel_DV.shape[1], dtype=width) if bias_V is None else bias_V
-    blocks = _divisor(t, -(-b * t // block))
+    blocks = block_count(targets_BT.shape, block)
     inputs = (hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT, z_loss, label_smoothing, blocks)
     if torch.is_grad_enabled():
         return LMLoss(*_Blockwise.apply(*inputs))
     return LMLoss(*_forward(*inputs, gradients=False)[0])
-
-
-def _divisor(t: int, least: int) -> int:
-    """The smallest number of equal blocks that is at least `least` (at most one token a row in each)."""
-    return next(n for n in range(min(least, t), t + 1) if t % n == 0)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -96,9 +91,7 @@ def _forward(
     width = wide(hidden.dtype)
     sums = [hidden.new_zeros((), dtype=width)] * 4
     dkernel, dbias, dhidden = torch.zeros_like(kernel, dtype=width), torch.zeros_like(bias, dtype=width), []
-    for hidden_BCD, targets_BC, weights_BC in zip(
-        *(x.chunk(blocks, dim=1) for x in (hidden, targets.long(), weights.to(width))), strict=True
-    ):
+    for hidden_BCD, targets_BC, weights_BC in split((hidden, targets.long(), weights.to(width)), blocks):
         (logits, partition), terms = _block_terms(
             kernel, bias, z_loss, label_smoothing, hidden_BCD, targets_BC, weights_BC
         )
@@ -115,7 +108,7 @@ def _forward(
         dkernel = dkernel + wide_matmul(hidden_BCD.flatten(0, 1).T, dlogits.flatten(0, 1))
     if not gradients:
         return tuple(sums), ()
-    return tuple(sums), (torch.cat(dhidden, dim=1), dkernel.to(kernel.dtype), dbias.to(bias.dtype))
+    return tuple(sums), (join(dhidden), dkernel.to(kernel.dtype), dbias.to(bias.dtype))
 
 
 def _block_terms(

@@ -1,0 +1,163 @@
+"""Losses that teach a student what a teacher thinks of every token, computed block by block.
+
+    p, q = distributions of student and teacher at temperature tau        w = weight of a token
+    loss = a * nll + (1 - a) * tau^2 * D        a is the weight of the hard term: the target itself, at temperature 1
+
+As in `lm_loss`, the gradient of a block is known as soon as its logits are: the forward pass keeps it. No [B, T, V] of
+either model exists. Everything is shifted once, in the data.
+
+Shapes: B batch, T length, D width of the student, E of the teacher, V vocabulary, C tokens of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.numerics import wide
+from jaxlm.objectives.blocks import block_count, join, split
+from jaxlm.objectives.teacher import LikeliestTokens, Teacher, divergence, outcomes, wide_logits
+
+Options = tuple[float, float, float, int]
+"""beta, hard_weight, temperature, number of blocks."""
+
+
+class DistillLoss(NamedTuple):
+    """Sums over the weighted tokens; divide by `weight` for means. Nats."""
+
+    loss: Float[Array, ""]
+    """What is minimised."""
+    nll: Float[Array, ""]
+    """Negative log-likelihood of the targets."""
+    divergence: Float[Array, ""]
+    """D, before tau^2."""
+    weight: Float[Array, ""]
+
+
+def distill_loss(
+    hidden_BTD: Float[Array, "b t d"],
+    kernel_DV: Float[Array, "d v"],
+    bias_V: Float[Array, " v"] | None,
+    teacher: Teacher | LikeliestTokens,
+    targets_BT: Int[Array, "b t"],
+    weights_BT: Float[Array, "b t"],
+    *,
+    beta: float = 0.0,
+    hard_weight: float = 0.5,
+    temperature: float = 1.0,
+    block: int = 1024,
+) -> DistillLoss:
+    """Weighted sums of `a * nll + (1 - a) * tau^2 * D`; differentiable in `loss`, by the student only.
+
+    D is the generalised Jensen-Shannon divergence (Agarwal et al. 2024, eq. 1) with `m = b q + (1 - b) p`:
+    `b KL(q || m) + (1 - b) KL(p || m)`; 0 stands for the forward KL(q || p) (Hinton et al. 2015) and 1 for the
+    reverse KL(p || q), as in TRL. Of likeliest tokens, D is that of K + 1 outcomes: never above the full one, and equal
+    to it where K = V.
+
+    Args:
+        beta: b.
+        hard_weight: a.
+        temperature: tau, which divides the logits of both.
+        block: tokens whose logits exist at one time.
+    """
+    width = wide(hidden_BTD.dtype)
+    bias_V = jnp.zeros(kernel_DV.shape[1], width) if bias_V is None else bias_V
+    options = (beta, hard_weight, temperature, block_count(targets_BT.shape, block))
+    weights_BT = weights_BT.astype(width)
+    sums: Any = _blockwise(hidden_BTD, kernel_DV, bias_V, teacher, targets_BT, weights_BT, options)
+    return DistillLoss(*sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _blockwise(
+    hidden_BTD: Array,
+    kernel_DV: Array,
+    bias_V: Array,
+    teacher: Teacher | LikeliestTokens,
+    targets_BT: Array,
+    weights_BT: Array,
+    options: Options,
+) -> tuple[Array, ...]:
+    """The four sums, without a gradient."""
+    moving, output = _parts(teacher)
+
+    def body(sums, piece):
+        hidden_BCD, targets_BC, weights_BC, *taught = piece
+        student = (hidden_BCD, kernel_DV, bias_V)
+        return jax.tree.map(jnp.add, sums, _block_sums(student, output, options, taught, targets_BC, weights_BC)), None
+
+    zeros = (jnp.zeros((), weights_BT.dtype),) * 4
+    return jax.lax.scan(body, zeros, split((hidden_BTD, targets_BT, weights_BT, *moving), options[-1]))[0]
+
+
+def _forward(hidden_BTD, kernel_DV, bias_V, teacher, targets_BT, weights_BT, options):
+    """The four sums, and the gradients of the first with respect to hidden, kernel and bias."""
+    moving, output = _parts(teacher)
+
+    def body(carry, piece):
+        hidden_BCD, targets_BC, weights_BC, *taught = piece
+
+        def loss(*student: Array) -> tuple[Array, tuple[Array, ...]]:
+            sums = _block_sums(student, output, options, taught, targets_BC, weights_BC)
+            return sums[0], sums
+
+        (_, sums), slopes = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden_BCD, kernel_DV, bias_V)
+        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry, (sums, *slopes[1:])), slopes[0]
+
+    width = weights_BT.dtype
+    start = ((jnp.zeros((), width),) * 4, jnp.zeros(kernel_DV.shape, width), jnp.zeros(bias_V.shape, width))
+    pieces = split((hidden_BTD, targets_BT, weights_BT, *moving), options[-1])
+    (sums, dkernel_DV, dbias_V), dhidden = jax.lax.scan(body, start, pieces)
+    return sums, (join(dhidden), dkernel_DV.astype(kernel_DV.dtype), dbias_V.astype(bias_V.dtype))
+
+
+def _backward(options, kept, cotangents):
+    return *jax.tree.map(lambda slope: slope * cotangents[0].astype(slope.dtype), kept), None, None, None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _parts(teacher: Teacher | LikeliestTokens) -> tuple[tuple[Array, ...], Any]:
+    """What is cut into blocks along T, and what every block needs."""
+    return (teacher[:1], teacher[1:]) if isinstance(teacher, Teacher) else (tuple(teacher), None)
+
+
+def _block_sums(
+    student: tuple[Array, ...],
+    output: Any,
+    options: Options,
+    teacher: list[Array],
+    targets_BC: Array,
+    weights_BC: Array,
+) -> tuple[Array, ...]:
+    """Loss, nll, divergence and weight of a block."""
+    beta, hard_weight, temperature, _ = options
+    logits_BCV = wide_logits(*student)
+    logp_BCV = jax.nn.log_softmax(logits_BCV / temperature)
+    if output is None:
+        logp_BCV, teacher_logps = outcomes(logp_BCV, *teacher)
+    else:
+        teacher_logps = jax.nn.log_softmax(wide_logits(*teacher, *output) / temperature)
+    divergence_BC = divergence(logp_BCV, jax.lax.stop_gradient(teacher_logps), beta)
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
+    loss_BC = hard_weight * nll_BC + (1 - hard_weight) * temperature**2 * divergence_BC
+    return *(jnp.sum(x * weights_BC) for x in (loss_BC, nll_BC, divergence_BC)), jnp.sum(weights_BC)
+
+
+def hidden_loss(
+    student_BTD: Float[Array, "b t d"],
+    teacher_BTE: Float[Array, "b t e"],
+    projection_DE: Float[Array, "d e"],
+    weights_BT: Float[Array, "b t"],
+) -> Float[Array, ""]:
+    """Weighted sum over tokens of the mean square distance after a learned projection (Jiao et al. 2020, eq. 8)."""
+    width = wide(student_BTD.dtype)
+    projected_BTE = jnp.einsum("btd,de->bte", student_BTD, projection_DE, preferred_element_type=width)
+    distance_BTE = projected_BTE - jax.lax.stop_gradient(teacher_BTE).astype(width)
+    return jnp.sum(jnp.mean(distance_BTE**2, axis=-1) * weights_BT)
