@@ -71,7 +71,8 @@ def kto_loss(
     ratio_BP = jnp.where(labels_BP != 0, ratio_BP, 0)
     good_BP, bad_BP = labels_BP > 0, labels_BP < 0
     weight_BP = jnp.where(good_BP, desirable_weight, undesirable_weight).astype(ratio_BP.dtype)
-    loss_BP = weight_BP * (1 - jax.nn.sigmoid(labels_BP * beta * (ratio_BP - jax.lax.stop_gradient(divergence))))
+    sign_BP = labels_BP.astype(ratio_BP.dtype)
+    loss_BP = weight_BP * (1 - jax.nn.sigmoid(sign_BP * beta * (ratio_BP - jax.lax.stop_gradient(divergence))))
     rewards = (_masked_sum(beta * ratio_BP, side_BP) for side_BP in (good_BP, bad_BP))
     counts = (jnp.sum(side_BP, dtype=ratio_BP.dtype) for side_BP in (good_BP, labels_BP != 0))
     return KTOLoss(_masked_sum(loss_BP, labels_BP != 0), *rewards, *counts)

@@ -19,9 +19,9 @@ def block_count(shape: Sequence[int], block: int) -> int:
     return next(n for n in range(least, t + 1) if t % n == 0)
 
 
-def split(tensors: Sequence[Shaped[Tensor, "b t ..."]], blocks: int) -> list[tuple[Tensor, ...]]:
+def split(arrays: Sequence[Shaped[Tensor, "b t ..."]], blocks: int) -> list[tuple[Tensor, ...]]:
     """Cut each [B, T, ...] into `blocks` equal pieces along T: a tuple of all tensors for each piece."""
-    return list(zip(*(x.chunk(blocks, dim=1) for x in tensors), strict=True))
+    return list(zip(*(x.chunk(blocks, dim=1) for x in arrays), strict=True))
 
 
 def join(pieces: Sequence[Shaped[Tensor, "b c ..."]]) -> Shaped[Tensor, "b t ..."]:

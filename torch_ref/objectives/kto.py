@@ -71,7 +71,8 @@ def kto_loss(
     ratio_BP = torch.where(labels_BP != 0, ratio_BP, 0)
     good_BP, bad_BP = labels_BP > 0, labels_BP < 0
     weight_BP = torch.where(good_BP, ratio_BP.new_tensor(desirable_weight), undesirable_weight)
-    loss_BP = weight_BP * (1 - torch.sigmoid(labels_BP * beta * (ratio_BP - divergence.detach())))
+    sign_BP = labels_BP.to(ratio_BP.dtype)
+    loss_BP = weight_BP * (1 - torch.sigmoid(sign_BP * beta * (ratio_BP - divergence.detach())))
     rewards = (_masked_sum(beta * ratio_BP, side_BP) for side_BP in (good_BP, bad_BP))
     counts = (torch.sum(side_BP, dtype=ratio_BP.dtype) for side_BP in (good_BP, labels_BP != 0))
     return KTOLoss(_masked_sum(loss_BP, labels_BP != 0), *rewards, *counts)

@@ -101,7 +101,8 @@ def preference_loss(
     else:
         loss_BP = _margin_loss(scores[0] - scores[1], kind, beta, label_noise, gamma)
     loss_BP = loss_BP - sft_weight * chosen.mean
-    terms = (loss_BP, *scores, scores[0] > scores[1], chosen.logps, rejected.logps, chosen.count, rejected.count)
+    correct_BP = (scores[0] > scores[1]).to(loss_BP.dtype)
+    terms = (loss_BP, *scores, correct_BP, chosen.logps, rejected.logps, chosen.count, rejected.count)
     return PreferenceLoss(*(_masked_sum(term, present_BP) for term in (*terms, torch.ones_like(loss_BP))))
 
 
