@@ -1,0 +1,73 @@
+"""Ways to isolate, one small file each, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Interpreter(NamedTuple):
+    """A Python for boxes, and the folders that it needs."""
+
+    executable: str
+    roots: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One box to start."""
+
+    interpreter: Interpreter
+    language: str
+    disk_bytes: int
+    memory: int
+    job: int
+    """Descriptor that holds the job."""
+    info: int
+    """Descriptor for a backend that reports the number of the first process inside."""
+    folder: Path | None = None
+    """An empty folder of the machine, for a backend that brings no file system of its own."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a box, and what its worker must do to itself before anything else."""
+
+    command: tuple[str, ...]
+    work: str
+    """The folder to write in, by its name inside."""
+    box: str
+    """The folder that holds the package `inside`, by its name inside."""
+    readable: tuple[str, ...] = ()
+    filters: tuple[bytes, ...] = ()
+    landlock: Mapping[str, object] | None = None
+    supervise: bool = False
+    reports: bool = False
+    """The backend writes the number of the first process inside to `Request.info`."""
+    keep: tuple[int, ...] = ()
+    """More descriptors that the command needs; closed after the start."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to isolate."""
+
+    name: str
+    problem: Callable[[], str]
+    """Says why it cannot work here, or nothing."""
+    launch: Callable[[Request], Launch]
+    owns_files: bool = True
+    """Its boxes have a file system of their own, gone with them."""
+    languages: frozenset[str] = field(default_factory=lambda: frozenset({"python", "bash"}))
+
+
+INSIDE = Path(__file__).parents[1] / "inside"
+START = "import sys; sys.path.insert(0, {box!r}); from inside import worker; worker.main({job})"
+
+
+def python_command(interpreter: Interpreter, box: str, job: int) -> list[str]:
+    """The worker's command. `-I` would ignore PYTHONHASHSEED, so its parts stand here one by one."""
+    return [interpreter.executable, "-s", "-S", "-P", "-B", "-c", START.format(box=box, job=job)]

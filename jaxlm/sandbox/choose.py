@@ -1,0 +1,102 @@
+"""Choose the isolation of this machine by what it stops, not by what is installed.
+
+The quick battery runs once for a kernel, user, backend and interpreter, and its result is kept in
+`~/.cache/jaxlm/sandbox`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxlm.errors import UserError, did_you_mean
+from jaxlm.sandbox import escapes, interpreter
+from jaxlm.sandbox.backends import Backend, Interpreter, bare, bwrap, landlock
+
+BACKENDS = {backend.name: backend for backend in (bwrap.BACKEND, landlock.BACKEND, bare.BACKEND)}
+"""From the strongest to the weakest; `none` is never taken unless it is named."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """An isolation that holds here, with the Python for its boxes."""
+
+    backend: Backend
+    interpreter: Interpreter
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+
+def kept_results() -> Path:
+    """The folder of what was measured on this machine."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "jaxlm" / "sandbox"
+
+
+def _key(backend: Backend, python: Interpreter) -> str:
+    """Everything on which the result of the battery depends."""
+    parts = [platform.release(), platform.machine(), str(os.getuid()), backend.name, bwrap.program(), *python.roots]
+    parts += [python.executable, python.version]
+    folder = Path(__file__).parent
+    for path in sorted([*folder.glob("*.py"), *folder.glob("backends/*.py"), *folder.glob("inside/*.py")]):
+        parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def holds(backend: Backend, python: Interpreter) -> bool:
+    """Whether a backend stops the quick battery here. Tried at first use, then remembered."""
+    file = kept_results() / f"{_key(backend, python)}.json"
+    try:
+        return bool(json.loads(file.read_text())["holds"])
+    except (OSError, ValueError, KeyError):
+        held, tried = escapes.holds(backend, python)
+    record = {"backend": backend.name, "holds": held, "escaped": [one.escape.name for one in tried if one.succeeded]}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record) + "\n")
+    except OSError:
+        return held  # a machine without a writable home measures each time
+    return held
+
+
+def choose(name: str = "auto", python: str = "") -> Sandbox:
+    """Take the strongest isolation that holds here.
+
+    Args:
+        name: `auto`, or a backend by its name. `none` isolates nothing and must be named.
+        python: path of the Python for the boxes; by default the one behind this process.
+
+    Raises: UserError with the way out for this system, before anything is generated.
+    """
+    found = interpreter.find(python)
+    if name != "auto":
+        if name not in BACKENDS:
+            raise UserError(f"no sandbox {name!r}", did_you_mean(name, ["auto", *BACKENDS]))
+        backend = BACKENDS[name]
+        if reason := backend.problem():
+            raise UserError(f"the sandbox {name} does not work here: {reason}")
+        if name != "none" and not holds(backend, found):
+            raise UserError(f"the sandbox {name} does not hold here", "see the table of `jaxlm sandbox`")
+        return Sandbox(backend, found)
+    reasons = []
+    for backend in BACKENDS.values():
+        reason = "must be named" if backend.name == "none" else backend.problem()
+        if not reason and holds(backend, found):
+            return Sandbox(backend, found)
+        reasons.append(f"{backend.name}: {reason or 'does not hold, see `jaxlm sandbox`'}")
+    raise UserError(f"nothing isolates code here ({'; '.join(reasons[:-1])})", _way_out())
+
+
+def _way_out() -> str:
+    if sys.platform == "linux":
+        return (
+            "pip install 'jaxlm[sandbox]', allow user namespaces, or use a container; `--sandbox none` isolates nothing"
+        )
+    return "run in a Linux container or virtual machine; `--sandbox none` isolates nothing"

@@ -1,0 +1,177 @@
+"""Give up rights before any code of others runs: limits of the kernel, Landlock, capabilities, system calls.
+
+The C functions are called through `_ctypes` itself: importing `ctypes` would cost more than all the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 38, 22, 36
+SECCOMP_MODE_FILTER = 2
+CAPSET = {"x86_64": 126, "aarch64": 91}
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+PLACE_OF_PROCESS = (0x7FFFFFFE).to_bytes(4, "little")
+"""Stands in the filter for the number of this process, which nobody outside the box knows."""
+
+# Rights of linux/landlock.h.
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_CHAR, MAKE_DIR, MAKE_REG = (
+    1 << n for n in range(9)
+)
+MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV = (1 << n for n in range(9, 16))
+RIGHTS_BY_VERSION = {1: MAKE_SYM * 2 - 1, 2: REFER * 2 - 1, 3: TRUNCATE * 2 - 1, 5: IOCTL_DEV * 2 - 1}
+READ = READ_FILE | READ_DIR
+WORK = READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_FIFO | MAKE_SYM | REFER | TRUNCATE
+
+
+def limit(limits: dict) -> None:
+    """Set the limits of the kernel for this process and its children. A hard limit that is already lower stays."""
+    import resource
+
+    wanted = {
+        "RLIMIT_CPU": (limits["cpu"], limits["cpu"] + 1),
+        # Address space is reserved more than used: the stacks of threads, arenas. The judge watches what is used.
+        "RLIMIT_AS": (limits["memory"] * 2 + (256 << 20),) * 2,
+        "RLIMIT_FSIZE": (limits["file_bytes"],) * 2,
+        "RLIMIT_NOFILE": (limits["files"],) * 2,
+        "RLIMIT_NPROC": (limits["processes"] + limits["threads"] + 1,) * 2,
+        "RLIMIT_STACK": (8 << 20,) * 2,
+        "RLIMIT_CORE": (0, 0),
+        "RLIMIT_MEMLOCK": (0, 0),
+        "RLIMIT_MSGQUEUE": (0, 0),
+    }
+    for name, (soft, hard) in wanted.items():
+        number = getattr(resource, name, None)
+        if number is None or (sys.platform == "darwin" and name in {"RLIMIT_AS", "RLIMIT_STACK"}):
+            continue
+        ceiling = resource.getrlimit(number)[1]
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
+        resource.setrlimit(number, (soft, hard))
+
+
+def _call(name: str, *arguments: int | bytes) -> int:
+    """Call a function of libc that returns a C int.
+
+    Raises: OSError without the reason, which only ctypes would know.
+    """
+    import _ctypes
+
+    this_process: Any = None
+    result = _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(this_process, 0), name), arguments)
+    if result < 0:
+        raise OSError(f"{name}{tuple(a for a in arguments if isinstance(a, int))} was refused")
+    return result
+
+
+def _address(data: bytes) -> bytes:
+    """Find where the bytes of an object lie, as a pointer in memory.
+
+    CPython keeps them behind the head of the object.
+    """
+    return (id(data) + bytes.__basicsize__ - 1).to_bytes(8, "little")
+
+
+def _filter(program: bytes) -> None:
+    if program:
+        program = program.replace(PLACE_OF_PROCESS, os.getpid().to_bytes(4, "little"))
+        head = (len(program) // 8).to_bytes(8, "little") + _address(program)
+        _call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, head)
+
+
+def _landlock(readable: list, work: str, devices: list, programs: bool) -> None:
+    """Allow to read some folders and to write one; everything else on the machine's disks is closed (Landlock)."""
+    version = _call("syscall", LANDLOCK_CREATE, 0, 0, 1)
+    handled = RIGHTS_BY_VERSION[max(v for v in RIGHTS_BY_VERSION if v <= version)]
+    ruleset = handled.to_bytes(8, "little")
+    ruleset += (3 if version >= 4 else 0).to_bytes(8, "little")  # bind and connect
+    ruleset += (3 if version >= 6 else 0).to_bytes(8, "little")  # abstract sockets and signals
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    rules = _call("syscall", LANDLOCK_CREATE, ruleset, size, 0)
+    rights = [(path, READ | (EXECUTE if programs else 0)) for path in readable]
+    rights += [(path, READ_FILE | WRITE_FILE) for path in devices] + [(work, WORK)]
+    for path, allowed in rights:
+        if not os.path.exists(path):
+            continue
+        if not os.path.isdir(path):
+            allowed &= EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
+        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = (allowed & handled).to_bytes(8, "little") + folder.to_bytes(4, "little")
+        _call("syscall", LANDLOCK_ADD, rules, 1, rule, 0)
+        os.close(folder)
+    _call("syscall", LANDLOCK_RESTRICT, rules, 0)
+    os.close(rules)
+
+
+def _drop_capabilities() -> None:
+    header = (0x20080522).to_bytes(4, "little") + bytes(4)
+    _call("syscall", CAPSET[os.uname().machine], header, bytes(24))
+
+
+def _supervise(status: int) -> None:
+    """Fork. The parent stays outside the box, and kills whatever the box started when it ends or the judge dies."""
+    import select
+    import signal
+
+    _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    child = os.fork()
+    if child == 0:
+        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        return
+    kept = os.dup(status)
+    for number in range(3, 1024):
+        if number != kept:
+            try:
+                os.close(number)
+            except OSError:
+                continue
+    judge, code = select.poll(), 70
+    judge.register(kept, select.POLLHUP)
+    os.dup2(os.open("/dev/null", os.O_RDWR), 1)
+    os.dup2(1, 2)
+    ended = False
+    while not ended:
+        ended = bool(judge.poll(20))
+        while True:
+            process, state = os.waitpid(-1, os.WNOHANG)
+            if process == child:
+                code = os.waitstatus_to_exitcode(state)
+                ended = True
+            if process == 0 or ended:
+                break
+    _kill_children(signal.SIGKILL)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _kill_children(kill: int) -> None:
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            children = [int(word) for word in file.read().split()]
+        if not children:
+            return
+        for child in children:
+            os.kill(child, kill)
+        for _ in children:
+            os.waitpid(-1, 0)
+
+
+def confine(job: dict) -> None:
+    """Give up the rights that the job names. Afterwards nothing can be taken back. Raises: OSError."""
+    if job["supervise"]:
+        _supervise(job["status"])
+    limit(job["limits"])
+    rules = job["landlock"]
+    if rules is not None:
+        if not job["supervise"]:
+            _call("prctl", PR_SET_PDEATHSIG, 9, 0, 0, 0)
+        _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        os.chdir(rules["work"])
+        _landlock(rules["readable"], rules["work"], rules["devices"], rules["programs"])
+        _drop_capabilities()
+    for program in job["filters"]:
+        _filter(program)

@@ -1,0 +1,234 @@
+"""The role `tests`: run the tests of a problem against a program in another box, and decide the verdict.
+
+`candidate(...)` here sends its arguments over a pipe and returns what comes back. The verdict leaves by a socket that
+the program has never seen.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import worker
+from .wire import BadMessage, NotPlain, decode, encode
+
+TESTS_FILE = "<tests>"
+MAX_SHOWN = 300
+
+
+class Verdict(BaseException):
+    """The verdict is known. Not an Exception, so that tests which catch everything cannot hide it."""
+
+    def __init__(self, kind: str, **details: object) -> None:
+        super().__init__(kind)
+        self.record = {"kind": kind, **details}
+
+
+class AnswerError(Exception):
+    """The program raised something that is no builtin exception."""
+
+
+class Remote:
+    """An object of a class of the program, held by number: reading and setting attributes goes over the pipe."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        vars(self).update(_link=link, _number=number)
+
+    def __getattr__(self, name: str) -> object:
+        return vars(self)["_link"].ask("getattr", "", [self, name], {})
+
+    def __setattr__(self, name: str, value: object) -> None:
+        vars(self)["_link"].ask("setattr", "", [self, name, value], {})
+
+
+def shown(value: object) -> str:
+    """Show a value in at most 300 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError, MemoryError):
+        text = f"<{type(value).__name__} too large to show>"
+    if len(text) > MAX_SHOWN:
+        text = f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class Link:
+    """Calls to the program in the other box."""
+
+    def __init__(self, channel: worker.Channel) -> None:
+        self.channel = channel
+        self.calls = 0
+        self.verdict: Verdict | None = None
+        self.raised: BaseException | None = None
+        self.details: dict = {}
+        self.last_call, self.last_result = "", ""
+
+    def end(self, kind: str, **details: object) -> Verdict:
+        """Fix the verdict: whatever the tests do afterwards, it stays."""
+        self.verdict = self.verdict or Verdict(kind, call=self.last_call, **details)
+        return self.verdict
+
+    def reply(self) -> tuple:
+        """Wait for the program's next message."""
+        if self.verdict:
+            raise self.verdict
+        try:
+            message = self.channel.receive()
+            if message is None:
+                raise self.end("gone")
+            reply = decode(message, in_order=True, handles=lambda number: Remote(self, number))
+        except BadMessage as error:
+            raise self.end("not_plain", text=f"the program wrote into its channel: {error}") from None
+        if type(reply) is not tuple or not reply or type(reply[0]) is not str:
+            raise self.end("not_plain", text="the program wrote into its channel")
+        return reply
+
+    def ask(self, operation: str, name: str, arguments: list, named: dict) -> object:
+        """Call, or read or set an attribute. Returns plain data or a `Remote`. Raises: the program's exception."""
+        words = [*map(shown, arguments), *(f"{key}={shown(value)}" for key, value in named.items())]
+        self.last_call, self.last_result = f"{name}({', '.join(words)})"[: 2 * MAX_SHOWN], ""
+        try:
+            request = encode((operation, name, list(arguments), named), _number)
+        except NotPlain as error:
+            raise self.end(
+                "harness_error", text=f"the tests pass an argument that is not plain data: {error}"
+            ) from None
+        self.calls += 1
+        try:
+            self.channel.send(request)
+        except (BrokenPipeError, ConnectionError):
+            raise self.end("gone") from None
+        kind, *rest = self.reply()
+        if kind == "returned" and len(rest) in (1, 2):
+            self.details = {"tried": rest[1]} if len(rest) == 2 else {}
+            self.last_result = shown(rest[0])
+            return rest[0]
+        raise self.failure(kind, rest)
+
+    def failure(self, kind: str, rest: list) -> BaseException:
+        """Make what to raise from a reply that is no result."""
+        if kind == "raised" and len(rest) == 4 and type(rest[0]) is list and rest[0]:
+            return self.exception(*rest)
+        if kind in {"syntax", "not_plain"} and rest:
+            tried = rest[1] if kind == "not_plain" and len(rest) > 1 else []
+            line = rest[1] if kind == "syntax" and len(rest) > 1 else 0
+            return self.end(kind, text=str(rest[0])[:MAX_SHOWN], tried=tried, line=line)
+        if kind in {"no_function", "too_much_output", "too_much_time"}:
+            return self.end({"too_much_output": "output", "too_much_time": "cpu_time"}.get(kind, kind))
+        return self.end("not_plain", text="the program wrote into its channel")
+
+    def exception(self, names: list, text: object, line: object, tried: object) -> BaseException:
+        """Rebuild an exception: the nearest builtin type, the text, the line in the program."""
+        self.details = {"type": str(names[0]), "text": str(text)[:MAX_SHOWN], "line": line, "tried": tried}
+        builtin = vars(sys.modules["builtins"])
+        kinds = [builtin[name] for name in names if isinstance(name, str) and isinstance(builtin.get(name), type)]
+        kinds = [kind for kind in kinds if issubclass(kind, BaseException)]
+        if names[0] == "MemoryError":
+            return self.end("memory", **self.details)
+        if not kinds or not issubclass(kinds[0], Exception):  # sys.exit and the like end the tests at once
+            return self.end("exception", **self.details)
+        try:
+            self.raised = (kinds[0] if kinds[0] is not Exception else AnswerError)(text)
+        except TypeError:
+            self.raised = AnswerError(text)
+        return self.raised
+
+
+def _number(value: object) -> int | None:
+    return vars(value)["_number"] if type(value) is Remote else None
+
+
+def _failing_line(error: BaseException) -> int:
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == TESTS_FILE:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def assertion(source: str, line: int) -> dict:
+    """Describe the assertion at a line: its text and, for a comparison with a literal, the value wanted."""
+    import ast
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert) and node.lineno <= line <= (node.end_lineno or node.lineno):
+            wanted = ""
+            if isinstance(node.test, ast.Compare) and len(node.test.ops) == 1:
+                wanted = ast.unparse(node.test.comparators[0])[:MAX_SHOWN]
+            return {"assertion": ast.unparse(node)[: 2 * MAX_SHOWN], "wanted": wanted}
+    return {"assertion": "", "wanted": ""}
+
+
+def python(job: dict, link: Link) -> None:
+    """Run Python tests. What the prompt defines is there, except the function that the program defines."""
+    namespace = worker.module("tests")
+    worker.execute(job["prelude"], "<prompt>", namespace)
+
+    def proxy(name: str) -> object:
+        def candidate(*arguments: object, **named: object) -> object:
+            return link.ask("call", name, list(arguments), named)
+
+        return candidate
+
+    for name in job["names"]:
+        namespace[name] = proxy(name)
+    namespace["candidate"] = namespace[job["names"][0]]
+    worker.seed_random(job["tests"] + job["prelude"])
+    worker.execute(job["tests"], TESTS_FILE, namespace)
+
+
+def judge(job: dict, link: Link) -> dict:
+    """Run the tests and say how they ended."""
+    try:
+        kind, *rest = link.reply()
+        if kind != "loaded":
+            raise link.failure(kind, rest)
+        if job["language"] == "bash":
+            from . import bash_tests
+
+            bash_tests.run(job, link)
+        else:
+            python(job, link)
+    except Verdict as verdict:
+        return verdict.record
+    except BaseException as error:
+        return from_exception(job, link, error)
+    if link.verdict:
+        return link.verdict.record
+    if link.calls == 0:
+        return {"kind": "harness_error", "text": "the tests never called the program"}
+    return {"kind": "passed"}
+
+
+def from_exception(job: dict, link: Link, error: BaseException) -> dict:
+    """Turn an exception that ended the tests into a verdict."""
+    if link.verdict:
+        return link.verdict.record
+    if error is link.raised:
+        return {"kind": "exception", "call": link.last_call, **link.details}
+    line = _failing_line(error)
+    if type(error) is AssertionError and line:
+        details = assertion(job["tests"], line)
+        details |= {"call": link.last_call, "got": link.last_result, "tried": link.details.get("tried", [])}
+        return {"kind": "failed", **details, "text": str(error)[:MAX_SHOWN]}
+    if isinstance(error, MemoryError):
+        return {"kind": "memory", "call": link.last_call, "text": "in the tests"}
+    if link.calls == 0:
+        return {"kind": "harness_error", "text": f"the tests raised {type(error).__name__}: {shown(str(error))}"}
+    text = f"in the tests: {shown(str(error))}"
+    return {
+        "kind": "exception",
+        "call": link.last_call,
+        "type": type(error).__name__,
+        "text": text,
+        "line": 0,
+        "tried": [],
+    }
+
+
+def main(job: dict) -> None:
+    """Judge, and send the verdict over the status pipe."""
+    record = judge(job, Link(worker.Channel(job["replies"], job["requests"])))
+    worker.Channel(-1, job["status"]).send(encode(record))
+    os._exit(0)

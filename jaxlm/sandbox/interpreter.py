@@ -1,0 +1,47 @@
+"""Find the Python that runs inside boxes, and the folders that it needs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+from jaxlm.errors import UserError
+from jaxlm.sandbox.backends import Interpreter
+
+_ASK = """import os, sys
+print(os.path.realpath(sys.executable), sys.base_prefix, sys.base_exec_prefix, sys.version.split()[0], sep="\n")"""
+
+
+@functools.cache
+def find(path: str = "") -> Interpreter:
+    """Find an interpreter: the one of this process, or another by its path.
+
+    A virtual environment is followed to the Python behind it, so that a box needs no folder of a project.
+
+    Raises: UserError.
+    """
+    if path:
+        try:
+            asked = subprocess.run([path, "-s", "-S", "-P", "-c", _ASK], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"{path} does not run: {error}", "name a Python 3.11 or newer") from None
+        if asked.returncode:
+            raise UserError(f"{path} is no Python for boxes: {asked.stderr.strip()[-200:]}", "3.11 or newer is needed")
+        executable, *prefixes, version = asked.stdout.split("\n")[:4]
+    else:
+        executable = os.path.realpath(sys.executable)
+        prefixes, version = [sys.base_prefix, sys.base_exec_prefix], sys.version.split()[0]
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 11):
+        raise UserError(f"{executable} is Python {version}", "boxes need 3.11 or newer")
+    roots = {os.path.realpath(prefix) for prefix in prefixes}
+    if not executable.startswith("/usr/") and not any(executable.startswith(f"{root}/") for root in roots):
+        roots.add(os.path.dirname(executable))
+    roots = {"/nix/store" if root.startswith("/nix/store/") else root for root in roots}
+    for root in roots:
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise UserError(f"{root}, the folder of the interpreter, cannot be read", "use another Python for the box")
+    inner = {root for root in roots if any(root != other and root.startswith(f"{other}/") for other in roots)}
+    kept = sorted(root for root in roots - inner if root != "/usr" and not root.startswith("/usr/"))
+    return Interpreter(executable, tuple(kept), version)

@@ -1,0 +1,119 @@
+"""The battery of escapes: it holds here, and it would notice if it did not."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.sandbox import Sandbox, choose, escapes
+from jaxlm.sandbox.backends import bwrap, landlock
+from jaxlm.sandbox.choose import BACKENDS
+
+SIGNS = {
+    *("verdict", "says", "secret", "canary", "mode", "times", "moved", "emptied", "leftover", "twice", "finishes"),
+    *("survivor", "knock", "ends"),
+}
+
+
+def test_the_battery_is_data() -> None:
+    battery = escapes.battery()
+    assert len(battery) >= 60 and len(escapes.battery(quick=True)) >= 12
+    assert {escape.sign.split()[0] for escape in battery} == SIGNS
+    assert {escape.danger for escape in battery} == {"harmless", "limits"}
+    assert min(Counter(escape.name.split("/")[0] for escape in battery).values()) >= 8
+
+
+def test_the_quick_battery_holds(each_sandbox: Sandbox) -> None:
+    held, tried = escapes.holds(each_sandbox.backend, each_sandbox.interpreter)
+    assert held and len(tried) >= 12
+
+
+@pytest.mark.soak
+def test_the_whole_battery_holds(each_sandbox: Sandbox) -> None:
+    tried = list(escapes.attempt_all(escapes.battery(), each_sandbox.backend, each_sandbox.interpreter))
+    assert [result for result in tried if result.succeeded] == []
+
+
+def open_launch(*changes: str):
+    """A launch of bubblewrap with a hole: the machine's /tmp is there, or the filter is not."""
+
+    def launch(request):
+        made = bwrap.launch(request)
+        command = list(made.command)
+        if "tmp" in changes:
+            command[command.index("--proc") : command.index("--proc")] = ["--bind", "/tmp", "/tmp"]
+        if "programs" in changes:
+            made = dataclasses.replace(made, filters=())
+        if "processes" in changes:
+            command.remove("--unshare-pid")
+            command[command.index("--disable-userns") : command.index("--disable-userns") + 1] = []
+        return dataclasses.replace(made, command=tuple(command))
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("hole", "seen"),
+    [("tmp", {"file/secret.py", "file/write.py", "file/chmod.py"}), ("programs", {"process/fork.py"})],
+)
+def test_the_quick_battery_finds_a_planted_hole(hole: str, seen: set[str], sandbox: Sandbox) -> None:
+    if sandbox.name != "bwrap":
+        pytest.skip("the hole is planted into bubblewrap")
+    backend = dataclasses.replace(bwrap.BACKEND, launch=open_launch(hole))
+    held, tried = escapes.holds(backend, sandbox.interpreter)
+    assert not held and seen <= {result.escape.name for result in tried if result.succeeded}
+
+
+def test_landlock_without_its_rules_is_noticed(each_sandbox: Sandbox) -> None:
+    if each_sandbox.name != "landlock":
+        pytest.skip("the hole is planted into Landlock")
+
+    def launch(request):
+        made = landlock.launch(request)
+        return dataclasses.replace(made, landlock={**(made.landlock or {}), "readable": ["/"], "work": "/tmp"})
+
+    reads = next(escape for escape in escapes.battery() if escape.name == "file/secret.py")
+    backend = dataclasses.replace(landlock.BACKEND, launch=launch)
+    assert escapes.attempt(reads, backend, each_sandbox.interpreter).succeeded
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"no sandbox 'bwarp'.*did you mean 'bwrap'"):
+        choose("bwarp")
+    for name in ("bwrap", "landlock"):
+        backend = dataclasses.replace(BACKENDS[name], problem=lambda: "was refused")
+        monkeypatch.setitem(BACKENDS, name, backend)
+    with pytest.raises(UserError, match=r"nothing isolates code here \(bwrap: was refused.*--sandbox none"):
+        choose()
+    with pytest.raises(UserError, match="the sandbox bwrap does not work here: was refused"):
+        choose("bwrap")
+    assert choose("none").name == "none"
+
+
+def test_a_backend_that_does_not_hold_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys.modules["jaxlm.sandbox.choose"], "holds", lambda backend, python: backend.name == "landlock"
+    )
+    for name in ("bwrap", "landlock"):
+        monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], problem=lambda: ""))
+    assert choose().name == "landlock"
+    with pytest.raises(UserError, match="does not hold here"):
+        choose("bwrap")
+
+
+def test_the_interpreter(tmp_path) -> None:
+    from jaxlm.sandbox import interpreter
+
+    with pytest.raises(UserError, match="does not run"):
+        interpreter.find(str(tmp_path / "python"))
+    with pytest.raises(UserError, match="is no Python for boxes"):
+        interpreter.find("/usr/bin/false")
+
+
+def test_why_bubblewrap_was_refused() -> None:
+    assert "(" in bwrap.explain("bwrap: setting up uid map: Permission denied")
+    assert "no message" in bwrap.explain("")
