@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # A part of jaxlm imports itself and parts of lower rank.
 RANKS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["parts"], 1),
+    **dict.fromkeys(["parts", "sandbox"], 1),
     **dict.fromkeys(["architecture"], 2),
     **dict.fromkeys(["config", "registry"], 3),
     **dict.fromkeys(["config_file", "mesh", "numerics", "compilation", "flops", "distributed"], 4),

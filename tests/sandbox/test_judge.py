@@ -59,18 +59,17 @@ def test_details(sandbox: Sandbox) -> None:
         ("add = 3", "no_function"),
         ("class add: pass", "exception"),
         ("async def add(a, b): return 3", "not_plain"),
-        ("import os\ndef add(a, b):\n    os.closerange(3, 99)\n    return 3", "exception"),
+        ("import os\ndef add(a, b):\n    os.closerange(3, 999)\n    return 3", "crashed"),
         ("def add(a, b):\n    raise type('E', (Exception,), {'__str__': lambda s: 1/0})()", "exception"),
         (
-            "import threading\n[threading.Thread(target=lambda: sum(0 for n in iter(int, 1)), daemon=True).start() for _ in range(3)]\n"
-            "def add(a, b): return sum(0 for n in iter(int, 1))",
+            "import threading\ndef loop(*a): return sum(0 for n in iter(int, 1))\n"
+            "[threading.Thread(target=loop, daemon=True).start() for _ in range(3)]\nadd = loop",
             "cpu_time",
         ),
     ],
 )
 def test_odd_programs(program: str, kind: str, sandbox: Sandbox) -> None:
-    allowed = {kind, "crashed"} if "closerange" in program else {kind}
-    assert grade(program, ADD, SHORT, sandbox).kind in allowed | ({"syntax"} if "  " * 50 in program else set())
+    assert grade(program, ADD, SHORT, sandbox).kind == kind
 
 
 def test_exceptions_reach_the_tests(sandbox: Sandbox) -> None:
