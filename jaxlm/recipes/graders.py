@@ -1,0 +1,194 @@
+"""A pool of processes that judge samples. A grader that raises, hangs or dies costs its sample, never the run.
+
+    with GraderPool(rewards, limit_s=5.0) as pool:
+        grades = pool.grade(samples)            # one list of Grade for each sample, in the order of the rewards
+
+Samples go to a worker as lines of JSON, and its grades come back so. A worker that gives no answer in time is killed
+with all its children, and another takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxlm.errors import UserError
+from jaxlm.recipes.rewards import QUICK, Reward
+
+MOST_LOST = 0.2
+"""Of the grades of a step; if more are missing, the graders are broken."""
+MEMORY = 4 << 30
+"""Bytes of address space that a worker may have."""
+_WORKER = "from jaxlm.recipes.graders import serve; serve()"
+
+
+class Sample(NamedTuple):
+    """What a grader sees."""
+
+    prompt: str
+    completion: str
+    row: Mapping[str, Any]
+
+
+class Grade(NamedTuple):
+    """A number, or the reason why there is none."""
+
+    value: float | None
+    reason: str = ""
+
+
+class GraderPool:
+    """Workers that are started when they are first needed and end with the `with` block."""
+
+    def __init__(self, rewards: Sequence[Reward], *, workers: int = 2, limit_s: float = 10.0) -> None:
+        self.rewards, self.limit_s = list(rewards), limit_s
+        self.idle: list[_Worker] = []
+        self.workers = workers
+
+    def __enter__(self) -> GraderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.idle:
+            worker.kill()
+        self.idle = []
+
+    def grade(self, samples: Sequence[Sample]) -> list[list[Grade]]:
+        """Each sample by each reward.
+
+        Raises:
+            UserError: more than a fifth of the grades are missing; with the reason of one.
+        """
+        grades: list[list[Grade]] = [[Grade(None)] * len(self.rewards) for _ in samples]
+        jobs: deque[_Job] = deque()
+        for place, reward in enumerate(self.rewards):
+            for number, sample in enumerate(samples):
+                if reward.name in QUICK:
+                    grades[number][place] = judged(reward, sample)
+                else:
+                    jobs.append(_Job(number, place, reward, sample))
+        for job, grade in self._in_workers(jobs):
+            grades[job.number][job.place] = grade
+        self._check(grades)
+        return grades
+
+    def _check(self, grades: Sequence[Sequence[Grade]]) -> None:
+        for place, reward in enumerate(self.rewards):
+            lost = [row[place].reason for row in grades if row[place].value is None]
+            if len(lost) > MOST_LOST * len(grades):
+                raise UserError(
+                    f"the reward {reward.name} gave no number for {len(lost)} of {len(grades)} samples: {lost[0]}",
+                    "mend it, or let it return a number for every answer",
+                )
+
+    def _in_workers(self, jobs: deque[_Job]) -> Iterator[tuple[_Job, Grade]]:
+        """Hand out one job a worker at a time; each has `limit_s` seconds."""
+        busy: dict[_Worker, tuple[_Job, float]] = {}
+        while jobs or busy:
+            while jobs and len(busy) < self.workers:
+                worker = self.idle.pop() if self.idle else _Worker()
+                job = jobs.popleft()
+                busy[worker] = job, time.monotonic() + self.limit_s
+                worker.send(job)
+            for worker, (job, deadline) in list(busy.items()):
+                grade = worker.receive(max(0.0, min(0.05, deadline - time.monotonic())))
+                late = grade is None and time.monotonic() >= deadline
+                if late:
+                    grade = Grade(None, f"no answer within {self.limit_s:g} s")
+                if grade is None:
+                    continue
+                del busy[worker]
+                if late or worker.dead:
+                    worker.kill()
+                else:
+                    self.idle.append(worker)
+                yield job, grade
+
+
+class _Job(NamedTuple):
+    number: int
+    place: int
+    reward: Reward
+    sample: Sample
+
+
+class _Worker:
+    """A process that judges one sample after the other."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", _WORKER]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, env=environment, **pipes)
+        self.questions: Any = self.process.stdin
+        self.answers: Any = self.process.stdout
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.answers, selectors.EVENT_READ)
+        self.dead = False
+
+    def send(self, job: _Job) -> None:
+        """Give it a sample; a worker that is dead already is noticed by `receive`."""
+        reward, sample = job.reward, job.sample
+        message = {"reward": [reward.name, dict(reward.options)], "sample": [*sample[:2], dict(sample.row)]}
+        try:
+            self.questions.write(json.dumps(message, default=str) + "\n")
+            self.questions.flush()
+        except BrokenPipeError:
+            self.dead = True
+
+    def receive(self, seconds: float) -> Grade | None:
+        """Its answer, if there is one within this time."""
+        if not self.selector.select(seconds):
+            return None
+        line = self.answers.readline()
+        if not line.endswith("\n"):
+            self.dead = True
+            return Grade(None, f"its process died (exit code {self.process.wait()})")
+        return Grade(*json.loads(line))
+
+    def kill(self) -> None:
+        """End it and its children."""
+        with contextlib.suppress(ProcessLookupError):  # it may be gone already
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.selector.close()
+        for pipe in (self.questions, self.answers):
+            with contextlib.suppress(BrokenPipeError):  # what it was sent last is lost with it
+                pipe.close()
+
+
+def judged(reward: Callable[..., Any], sample: Sample) -> Grade:
+    """The grade of one sample: anything but a finite number is none, with the reason."""
+    try:
+        value = reward(*sample)
+    except Exception as error:
+        return Grade(None, f"{type(error).__name__}: {error}")
+    if value is None:
+        return Grade(None, "it returned None")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Grade(float(value)) if isinstance(value, bool) else Grade(None, f"it returned {type(value).__name__}")
+    return Grade(float(value)) if math.isfinite(value) else Grade(None, f"it returned {value}")
+
+
+def serve() -> None:
+    """What a worker does: read samples from stdin and write their grades to where stdout was; prints go to stderr."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        message = json.loads(line)
+        (name, options), (prompt, completion, row) = message["reward"], message["sample"]
+        answers.write(json.dumps(judged(Reward(name, options), Sample(prompt, completion, row))) + "\n")
+        answers.flush()

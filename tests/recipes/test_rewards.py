@@ -1,0 +1,156 @@
+"""Rewards by hand, wrong answers that try to be counted, and graders that raise, hang, die or eat memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.recipes.graders import Grade, GraderPool, Sample
+from jaxlm.recipes.rewards import REWARDS, find_rewards
+
+
+def score(spec: str, completion: str, **row: object) -> float | None:
+    (reward,) = find_rewards([spec])
+    return reward("prompt", completion, {"answer": "72", "tokens": 10} | row)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "72",
+        "so it is\n72",
+        "#### 72",
+        "#### 72.0",
+        r"thus \boxed{72}.",
+        "The answer is 72.",
+        "the answer is: $72",
+        "+72",
+    ],
+)
+def test_a_stated_answer_counts(text: str) -> None:
+    assert score("exact_number", text) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "10 or 72",
+        "71, 72, 73",
+        "it may be 72 or not, who knows",
+        "#### 71\n#### 72",
+        r"\boxed{71} or \boxed{72}",
+        r"\boxed{1}, #### 72",
+        "The answer is 72, or 10.",
+        "72 apples or 10 pears",
+        "-72",
+        "7 2",
+        "",
+        "####",
+    ],
+)
+def test_what_only_looks_like_an_answer_does_not(text: str) -> None:
+    """Trap 32."""
+    assert score("exact_number", text) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"), [("1,234", 1234), ("3/4", 0.75), ("-0.5", "-1/2"), ("50%", "50"), ("$1,000.50", 1000.5)]
+)
+def test_forms_of_numbers(text: str, answer: object) -> None:
+    assert score("exact_number", text, answer=answer) == 1
+
+
+def test_numbers_that_are_none() -> None:
+    assert score("exact_number", "5", answer="no number") is None
+    assert score("exact_number", "1/0", answer=0) == 0
+    assert score("exact_number", "1,23", answer=123) == 0
+
+
+def test_the_others_by_hand() -> None:
+    assert score("exact_text", " 72 ") == 1 and score("exact_text", "720") == 0
+    assert (
+        score("right_letters", "7299") == 0.5 and score("right_letters", "7") == 0.5 and score("right_letters", "") == 0
+    )
+    assert score(r"matches(pattern='<a>.*</a>')", "<a>\n1</a>") == 1 and score(r"matches(pattern='<a>')", "<a>1") == 0
+    assert score("json_keys(keys=['a'])", '{"a": 1}') == 1 and score("json_keys(keys=['a'])", '{"b": 1}') == 0
+    assert score("json_keys", "[1") == 0
+    assert score("length(per_token=-0.5)", "") == -5
+    assert [score("overlong(longest=12, buffer=4)", "", tokens=n) for n in (8, 10, 12, 13)] == [0, -0.5, -1, -1]
+    assert score("repetition", "a b c a b c a b c") == pytest.approx(3 / 7 - 1) and score("repetition", "a b") == 0
+
+
+def test_weights_and_mistakes() -> None:
+    first, second = find_rewards(["exact_number", "overlong(longest=64, buffer=16) * -0.5"])
+    assert (first.weight, second.weight, second.options) == (1, -0.5, {"longest": 64, "buffer": 16})
+    for specs, message in [
+        ([], "nothing says what is good"),
+        (["exact_numbr"], "no reward 'exact_numbr'"),
+        (["overlong(size=3)"], "has no option 'size'"),
+        (["overlong(longest=)"], "is no reward"),
+        (["no_such_module:f"], "No module named 'no_such_module'"),
+        (["json:no_such"], "json has no function 'no_such'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_rewards(specs)
+    assert set(REWARDS) >= {"exact_number", "matches", "overlong"}
+
+
+OWN = """
+import os, time
+def kind(prompt, completion, row):
+    if completion == "raise": return 1 / 0
+    if completion == "hang": time.sleep(60)
+    if completion == "die": os._exit(3)
+    if completion == "memory": return len(bytearray(1 << 40))
+    if completion == "print": print("a print is no answer")
+    return {"good": 0.5, "nan": float("nan"), "text": "one", "none": None, "true": True, "print": 2}[completion]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_reward.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "own_reward:kind"
+
+
+def test_broken_graders_cost_their_sample_and_nothing_else(own: str) -> None:
+    """Trap 26."""
+    answers = ["good"] * 30 + ["raise", "hang", "die", "memory", "none", "nan", "print", "true"]
+    samples = [Sample("p", answer, {"tokens": 1}) for answer in answers]
+    with GraderPool(find_rewards([own, "length"]), workers=2, limit_s=2.0) as pool:
+        grades = pool.grade(samples)
+        again = pool.grade(samples[:3])
+    assert [row[0] for row in grades[:30]] == [Grade(0.5)] * 30 and [row[0] for row in again] == [Grade(0.5)] * 3
+    values, reasons = zip(*(row[0] for row in grades[30:]), strict=True)
+    assert values == (None, None, None, None, None, None, 2, 1)
+    wanted = ("ZeroDivisionError", "no answer within 2 s", "died (exit code 3)", "MemoryError", "None", "nan", "", "")
+    assert all(part in reason for part, reason in zip(wanted, reasons, strict=True))
+    assert all(row[1].value == 0.01 for row in grades)
+
+
+def test_graders_that_always_fail_stop_the_run(own: str) -> None:
+    with (
+        GraderPool(find_rewards([own]), limit_s=2.0) as pool,
+        pytest.raises(UserError, match="for 2 of 4 samples: it returned str"),
+    ):
+        pool.grade([Sample("p", answer, {}) for answer in ("good", "text", "text", "good")])
+
+
+def test_no_worker_is_left(own: str) -> None:
+    with GraderPool(find_rewards([own]), limit_s=2.0) as pool:
+        pool.grade([Sample("p", "good", {})])
+        pids = [worker.process.pid for worker in pool.idle]
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    started = time.monotonic()
+    with GraderPool(find_rewards(["exact_text"])) as pool:
+        pool.grade([Sample("p", "1", {"answer": "1"})] * 100)
+        assert not pool.idle
+    assert time.monotonic() - started < 1
