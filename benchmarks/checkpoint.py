@@ -30,12 +30,12 @@ def engine(model: str, folder: str, rows: int, length: int) -> Any:
     import jax
     import numpy as np
 
-    from jaxlm import config_file
+    from jaxlm.config import toml
     from jaxlm.recipes.pretrain import loss_fn
     from jaxlm.train.engine import JaxEngine
 
     options = [f'out_dir="{folder}"', f"train.batch_size={rows}", f"data.seq_len={length}", "model.dropout=0.0"]
-    cfg = config_file.load(model, [*options, f'data.cache_dir="{folder}/cache"'])
+    cfg = toml.load(model, [*options, f'data.cache_dir="{folder}/cache"'])
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (rows, length + 1)).astype(np.int32)
     batch = {
         "tokens": tokens[:, :-1],

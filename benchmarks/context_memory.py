@@ -75,7 +75,7 @@ def figures(program: Any) -> dict[str, Any]:
 
 def run(out: Path | None) -> None:
     """Compile all, print a table, write the JSON."""
-    from jaxlm.models import attention, context, mamba
+    from jaxlm.models import attention, mamba
 
     found: dict[str, Any] = {}
     for mixer in ("attention", "mamba2"):
@@ -83,7 +83,7 @@ def run(out: Path | None) -> None:
             row = {"jaxlm": figures(compiled(mixer, devices))}
             if devices > 1:
                 with contextlib.ExitStack() as patches:
-                    for module in (attention, context, mamba):
+                    for module in (attention, sequence_parallel, mamba):
                         patches.enter_context(mock.patch.object(module, "sequence_axis", lambda: None))
                     row["partitioner"] = figures(compiled(mixer, devices))
             found.setdefault(mixer, {})[devices] = row

@@ -28,11 +28,11 @@ import numpy as np
 
 from benchmarks import peers
 from jaxlm import config
-from jaxlm.convert import storage
 from jaxlm.convert.canonical import leaves
-from jaxlm.convert.convert import SHARD_BYTES
 from jaxlm.convert.families import FAMILIES
+from jaxlm.convert.files import storage
 from jaxlm.convert.rows import plan
+from jaxlm.convert.write_model import SHARD_BYTES
 
 SHAPES = {
     "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "d_ff": 11008},
@@ -43,7 +43,7 @@ ALLOWED = 300e6
 
 _RUN = """
 import sys
-from jaxlm.convert.convert import convert
+from jaxlm.convert.write_model import convert
 print(convert(*sys.argv[1:]), file=sys.stderr)
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

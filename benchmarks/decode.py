@@ -27,9 +27,9 @@ def jaxlm_decode(batch: int) -> Callable[[], Any]:
     """The loop of `jaxlm generate`, from ids to ids."""
     import jax
 
-    from jaxlm.data.completion import GREEDY
     from jaxlm.infer.generate import generate
     from jaxlm.models.decoder import Decoder, init_params
+    from jaxlm.text.sampling import GREEDY
 
     decoder = Decoder(jaxlm_model())
     params = init_params(decoder, jax.random.key(0))

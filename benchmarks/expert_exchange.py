@@ -28,9 +28,10 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import peers
-from jaxlm.ops import exchange, moe
-from jaxlm.plan.collectives import collectives
-from jaxlm.plan.hlo import parse
+from jaxlm.ops.moe import exchange
+from jaxlm.ops.moe import experts as moe
+from jaxlm.plan.hlo.collectives import collectives
+from jaxlm.plan.hlo.program import parse
 
 DEVICES, TOKENS, WIDTH, FFN, EXPERTS = 8, 4096, 256, 256, 32
 LOCAL = EXPERTS // DEVICES

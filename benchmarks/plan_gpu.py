@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
-from jaxlm import config, config_file, registry
+from jaxlm import config
+from jaxlm.config import registry, toml
 from jaxlm.plan import topology
 
 CHIPS, CONFIG = "h100:8", "dense-6.74b"
@@ -59,7 +60,7 @@ def main() -> None:
         parser.exit(2, f"{target.note}\n")
     results = {}
     for attention in ("cudnn", "blockwise", "xla"):
-        cfg = config_file.load(registry.find(CONFIG), [*OPTIONS, *MESH, f"model.attention_impl={attention}"])
+        cfg = toml.load(registry.find(CONFIG), [*OPTIONS, *MESH, f"model.attention_impl={attention}"])
         results[attention] = found = compiled(cfg, target.devices)
         state, temporary = found["state_bytes"] / 1e9, found["temporary_bytes"] / 1e9
         print(

@@ -45,11 +45,11 @@ OVERRIDES = (
 
 def config_of(sizes: dict[str, int]) -> Any:
     """The quickstart on a mesh with these axes, `ROWS` rows for each device that splits the batch."""
-    from jaxlm import config_file
+    from jaxlm.config import toml
 
     rows = ROWS * sizes.get("data", 1) * sizes.get("fsdp", 1)
     mesh = [f"mesh.{axis}={size}" for axis, size in ({"data": 1} | sizes).items()]
-    cfg = config_file.load("configs/quickstart.toml", [*OVERRIDES, *mesh, f"train.batch_size={rows}"])
+    cfg = toml.load("configs/quickstart.toml", [*OVERRIDES, *mesh, f"train.batch_size={rows}"])
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.tokenizer.vocab_size))
 
 
@@ -67,7 +67,7 @@ def predicted(cfg: Any, sizes: dict[str, int]) -> dict[str, int]:
 
     A tied embedding has two gradients, of the head and of the table, each summed by itself.
     """
-    from jaxlm.models.accounting import account
+    from jaxlm.counts.parameters import account
 
     model, width = cfg.model, 4
     data, fsdp, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
@@ -90,8 +90,8 @@ def predicted(cfg: Any, sizes: dict[str, int]) -> dict[str, int]:
 def traffic(sizes: dict[str, int]) -> dict[str, Any]:
     """What the collectives of the compiled step move, by kind and axis, beside what was predicted."""
     from jaxlm.mesh import Layout
-    from jaxlm.plan import hlo
-    from jaxlm.plan.collectives import collectives, moved_by
+    from jaxlm.plan.hlo import program as hlo
+    from jaxlm.plan.hlo.collectives import collectives, moved_by
     from jaxlm.recipes.pretrain import loss_fn
     from jaxlm.train.program import abstract_inputs, training_program
 

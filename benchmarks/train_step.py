@@ -70,7 +70,7 @@ def tokens() -> np.ndarray:
 
 def jaxlm_step(model: Any = None) -> Callable[[], float]:
     """The step of `jaxlm train`: its engine, its recipe's loss, its memory settings."""
-    from jaxlm.train.malloc import keep_freed_memory
+    from jaxlm.processes.freed_memory import keep_freed_memory
 
     keep_freed_memory()
     import tempfile
@@ -126,8 +126,8 @@ def child(name: str) -> None:
 
 def flops_per_token() -> float:
     """Forward and backward, as `jaxlm train` counts them for its MFU."""
-    from jaxlm import flops
-    from jaxlm.models.accounting import matmul_params
+    from jaxlm.counts import flops
+    from jaxlm.counts.parameters import matmul_params
     from jaxlm.models.decoder import Decoder
 
     model = jaxlm_model()

@@ -20,12 +20,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from jaxlm import config, config_file
-from jaxlm.convert import native, storage
-from jaxlm.convert.convert import convert
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert import native
+from jaxlm.convert.files import storage
+from jaxlm.convert.write_model import convert
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy
-from jaxlm.parity.lifted import Lifted
+from jaxlm.parity.sides.float64_mode import Lifted
 from parity_tests import pairs
 
 T = 512
@@ -71,7 +73,7 @@ def values(one: Example, dtype: str = "float32") -> Params:
 def torch_folder(params: Params, cfg: config.Model, folder: Path, **files: str) -> Path:
     """Write a live tree as a torch_ref folder, from which `convert` goes on."""
     tensors = storage.planned(native.to_torch(params, cfg))
-    settings = {"config.toml": config_file.to_toml(config.Config(model=cfg))}
+    settings = {"config.toml": toml.to_toml(config.Config(model=cfg))}
     storage.write_folder(folder, tensors, settings | files, layout="torch", overwrite=True)
     return folder
 

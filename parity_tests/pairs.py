@@ -17,11 +17,11 @@ from jaxlm.convert.native import to_torch
 from jaxlm.models import decoder as jax_decoder
 from jaxlm.numerics import Policy as JaxPolicy
 from jaxlm.objectives import lm as jax_lm
-from jaxlm.train import balance as jax_balance
-from torch_ref import balance as torch_balance
+from jaxlm.train import expert_balance as jax_balance
 from torch_ref.models import decoder as torch_decoder
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.objectives import lm as torch_lm
+from torch_ref.train import expert_balance as torch_balance
 
 Arrays = dict[str, np.ndarray]
 Params = jax_decoder.Params

@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm import config, config_file
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.convert.native import from_torch
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
 from jaxlm.recipes import pretrain
+from jaxlm.run.directory import open_run
+from jaxlm.train.backend import Engine
 from jaxlm.train.engine import JaxEngine
-from jaxlm.train.loop import Engine
-from jaxlm.train.run import open_run
 from parity_tests import pairs
 from parity_tests.tolerances import AUTOCAST_CURVE, FLOAT64, FLOORS, RATIO
 from torch_ref.models.decoder import Decoder, init_params
-from torch_ref.step import TrainState
-from torch_ref.train import TorchEngine
+from torch_ref.train.engine import TorchEngine
+from torch_ref.train.step import TrainState
 
 TOML = """
 [model]
@@ -72,7 +73,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., t
         for override in ("", torch_only):
             if (dtype, override) not in made:
                 overrides = [f'out_dir="{folder / "run"}"', *numerics, *([override] if override else [])]
-                cfg, corpus = open_run(config_file.load(folder / "curve.toml", overrides), resume=False)
+                cfg, corpus = open_run(toml.load(folder / "curve.toml", overrides), resume=False)
                 engine = TorchEngine(cfg) if override else JaxEngine(cfg, pretrain.loss_fn, lambda *_: [])
                 made[dtype, override] = take(engine, cfg, corpus)
         return made[dtype, ""], made[dtype, torch_only]

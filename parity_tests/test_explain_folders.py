@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import config
-from jaxlm.parity.explain import explain
-from jaxlm.parity.hugging_face import HuggingFaceSide
-from jaxlm.parity.mirror import TorchSide
+from jaxlm.parity.diagnose.search import explain
+from jaxlm.parity.sides.torch_side import TorchSide
+from jaxlm.parity.sides.transformers_side import HuggingFaceSide
 from parity_tests import families, families_moe
 from parity_tests.families import Example, exported
 from parity_tests.test_explain import check, inputs_of, interleaved

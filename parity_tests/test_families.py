@@ -1,7 +1,7 @@
 """Every public family: its rows are all tensors of transformers, conversion keeps every bit, both compute the same.
 
 transformers casts to float32 in norms, rotary angles, routers and softmax whatever the dtype of the model; the float64
-rung lifts these casts (`jaxlm.parity.lifted`), so that only different mathematics is left to be seen.
+rung lifts these casts (`jaxlm.parity.sides.float64_mode`), so that only different mathematics is left to be seen.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxlm import config
-from jaxlm.convert import storage
-from jaxlm.convert.convert import convert
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.families.windows import Everywhere
 from jaxlm.convert.family import Family
-from jaxlm.convert.load import open_model
+from jaxlm.convert.files import storage
+from jaxlm.convert.open_model import open_model
 from jaxlm.convert.rows import Row, matrix, pairs_to_halves
 from jaxlm.convert.settings import Always, function_of
+from jaxlm.convert.write_model import convert
 from parity_tests import table
 from parity_tests.families import Example, exported, measure, strictly
 from parity_tests.table import EXAMPLES

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.convert import convert
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.rows import Row, Transform, of_each
-from jaxlm.parity.trace import short_chunks
+from jaxlm.parity.sides.jax_side import short_chunks
 from parity_tests import pairs
 from parity_tests.families import measure
 from parity_tests.families_ssm import EXAMPLES
@@ -63,7 +62,7 @@ def test_a_spoilt_row_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
     name, spoil = FAULTS[fault]
     family = FAMILIES[name]
     spoilt = dataclasses.replace(family, rows=lambda cfg: spoil(family.rows(cfg)))
-    monkeypatch.setattr(convert, "FAMILIES", {**FAMILIES, name: spoilt})
+    monkeypatch.setattr(write_model, "FAMILIES", {**FAMILIES, name: spoilt})
     one = next(one for one in EXAMPLES if one.family == name and "experts, att" not in one.name)
     with pytest.raises(AssertionError, match="logits: error"):
         FLOAT64.check(measure(one, ()).float64, "logits")

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm import config, config_file
-from jaxlm.data.completion import GREEDY, Sampling, right_padded
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.infer import generate as jax_generate
 from jaxlm.infer.text import generate_text
 from jaxlm.models import decoder as jax_decoder
+from jaxlm.text.completion import right_padded
+from jaxlm.text.sampling import GREEDY, Sampling
+from jaxlm.text.tokenizer import Tokenizer
 from parity_tests.options import MAMBA
 from parity_tests.pairs import Pair, model, pair, random_params
 from parity_tests.tolerances import FLOAT64
-from torch_ref import generate as torch_generate
+from torch_ref.infer import generate as torch_generate
 from torch_ref.models import decoder as torch_decoder
 
 LENGTHS = range(1, 41)
@@ -158,8 +160,8 @@ def test_torch_blocks_are_the_whole(models: Pair, size: int) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A torch_ref folder with random weights."""
+    from jaxlm.convert.files.storage import planned, write_folder
     from jaxlm.convert.native import to_torch
-    from jaxlm.convert.storage import planned, write_folder
 
     tokenizer = Tokenizer.bytes_level()
     cfg = model(vocab_size=tokenizer.vocab_size)
@@ -167,7 +169,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     settings = dataclasses.replace(config.Config(), model=cfg, numerics=numerics)
     path = tmp_path_factory.mktemp("weights") / "torch"
     values = jax.tree.map(lambda leaf: leaf.astype(np.float64), random_params(cfg, np.random.default_rng(3)))
-    files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
+    files = {"config.toml": toml.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
     write_folder(path, planned(to_torch(values, cfg)), files, layout="torch")
     return path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxlm import config
-from jaxlm.convert.load import Model
+from jaxlm.convert.open_model import Model
 from jaxlm.parity import check_golden, write_golden
 from jaxlm.parity.inputs import random_params
 

@@ -34,13 +34,14 @@ from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.phi3 import modeling_phi3
 
 from jaxlm import config
-from jaxlm.ops import attention as jax_attention
+from jaxlm.ops.attention import attend as jax_attention
+from jaxlm.ops.attention import visible as jax_visible
 from jaxlm.ops.rope import apply_rope, rope_frequencies, rope_table, rope_temperature
-from jaxlm.parity.lifted import Lifted
+from jaxlm.parity.sides.float64_mode import Lifted
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
 from torch_ref.models.attention import Attention
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
 from torch_ref.ops.rope import rope_table_of
 
 B, T, WINDOW = 2, 96, 17
@@ -270,7 +271,7 @@ def test_gemma2_soft_cap(softcap: float, rng: np.random.Generator) -> None:
         expected, _ = modeling_gemma2.eager_attention_forward(
             module, *heads_first, mask, scaling=8**-0.5, softcap=softcap
         )
-    held = jax_attention.Places(jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), int))
+    held = jax_visible.Places(jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), int))
     for impl in ("xla", "blockwise"):
         got = jax_attention.attention(
             *map(jnp.asarray, (q, k, v)), held, held, impl=impl, aligned=True, softcap=softcap

@@ -18,7 +18,7 @@ from transformers import JambaConfig, JambaForCausalLM, Mamba2Config, Mamba2ForC
 from jaxlm import config
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.rows import to_layout
-from jaxlm.parity.lifted import Lifted
+from jaxlm.parity.sides.float64_mode import Lifted
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
 

@@ -22,8 +22,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from jaxlm import config
 from jaxlm.models.moe import MoE
 from jaxlm.numerics import Policy
-from jaxlm.ops.attention import Places
-from jaxlm.parity.lifted import Lifted
+from jaxlm.ops.attention.visible import Places
+from jaxlm.parity.sides.float64_mode import Lifted
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
 

@@ -21,13 +21,13 @@ from jaxlm.models import attention as jax_attention
 from jaxlm.models import block as jax_block
 from jaxlm.models import ffn as jax_ffn
 from jaxlm.models import layers as jax_layers
-from jaxlm.ops import attention as jax_ops
 from jaxlm.ops import rope as jax_rope
+from jaxlm.ops.attention import visible as jax_visible
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
 from torch_ref.models import decoder as torch_decoder
-from torch_ref.ops import attention as torch_ops
 from torch_ref.ops import rope as torch_rope
+from torch_ref.ops.attention import attend as torch_ops
 
 T = 130
 BIASES = ("qkv", "attention_out", "mlp")
@@ -47,7 +47,7 @@ def where_tokens_stand(cfg: config.Model, rng: np.random.Generator) -> tuple[tup
         jax_table = jax_rope.rope_table_of(jnp.asarray(positions), cfg.rope, jnp.float64)
         torch_table = torch_rope.rope_table_of(torch.tensor(positions), cfg.rope, torch.float64)
     return (
-        (jax_ops.Places(jnp.asarray(positions), jnp.asarray(segments)), jax_table, None),
+        (jax_visible.Places(jnp.asarray(positions), jnp.asarray(segments)), jax_table, None),
         (torch_ops.Places(torch.tensor(positions), torch.tensor(segments)), torch_table, None),
     )
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from jaxlm import config
-from jaxlm.ops import router as jax_router
+from jaxlm.ops.moe import router as jax_router
 from jaxlm.train.optim import decay_mask
 from parity_tests import pairs
 from parity_tests.test_optimiser import Trace, check_changes, check_same, run_jax, run_torch
 from parity_tests.tolerances import FLOAT64
-from torch_ref import optim as torch_optim
-from torch_ref import step as torch_step
-from torch_ref.ops import router as torch_router
+from torch_ref.ops.moe import router as torch_router
+from torch_ref.train import optim as torch_optim
+from torch_ref.train import step as torch_step
 
 T, E = 400, 12
 ROUTES: dict[str, dict[str, Any]] = {

@@ -13,18 +13,19 @@ import torch
 
 from jaxlm.models import cache as jax_cache
 from jaxlm.objectives import lm as jax_lm
-from jaxlm.ops import attention as jax_attention
 from jaxlm.ops import ffn as jax_ffn
 from jaxlm.ops import norm as jax_norm
 from jaxlm.ops import rope as jax_rope
+from jaxlm.ops.attention import attend as jax_attention
+from jaxlm.ops.attention import visible as jax_visible
 from parity_tests import pairs, tolerances
 from parity_tests.tolerances import ATTENTION_KERNELS, FLOAT64, Bound
 from torch_ref.models import cache as torch_cache
 from torch_ref.objectives import lm as torch_lm
-from torch_ref.ops import attention as torch_attention
 from torch_ref.ops import ffn as torch_ffn
 from torch_ref.ops import norm as torch_norm
 from torch_ref.ops import rope as torch_rope
+from torch_ref.ops.attention import attend as torch_attention
 
 CFG = pairs.model()
 B, T, N, K, H = 2, 200, 4, 2, 6
@@ -66,7 +67,7 @@ def places(rng: np.random.Generator) -> tuple[Any, Any]:
     """Packed documents with padding on both sides, as places of each framework."""
     batch = pairs.packed_batch(CFG, rng, T)
     keys = batch["positions"], batch["segments"]
-    return jax_attention.Places(*map(jnp.asarray, keys)), torch_attention.Places(*map(torch.tensor, keys))
+    return jax_visible.Places(*map(jnp.asarray, keys)), torch_attention.Places(*map(torch.tensor, keys))
 
 
 def test_bounds_hold_what_was_measured() -> None:
@@ -146,9 +147,9 @@ def test_attention_to_other_tokens(torch_impl: str, rng: np.random.Generator) ->
     """Queries of a cache: fewer than the keys, whose order is not that of their positions."""
     jax_keys, torch_keys = places(rng)
     order, ask = rng.permutation(T), [3, 40, 199, 100, 12]
-    jax_queries = jax_attention.Places(*(x[:, np.array(ask)] for x in jax_keys))
+    jax_queries = jax_visible.Places(*(x[:, np.array(ask)] for x in jax_keys))
     torch_queries = torch_attention.Places(*(x[:, ask] for x in torch_keys))
-    jax_keys = jax_attention.Places(*(x[:, order] for x in jax_keys))
+    jax_keys = jax_visible.Places(*(x[:, order] for x in jax_keys))
     torch_keys = torch_attention.Places(*(x[:, order] for x in torch_keys))
     op_parity(
         lambda *x: jax_attention.attention(*x, jax_queries, jax_keys),
@@ -229,9 +230,9 @@ def test_cached_attention(rng: np.random.Generator) -> None:
     """Fewer queries than keys, and keys whose order is not that of their positions."""
     jax_keys, torch_keys = places(rng)
     order, ask = rng.permutation(T), [3, 40, 199, 100, 12]
-    jax_queries = jax_attention.Places(*(x[:, np.array(ask)] for x in jax_keys))
+    jax_queries = jax_visible.Places(*(x[:, np.array(ask)] for x in jax_keys))
     torch_queries = torch_attention.Places(*(x[:, ask] for x in torch_keys))
-    jax_keys = jax_attention.Places(*(x[:, order] for x in jax_keys))
+    jax_keys = jax_visible.Places(*(x[:, order] for x in jax_keys))
     torch_keys = torch_attention.Places(*(x[:, order] for x in torch_keys))
     op_parity(
         lambda *x: jax_attention.cached_attention(*x, jax_queries, jax_keys),
@@ -255,7 +256,7 @@ def test_cache_append(rng: np.random.Generator) -> None:
         where = [np.array(x, np.int32) for x in (positions, segments)]
         k, v = rng.standard_normal((2, 3, where[0].shape[1], K, H))
         ours = ours.append(torch.tensor(k), torch.tensor(v), torch_attention.Places(*map(torch.tensor, where)))
-        theirs = theirs.append(jnp.asarray(k), jnp.asarray(v), jax_attention.Places(*map(jnp.asarray, where)))
+        theirs = theirs.append(jnp.asarray(k), jnp.asarray(v), jax_visible.Places(*map(jnp.asarray, where)))
         for a, b in zip(
             (*ours, *torch_cache.Slots(*ours[:3]).places), (*theirs, *jax_cache.Slots(*theirs[:3]).places), strict=True
         ):
@@ -281,7 +282,7 @@ def tables() -> tuple[Any, Any]:
 
 def two_documents() -> Any:
     segments = jnp.asarray(1 + (np.arange(T) >= 90))[None].repeat(B, 0)
-    return jax_attention.Places(jnp.arange(T)[None].repeat(B, 0), segments)
+    return jax_visible.Places(jnp.arange(T)[None].repeat(B, 0), segments)
 
 
 SEGMENTS = 1 + (torch.arange(T) >= 90).long().expand(B, T)

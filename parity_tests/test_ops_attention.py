@@ -13,13 +13,14 @@ import torch
 
 from jaxlm import config
 from jaxlm.models import cache as jax_cache
-from jaxlm.ops import attention as jax_ops
 from jaxlm.ops import rope as jax_rope
+from jaxlm.ops.attention import attend as jax_ops
+from jaxlm.ops.attention import visible as jax_visible
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
 from torch_ref.models import cache as torch_cache
-from torch_ref.ops import attention as torch_ops
 from torch_ref.ops import rope as torch_rope
+from torch_ref.ops.attention import attend as torch_ops
 
 B, T, N, K, H, M = 2, 200, 4, 2, 6, 3
 QKV = [(B, T, N, H), (B, T, K, H), (B, T, K, H)]
@@ -61,7 +62,7 @@ def places(rng: np.random.Generator) -> tuple[Any, Any]:
     """Packed documents with padding on both sides, as places of each framework."""
     batch = pairs.packed_batch(pairs.model(), rng, T)
     keys = batch["positions"], batch["segments"]
-    return jax_ops.Places(*map(jnp.asarray, keys)), torch_ops.Places(*map(torch.tensor, keys))
+    return jax_visible.Places(*map(jnp.asarray, keys)), torch_ops.Places(*map(torch.tensor, keys))
 
 
 def finite(mixed: Any, where: Callable) -> tuple:
@@ -132,9 +133,9 @@ def test_cached_attend(options: dict[str, Any], rng: np.random.Generator) -> Non
     """Fewer queries than keys, and keys whose order is not that of their positions."""
     jax_keys, torch_keys = places(rng)
     order, ask = rng.permutation(T), [3, 40, 199, 100, 12]
-    jax_queries = jax_ops.Places(*(x[:, np.array(ask)] for x in jax_keys))
+    jax_queries = jax_visible.Places(*(x[:, np.array(ask)] for x in jax_keys))
     torch_queries = torch_ops.Places(*(x[:, ask] for x in torch_keys))
-    jax_keys = jax_ops.Places(*(x[:, order] for x in jax_keys))
+    jax_keys = jax_visible.Places(*(x[:, order] for x in jax_keys))
     torch_keys = torch_ops.Places(*(x[:, order] for x in torch_keys))
     both(
         lambda *x: finite(jax_ops.cached_attend(*x, jax_queries, jax_keys, **options), jnp.where),
@@ -189,7 +190,7 @@ def test_a_window_cache_keeps_the_same_in_both(rng: np.random.Generator) -> None
         where = [np.array(x, np.int32) for x in (positions, segments)]
         k, v = rng.standard_normal((2, 3, where[0].shape[1], K, H))
         seen, ours = ours.extend(torch.tensor(k), torch.tensor(v), torch_ops.Places(*map(torch.tensor, where)))
-        other, theirs = theirs.extend(jnp.asarray(k), jnp.asarray(v), jax_ops.Places(*map(jnp.asarray, where)))
+        other, theirs = theirs.extend(jnp.asarray(k), jnp.asarray(v), jax_visible.Places(*map(jnp.asarray, where)))
         for a, b in zip((*seen, *ours.window, *ours.first), (*other, *theirs.window, *theirs.first), strict=True):
             np.testing.assert_array_equal(a.numpy(), np.asarray(b))
     assert [sorted(row) for row in ours.window.positions.tolist()] == [[6, 7, 8, 9], [4, 5, 6, 7], [1, 2, 3, 4]]
@@ -234,7 +235,7 @@ FAULTS: dict[str, tuple[Callable, Callable]] = {
         sinks_rotated,
     ),
     "sink logits dropped": (
-        lambda held, *x: jax_ops.merge([jax_ops.attend(*x, held, held)], jnp.zeros(N), jnp.float64),
+        lambda held, *x: jax_visible.merge([jax_ops.attend(*x, held, held)], jnp.zeros(N), jnp.float64),
         sink_with_a_value,
     ),
 }

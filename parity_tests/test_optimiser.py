@@ -19,13 +19,13 @@ import torch
 
 from jaxlm import config
 from jaxlm.recipes import pretrain
+from jaxlm.run.metrics import plain
 from jaxlm.train import optim as jax_optim
 from jaxlm.train import step as jax_step
-from jaxlm.train.metrics import plain
 from parity_tests import pairs
 from parity_tests.tolerances import COSINE64, FLOAT64
-from torch_ref import optim as torch_optim
-from torch_ref import step as torch_step
+from torch_ref.train import optim as torch_optim
+from torch_ref.train import step as torch_step
 
 STEPS = 20
 # Every kind of parameter: kernels, embeddings, norm scales and biases, biases of linear maps and of the head.

@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 from jaxlm import config
 from jaxlm.cli import app
 from jaxlm.convert.families import FAMILIES, llama
-from jaxlm.convert.load import Model
+from jaxlm.convert.open_model import Model
 from jaxlm.convert.rows import Row
 from jaxlm.errors import UserError
 from jaxlm.parity import Report, check
 from jaxlm.parity.bisect import Replayed
 from jaxlm.parity.inputs import make_inputs, random_params
-from jaxlm.parity.mirror import TorchSide
-from jaxlm.parity.trace import JaxSide
+from jaxlm.parity.sides.jax_side import JaxSide
+from jaxlm.parity.sides.torch_side import TorchSide
 from parity_tests import families, families_moe, families_ssm, pairs
 from parity_tests.families import Example, exported
 

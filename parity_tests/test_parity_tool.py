@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm import config, config_file
-from jaxlm.convert.load import Model
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.convert.native import to_torch
+from jaxlm.convert.open_model import Model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
-from jaxlm.parity import Report, assert_parity, check, mirror
+from jaxlm.parity import Report, assert_parity, check
 from jaxlm.parity.check import compare_sides
 from jaxlm.parity.compare import ALL, compare_by_ratio, compare_exact, compare_tokens, cosine, relative
 from jaxlm.parity.inputs import Inputs, make_inputs, random_params
-from jaxlm.parity.mirror import TorchSide
-from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace
+from jaxlm.parity.sides import torch_side
+from jaxlm.parity.sides.jax_side import JaxSide
+from jaxlm.parity.sides.torch_side import TorchSide
+from jaxlm.parity.trace import DTYPES, Side, Trace
 from torch_ref.models.decoder import Decoder
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
@@ -163,7 +166,7 @@ def one_element(x: np.ndarray) -> np.ndarray:
 def positions_off_by_one(cfg: config.Config, tensors: dict[str, np.ndarray], patch: pytest.MonkeyPatch) -> Mirrored:
     hidden = Decoder.hidden
     patch.setattr(Decoder, "hidden", lambda self, tokens, positions, *rest: hidden(self, tokens, positions + 1, *rest))
-    patch.setattr(mirror, "generate", lambda *_, **__: [[]] * 3)  # its table would end too soon
+    patch.setattr(torch_side, "generate", lambda *_, **__: [[]] * 3)  # its table would end too soon
     return cfg, tensors
 
 
@@ -187,7 +190,7 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "missing tie": ("base", missing_tie, "gradients", "head.weight"),
     "no document mask": (
         "base",
-        patched("torch_ref.ops.attention.visible", one_document),
+        patched("torch_ref.ops.attention.attend.visible", one_document),
         "forward",
         "layers.0.mixer.o_proj",
     ),
@@ -210,7 +213,9 @@ FAULTS: dict[str, tuple[str, Fault, str, str]] = {
     "schedule": ("base", train_is(schedule="linear"), "update 20", "embed.weight"),
     "decay of norms": (
         "base",
-        patched("torch_ref.optim.decay_mask", lambda decoder: dict.fromkeys(dict(decoder.named_parameters()), True)),
+        patched(
+            "torch_ref.train.optim.decay_mask", lambda decoder: dict.fromkeys(dict(decoder.named_parameters()), True)
+        ),
         "update 1",
         "layers.0.mixer_norm.weight",
     ),
@@ -241,8 +246,10 @@ def test_a_planted_fault_is_named(name: str, truth: Callable[[str], Truth], monk
 def test_lost_precision_is_named(truth: Callable[[str], Truth], monkeypatch: pytest.MonkeyPatch) -> None:
     """Mathematics is right and float32 is computed in bfloat16."""
     sound = truth("base")
-    numerics_of = mirror.numerics_of
-    monkeypatch.setattr(mirror, "numerics_of", lambda dtype: numerics_of("bfloat16" if dtype == "float32" else dtype))
+    numerics_of = torch_side.numerics_of
+    monkeypatch.setattr(
+        torch_side, "numerics_of", lambda dtype: numerics_of("bfloat16" if dtype == "float32" else dtype)
+    )
     side = TorchSide(sound.settings, sound.tensors)
     report = report_of((sound, side), sound.inputs, ("float64", "float32"))
     assert report.verdict.startswith("differ: first differing tensor embed (float32, forward): relative error")
@@ -263,7 +270,7 @@ def test_an_imprecise_optimiser_is_named(truth: Callable[[str], Truth]) -> None:
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a config file to the page and the JSON, first of the sound model, then with a fault."""
     path = tmp_path / "small.toml"
-    path.write_text(config_file.to_toml(dataclasses.replace(settings(), data=config.Data(cache_dir=str(tmp_path)))))
+    path.write_text(toml.to_toml(dataclasses.replace(settings(), data=config.Data(cache_dir=str(tmp_path)))))
     x64 = jax.config.jax_enable_x64
     report = check(path, out=tmp_path / "out")
     assert (report.same, report.verdict) == (True, "same")
@@ -274,7 +281,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Same: both compute the same model." in page
     assert "http" not in page and "<script" not in page
 
-    monkeypatch.setattr("torch_ref.ops.attention.visible", one_document)
+    monkeypatch.setattr("torch_ref.ops.attention.attend.visible", one_document)
     with pytest.raises(AssertionError, match=r"first differing tensor layers\.0\.mixer\.o_proj \(float64, forward\)"):
         assert_parity(path)
 

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from jaxlm import config
-from jaxlm.convert import native, storage
-from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.convert import native
+from jaxlm.convert.files import storage
+from jaxlm.convert.open_model import load
+from jaxlm.convert.write_model import convert
+from jaxlm.text.tokenizer import Tokenizer
 from parity_tests import families
 from parity_tests.families import exported, strictly, torch_folder
 from parity_tests.pairs import model, random_params

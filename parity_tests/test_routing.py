@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.convert.load import load
-from jaxlm.parity import hugging_face
+from jaxlm.config.model_parts import MoE
+from jaxlm.convert.open_model import load
 from jaxlm.parity.compare import Finding
-from jaxlm.parity.hugging_face import HuggingFaceSide
 from jaxlm.parity.inputs import make_inputs, random_params
-from jaxlm.parity.mirror import TorchSide
 from jaxlm.parity.routing import compare_routing, margins
-from jaxlm.parity.trace import ARRIVES, RETURNS, Arrays, JaxSide
-from jaxlm.parts import MoE
+from jaxlm.parity.sides.jax_side import JaxSide
+from jaxlm.parity.sides.torch_side import TorchSide
+from jaxlm.parity.sides.transformers_side import HuggingFaceSide
+from jaxlm.parity.trace import ARRIVES, RETURNS, Arrays
 from parity_tests.families import exported
 from parity_tests.families_moe import EXAMPLES
 from parity_tests.pairs import model
 from parity_tests.tolerances import RATIO
-from torch_ref.ops import router as torch_router
+from torch_ref.ops.moe import router as torch_router
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {"n_experts": 8, "top_k": 2},
@@ -130,7 +130,7 @@ def test_transformers_computes_with_the_experts_that_it_is_given(
 ) -> None:
     """In bfloat16 its own choice would part from ours in a near tie, and the experts would look guilty."""
     if not forced:
-        monkeypatch.setattr(hugging_face, "replayed", lambda arriving, *_: arriving)
+        monkeypatch.setattr(transformers_side, "replayed", lambda arriving, *_: arriving)
     ours, theirs, cfg = of_transformers("gpt_oss", tmp_path)
     rows = make_inputs(cfg).rows
     golden = ours.replay("float64", rows, None)

@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.parity.compare import Finding, look_again
 from jaxlm.parity.inputs import Inputs, make_inputs
-from jaxlm.parity.trace import JaxSide
+from jaxlm.parity.sides.jax_side import JaxSide
 from parity_tests import pairs
 
 NAME = "layers.0.mixer.D"

@@ -18,16 +18,20 @@ from jaxlm import config
 from jaxlm.models import decoder as jax_decoder
 from jaxlm.models import mamba as jax_mamba
 from jaxlm.ops import norm as jax_norm
-from jaxlm.ops import ssm as jax_ssm
+from jaxlm.ops.ssm import convolution as jax_convolution
+from jaxlm.ops.ssm import selective_scan as jax_selective_scan
+from jaxlm.ops.ssm import ssd as jax_ssd
 from jaxlm.train import optim as jax_optim
 from parity_tests import pairs
 from parity_tests.options import MAMBA, small
 from parity_tests.test_layers import Case, check_module
 from parity_tests.tolerances import FLOAT64
-from torch_ref import optim as torch_optim
 from torch_ref.models import decoder as torch_decoder
 from torch_ref.ops import norm as torch_norm
-from torch_ref.ops import ssm as torch_ssm
+from torch_ref.ops.ssm import convolution as torch_convolution
+from torch_ref.ops.ssm import selective_scan as torch_selective_scan
+from torch_ref.ops.ssm import ssd as torch_ssd
+from torch_ref.train import optim as torch_optim
 
 B, T, F, P, N, G, H, K = 2, 83, 6, 3, 4, 2, 5, 4
 IMPLS = ("sequential", "chunked")
@@ -57,9 +61,9 @@ def conv_inputs(rng: np.random.Generator, t: int = T) -> list[np.ndarray]:
 
 
 OPS: dict[str, tuple[Any, Any, Callable, tuple[int, ...]]] = {
-    "scan": (jax_ssm.selective_scan, torch_ssm.selective_scan, scan_inputs, (B, P, F)),
-    "ssd": (jax_ssm.ssd, torch_ssm.ssd, ssd_inputs, (B, N, H, P)),
-    "conv": (jax_ssm.causal_conv, torch_ssm.causal_conv, conv_inputs, (B, K - 1, F)),
+    "scan": (jax_selective_scan.selective_scan, torch_selective_scan.selective_scan, scan_inputs, (B, P, F)),
+    "ssd": (jax_ssd.ssd, torch_ssd.ssd, ssd_inputs, (B, N, H, P)),
+    "conv": (jax_convolution.causal_conv, torch_convolution.causal_conv, conv_inputs, (B, K - 1, F)),
 }
 
 
@@ -82,7 +86,7 @@ def run_torch(op: Callable, arrays: list[np.ndarray], where: np.ndarray, dys: li
 
 
 def split(op: Callable, arrays: Any, where: Any, options: dict[str, Any]) -> tuple:
-    n = 3 if op in (jax_ssm.causal_conv, torch_ssm.causal_conv) else 6
+    n = 3 if op in (jax_convolution.causal_conv, torch_convolution.causal_conv) else 6
     return tuple(out for out in op(*arrays[:n], where, *arrays[n:], **options) if out is not None)
 
 
@@ -181,9 +185,9 @@ def test_gated_norm(rng: np.random.Generator) -> None:
 def test_softplus(rng: np.random.Generator) -> None:
     """Above 20 too, where PyTorch's own function is the identity."""
     x = np.linspace(-60.0, 60.0, 241)
-    y, pull = jax.vjp(jax_ssm.softplus, jnp.asarray(x))
+    y, pull = jax.vjp(jax_selective_scan.softplus, jnp.asarray(x))
     mine = torch.tensor(x, requires_grad=True)
-    ours = torch_ssm.softplus(mine)
+    ours = torch_selective_scan.softplus(mine)
     (gradient,) = torch.autograd.grad(ours.sum(), mine)
     np.testing.assert_allclose(ours.detach().numpy(), np.asarray(y), rtol=1e-13)
     np.testing.assert_allclose(gradient.numpy(), np.asarray(pull(jnp.ones_like(y))[0]), rtol=1e-13)
@@ -298,19 +302,23 @@ def test_a_planted_fault_is_seen(fault: str, rng: np.random.Generator) -> None:
 
 
 SPOILT = {
-    "dt without B": lambda u, dt, a, b, c, d, where: torch_ssm.selective_scan(u, dt, a, b / dt[..., :1], c, d, where),
-    "zero-order hold of B": lambda u, dt, a, b, c, d, where: torch_ssm.selective_scan(
+    "dt without B": lambda u, dt, a, b, c, d, where: torch_selective_scan.selective_scan(
+        u, dt, a, b / dt[..., :1], c, d, where
+    ),
+    "zero-order hold of B": lambda u, dt, a, b, c, d, where: torch_selective_scan.selective_scan(
         u * ((dt * a[:, 0]).expm1() / (dt * a[:, 0])), dt, a, b, c, d, where
     ),
-    "no documents": lambda *args: torch_ssm.selective_scan(*args[:-1], torch.ones_like(args[-1])),
-    "the state restarts one token late": lambda *args: torch_ssm.selective_scan(*args[:-1], args[-1].roll(1, 1)),
+    "no documents": lambda *args: torch_selective_scan.selective_scan(*args[:-1], torch.ones_like(args[-1])),
+    "the state restarts one token late": lambda *args: torch_selective_scan.selective_scan(
+        *args[:-1], args[-1].roll(1, 1)
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", SPOILT)
 def test_a_spoilt_scan_is_seen(fault: str, rng: np.random.Generator) -> None:
     arrays, where = scan_inputs(rng), segments(rng)
-    golden = np.asarray(jax_ssm.selective_scan(*map(jnp.asarray, arrays), jnp.asarray(where))[0])
+    golden = np.asarray(jax_selective_scan.selective_scan(*map(jnp.asarray, arrays), jnp.asarray(where))[0])
     spoilt = SPOILT[fault](*map(torch.tensor, arrays), torch.tensor(where))[0].numpy()
     real = where != 0
     with pytest.raises(AssertionError, match="output: error"):

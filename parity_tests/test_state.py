@@ -16,24 +16,25 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import config, config_file
-from jaxlm.convert import state
-from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert import training_state
 from jaxlm.convert.native import to_torch
-from jaxlm.convert.state import Training, convert_state
+from jaxlm.convert.open_model import load
+from jaxlm.convert.training_state import Training, convert_state
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.recipes import pretrain
+from jaxlm.run.metrics import OF_THE_MACHINE
+from jaxlm.run.torch_checkpoint import MODEL, OPTIMIZER, RUN, write_record
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.engine import JaxEngine
-from jaxlm.train.metrics import OF_THE_MACHINE
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.record import MODEL, OPTIMIZER, RUN, write_record
 from jaxlm.train.step import init_state
 from parity_tests.pairs import error
 from parity_tests.tolerances import FLOAT64
-from torch_ref.train import TorchEngine
+from torch_ref.train.engine import TorchEngine
 
 TOML = """
 [model]
@@ -107,7 +108,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     def run(out: Path, backend: config.Backend, *overrides: str, resume: bool = False) -> Finished:
         batches.clear()
         path = out / "config.toml" if resume else home / "tiny.toml"
-        pretrain.run(config_file.load(path, [f'out_dir="{out}"', *overrides]), resume=resume, backend=backend)
+        pretrain.run(toml.load(path, [f'out_dir="{out}"', *overrides]), resume=resume, backend=backend)
         return Finished(out, list(batches))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -136,8 +137,8 @@ def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 def newest(run: Path) -> Training:
     """Everything of the newest checkpoint of either backend."""
-    where, settings = state._checkpoint(run / "checkpoints", None), config_file.load(run / "config.toml")
-    return (state._read_torch if (where / RUN).is_file() else state._read_jax)(where, settings)
+    where, settings = training_state._checkpoint(run / "checkpoints", None), toml.load(run / "config.toml")
+    return (training_state._read_torch if (where / RUN).is_file() else training_state._read_jax)(where, settings)
 
 
 def tensors(training: Training, model: config.Model) -> dict[str, np.ndarray]:
@@ -155,7 +156,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def differences(run: Path, undisturbed: Path) -> dict[str, float]:
     """Relative errors of all tensors of the newest checkpoint and of all metrics."""
-    model = config_file.load(run / "config.toml").model
+    model = toml.load(run / "config.toml").model
     (mine, other), (ours, theirs) = map(newest, (run, undisturbed)), map(rows, (run, undisturbed))
     assert mine.step == other.step and mine.run.keys() == other.run.keys()
     apart = {"progress": 0, "clock": 0}  # the best loss is a float of its own, and time passes
@@ -189,7 +190,7 @@ def test_a_run_goes_on(case: str, begun: config.Backend, whole: Any, train: Trai
 def test_a_planted_fault_is_seen(
     fault: str, whole: Any, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = state._read_jax
+    read = training_state._read_jax
 
     def wrong(where: Path, settings: config.Config) -> Training:
         training = read(where, settings)
@@ -201,7 +202,7 @@ def test_a_planted_fault_is_seen(
         q_proj["kernel"] = q_proj["kernel"].reshape(2, 16, 16).swapaxes(1, 2).reshape(2, 16, 2, 8)
         return training
 
-    monkeypatch.setattr(state, "_read_jax", wrong)
+    monkeypatch.setattr(training_state, "_read_jax", wrong)
     undisturbed = whole("scanned, tied", "jax").folder
     convert_state(undisturbed, tmp_path / "run", "torch", step=3)
     monkeypatch.undo()
@@ -217,7 +218,7 @@ def test_there_and_back_is_bitwise(layer_loop: str, tmp_path: Path, rng: np.rand
     model = config.Model(vocab_size=11, d_model=8, n_layers=2, n_heads=2, layer_loop=layer_loop)  # pyright: ignore
     settings = config.Config(out_dir=str(tmp_path / "one"), model=model)
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "config.toml").write_text(config_file.to_toml(settings))
+    (tmp_path / "one" / "config.toml").write_text(toml.to_toml(settings))
     (tmp_path / "one" / "metrics.jsonl").write_text('{"step": 7}\n')
     begin = init_state(init_params(Decoder(model), jax.random.key(0)), make_optimizer(settings.train))
     random = jax.tree.map(
@@ -244,7 +245,7 @@ def test_there_and_back_is_bitwise(layer_loop: str, tmp_path: Path, rng: np.rand
         two, four = (tmp_path / run / "checkpoints" / "7" / name for run in ("two", "four"))
         assert two.read_bytes() == four.read_bytes()
     assert (tmp_path / "four" / "metrics.jsonl").read_text() == '{"step": 7}\n'
-    assert config_file.load(tmp_path / "four" / "config.toml").out_dir == str(tmp_path / "four")
+    assert toml.load(tmp_path / "four" / "config.toml").out_dir == str(tmp_path / "four")
     np.testing.assert_array_equal(
         load(tmp_path / "two").params["embed"]["embedding"], first.params["embed"]["embedding"]
     )
@@ -338,7 +339,7 @@ def test_mistakes_of_the_user(whole: Any, tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state, "write_record", full)
+    monkeypatch.setattr(training_state, "write_record", full)
     with pytest.raises(UserError, match="the disk is full, nothing was kept"):
         convert_state(whole("scanned, tied", "jax").folder, tmp_path / "out", "torch")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]

@@ -14,17 +14,17 @@ from transformers import AutoTokenizer
 
 from jaxlm import config
 from jaxlm.convert.canonical import leaves
-from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load
 from jaxlm.convert.native import to_torch
-from jaxlm.data.completion import GREEDY
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.convert.open_model import load
+from jaxlm.convert.write_model import convert
 from jaxlm.infer.text import generate_text
+from jaxlm.text.sampling import GREEDY
+from jaxlm.text.tokenizer import Tokenizer
 from parity_tests.families import our_logits, prompt, strictly, their_logits, torch_folder
 from parity_tests.pairs import error, model, random_params
 from parity_tests.tolerances import FLOAT64
 from tests.data.test_llama2c import LETTERS, stored
-from torch_ref.generate import decoder_of
+from torch_ref.infer.generate import decoder_of
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "

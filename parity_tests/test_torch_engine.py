@@ -18,18 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jaxlm import config, config_file
-from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load
+from jaxlm import config
+from jaxlm.config import toml as config_file
+from jaxlm.convert.open_model import load
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.recipes import pretrain
-from jaxlm.train.metrics import OF_THE_MACHINE
+from jaxlm.run.metrics import OF_THE_MACHINE
 from parity_tests.tolerances import FLOAT64
-from torch_ref.checkpoint import Checkpointer
 from torch_ref.models.decoder import Decoder, init_params
-from torch_ref.optim import make_optimizer
-from torch_ref.step import TrainState, loss_fn, make_step
-from torch_ref.train import TorchEngine, pick_device
+from torch_ref.train.checkpoint import Checkpointer
+from torch_ref.train.engine import TorchEngine, pick_device
+from torch_ref.train.optim import make_optimizer
+from torch_ref.train.step import TrainState, loss_fn, make_step
 
 TOML = """
 [model]
@@ -261,7 +262,7 @@ def test_no_jax_is_imported(tmp_path: Path) -> None:
     code = """
 import sys
 from jaxlm.recipes import pretrain
-import torch_ref.train, torch_ref.generate
+import torch_ref.train.engine, torch_ref.infer.generate
 print(*sorted({"jax", "flax", "optax", "orbax"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -275,7 +276,7 @@ def test_a_compiled_step_is_the_same(toml: Path, tmp_path: Path) -> None:
         options = ["numerics.params=float64", "numerics.compute=float64", "model.dropout=0.0", "train.steps=5"]
         overrides = [f'out_dir="{tmp_path / compiled}"', f"torch.compile={compiled}", *options]
         code = f"""
-from jaxlm import config_file
+from jaxlm.config import toml as config_file
 from jaxlm.recipes import pretrain
 pretrain.run(config_file.load({str(toml)!r}, {overrides!r}), backend="torch")
 """

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm.data.completion import GREEDY
 from jaxlm.infer import generate as jax_generate
 from jaxlm.models import decoder as jax_decoder
+from jaxlm.text.sampling import GREEDY
 from parity_tests.pairs import Pair, error, model, pair, random_params
 from parity_tests.tolerances import FLOAT64
-from torch_ref import generate as torch_generate
+from torch_ref.infer import generate as torch_generate
 from torch_ref.models import decoder as torch_decoder
 from torch_ref.models.attention import Attention
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
 from torch_ref.ops.rope import apply_rope, rope_table_of
 
 WINDOW, FIRST = 7, 2

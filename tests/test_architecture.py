@@ -6,6 +6,8 @@ Each rule is a function from a source tree to its violations; a planted fault sh
 from __future__ import annotations
 
 import ast
+import collections
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,34 +18,35 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A part of jaxlm imports itself and parts of lower rank.
-RANKS = {
-    **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["parts", "sandbox"], 1),
-    **dict.fromkeys(["architecture"], 2),
-    **dict.fromkeys(["config", "registry"], 3),
-    **dict.fromkeys(["config_file", "mesh", "numerics", "compilation", "flops", "distributed"], 4),
-    **dict.fromkeys(["ops"], 5),
-    **dict.fromkeys(["models", "objectives", "data"], 6),
-    **dict.fromkeys(["train"], 7),
-    **dict.fromkeys(["convert"], 8),  # opens and writes the checkpoints of train
-    **dict.fromkeys(["infer"], 9),  # opens whatever convert can open
-    **dict.fromkeys(["recipes", "eval"], 10),
-    **dict.fromkeys(["parity", "plan"], 11),  # step the objective of a recipe, compile it
-    **dict.fromkeys(["launch"], 12),
-    **dict.fromkeys(["cli", "pytest_plugin"], 13),
-    **dict.fromkeys(["__main__"], 14),
-}
+# A part of jaxlm imports itself and parts of an earlier line.
+ORDER = """
+errors
+sandbox config
+text numerics mesh processes
+data
+run
+report
+ops
+models objectives
+counts
+train
+convert
+infer
+deploy eval
+recipes
+parity plan
+launch
+cli pytest_plugin
+__main__
+"""
+RANKS = {name: rank for rank, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
-NEUTRAL = {"parts", "architecture", "config", "config_file", "errors", "flops", "registry", "data"}  # shared by both
-NEUTRAL_MODULES = {
-    "jaxlm.train.schedule",
-    "jaxlm.train.metrics",
-    "jaxlm.train.record",
-}  # and single modules of other parts
+NEUTRAL = {"errors", "config", "text", "data", "run", "report"}  # rooms in which neither framework is imported
+NEUTRAL_MODULES = {"jaxlm.counts.flops", "jaxlm.train.backend", "jaxlm.train.loop"}  # and single modules of others
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
+MAX_FILES = 14
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,63 @@ def bad_names(root: Path) -> list[str]:
 
 
 def long_files(root: Path) -> list[str]:
-    """A file can be read in one sitting; blank lines cost nothing."""
+    """A file can be read in one sitting."""
     files = python_files(root, "jaxlm", "torch_ref", "tests", "parity_tests", "benchmarks")
-    texts = {file: (root / file).read_text(encoding="utf-8") for file in files}
-    lengths = {file: sum(bool(line.strip()) for line in text.splitlines()) for file, text in texts.items()}
+    lengths = {file: (root / file).read_text(encoding="utf-8").count("\n") for file in files}
     return [f"{file}: {lines} lines" for file, lines in lengths.items() if lines > MAX_LINES]
 
 
-RULES = [wrong_direction, torch_in_jaxlm, jax_in_torch_ref, bad_names, long_files]
+def full_folders(root: Path) -> list[str]:
+    """A folder shows its files at a glance."""
+    files = [file for file in python_files(root, "jaxlm", "torch_ref") if file.name != "__init__.py"]
+    counts = collections.Counter(file.parent for file in files)
+    return [f"{folder}: {count} files" for folder, count in counts.items() if count > MAX_FILES]
+
+
+def private_imports(root: Path) -> list[str]:
+    """A name that begins with an underscore belongs to its file."""
+    return [
+        str(item)
+        for file in python_files(root, "jaxlm", "torch_ref")
+        for item in imports(root, file)
+        if item.top in ("jaxlm", "torch_ref") and re.match(r"_[a-z]", item.module.rpartition(".")[2])
+    ]
+
+
+def circles(root: Path) -> list[str]:
+    """No file imports, through others, a file that imports it."""
+    files = {".".join(file.with_suffix("").parts): file for file in python_files(root, "jaxlm", "torch_ref")}
+    graph = {
+        module: {
+            target
+            for item in imports(root, file)
+            for target in (item.module, item.module.rpartition(".")[0])
+            if target in files and target != module
+        }
+        for module, file in files.items()
+    }
+
+    def reachable(start: str) -> set[str]:
+        seen, front = set(), [start]
+        while front:
+            for target in graph[front.pop()] - seen:
+                seen.add(target)
+                front.append(target)
+        return seen
+
+    return [f"{file}: imports itself through others" for module, file in files.items() if module in reachable(module)]
+
+
+RULES = [
+    wrong_direction,
+    torch_in_jaxlm,
+    jax_in_torch_ref,
+    bad_names,
+    long_files,
+    full_folders,
+    private_imports,
+    circles,
+]
 FAULTS: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (wrong_direction, "jaxlm/ops/norm.py", "from jaxlm.models import layers"),
     (wrong_direction, "jaxlm/models/block.py", "from jaxlm import train"),
@@ -162,21 +214,25 @@ FAULTS: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (wrong_direction, "jaxlm/objectives/lm.py", "def f():\n    import jaxlm.models.decoder"),
     (wrong_direction, "jaxlm/train/loop.py", "from jaxlm.infer.generate import generate"),
     (wrong_direction, "jaxlm/mesh.py", "from jaxlm import ops"),
+    (wrong_direction, "jaxlm/config/run.py", "from jaxlm.text import tokenizer"),
+    (wrong_direction, "jaxlm/run/directory.py", "from jaxlm.report import plots"),
     (wrong_direction, "jaxlm/errors.py", "from jaxlm import config"),
     (wrong_direction, "jaxlm/__init__.py", "from jaxlm.config import Config"),
     (wrong_direction, "jaxlm/extra/thing.py", "from jaxlm.errors import UserError"),
     (torch_in_jaxlm, "jaxlm/ops/norm.py", "import torch.nn.functional as F"),
     (torch_in_jaxlm, "jaxlm/convert/native.py", "def f():\n    import torch"),
-    (torch_in_jaxlm, "jaxlm/cli.py", "from torch_ref.generate import generate"),
-    (torch_in_jaxlm, "jaxlm/cli.py", "def f():\n    import torch"),
+    (torch_in_jaxlm, "jaxlm/cli/app.py", "from torch_ref.infer.generate import generate"),
+    (torch_in_jaxlm, "jaxlm/cli/app.py", "def f():\n    import torch"),
     (jax_in_torch_ref, "torch_ref/ops/norm.py", "def f():\n    import jax.numpy as jnp"),
-    (jax_in_torch_ref, "torch_ref/train.py", "import optax"),
-    (jax_in_torch_ref, "torch_ref/train.py", "from jaxlm.train import optim"),
+    (jax_in_torch_ref, "torch_ref/train/engine.py", "import optax"),
+    (jax_in_torch_ref, "torch_ref/train/engine.py", "from jaxlm.train import optim"),
     (jax_in_torch_ref, "jaxlm/data/pipeline.py", "import jax"),
-    (jax_in_torch_ref, "jaxlm/train/schedule.py", "import jax.numpy as jnp"),
+    (jax_in_torch_ref, "jaxlm/run/schedule.py", "import jax.numpy as jnp"),
+    (jax_in_torch_ref, "jaxlm/report/plots.py", "import jax"),
+    (private_imports, "jaxlm/train/loop.py", "from jaxlm.train.step import _finite"),
     (bad_names, "jaxlm/train/utils.py", ""),
     (bad_names, "jaxlm/common/norm.py", ""),
-    (long_files, "torch_ref/train.py", "x = 0\n" * (MAX_LINES + 1)),
+    (long_files, "torch_ref/train/engine.py", "x = 0\n" * (MAX_LINES + 1)),
 ]
 ALLOWED: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (
@@ -184,18 +240,18 @@ ALLOWED: list[tuple[Callable[[Path], list[str]], str, str]] = [
         "jaxlm/train/loop.py",
         "from jaxlm import ops\nfrom jaxlm.train import step",
     ),
-    (wrong_direction, "jaxlm/cli.py", "from jaxlm import __version__\nfrom jaxlm.recipes import pretrain"),
+    (wrong_direction, "jaxlm/cli/app.py", "from jaxlm import __version__\nfrom jaxlm.recipes import pretrain"),
     (torch_in_jaxlm, "jaxlm/parity/trace.py", "import torch"),
     (torch_in_jaxlm, "jaxlm/recipes/pretrain.py", "def f():\n    from torch_ref import train"),
     (torch_in_jaxlm, "jaxlm/ops/norm.py", "if TYPE_CHECKING:\n    import torch"),
-    (jax_in_torch_ref, "torch_ref/train.py", "from jaxlm.config import Config\nimport torch"),
-    (jax_in_torch_ref, "torch_ref/train.py", "from jaxlm.train.schedule import learning_rate"),
-    (long_files, "torch_ref/train.py", "x = 0\n" * MAX_LINES),
+    (jax_in_torch_ref, "torch_ref/train/engine.py", "from jaxlm.config import Config\nimport torch"),
+    (jax_in_torch_ref, "torch_ref/train/engine.py", "from jaxlm.run.schedule import learning_rate"),
+    (long_files, "torch_ref/train/engine.py", "x = 0\n" * MAX_LINES),
 ]
 
 
 def plant(root: Path, file: str, source: str) -> None:
-    (root / file).parent.mkdir(parents=True)
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
     (root / file).write_text(source, encoding="utf-8")
 
 
@@ -209,6 +265,16 @@ def test_rule_finds_a_planted_fault(rule: Callable[[Path], list[str]], file: str
     plant(tmp_path, file, source)
     (violation,) = rule(tmp_path)
     assert violation.startswith(file)
+
+
+def test_rules_of_several_files_find_planted_faults(tmp_path: Path) -> None:
+    for number in range(MAX_FILES):
+        plant(tmp_path, f"jaxlm/ops/op{number}.py", "")
+    assert full_folders(tmp_path) == circles(tmp_path) == []
+    plant(tmp_path, "jaxlm/ops/norm.py", "def f():\n    from jaxlm.ops.rope import angle")
+    plant(tmp_path, "jaxlm/ops/rope.py", "from jaxlm.ops import norm")
+    assert full_folders(tmp_path) == [f"jaxlm/ops: {MAX_FILES + 2} files"]
+    assert circles(tmp_path) == [f"jaxlm/ops/{name}.py: imports itself through others" for name in ("norm", "rope")]
 
 
 @pytest.mark.parametrize(("rule", "file", "source"), ALLOWED)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import config, config_file, registry
+from jaxlm import config
+from jaxlm.config import registry, toml
 from jaxlm.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -16,26 +17,26 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 def test_a_file_states_only_what_differs(tmp_path):
     path = tmp_path / "small.toml"
     path.write_text('seed = 7\n[model]\nd_model = 64\npattern = ["attention+mlp"]\n[train]\nlearning_rate = 1e-4\n')
-    found = config_file.load(path, ["model.n_layers=2", 'data.source="a b"', "data.extensions=['.py']", "mesh.fsdp=8"])
+    found = toml.load(path, ["model.n_layers=2", 'data.source="a b"', "data.extensions=['.py']", "mesh.fsdp=8"])
     assert (found.seed, found.model.d_model, found.model.n_layers, found.train.learning_rate) == (7, 64, 2, 1e-4)
     assert (found.data.source, found.data.extensions, found.mesh.fsdp) == ("a b", (".py",), 8)
     assert found.out_dir == "runs/small"
     assert found.train.batch_size == config.Train().batch_size
-    assert config_file.load(path, ["data.source=stdlib", "out_dir=there"]).out_dir == "there"
+    assert toml.load(path, ["data.source=stdlib", "out_dir=there"]).out_dir == "there"
 
 
 def test_zeros_are_filled_in():
     model = config.Model(d_model=96, n_heads=6)
     assert (model.n_kv_heads, model.head_dim, model.d_ff) == (6, 16, 256)
     assert config.Model(d_model=96, n_heads=6, activation="gelu").d_ff == 384
-    assert config_file.from_dict({"data": {"seq_len": 99}}).model.max_seq_len == 99
-    assert config_file.from_dict({"data": {"seq_len": 99}, "model": {"max_seq_len": 256}}).model.max_seq_len == 256
+    assert toml.from_dict({"data": {"seq_len": 99}}).model.max_seq_len == 99
+    assert toml.from_dict({"data": {"seq_len": 99}, "model": {"max_seq_len": 256}}).model.max_seq_len == 256
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_of_the_repository_load(path):
-    found = config_file.load(path)
-    assert config_file.from_dict(tomllib.loads(config_file.to_toml(found))) == found
+    found = toml.load(path)
+    assert toml.from_dict(tomllib.loads(toml.to_toml(found))) == found
 
 
 def test_there_are_configs():
@@ -77,15 +78,15 @@ def test_what_is_wrong_is_named(tmp_path, override, message):
     path = tmp_path / "a.toml"
     path.write_text("seed = 1\n")
     with pytest.raises(UserError) as error:
-        config_file.load(path, [override])
+        toml.load(path, [override])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_layers_and_positions_that_do_not_fit():
     with pytest.raises(UserError, match=r"n_layers = 3 is not a multiple of the 2 blocks"):
-        config_file.from_dict({"model": {"n_layers": 3, "pattern": ["attention+mlp"] * 2}})
+        toml.from_dict({"model": {"n_layers": 3, "pattern": ["attention+mlp"] * 2}})
     with pytest.raises(UserError, match=r"data\.seq_len = 64 exceeds the 32 learned positions"):
-        config_file.from_dict({"model": {"positions": "learned", "max_seq_len": 32}, "data": {"seq_len": 64}})
+        toml.from_dict({"model": {"positions": "learned", "max_seq_len": 32}, "data": {"seq_len": 64}})
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -98,7 +99,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ".": "is a folder (name a .toml file)",
     }.items():
         with pytest.raises(UserError) as error:
-            config_file.load(tmp_path / name)
+            toml.load(tmp_path / name)
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -163,7 +164,7 @@ def test_a_block_has_options_of_its_own():
 )
 def test_a_block_that_is_none_is_refused(block, message):
     with pytest.raises(UserError) as refused:
-        config_file.from_dict({"model": {"pattern": [block]}})
+        toml.from_dict({"model": {"pattern": [block]}})
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -175,21 +176,21 @@ PRESETS = sorted(path.stem for path in registry.MESHES.glob("*.toml"))
 def test_a_mesh_has_a_name(tmp_path, name):
     path = tmp_path / "a.toml"
     path.write_text(f'mesh = "{name}"\n')
-    found = config_file.load(path)
+    found = toml.load(path)
     assert set(tomllib.loads((registry.MESHES / f"{name}.toml").read_text())) == {"mesh"}
-    assert config_file.from_dict({"mesh": registry.mesh(name)}).mesh == found.mesh
+    assert toml.from_dict({"mesh": registry.mesh(name)}).mesh == found.mesh
     path.write_text("[mesh]\ntensor = 4\n[mesh.rules]\nheads = []\n")
-    assert config_file.load(path, [f"mesh={name}"]).mesh == found.mesh
-    assert config_file.from_dict(tomllib.loads(config_file.to_toml(found))) == found
+    assert toml.load(path, [f"mesh={name}"]).mesh == found.mesh
+    assert toml.from_dict(tomllib.loads(toml.to_toml(found))) == found
 
 
 def test_overrides_change_a_named_mesh_in_their_order(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('mesh = "zero1"\n')
-    found = config_file.load(path, ["mesh.data=4", "mesh.rules.vocab=['tensor', 'fsdp']", "mesh.dcn.data=2"]).mesh
+    found = toml.load(path, ["mesh.data=4", "mesh.rules.vocab=['tensor', 'fsdp']", "mesh.dcn.data=2"]).mesh
     assert (found.data, found.dcn.data, found.rules) == (4, 2, {"vocab": ("tensor", "fsdp")})
     assert found.optimizer_rules == {"embed": ("fsdp", "data")}
-    assert config_file.load(path, ["mesh.data=4", "mesh=zero3"]).mesh == config.Mesh(data=1, fsdp=-1)
+    assert toml.load(path, ["mesh.data=4", "mesh=zero3"]).mesh == config.Mesh(data=1, fsdp=-1)
 
 
 @pytest.mark.parametrize(
@@ -207,5 +208,5 @@ def test_overrides_change_a_named_mesh_in_their_order(tmp_path):
 def test_what_is_wrong_with_a_mesh_is_named(tmp_path, override, message):
     (tmp_path / "a.toml").write_text("")
     with pytest.raises(UserError) as error:
-        config_file.load(tmp_path / "a.toml", [override])
+        toml.load(tmp_path / "a.toml", [override])
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import config, distributed
-from jaxlm.distributed import Place, difference, find_place, refuse_loopback
+from jaxlm import config
 from jaxlm.errors import UserError
+from jaxlm.processes import meet
+from jaxlm.processes.meet import Place, difference, find_place, refuse_loopback
 
 SAID = {"JAXLM_COORDINATOR": "node1:1234", "JAXLM_PROCESSES": "4", "JAXLM_PROCESS_ID": "3"}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
@@ -45,7 +46,7 @@ def test_options_come_before_variables_and_variables_before_the_cluster(options,
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"JAXLM_COORDINATOR": "a:1"}, r"not said: distributed.processes \(JAXLM_PROCESSES\), distributed.process_id"),
+        ({"JAXLM_COORDINATOR": "a:1"}, r"not said: meet.processes \(JAXLM_PROCESSES\), meet.process_id"),
         ({**SAID, "JAXLM_PROCESS_ID": "4"}, "process_id 4 of 4 processes"),
         ({**SAID, "JAXLM_PROCESSES": "four"}, "JAXLM_PROCESSES='four' is not a number"),
         ({**SAID, "JAXLM_COORDINATOR": "node1"}, "'node1' is not HOST:PORT"),
@@ -69,8 +70,8 @@ def test_a_loopback_coordinator_of_several_hosts_is_refused(hosts, address):
 
 
 def test_one_process_initialises_nothing(monkeypatch):
-    monkeypatch.setattr(distributed, "_reach", lambda *_: pytest.fail("waits"))
-    assert distributed.initialize(NONE) is None
+    monkeypatch.setattr(meet, "_reach", lambda *_: pytest.fail("waits"))
+    assert meet.initialize(NONE) is None
 
 
 @pytest.mark.parametrize(

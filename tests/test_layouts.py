@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm import config_file, registry
+from jaxlm.config import registry, toml
 from jaxlm.errors import UserError
 from jaxlm.plan.sharding import describe
 
@@ -40,7 +40,7 @@ def layouts(name: str, *overrides: str) -> dict[str, Any]:
 
 def layout(name: str, preset: str, devices: int, slices: int, *overrides: str) -> Any:
     try:
-        found = describe(config_file.load(name, [f"mesh={preset}", *overrides]), devices, slices)
+        found = describe(toml.load(name, [f"mesh={preset}", *overrides]), devices, slices)
     except UserError as error:
         return str(error)
     rows = {leaf.name: leaf for leaf in found.leaves if leaf.kind == "parameter"}

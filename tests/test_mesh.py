@@ -10,7 +10,8 @@ import pytest
 from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import config, config_file
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.mesh import AXES, RULES, Layout, arrange, constrain
 
@@ -58,14 +59,14 @@ def test_sizes_that_do_not_fit_the_devices(sizes, hint):
 @pytest.mark.parametrize("size", [0, -2])
 def test_sizes_that_are_none(size):
     with pytest.raises(UserError, match=f"mesh.fsdp = {size} must be positive or -1"):
-        config_file.from_dict({"mesh": {"fsdp": size}})
+        toml.from_dict({"mesh": {"fsdp": size}})
 
 
 def test_two_free_axes():
     with pytest.raises(UserError, match=r"more than one axis of \[mesh\] is -1"):
-        config_file.from_dict({"mesh": {"fsdp": -1}})  # data is -1 by default
+        toml.from_dict({"mesh": {"fsdp": -1}})  # data is -1 by default
     with pytest.raises(UserError, match=r"more than one axis of \[mesh\.dcn\] is -1"):
-        config_file.from_dict({"mesh": {"dcn": {"data": -1, "fsdp": -1}}})
+        toml.from_dict({"mesh": {"dcn": {"data": -1, "fsdp": -1}}})
 
 
 @dataclasses.dataclass(frozen=True)

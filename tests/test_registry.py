@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 
-from jaxlm import config_file, registry
 from jaxlm.cli import main
+from jaxlm.config import registry, toml
+from jaxlm.counts.catalogue import catalogue
+from jaxlm.counts.parameters import parameters
 from jaxlm.errors import UserError
-from jaxlm.models.accounting import parameters
-from jaxlm.models.catalogue import catalogue
 
 ENTRIES = registry.entries()
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
@@ -35,7 +35,7 @@ def check_name(name: str, total: int, active: int) -> None:
 
 @pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
 def test_a_name_is_the_counted_size(path) -> None:
-    check_name(path.stem, *parameters(config_file.load(path).model))
+    check_name(path.stem, *parameters(toml.load(path).model))
 
 
 def test_a_name_that_is_wrong_is_seen() -> None:
@@ -90,27 +90,27 @@ def test_every_named_configuration_of_the_sources_is_there() -> None:
     ],
 )
 def test_where_the_mathematics_is_the_sources_so_is_the_count(alias: str, parameters_of_the_source: int) -> None:
-    total, _ = parameters(config_file.load(alias).model)
+    total, _ = parameters(toml.load(alias).model)
     assert total == parameters_of_the_source
 
 
 def test_lookup(tmp_path, monkeypatch) -> None:
-    assert config_file.load("s0-100m").out_dir == "runs/dense-134m"
-    assert config_file.load("dense-134m", ["train.steps=3"]).train.steps == 3
+    assert toml.load("s0-100m").out_dir == "runs/dense-134m"
+    assert toml.load("dense-134m", ["train.steps=3"]).train.steps == 3
     for name, message in {
         "dense-143m": "dense-143m: no such config file, nor a named configuration (did you mean 'dense-1",
         "zzz": "zzz: no such config file, nor a named configuration (`jaxlm info` lists the names)",
         "s0-100m.toml": "s0-100m.toml: no such config file",
     }.items():
         with pytest.raises(UserError) as error:
-            config_file.load(name)
+            toml.load(name)
         assert message in str(error.value) and "\n" not in str(error.value)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dense-134m").write_text("seed = 3\n")
-    assert config_file.load("dense-134m").seed == 3  # a file of that name comes first
+    assert toml.load("dense-134m").seed == 3  # a file of that name comes first
     monkeypatch.setattr(registry, "FOLDER", tmp_path / "none")
     with pytest.raises(UserError, match="there are no named configurations at"):
-        config_file.load("s0-100m")
+        toml.load("s0-100m")
 
 
 def test_info_lists_the_names(monkeypatch, capsys) -> None:

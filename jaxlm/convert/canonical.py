@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxlm import config
-from jaxlm.convert.stream import all_finite
+from jaxlm.convert.files.stream import all_finite
 from jaxlm.errors import UserError
 from jaxlm.mesh import Axes
 from jaxlm.models.decoder import Decoder, Params, abstract_params

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import config, config_file
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.convert.rows import Row
 from jaxlm.convert.settings import Key, Setting, require_same, tree
 from jaxlm.errors import UserError
@@ -115,7 +116,7 @@ class Family:
             print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
         model = tree(options)
         learned = {"data": {"seq_len": model["max_seq_len"]}} if model.get("positions") == "learned" else {}
-        return config_file.from_dict({"model": model, **learned}, where).model
+        return toml.from_dict({"model": model, **learned}, where).model
 
     def tensors(self, stored: Mapping[str, np.ndarray], cfg: config.Model) -> Named:
         """Stored tensors by the names of the layout, without those that say nothing.

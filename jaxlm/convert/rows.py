@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.convert.canonical import DTYPES, Leaf, Problems, canonical, fault, fill, leaves
-from jaxlm.convert.stream import Planned, release
+from jaxlm.convert.files.stream import Planned, release
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxlm import config
-from jaxlm.architecture import MIXERS
+from jaxlm.config.pattern import MIXERS
 from jaxlm.errors import UserError
 
 REQUIRED: Any = object()

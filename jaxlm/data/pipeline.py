@@ -21,8 +21,8 @@ from jaxlm.config import Tokenizer as TokenizerConfig
 from jaxlm.data.packing import PackedRows
 from jaxlm.data.shards import Shard, Shards, exclusive, open_shards
 from jaxlm.data.sources import Documents, describe_skipped, pieces
-from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 if TYPE_CHECKING:
     import grain

@@ -30,8 +30,8 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from jaxlm.data.sources import Document, Documents, Side, pieces
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer
 
 FORMAT = 1
 PIECE_CHARS = 1 << 18

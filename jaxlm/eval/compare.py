@@ -21,9 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config, config_file, registry
+from jaxlm import config
+from jaxlm.config import registry, toml
 from jaxlm.errors import UserError
-from jaxlm.train.metrics import read_metrics
+from jaxlm.report.comparison_page import write_page
+from jaxlm.run.metrics import read_metrics
 
 DEFAULTS = ("dense", "moe", "mamba", "hybrid")
 BUDGET = 0.05
@@ -94,7 +96,8 @@ class Comparison:
         return table
 
 
-COLUMNS: tuple[tuple[str, str, Callable[[Measured], str]], ...] = (
+Columns = tuple[tuple[str, str, Callable[[Measured], str]], ...]
+COLUMNS: Columns = (
     ("model", "model", lambda row: row.name),
     ("parameters", "parameters", lambda row: f"{row.parameters / 1e6:,.2f}M"),
     ("active", "active", lambda row: f"{row.active / 1e6:,.2f}M"),
@@ -127,15 +130,13 @@ def compare(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two configs are called {name!r}", "the name of a file is that of its run")
-    loaded = [config_file.load(path, overrides) for path in paths]
+    loaded = [toml.load(path, overrides) for path in paths]
     _check_equal(names, loaded)
     rows = [_one(path, name, overrides, out / name) for path, name in zip(paths, names, strict=True)]
     peak = max(row.peak_flops for row in rows)
     rows = [dataclasses.replace(row, mfu=row.tokens_per_second * row.train_flops / peak) for row in rows]
     comparison = Comparison(tuple(rows), out)
-    from jaxlm.eval.compare_page import write_page
-
-    write_page(comparison)
+    write_page(comparison, COLUMNS)
     record = {"rows": [dataclasses.asdict(row) for row in rows], "parameter_spread": comparison.spread}
     (out / "compare.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return comparison
@@ -156,9 +157,9 @@ def _default(name: str) -> Path:
 
 def _check_equal(names: Sequence[str], loaded: Sequence[config.Config]) -> None:
     """Data, tokenizer and tokens are the same for all."""
-    first = config_file.to_dict(loaded[0])
+    first = toml.to_dict(loaded[0])
     for name, cfg in zip(names[1:], loaded[1:], strict=True):
-        other = config_file.to_dict(cfg)
+        other = toml.to_dict(cfg)
         for key in ("tokenizer", *EQUAL):
             section, _, field = key.partition(".")
             was, now = (tree[section][field] if field else tree[section] for tree in (first, other))
@@ -169,7 +170,7 @@ def _check_equal(names: Sequence[str], loaded: Sequence[config.Config]) -> None:
 def _one(path: Path, name: str, overrides: Sequence[str], run: Path) -> Measured:
     """Train and measure one config, or read what was measured."""
     overrides = [*overrides, f"out_dir={json.dumps(str(run))}"]
-    wanted = json.loads(json.dumps(config_file.to_dict(config_file.load(path, overrides))))
+    wanted = json.loads(json.dumps(toml.to_dict(toml.load(path, overrides))))
     kept = run / "measured.json"
     if kept.is_file():
         record = json.loads(kept.read_text(encoding="utf-8"))

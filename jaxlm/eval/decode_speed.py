@@ -26,13 +26,13 @@ def decode_speed(run: Path) -> dict[str, Any]:
     """
     import jax
 
-    from jaxlm.compilation import enable_compilation_cache
-    from jaxlm.convert.load import load
-    from jaxlm.data.completion import GREEDY
+    from jaxlm.convert.open_model import load
+    from jaxlm.counts.parameters import account
     from jaxlm.infer.generate import generate, unrolled_for_decoding
-    from jaxlm.models.accounting import account
     from jaxlm.models.decoder import Decoder
     from jaxlm.numerics import Policy
+    from jaxlm.processes.compile_cache import enable_compilation_cache
+    from jaxlm.text.sampling import GREEDY
 
     model = load(run)
     cfg = model.config

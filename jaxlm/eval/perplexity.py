@@ -25,14 +25,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm import config
-from jaxlm.compilation import enable_compilation_cache
-from jaxlm.convert.load import load
+from jaxlm.convert.open_model import load
 from jaxlm.data.pipeline import prepare
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.models.decoder import Decoder, Params, init_cache
 from jaxlm.numerics import Policy
+from jaxlm.processes.compile_cache import enable_compilation_cache
+from jaxlm.text.tokenizer import Tokenizer
 
 CHUNK = 128
 """Tokens that go through the model at once."""

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.data.completion import Sampling, check_prompts, right_padded, uniforms
 from jaxlm.models.decoder import Cache, Decoder, Params, init_cache, unrolled, unstack_layers
 from jaxlm.ops.sampling import sample
+from jaxlm.text.completion import check_prompts, right_padded
+from jaxlm.text.sampling import Sampling, uniforms
 
 MAX_UNROLLED = 48
 """Deeper models stay scanned: an unrolled loop body would take minutes to compile."""

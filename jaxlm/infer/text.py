@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxlm import config
-from jaxlm.compilation import enable_compilation_cache
-from jaxlm.data.completion import STREAM_BLOCK, Completion, Sampling, complete, encode_prompts
-from jaxlm.data.tokenizer import Tokenizer, check_fits
 from jaxlm.infer import generate
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy
+from jaxlm.processes.compile_cache import enable_compilation_cache
+from jaxlm.text.completion import STREAM_BLOCK, Completion, complete, encode_prompts
+from jaxlm.text.sampling import Sampling
+from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 if TYPE_CHECKING:
-    from jaxlm.convert.load import Model
+    from jaxlm.convert.open_model import Model
 
 
 class Generator:
@@ -42,7 +43,7 @@ class Generator:
         seed: int = 0,
         stream: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
-        """Complete all prompts in one batch; see `jaxlm.data.completion.complete` for `stop` and `stream`.
+        """Complete all prompts in one batch; see `jaxlm.text.completion.complete` for `stop` and `stream`.
 
         Raises:
             UserError: see `encode_prompts` and `check_prompts`.
@@ -82,8 +83,8 @@ def generate_text(
     Raises:
         UserError: `path` holds no model or no tokenizer, or see `Generator.complete`.
     """
-    from jaxlm.convert.carried import no_tokenizer
-    from jaxlm.convert.load import load
+    from jaxlm.convert.files.side_files import no_tokenizer
+    from jaxlm.convert.open_model import load
 
     model = load(path)
     if model.tokenizer_path is None:
@@ -106,7 +107,7 @@ def _generator(model: Model, tokenizer: Tokenizer) -> Generator:
 
 def _torch_generator(model: Model, tokenizer: Tokenizer) -> Any:
     from jaxlm.convert.native import to_torch
-    from torch_ref import generate as torch_generate
+    from torch_ref.infer import generate as torch_generate
 
     tensors = dict(to_torch(model.params, model.config.model))
     return torch_generate.Generator(torch_generate.decoder_of(model.config, tensors), tokenizer)

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jaxlm import config_file, registry
+from jaxlm.config import registry, toml
 from jaxlm.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "launch"
@@ -76,7 +76,7 @@ class Job:
             UserError: it is wrong, or it is a name that the registry does not have.
         """
         if registry.find(self.config).exists():
-            config_file.load(self.config, self.arguments[1:])
+            toml.load(self.config, self.arguments[1:])
 
 
 def checked(option: str, value: str, pattern: str) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from jaxlm import config_file
+from jaxlm.config import toml
 from jaxlm.errors import UserError
 
 PROGRAM = (sys.executable, "-m", "jaxlm")
@@ -240,7 +240,7 @@ def _log_folder(words: Sequence[str]) -> Path:
     given = [word for word in words[1:] if not word.startswith("-")]
     if words[0] != "train" or not given:
         return Path("logs")
-    return Path(config_file.load(given[0], [word for word in given[1:] if "=" in word]).out_dir) / "logs"
+    return Path(toml.load(given[0], [word for word in given[1:] if "=" in word]).out_dir) / "logs"
 
 
 def _free_port() -> int:

@@ -31,10 +31,12 @@ import numpy as np
 from jax._src.distributed import global_state  # no public name for the client of the key-value store
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import __version__, config, config_file, distributed
+from jaxlm import __version__, config
+from jaxlm.config import toml
 from jaxlm.launch import checks
 from jaxlm.launch.checks import Check
 from jaxlm.mesh import Layout
+from jaxlm.processes import meet
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain", "libtpu", "jax-cuda12-plugin", "nvidia-nccl-cu12")
 PATIENCE = 120
@@ -57,12 +59,12 @@ def preflight(cfg: config.Config, *, devices: int = 0, out: Path | None = None) 
     Raises:
         UserError: the processes do not find each other, or the mesh does not fit.
     """
-    distributed.initialize(cfg.distributed)
+    meet.initialize(cfg.distributed)
     try:
         found, seen = _all(cfg, devices)
     except Silent as silent:
         print(Check("answers", "FAIL", str(silent)), flush=True)
-        distributed.leave(1)  # a shutdown would wait for those that do not answer
+        meet.leave(1)  # a shutdown would wait for those that do not answer
         return False
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
@@ -159,13 +161,13 @@ def own_versions(cfg: config.Config) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     anyone = dataclasses.replace(cfg.distributed, coordinator="", processes=0, process_id=-1)
-    resolved = config_file.to_toml(dataclasses.replace(cfg, distributed=anyone, out_dir=""))
+    resolved = toml.to_toml(dataclasses.replace(cfg, distributed=anyone, out_dir=""))
     return versions | {"config": hashlib.sha256(resolved.encode()).hexdigest()[:12]}
 
 
 def checkpoint_bytes(cfg: config.Config) -> int:
     """What the checkpoints take on disk: parameters and two moments, `keep` of them, the best one and one under way."""
-    from jaxlm.models.accounting import parameters
+    from jaxlm.counts.parameters import parameters
 
     vocab_size = cfg.model.vocab_size or cfg.tokenizer.vocab_size
     total, _ = parameters(dataclasses.replace(cfg.model, vocab_size=vocab_size))

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float
 from jaxlm import config
 from jaxlm.mesh import constrain
 from jaxlm.models.cache import KVCache, Slots, WindowCache
-from jaxlm.models.context import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.models.layers import Linear, Norm, logical
+from jaxlm.models.sequence_parallel import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.numerics import Policy
-from jaxlm.ops import attention as ops
-from jaxlm.ops import ring
-from jaxlm.ops.attention import Mixed, Places
+from jaxlm.ops.attention import attend as ops
+from jaxlm.ops.attention import ring, visible
+from jaxlm.ops.attention.visible import Mixed, Places
 from jaxlm.ops.rope import apply_rope, rope_table_of
 
 HEADS = (*ROW, "heads", "head_dim")
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
             mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
         if splash:
-            from jaxlm.ops import splash as kernel  # loads Pallas, which only TPUs need
+            from jaxlm.ops.attention import splash as kernel  # loads Pallas, which only TPUs need
 
             options = {"window": cfg.window, "softcap": cfg.softcap, "sink_logits_N": self._sink_logits()}
             mixed = kernel.splash(q_BTNH, k_BTKH, v_BTKH, places.segments, **options)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
                 k_MKH, v_MKH = k_proj(sinks_MD), v_proj(sinks_MD)
                 k_MKH = k_MKH if k_norm is None else k_norm(k_MKH)
                 parts.append(ops.attend_sinks(bare_BTNH, k_MKH, v_MKH, places.segments, softcap=cfg.softcap))
-            mixed = ops.merge(parts, self._sink_logits(), v_BTKH.dtype)
+            mixed = visible.merge(parts, self._sink_logits(), v_BTKH.dtype)
 
         o_proj = Linear(
             (cfg.d_model,),

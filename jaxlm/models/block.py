@@ -19,7 +19,7 @@ from jaxlm.models.layers import Norm
 from jaxlm.models.mamba import Mamba, Mamba2
 from jaxlm.models.moe import MoE
 from jaxlm.numerics import Policy
-from jaxlm.ops.attention import Places
+from jaxlm.ops.attention.visible import Places
 
 Tables = tuple[tuple[Array, Array], ...]
 """Sine and cosine of every rotation of the model, in the order of `config.Model.ropes`."""

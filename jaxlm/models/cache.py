@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.ops.attention import Places
+from jaxlm.ops.attention.visible import Places
 
 
 class Slots(NamedTuple):

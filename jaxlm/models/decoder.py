@@ -25,7 +25,7 @@ from jaxlm.mesh import Axes, constrain
 from jaxlm.models.block import Repeat, Tables, empty_cache, rematerialised
 from jaxlm.models.layers import Embed, Head, Norm
 from jaxlm.numerics import Policy, wide
-from jaxlm.ops.attention import Places
+from jaxlm.ops.attention.visible import Places
 from jaxlm.ops.rope import rope_table_of, sinusoidal_table
 
 Params = dict[str, Any]

@@ -13,7 +13,7 @@ from jaxlm.mesh import constrain
 from jaxlm.models.layers import Linear
 from jaxlm.numerics import Policy
 from jaxlm.ops import ffn
-from jaxlm.ops.attention import Places
+from jaxlm.ops.attention.visible import Places
 
 
 class MLP(nn.Module):

@@ -21,12 +21,13 @@ from jaxtyping import Array, Float
 
 from jaxlm import config
 from jaxlm.mesh import constrain
-from jaxlm.models.context import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.models.layers import Linear, Norm, logical
+from jaxlm.models.sequence_parallel import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.numerics import Policy, wide
-from jaxlm.ops import norm, ssm
-from jaxlm.ops.attention import Places
+from jaxlm.ops import norm
+from jaxlm.ops.attention.visible import Places
 from jaxlm.ops.ffn import swiglu
+from jaxlm.ops.ssm import convolution, selective_scan, ssd
 
 INNER, HEADS, STATE = (*ROW, "inner"), (*ROW, "heads", None), (*ROW, "state")
 SCANNED = (INNER, INNER, ("inner", "state"), STATE, STATE, ("inner",), ROW)
@@ -82,7 +83,7 @@ class Mamba(nn.Module):
         log_FP = self.param("A_log", logical(_log_count, "inner", "state"), (inner, p), policy.params)
         skip_F = self.param("D", logical(nn.initializers.ones, "inner"), (inner,), policy.params)
         inputs = (u_BTF, dt_BTF, -jnp.exp(log_FP.astype(width)), b_BTP, c_BTP, skip_F, places.segments)
-        scan = functools.partial(ssm.selective_scan, chunk=mamba.chunk, impl=mamba.impl)
+        scan = functools.partial(selective_scan.selective_scan, chunk=mamba.chunk, impl=mamba.impl)
         if cache is None:
             y_BTF, state = over_sequence(_outputs(scan), SCANNED, INNER)(*inputs), None
         else:
@@ -130,8 +131,8 @@ class Mamba2(nn.Module):
         log_N = self.param("A_log", logical(_uniform_log, "heads"), (heads,), policy.params)
         skip_N = self.param("D", logical(nn.initializers.ones, "heads"), (heads,), policy.params)
         x_BTNH = x_BTF.reshape(b, t, heads, mamba.head_dim)
-        dt_BTN = ssm.softplus(dt_BTN.astype(width) + bias_N.astype(width))
-        scan = functools.partial(ssm.ssd, chunk=mamba.chunk, impl=mamba.impl)
+        dt_BTN = selective_scan.softplus(dt_BTN.astype(width) + bias_N.astype(width))
+        scan = functools.partial(ssd.ssd, chunk=mamba.chunk, impl=mamba.impl)
         if sequence_axis():  # the heads of a device come with their groups
             b_BTGP, c_BTGP = repeated(b_BTGP, 2, "heads"), repeated(c_BTGP, 2, "heads")
         inputs = (x_BTNH, dt_BTN, -jnp.exp(log_N.astype(width)), b_BTGP, c_BTGP, skip_N, places.segments)
@@ -175,10 +176,10 @@ class CausalConv(nn.Module):
         bias_F = self.param("bias", zeros, shape[1:], self.policy.params) if self.use_bias else None
         inputs = (x_BTF, kernel_KF, bias_F, places.segments)
         if state_BJF is not None:
-            return ssm.causal_conv(*inputs, state_BJF)
+            return convolution.causal_conv(*inputs, state_BJF)
         channels = (self.axis,)
         convolve = over_sequence(
-            _outputs(ssm.causal_conv), ((*ROW, *channels), (None, *channels), channels, ROW), (*ROW, *channels)
+            _outputs(convolution.causal_conv), ((*ROW, *channels), (None, *channels), channels, ROW), (*ROW, *channels)
         )
         return convolve(*inputs), None
 
@@ -197,7 +198,7 @@ class StepSize(nn.Module):
         kernel_RF = self.param("kernel", init, (rank, self.features), policy.params)
         bias_F = self.param("bias", logical(_step_bias(self.mamba), "inner"), (self.features,), policy.params)
         y_BTF = jnp.dot(dt_BTR.astype(policy.compute), kernel_RF.astype(policy.compute))
-        return ssm.softplus(y_BTF.astype(width) + bias_F.astype(width))
+        return selective_scan.softplus(y_BTF.astype(width) + bias_F.astype(width))
 
 
 class GatedNorm(nn.Module):

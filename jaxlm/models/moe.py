@@ -22,8 +22,9 @@ from jaxlm.mesh import Layout, split_layout
 from jaxlm.models.ffn import MLP
 from jaxlm.models.layers import Linear, logical
 from jaxlm.numerics import Policy, wide
-from jaxlm.ops import exchange, moe, router
-from jaxlm.ops.attention import Places
+from jaxlm.ops.attention.visible import Places
+from jaxlm.ops.moe import exchange, router
+from jaxlm.ops.moe import experts as moe
 
 SPLIT_AXES = {
     "gate": ("experts", None, "mlp"),

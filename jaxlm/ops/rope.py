@@ -14,9 +14,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.architecture import Rope
+from jaxlm.config.model import Rope
+from jaxlm.config.model_parts import RopeScaling
 from jaxlm.numerics import wide
-from jaxlm.parts import RopeScaling
 
 UNSCALED = RopeScaling()
 

@@ -6,7 +6,7 @@ from jaxlm.parity import assert_parity, check
 from __future__ import annotations
 
 from jaxlm.parity.check import assert_parity, check
-from jaxlm.parity.golden import assert_golden, check_golden, write_golden
+from jaxlm.parity.golden.write_and_check import assert_golden, check_golden, write_golden
 from jaxlm.parity.report import Report
 
 __all__ = ["Report", "assert_golden", "assert_parity", "check", "check_golden", "write_golden"]

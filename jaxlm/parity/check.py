@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config, config_file, registry
-from jaxlm.compilation import enable_compilation_cache
+from jaxlm import config
+from jaxlm.config import registry, toml
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.load import Model, load
+from jaxlm.convert.open_model import Model, load
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.models.decoder import Params
 from jaxlm.parity.bisect import Part, Replayed
@@ -33,7 +33,9 @@ from jaxlm.parity.compare import (
 from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs, random_params
 from jaxlm.parity.report import Report, describe
 from jaxlm.parity.routing import compare_routing
-from jaxlm.parity.trace import DTYPES, JaxSide, Side, Trace, without_balancing
+from jaxlm.parity.sides.jax_side import JaxSide
+from jaxlm.parity.trace import DTYPES, Side, Trace, without_balancing
+from jaxlm.processes.compile_cache import enable_compilation_cache
 
 PARTS = 3
 """How often a side tells what it is doing in one dtype."""
@@ -87,9 +89,9 @@ def check(
     if computed_by != "jaxlm":
         _require_installed("torch", "torch")
     began = time.monotonic()
-    subject = _open(model)
+    subject = open_subject(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
-    second = subject if other is None else _open(other)
+    second = subject if other is None else open_subject(other)
     sides, notes, plain = _sides(subject, second, computed_by)
     inputs = make_inputs(
         _smaller(subject.settings.model, second.settings.model),
@@ -105,7 +107,7 @@ def check(
         findings += compare_config(subject.settings.model, second.settings.model, ("A", "B"))
     if (other is not None or not sides[1].mirrors) and inputs.wants("weights"):
         findings += compare_weights(sides[0].weights(), sides[1].weights(), names)
-    with _progress(show) as told:
+    with progress(show) as told:
         compared, seconds = compare_sides(sides, inputs, dtypes, told, subject.settings.model)
         findings += compared
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
@@ -213,7 +215,7 @@ def _explained(
         return ()
     if importlib.util.find_spec("torch") is None:
         return ()
-    from jaxlm.parity.explain import explain
+    from jaxlm.parity.diagnose.search import explain
 
     told("both", "float64", "explanation")
     began = time.monotonic()
@@ -252,13 +254,13 @@ def _sides(
     if chosen == "jaxlm":
         return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes, False
     if chosen == "torch":
-        from jaxlm.parity.mirror import TorchSide
+        from jaxlm.parity.sides.torch_side import TorchSide
 
         return (JaxSide(subject.settings, subject.params), TorchSide.of(settings, second.params)), notes, False
     if second.public is None:
         raise UserError(f"{second.name}: transformers only computes a Hugging Face folder", "jaxlm convert --to FAMILY")
     _require_installed("transformers", "hf")
-    from jaxlm.parity.hugging_face import HuggingFaceSide
+    from jaxlm.parity.sides.transformers_side import HuggingFaceSide
 
     ours, settings = without_balancing(subject.settings), without_balancing(settings)
     if ours.model.moes and ours != subject.settings:
@@ -300,12 +302,12 @@ def _who(subject: Subject, second: Subject, names: Sequence[str]) -> str:
     return f"A: {subject.name}, computed by {names[0]}; B: {second.name}, computed by {names[1].partition(' ')[0]}"
 
 
-def _open(model: str | Path | Model) -> Subject:
+def open_subject(model: str | Path | Model) -> Subject:
     if isinstance(model, Model):
         return Subject(f"{model.kind} in memory", model.config, model.params, model.tokenizer_path, None)
     path = Path(model) if Path(model).exists() else registry.find(model)
     if path.suffix == ".toml":
-        settings = config_file.load(path)
+        settings = toml.load(path)
         if not settings.model.vocab_size:
             sized = dataclasses.replace(settings.model, vocab_size=settings.tokenizer.vocab_size)
             settings = dataclasses.replace(settings, model=sized)
@@ -317,7 +319,7 @@ def _open(model: str | Path | Model) -> Subject:
 
 
 @contextlib.contextmanager
-def _progress(show: bool) -> Iterator[Told]:
+def progress(show: bool) -> Iterator[Told]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -361,3 +361,14 @@ def _norm(arrays: Iterable[Array]) -> float:
 
 def _wide(array: Array) -> np.ndarray:
     return np.asarray(array, np.float64).ravel()
+
+
+def cell_text(finding: Finding) -> str:
+    """Error and bound, or the note about options and tokens."""
+    if finding.level == "config":
+        return finding.note if finding.ok else f"{finding.name}: {finding.note}"
+    if finding.level != GENERATION:
+        return f"{finding.error:.1e} {'≤' if finding.ok else '>'} {finding.bound:.1e}"
+    if finding.ok and finding.error:
+        return "near tie: " + finding.note.partition(",")[0]
+    return ("equal" if finding.ok else "differ") + f": {finding.note}"

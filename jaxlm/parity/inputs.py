@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm import config
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
+from jaxlm.text.tokenizer import Tokenizer
 
 ROW = 512
 """Tokens of a row: longer than the blocks of the attention kernels, and than the bugs of short prompts."""

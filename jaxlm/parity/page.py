@@ -7,7 +7,7 @@ import re
 from html import escape
 from typing import TYPE_CHECKING
 
-from jaxlm.parity.compare import ALL, GENERATION, Finding
+from jaxlm.parity.compare import ALL, GENERATION, Finding, cell_text
 
 if TYPE_CHECKING:
     from jaxlm.parity.report import Report
@@ -103,8 +103,6 @@ def _bisection(report: Report) -> list[str]:
 
 
 def _levels(report: Report) -> str:
-    from jaxlm.parity.report import cell_text
-
     rows = [f"<tr><th>level<th>{'<th>'.join(report.dtypes)}"]
     for level in report.levels:
         cells = []

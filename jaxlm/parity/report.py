@@ -18,7 +18,7 @@ from jaxlm import __version__, config
 from jaxlm.convert.canonical import leaves
 from jaxlm.errors import UserError
 from jaxlm.parity.bisect import Part, first_guilty
-from jaxlm.parity.compare import GENERATION, Finding
+from jaxlm.parity.compare import GENERATION, Finding, cell_text
 from jaxlm.parity.page import page
 
 OPTIONS = 3
@@ -191,17 +191,6 @@ def machine() -> str:
     import jax
 
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, jax on {jax.devices()[0].device_kind}"
-
-
-def cell_text(finding: Finding) -> str:
-    """Error and bound, or the note about options and tokens."""
-    if finding.level == "config":
-        return finding.note if finding.ok else f"{finding.name}: {finding.note}"
-    if finding.level != GENERATION:
-        return f"{finding.error:.1e} {'≤' if finding.ok else '>'} {finding.bound:.1e}"
-    if finding.ok and finding.error:
-        return "near tie: " + finding.note.partition(",")[0]
-    return ("equal" if finding.ok else "differ") + f": {finding.note}"
 
 
 def _cell(finding: Finding | None) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlm import config
+from jaxlm.config.model_parts import MoE
 from jaxlm.parity.compare import Finding
 from jaxlm.parity.tolerances import FLOAT64
 from jaxlm.parity.trace import Arrays
-from jaxlm.parts import MoE
 
 ROUTING = "routing"
 """The level of the chosen experts."""

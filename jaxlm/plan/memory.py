@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from jaxlm import config
+from jaxlm.counts.activation_memory import activations
 from jaxlm.mesh import Axes, Layout
-from jaxlm.models.activations import activations
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy, wide
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxlm.plan.compiled import Measured
+from jaxlm.plan.compile_elsewhere import Measured
 from jaxlm.plan.memory import Memory
 from jaxlm.plan.roofline import Times
 from jaxlm.plan.topology import Topology
@@ -36,7 +36,7 @@ class Plan:
     measured: Measured | None
     """What the compiler says; None: it was not asked."""
     model_flops: int
-    """What the mathematics needs: three forward passes (`jaxlm.flops`)."""
+    """What the mathematics needs: three forward passes (`jaxlm.counts.flops`)."""
     times: Times | None
     peak_flops: float
     price: float | None

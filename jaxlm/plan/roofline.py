@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxlm.plan.chips import Chip
-from jaxlm.plan.compiled import Measured
+from jaxlm.plan.compile_elsewhere import Measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from jaxlm import config
 from jaxlm.config import AXES
+from jaxlm.counts.flops import forward_flops
+from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
-from jaxlm.flops import forward_flops
-from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder
 from jaxlm.numerics import Policy
-from jaxlm.plan.make import make
 from jaxlm.plan.memory import Memory, estimate
+from jaxlm.plan.plan_one import make
 from jaxlm.plan.report import USABLE, Plan, gib
 from jaxlm.plan.topology import Topology
 

@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxlm import config, distributed
-from jaxlm.data.completion import Sampling
+from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.train.loop import Engine, Progress, train
-from jaxlm.train.malloc import keep_freed_memory
-from jaxlm.train.run import open_run, shared_facts
+from jaxlm.processes import meet as distributed
+from jaxlm.processes.freed_memory import keep_freed_memory
+from jaxlm.run.directory import open_run, shared_facts
+from jaxlm.text.sampling import Sampling
+from jaxlm.train.backend import Engine
+from jaxlm.train.loop import Progress, train
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
@@ -37,12 +39,12 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     cfg, corpus = open_run(cfg, resume=resume, tell=print if first else lambda _: None)
     warm.join()
     if backend == "torch":
-        from torch_ref.train import TorchEngine
+        from torch_ref.train.engine import TorchEngine
 
         torch_engine = TorchEngine(cfg)
         if starts_from_another(cfg, torch_engine, resume):
             from jaxlm.convert.native import to_torch
-            from jaxlm.recipes.initial import initial_params
+            from jaxlm.recipes.init_from import initial_params
 
             torch_engine.adopt(dict(to_torch(initial_params(cfg, corpus.tokenizer), cfg.model)))
         return train(cfg, corpus, torch_engine, resume=resume)
@@ -66,7 +68,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     with jax.enable_x64(wide):
         engine = JaxEngine(cfg, loss_fn, complete)
         if starts_from_another(cfg, engine, resume):
-            from jaxlm.recipes.initial import initial_params
+            from jaxlm.recipes.init_from import initial_params
 
             engine.adopt(initial_params(cfg, corpus.tokenizer))
         return train(cfg, corpus, engine, resume=resume)
@@ -104,7 +106,7 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`, for `train.step`."""
     from jaxlm.mesh import over_rows
     from jaxlm.objectives.lm import lm_loss
-    from jaxlm.train.balance import collect
+    from jaxlm.train.expert_balance import collect
 
     options: Any = {"z_loss": train.z_loss, "label_smoothing": train.label_smoothing, "block": train.loss_block}
 

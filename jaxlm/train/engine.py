@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm import config, distributed
-from jaxlm.compilation import RUN_ONCE, enable_compilation_cache
+from jaxlm import config
+from jaxlm.counts.flops import flops_per_token
+from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
-from jaxlm.flops import flops_per_token
 from jaxlm.mesh import Layout
-from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder, Params, init_params
-from jaxlm.train.metrics import PEAK_FLOPS, memory_of_process, plain
+from jaxlm.processes import meet
+from jaxlm.processes.compile_cache import RUN_ONCE, enable_compilation_cache
+from jaxlm.processes.hang_watch import Watch
+from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.train.program import MakeLoss, training_program
 from jaxlm.train.step import TrainState, init_state, make_eval
-from jaxlm.train.watch import Watch
 
 RUN_AHEAD = 2  # steps that may wait on the device
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample, Callable[[], None]], list[str]]
@@ -43,9 +44,7 @@ class JaxEngine:
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self._watch = None
         if self.process_count > 1 and cfg.distributed.hang_seconds:
-            self._watch = Watch(
-                cfg.distributed.hang_seconds, self.process_index, self.process_count, distributed.client()
-            )
+            self._watch = Watch(cfg.distributed.hang_seconds, self.process_index, self.process_count, meet.client())
         self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
         program = training_program(cfg, self.layout, make_loss)
         self.decoder, self._step = program.decoder, program.step

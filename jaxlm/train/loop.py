@@ -12,96 +12,25 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
-
-from jaxlm import config, config_file
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
 from jaxlm.errors import UserError
-from jaxlm.train.alerts import Alerts
-from jaxlm.train.clock import Clock, stragglers
-from jaxlm.train.metrics import SECONDS, Display, MetricsLog, plot_loss, plot_time, read_metrics
-from jaxlm.train.report import write_report
-from jaxlm.train.run import write_run
-from jaxlm.train.stop import Interrupted, Stopped, StopRequest
+from jaxlm.processes.stop_signals import Interrupted, Stopped, StopRequest
+from jaxlm.report.plots import plot_loss, plot_time
+from jaxlm.report.run_page import write_report
+from jaxlm.run.alerts import Alerts
+from jaxlm.run.clock import Clock, stragglers
+from jaxlm.run.directory import write_run
+from jaxlm.run.metrics import SECONDS, MetricsLog, read_metrics
+from jaxlm.run.progress import Display
+from jaxlm.train.backend import Engine
 
-Batch = Mapping[str, np.ndarray]
 _NEXT = "next_index"  # in the state of grain's iterator: the number of the next batch
-
-
-@runtime_checkable
-class Engine(Protocol):
-    """A model with its optimiser, in one framework."""
-
-    flops_per_token: float
-    process_index: int
-    process_count: int
-    rows: np.ndarray | None
-    """The rows of each batch that this process makes; None: all."""
-
-    @property
-    def peak_flops(self) -> float:
-        """Of all devices together, FLOP/s."""
-        ...
-
-    def checkpoints(self) -> list[int]:
-        """Steps that can be resumed from."""
-        ...
-
-    def restore(self, warn: Any) -> dict[str, Any]:
-        """Load the newest intact checkpoint and return its `run` record."""
-        ...
-
-    def step(self, batch: Batch) -> Mapping[str, Any]:
-        """One update; the metrics may still be under way on the device."""
-        ...
-
-    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Wait for metrics and bring them to the host: floats, and lists of numbers."""
-        ...
-
-    def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Sums of the objective over batches, without dropout."""
-        ...
-
-    def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
-        """Continue texts with the current parameters; `check` is called now and then, and may raise."""
-        ...
-
-    def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
-        """Start to write a checkpoint; one of the same step is replaced."""
-        ...
-
-    def stops_at(self, point: int) -> bool:
-        """Of many processes: whether a preemption notice to any of them lets all stop at this point, counted from 1."""
-        ...
-
-    def part(self) -> None:
-        """Of many processes, which all call it: leave the others, so that the first that ends takes none along."""
-        ...
-
-    def of_first(self, value: bool) -> bool:
-        """Of many processes, which all call it: the value of the first one."""
-        ...
-
-    def gather(self, value: float) -> list[float]:
-        """The value of each process, which all call it."""
-        ...
-
-    def memory(self) -> dict[str, int]:
-        """Bytes in use and at most: of the first device of this process, or of the process where devices do not say."""
-        ...
-
-    def profile(self, folder: Path | None) -> None:
-        """Begin to write a profile of the first process into `folder`; None: finish it, if one is under way."""
-        ...
-
-    def close(self) -> None:
-        """Finish writing."""
-        ...
 
 
 @dataclasses.dataclass
@@ -158,7 +87,7 @@ class _Run:
         if self.first:
             write_run(cfg, corpus)
         self.display = Display(cfg.train.steps, self.progress.step, quiet=not self.first)
-        self.log = MetricsLog(self.dir, cfg.log, config_file.to_dict(cfg), self.progress.step, writes=self.first)
+        self.log = MetricsLog(self.dir, cfg.log, toml.to_dict(cfg), self.progress.step, writes=self.first)
         self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
         self.alerts, self.saved_at, self.starting = Alerts(), time.monotonic(), True

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm import config
-from jaxlm.train.schedule import learning_rate
+from jaxlm.run.schedule import learning_rate
 
 DECAYED = ("kernel", "embedding")
 

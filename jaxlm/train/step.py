@@ -22,8 +22,8 @@ from jaxtyping import Array, Int
 
 from jaxlm import config
 from jaxlm.mesh import Layout
-from jaxlm.train.balance import load_metrics, update_biases
-from jaxlm.train.schedule import learning_rate
+from jaxlm.run.schedule import learning_rate
+from jaxlm.train.expert_balance import load_metrics, update_biases
 
 Batch = Mapping[str, Array]
 Sums = dict[str, Array]

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import config
 from jaxlm.mesh import Layout
-from jaxlm.ops import moe
-from jaxlm.plan.hlo import parse
+from jaxlm.ops.moe import experts as moe
+from jaxlm.plan.hlo.program import parse
 
 T, D, F, E, K = 1024, 256, 384, 8, 2
 NEEDED = 9 * 2 * T * K * D * F

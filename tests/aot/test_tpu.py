@@ -15,7 +15,8 @@ import pytest
 
 from jaxlm import config
 from jaxlm.mesh import Layout
-from jaxlm.ops.attention import Places, attention
+from jaxlm.ops.attention.attend import attention
+from jaxlm.ops.attention.visible import Places
 
 Devices = Callable[[str], Sequence[Any]]
 KERNELS = ["dkv", "dq", "fwd"]

@@ -11,10 +11,12 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import pytest
 
-from jaxlm import config, config_file
-from jaxlm.convert import native, storage
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert import native
 from jaxlm.convert.canonical import from_canonical, leaves
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.convert.files import storage
+from jaxlm.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def torch_folder(tmp_path: Path, make_model: Callable[..., config.Model], make_p
     """A torch_ref folder of a small model."""
     settings = config.Config(model=make_model())
     tensors = native.to_torch(make_params(settings.model), settings.model)
-    files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
+    files = {"config.toml": toml.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
     storage.write_folder(tmp_path / "torch", storage.planned(tensors), files, layout="torch")
     return tmp_path / "torch"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.convert import carried
-from jaxlm.convert.convert import convert
-from jaxlm.data.completion import GREEDY
+from jaxlm.convert.files import side_files
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.infer.text import generate_text
+from jaxlm.text.sampling import GREEDY
 
 FILES = {
     "tokenizer_config.json": b'{"tokenizer_class":  "LlamaTokenizerFast", "chat_template": "{{ messages }}"}',
@@ -71,7 +71,7 @@ def test_the_cache_of_the_hub(hf: Path, tmp_path: Path) -> None:
     for number, path in enumerate(sorted(hf.iterdir())):
         path.rename(tmp_path / "hub" / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    assert carried.carried(snapshot) == FILES
+    assert side_files.carried(snapshot) == FILES
 
 
 def test_links_out_of_the_model_are_refused(hf: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_links_out_of_the_model_are_refused(hf: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     (hf / "chat_template.jinja").unlink()
     (hf / "chat_template.jinja").symlink_to("vocab.json")
-    assert carried.carried(hf)["chat_template.jinja"] == FILES["vocab.json"]
+    assert side_files.carried(hf)["chat_template.jinja"] == FILES["vocab.json"]
 
 
 def test_large_files_and_what_is_no_file(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +92,10 @@ def test_large_files_and_what_is_no_file(hf: Path, monkeypatch: pytest.MonkeyPat
         (hf / name).unlink()
     (hf / "vocab.json").mkdir()
     os.mkfifo(hf / "merges.txt")
-    assert carried.carried(hf).keys() == FILES.keys() - {"vocab.json", "merges.txt"}
-    monkeypatch.setattr(carried, "LARGEST", 40)
+    assert side_files.carried(hf).keys() == FILES.keys() - {"vocab.json", "merges.txt"}
+    monkeypatch.setattr(side_files, "LARGEST", 40)
     with pytest.raises(UserError, match=r"tokenizer_config.json: 77 bytes are no file of a tokenizer"):
-        carried.carried(hf)
+        side_files.carried(hf)
 
 
 def test_a_sentencepiece_model_alone(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

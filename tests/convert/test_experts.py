@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxlm.config.model_parts import MoE, RopeScaling
 from jaxlm.convert.canonical import Leaf, leaves
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.load import open_model
+from jaxlm.convert.open_model import open_model
 from jaxlm.convert.rows import Row, each, expand, flat, from_layout, interleave, matrix, plain, to_layout
 from jaxlm.convert.settings import function_of
+from jaxlm.counts.parameters import parameters
 from jaxlm.errors import UserError
-from jaxlm.models.accounting import parameters
-from jaxlm.parts import MoE, RopeScaling
 
 YARN = RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=8, truncate=False)
 EXPERTS = MoE(n_experts=6, top_k=2, d_ff=10)

@@ -11,10 +11,10 @@ import pytest
 
 from jaxlm import config
 from jaxlm.convert.canonical import Leaf, leaves
-from jaxlm.convert.convert import resolve
 from jaxlm.convert.families import FAMILIES, gpt2, llama
 from jaxlm.convert.rows import Row, expand, from_layout, matrix, pairs_to_halves, to_layout
 from jaxlm.convert.settings import function_of
+from jaxlm.convert.write_model import resolve
 from jaxlm.errors import UserError
 
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu_tanh", "n_kv_heads": 4}

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.convert import storage
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.families.jamba import period
-from jaxlm.convert.load import load
+from jaxlm.convert.files import storage
+from jaxlm.convert.open_model import load
 from jaxlm.convert.rows import plan, to_layout
 from jaxlm.convert.settings import function_of
+from jaxlm.counts.parameters import parameters
 from jaxlm.errors import UserError
-from jaxlm.models.accounting import parameters
 
 MAMBA_130M = {
     "model_type": "mamba",

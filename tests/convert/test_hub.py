@@ -13,9 +13,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from jaxlm.convert.convert import convert
-from jaxlm.convert.hub import local
-from jaxlm.convert.load import load
+from jaxlm.convert.files.hub import local
+from jaxlm.convert.open_model import load
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 
 

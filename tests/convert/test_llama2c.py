@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.convert import canonical, llama2c, native, storage
-from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load, open_model
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.convert import canonical, native
+from jaxlm.convert.files import storage
+from jaxlm.convert.llama2c import model_bin
+from jaxlm.convert.open_model import load, open_model
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer
 
 
 class Bin(NamedTuple):
@@ -115,7 +117,7 @@ def test_there_and_back(
 ) -> None:
     path = write(make_bin(rng, sizes, separate=separate).content)
     convert(path, tmp_path / "ours", through)
-    assert not (tmp_path / "ours" / llama2c.ROPE_TABLES).exists()
+    assert not (tmp_path / "ours" / model_bin.ROPE_TABLES).exists()
     tensors = 2 + 9 * sizes[2] + separate
     assert convert(tmp_path / "ours", tmp_path / "back", "llama2c")[1:4] == ("llama2c", tensors, path.stat().st_size)
     assert [file.name for file in (tmp_path / "back").iterdir()] == ["model.bin"]
@@ -133,7 +135,7 @@ def test_tables_of_another_machine_are_kept(write: Callable, rng: np.random.Gene
         convert(ours, back, "llama2c")
         assert (back / "model.bin").read_bytes() == path.read_bytes()
         convert(ours, llama, "llama")
-        assert not (llama / llama2c.ROPE_TABLES).exists()
+        assert not (llama / model_bin.ROPE_TABLES).exists()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -159,10 +161,10 @@ def test_our_models_as_llama2c(
 
 
 def _torch_folder(path: Path, cfg: config.Model, params: Any, **files: str) -> None:
-    from jaxlm import config_file
+    from jaxlm.config import toml
 
     settings = config.Config(model=cfg)
-    files = {"config.toml": config_file.to_toml(settings), **files}
+    files = {"config.toml": toml.to_toml(settings), **files}
     storage.write_folder(path, storage.planned(native.to_torch(params, cfg)), files, layout="torch")
 
 
@@ -184,7 +186,7 @@ def _torch_folder(path: Path, cfg: config.Model, params: Any, **files: str) -> N
 )
 def test_what_the_format_has_no_place_for(make_model: Callable, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"the llama2c layout has no place for .*{re.escape(message)}"):
-        llama2c.header_of(make_model(**options))
+        model_bin.header_of(make_model(**options))
 
 
 def test_wide_parameters_are_refused_and_nothing_is_left(
@@ -316,7 +318,7 @@ def test_the_tokenizer_beside_it(write: Callable, rng: np.random.Generator, tmp_
 
 def test_the_order_of_rows_is_that_of_the_file(make_model: Callable) -> None:
     """Else what is read would be what was written, and both wrong."""
-    names = [row.theirs[0].partition(".")[0] for row in llama2c.rows(make_model())]
+    names = [row.theirs[0].partition(".")[0] for row in model_bin.rows(make_model())]
     assert names == [
         "token_embedding",
         "rms_att",

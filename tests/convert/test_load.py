@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, config_file
-from jaxlm.convert import native, storage
-from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load, open_model
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert import native
+from jaxlm.convert.files import storage
+from jaxlm.convert.open_model import load, open_model
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import init_state
@@ -35,7 +37,7 @@ def write_torch(tmp_path: Path, make_params: Callable[..., Any]) -> Callable[...
         numerics = config.Numerics(params="float64" if dtype == "float64" else "float32")
         settings = config.Config(model=cfg, numerics=numerics)
         params = make_params(cfg, dtype)
-        files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
+        files = {"config.toml": toml.to_toml(settings), "tokenizer.json": Tokenizer.bytes_level().to_json()}
         storage.write_folder(tmp_path / "torch", storage.planned(native.to_torch(params, cfg)), files, layout="torch")
         return tmp_path / "torch", params
 
@@ -96,7 +98,7 @@ def test_shards(torch_folder: Path, tmp_path: Path, same: Callable) -> None:
 
 def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Callable, same: Callable) -> None:
     cfg = make_model(layer_loop="scan")
-    (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=cfg)))
+    (tmp_path / "config.toml").write_text(toml.to_toml(config.Config(model=cfg)))
     old, new = make_params(cfg), make_params(cfg)
     checkpoints = Checkpointer(tmp_path)
     for step, params in ((3, old), (12, new)):
@@ -113,7 +115,7 @@ def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Calla
         load(tmp_path, step=4)
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "checkpoints", other / "checkpoints")
-    (other / "config.toml").write_text(config_file.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))
+    (other / "config.toml").write_text(toml.to_toml(config.Config(model=dataclasses.replace(cfg, d_ff=40))))
     for opened in (load, open_model):
         with pytest.raises(UserError, match="the config asks for"):
             opened(other)
@@ -129,7 +131,7 @@ def test_steps_of_a_run(tmp_path: Path, make_model: Callable, make_params: Calla
 
 def test_a_run_trained_by_torch(tmp_path: Path, make_model: Callable, make_params: Callable, same: Callable) -> None:
     cfg = make_model()
-    (tmp_path / "config.toml").write_text(config_file.to_toml(config.Config(model=cfg)))
+    (tmp_path / "config.toml").write_text(toml.to_toml(config.Config(model=cfg)))
     trees = {2: make_params(cfg), 10: make_params(cfg)}
     for step, params in trees.items():
         folder = tmp_path / "checkpoints" / str(step)

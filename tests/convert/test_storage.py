@@ -16,8 +16,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.convert.safetensors_file import MappedFile
-from jaxlm.convert.storage import INDEX, MANIFEST, SINGLE, planned, read_folder, write_folder
+from jaxlm.convert.files.safetensors_file import MappedFile
+from jaxlm.convert.files.storage import INDEX, MANIFEST, SINGLE, planned, read_folder, write_folder
 from jaxlm.errors import UserError
 
 

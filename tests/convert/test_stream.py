@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxlm import config, config_file
-from jaxlm.convert import native, storage, stream
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert import native
 from jaxlm.convert.canonical import leaves
-from jaxlm.convert.convert import convert
+from jaxlm.convert.files import storage, stream
+from jaxlm.convert.files.storage import MANIFEST, Planned, read_folder, write_folder
 from jaxlm.convert.rows import plan
-from jaxlm.convert.storage import MANIFEST, Planned, read_folder, write_folder
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 
 MB = 1_000_000
@@ -79,7 +81,7 @@ def test_a_damaged_source_is_noticed_while_it_is_converted(
     """Whether a tensor is written as it is stored, and hashed once for both, or is made anew."""
     settings = config.Config(model=make_model(rope_layout=layout))
     params = native.to_torch(make_params(settings.model), settings.model)
-    files = {"config.toml": config_file.to_toml(settings)}
+    files = {"config.toml": toml.to_toml(settings)}
     write_folder(tmp_path / "torch", storage.planned(params), files, layout="torch")
     path, name = tmp_path / "torch" / storage.SINGLE, "layers.1.mixer.k_proj.weight"
     data, row = bytearray(path.read_bytes()), read_folder(tmp_path / "torch")[name][0].tobytes()
@@ -162,7 +164,7 @@ def test_a_full_disk_shows_before_any_work(tmp_path: Path, monkeypatch: pytest.M
 KILLED = """
 import sys, time
 import numpy as np
-from jaxlm.convert.storage import Planned, write_folder
+from jaxlm.convert.files.storage import Planned, write_folder
 
 def make():
     print("writing", flush=True)
@@ -206,7 +208,7 @@ def test_a_folder_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
 
 CONVERTED = """
 import sys
-from jaxlm.convert.convert import convert
+from jaxlm.convert.write_model import convert
 convert(*sys.argv[1:])
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -218,7 +220,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, rng: np.random.Gene
     noise = rng.standard_normal(1 << 20, np.float32).astype("bfloat16")
     parameters = {name: np.resize(noise, leaf.shape) for name, leaf in leaves(cfg).items()}
     tensors = list(plan(parameters, cfg, native.rows(cfg)))
-    files = {"config.toml": config_file.to_toml(config.Config(model=cfg))}
+    files = {"config.toml": toml.to_toml(config.Config(model=cfg))}
     written = write_folder(tmp_path / "torch", tensors, files, layout="torch")
     allowed = 2 * max(tensor.nbytes for tensor in tensors) + 300 * MB
     assert written.bytes > allowed

@@ -15,11 +15,11 @@ from tokenizers import processors
 
 from jaxlm.config import Data
 from jaxlm.data import shards as module
-from jaxlm.data.completion import complete, encode_prompts
 from jaxlm.data.shards import Shards, open_shards
 from jaxlm.data.sources import Documents
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.text.completion import complete, encode_prompts
+from jaxlm.text.tokenizer import Tokenizer
 from tests.data.test_llama2c import TRAINED, stored
 
 BYTES = Tokenizer.bytes_level()

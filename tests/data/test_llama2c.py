@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxlm.data import llama2c
-from jaxlm.data.llama2c import SPACE
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.text import tokenizer_bin
+from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.text.tokenizer_bin import SPACE
 
 FIXED = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(f"<0x{byte:02X}>".encode() for byte in range(256))]
 LETTERS = "".join(chr(code) for code in range(97, 123))
@@ -113,7 +113,7 @@ def test_any_trained_vocabulary_cuts_as_llama2c_does(write: Callable, joins: lis
     content = stored([*pieces[3:], *pieces[:3]])
     tokenizer = Tokenizer.from_file(write(content))
     assert tokenizer.encode(text) == reference(content, text)
-    assert llama2c.from_json(json.loads(tokenizer.to_json()), "x") == content
+    assert tokenizer_bin.from_json(json.loads(tokenizer.to_json()), "x") == content
 
 
 def test_the_vocabulary_of_the_stories(shared_data: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_vocabulary_of_the_stories(shared_data: Path) -> None:
         text = json.loads(line)["text"][:300]
         assert tokenizer.encode(text) == reference(content, text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert llama2c.from_json(json.loads(tokenizer.to_json()), "x") == content
+    assert tokenizer_bin.from_json(json.loads(tokenizer.to_json()), "x") == content
     assert (tokenizer.bos, tokenizer.eot, tokenizer.vocab_size) == (1, 2, 512)
 
 
@@ -139,7 +139,7 @@ def test_it_is_what_a_tokenizer_json_says(write: Callable, tmp_path: Path) -> No
     tokenizer.save(tmp_path / "tokenizer.json")
     again = Tokenizer.from_file(tmp_path / "tokenizer.json")
     assert again.fingerprint() == tokenizer.fingerprint()
-    assert llama2c.from_json(json.loads(again.to_json()), "x") == stored(TRAINED)
+    assert tokenizer_bin.from_json(json.loads(again.to_json()), "x") == stored(TRAINED)
 
 
 def test_transformers_reads_spaces_before_the_pieces(write: Callable) -> None:
@@ -147,7 +147,7 @@ def test_transformers_reads_spaces_before_the_pieces(write: Callable) -> None:
     content = stored(TRAINED)
     written = json.loads(_cached(write, content).to_json())
     spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-    assert llama2c.from_json({**written, "normalizer": None, "pre_tokenizer": spaces}, "x") == content
+    assert tokenizer_bin.from_json({**written, "normalizer": None, "pre_tokenizer": spaces}, "x") == content
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_what_the_format_cannot_hold_is_refused(write: Callable, change: Callabl
     written = json.loads(_cached(write, stored(TRAINED)).to_json())
     change(written)
     with pytest.raises(UserError, match=f"run/tokenizer.json: not a vocabulary that llama2.c can hold: .*{message}"):
-        llama2c.from_json(written, "run/tokenizer.json")
+        tokenizer_bin.from_json(written, "run/tokenizer.json")
 
 
 def test_a_byte_level_vocabulary_is_refused() -> None:
     with pytest.raises(UserError, match="the first 259 ids"):
-        llama2c.from_json(json.loads(Tokenizer.bytes_level().to_json()), "tokenizer.json")
+        tokenizer_bin.from_json(json.loads(Tokenizer.bytes_level().to_json()), "tokenizer.json")
 
 
 PLAIN = stored(["ab", "a", "b", " "])
@@ -211,13 +211,13 @@ def test_scores_need_not_be_numbered(write: Callable) -> None:
     tokenizer = Tokenizer.from_file(write(content))
     assert tokenizer.encode("abb ab") == reference(content, "abb ab")
     with pytest.raises(UserError, match="do not follow the order of its ids"):
-        llama2c.from_json(json.loads(tokenizer.to_json()), "x")
+        tokenizer_bin.from_json(json.loads(tokenizer.to_json()), "x")
 
 
 def test_a_missing_or_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such"):
-        llama2c.read(tmp_path / "tokenizer.bin")
+        tokenizer_bin.read(tmp_path / "tokenizer.bin")
     (tmp_path / "tokenizer.bin").write_bytes(PLAIN)
-    monkeypatch.setattr(llama2c, "LARGEST", 100)
+    monkeypatch.setattr(tokenizer_bin, "LARGEST", 100)
     with pytest.raises(UserError, match="are no vocabulary"):
-        llama2c.read(tmp_path / "tokenizer.bin")
+        tokenizer_bin.read(tmp_path / "tokenizer.bin")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxlm import config, config_file
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.data import pipeline
 from jaxlm.data.pipeline import inspect_corpus, make_train_iterator, make_validation_batches, prepare
 from jaxlm.data.sources import Documents
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer
 
 SHARED = Path(os.environ.get("JAXLM_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -30,7 +31,7 @@ def settings(tmp_path: Path) -> config.Config:
 
 def make_config(source: Path, tmp_path: Path, **tokenizer) -> config.Config:
     data = {"source": str(source), "cache_dir": str(tmp_path / "cache"), "seq_len": 24, "validation_fraction": 0.2}
-    return config_file.from_dict({"data": data, "tokenizer": {"vocab_size": 300, **tokenizer}})
+    return toml.from_dict({"data": data, "tokenizer": {"vocab_size": 300, **tokenizer}})
 
 
 def take(iterator, count: int) -> list[dict[str, np.ndarray]]:
@@ -86,7 +87,7 @@ def test_validation_holds_each_token_once_in_one_order(settings):
 
 def test_no_validation_makes_no_batches(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    settings = config_file.from_dict(
+    settings = toml.from_dict(
         {
             "data": {"source": str(tmp_path / "a.txt"), "validation_fraction": 0.0, "cache_dir": str(tmp_path / "c")},
             "tokenizer": {"kind": "bytes"},
@@ -147,10 +148,10 @@ def test_kinds_of_tokenizer(settings, tmp_path):
 
 
 def test_tokenizer_must_fit_the_model(settings, tmp_path):
-    tree = config_file.to_dict(settings)
+    tree = toml.to_dict(settings)
     tree["model"]["vocab_size"] = 299
     with pytest.raises(UserError, match=r"300 ids, the model only model\.vocab_size = 299"):
-        prepare(config_file.from_dict(tree))
+        prepare(toml.from_dict(tree))
 
 
 def test_skipped_files_are_reported_once(settings, capsys):
@@ -178,7 +179,7 @@ def test_real_corpora(path, key, tmp_path):
     if not (SHARED / path).is_file():
         pytest.skip(f"{path} is not in JAXLM_DATA")
     data = {"source": str(SHARED / path), "text_key": key, "max_bytes": 300_000, "cache_dir": str(tmp_path)}
-    corpus = prepare(config_file.from_dict({"data": data, "tokenizer": {"vocab_size": 1000}}))
+    corpus = prepare(toml.from_dict({"data": data, "tokenizer": {"vocab_size": 1000}}))
     train, validation = corpus.statistics["train"], corpus.statistics["validation"]
     assert train.text_bytes + validation.text_bytes == 300_000
     assert 0.01 < validation.text_bytes / 300_000 < 0.12

@@ -15,8 +15,8 @@ from jaxlm.config import Data
 from jaxlm.data import shards as module
 from jaxlm.data.shards import Shards, open_shards
 from jaxlm.data.sources import Documents
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

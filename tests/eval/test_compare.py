@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import config_file
 from jaxlm.cli import main
+from jaxlm.config import toml
+from jaxlm.counts.parameters import parameters
 from jaxlm.errors import UserError
 from jaxlm.eval import compare as module
 from jaxlm.eval.compare import BUDGET, DEFAULTS, compare, largest_rise
-from jaxlm.models.accounting import parameters
 
 CONFIG = """
 [model]
@@ -66,7 +66,7 @@ def test_two_models_side_by_side(configs, tmp_path, monkeypatch, capsys) -> None
     found = json.loads((out / "compare.json").read_text())["rows"]
     assert [row["name"] for row in found] == ["gated", "plain"]
     for row in found:
-        cfg = config_file.load(out / row["name"] / "config.toml")
+        cfg = toml.load(out / row["name"] / "config.toml")
         assert (cfg.train.steps, cfg.seed) == (4, 3)
         assert (row["parameters"], row["active"]) == parameters(cfg.model)
         assert row["tokens"] == 4 * 4 * 32
@@ -138,7 +138,7 @@ def test_a_spike_is_seen() -> None:
 
 def test_the_four_of_the_repository_have_one_budget() -> None:
     """Parameters within 5 % of each other, and the same data, tokens and optimiser."""
-    loaded = [config_file.load(module._default(name)) for name in DEFAULTS]
+    loaded = [toml.load(module._default(name)) for name in DEFAULTS]
     totals = [parameters(cfg.model)[0] for cfg in loaded]
     assert max(totals) / min(totals) - 1 <= BUDGET
     module._check_equal(DEFAULTS, loaded)

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config, config_file
-from jaxlm.convert.load import load
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert.files.storage import planned, write_folder
 from jaxlm.convert.native import to_torch
-from jaxlm.convert.storage import planned, write_folder
+from jaxlm.convert.open_model import load
 from jaxlm.data.pipeline import prepare
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.eval import perplexity
 from jaxlm.models.decoder import Decoder, init_params
+from jaxlm.text.tokenizer import Tokenizer
 
 SEQ_LEN, WINDOW, FIRST = 16, 9, 2
 
@@ -42,7 +43,7 @@ def folder(path: Path, **options: Any) -> Path:
         ),
     )
     params = jax.tree.map(np.asarray, init_params(Decoder(settings.model), jax.random.key(0)))
-    files = {"config.toml": config_file.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
+    files = {"config.toml": toml.to_toml(settings), "tokenizer.json": tokenizer.to_json()}
     write_folder(path / "model", planned(to_torch(params, settings.model)), files, layout="torch")
     return path / "model"
 

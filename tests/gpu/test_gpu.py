@@ -16,7 +16,8 @@ from jaxlm import config
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.numerics import Policy
 from jaxlm.objectives.lm import lm_loss
-from jaxlm.ops.attention import Places, attention
+from jaxlm.ops.attention.attend import attention
+from jaxlm.ops.attention.visible import Places
 
 pytestmark = pytest.mark.gpu
 B, T, N, K, H = 2, 512, 4, 2, 64

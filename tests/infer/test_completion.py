@@ -11,16 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm import config
-from jaxlm.data.completion import (
-    StopStrings,
-    check_prompts,
-    complete,
-    encode_prompts,
-    right_padded,
-    uniforms,
-)
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.text.completion import StopStrings, check_prompts, complete, encode_prompts, right_padded
+from jaxlm.text.sampling import uniforms
+from jaxlm.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes_level()
 

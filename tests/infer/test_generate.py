@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.data.completion import GREEDY, STREAM_BLOCK, Sampling
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.infer import generate as infer
 from jaxlm.infer.generate import blocks, bucket, generate
 from jaxlm.infer.text import Generator
 from jaxlm.models.decoder import Decoder, Params, abstract_params
+from jaxlm.text.completion import STREAM_BLOCK
+from jaxlm.text.sampling import GREEDY, Sampling
+from jaxlm.text.tokenizer import Tokenizer
 
 V = 300
 PROMPTS = [[5, 6, 7, 8, 9], [10], [255, 3, 4] * 6]

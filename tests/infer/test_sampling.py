@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.data.completion import Sampling
 from jaxlm.errors import UserError
 from jaxlm.ops import sampling as ops
+from jaxlm.text.sampling import Sampling
 
 B, V = 3, 23
 OPTIONS = [

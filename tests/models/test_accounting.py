@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import config, config_file, flops
-from jaxlm.models.accounting import account, matmul_params
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.counts import flops
+from jaxlm.counts.parameters import account, matmul_params
 from jaxlm.models.decoder import Decoder, abstract_params
 
 TINY = config.Model(vocab_size=40, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, max_seq_len=64)
@@ -172,6 +174,6 @@ def test_info_prints_json(tmp_path, capsys):
     from jaxlm import cli
 
     path = Path(tmp_path / "tiny.toml")
-    path.write_text(config_file.to_toml(run(TINY)))
+    path.write_text(toml.to_toml(run(TINY)))
     cli.info(path, as_json=True)
     assert json.loads(capsys.readouterr().out)["total"] == account(run(TINY)).total

@@ -11,7 +11,7 @@ import pytest
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.mesh import RULES, Layout
-from jaxlm.models import attention, context
+from jaxlm.models import attention, sequence_parallel
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.recipes.pretrain import loss_fn
 
@@ -68,7 +68,7 @@ def test_no_device_gathers_rows():
 
 
 def test_rows_gathered_by_the_partitioner_are_seen(monkeypatch):
-    for module in (attention, context):
+    for module in (attention, sequence_parallel):
         monkeypatch.setattr(module, "sequence_axis", lambda: None)
     with pytest.raises(AssertionError):
         check(dataclasses.replace(MODEL, n_layers=1, pattern=("mamba",)))
@@ -78,4 +78,4 @@ def test_a_sequence_over_two_axes_is_refused():
     layout = Layout.from_config(config.Mesh(data=2, context=2, tensor=2))
     layout = dataclasses.replace(layout, rules={**RULES, "seq": ("context", "tensor")})
     with layout.active(), pytest.raises(UserError, match="over context and tensor"):
-        context.sequence_axis()
+        sequence_parallel.sequence_axis()

@@ -11,7 +11,7 @@ import pytest
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, init_cache, init_params
-from jaxlm.ops import ssm
+from jaxlm.ops.ssm import selective_scan, ssd
 
 MODEL = config.Model(vocab_size=32, d_model=16, n_layers=2, pattern=("mamba",), max_seq_len=64)
 MAMBA2 = dataclasses.replace(MODEL, pattern=("mamba2",), mamba=config.Mamba(head_dim=8))
@@ -33,14 +33,14 @@ def test_scans_are_the_recurrence(impl, rng):
         expected[0, t] = h @ c[0, t] + d * u[0, t]
     with jax.enable_x64(True):
         ones = jnp.ones((1, 600), jnp.int32)
-        y, state = ssm.selective_scan(*map(jnp.asarray, (u, dt, a, b, c, d)), ones, impl=impl)
+        y, state = selective_scan.selective_scan(*map(jnp.asarray, (u, dt, a, b, c, d)), ones, impl=impl)
         np.testing.assert_allclose(y, expected, rtol=1e-11, atol=1e-11)
         np.testing.assert_allclose(state[0].T, h, rtol=1e-11, atol=1e-11)
         # Mamba-2 with heads of one channel and one A a head is the same with equal columns of A.
         same = np.repeat(a[:, :1], 4, axis=1)
-        y, _ = ssm.selective_scan(*map(jnp.asarray, (u, dt, same, b, c, d)), ones)
+        y, _ = selective_scan.selective_scan(*map(jnp.asarray, (u, dt, same, b, c, d)), ones)
         heads = (u[..., None], dt, a[:, 0], b[:, :, None], c[:, :, None], d)
-        y2, _ = ssm.ssd(*map(jnp.asarray, heads), ones, impl=impl)
+        y2, _ = ssd.ssd(*map(jnp.asarray, heads), ones, impl=impl)
         np.testing.assert_allclose(y2[..., 0], y, rtol=1e-11, atol=1e-11)
 
 
@@ -56,13 +56,15 @@ def test_memory_grows_with_the_chunk(rng):
     t, f, p = 4096, 32, 16
     states, arrays = t * f * p * 4, inputs(rng, t, f, p)
     temporary = lambda op, arrays: backward(op, arrays).memory_analysis().temp_size_in_bytes  # noqa: E731
-    assert temporary(ssm.selective_scan, arrays) < states / 2
-    assert temporary(functools.partial(ssm.selective_scan, chunk=16), arrays) < states / 3
-    assert temporary(functools.partial(ssm.selective_scan, impl="sequential"), arrays) > states  # the check can fail
+    assert temporary(selective_scan.selective_scan, arrays) < states / 2
+    assert temporary(functools.partial(selective_scan.selective_scan, chunk=16), arrays) < states / 3
+    assert (
+        temporary(functools.partial(selective_scan.selective_scan, impl="sequential"), arrays) > states
+    )  # the check can fail
     u, dt, _, _, _, d = arrays
     b, c = rng.standard_normal((2, 1, t, 1, 64))
     heads = (u.reshape(1, t, 2, 16), dt[..., :2], -np.ones(2), b, c, d[:2])
-    assert temporary(ssm.ssd, heads) < t * f * 64 * 4 / 2
+    assert temporary(ssd.ssd, heads) < t * f * 64 * 4 / 2
 
 
 @pytest.mark.soak

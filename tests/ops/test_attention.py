@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import attention as module
-from jaxlm.ops.attention import Mixed, Places, attend, attend_first, attend_sinks, attention, merge
+from jaxlm.ops.attention import blockwise, visible
+from jaxlm.ops.attention.attend import attend, attend_first, attend_sinks, attention
+from jaxlm.ops.attention.visible import Mixed, Places, merge
 
 B, H = 2, 4
 
@@ -86,8 +87,8 @@ def test_window_and_soft_cap_are_the_formula(impl: str, window: int, softcap: fl
 @pytest.mark.parametrize(("t", "block", "most"), [(16, 4, 16), (17, 4, 16), (31, 4, 3), (5, 8, 16)])
 def test_blockwise_is_xla(kind: str, n: int, k: int, t: int, block: int, most: int, monkeypatch) -> None:
     """Forward and backward, with equal blocks, a short last block, as many blocks as allowed, and one block."""
-    monkeypatch.setattr(module, "BLOCK", block)
-    monkeypatch.setattr(module, "MAX_BLOCKS", most)
+    monkeypatch.setattr(blockwise, "BLOCK", block)
+    monkeypatch.setattr(blockwise, "MAX_BLOCKS", most)
     places, (q, key, v, dout) = rows_of(kind, t), arrays(t, n, k)
 
     def both(impl: str, places: Places) -> tuple:
@@ -104,8 +105,8 @@ def test_blockwise_is_xla(kind: str, n: int, k: int, t: int, block: int, most: i
 @pytest.mark.parametrize("softcap", [0.0, 0.7])
 def test_a_band_of_blocks_is_xla(kind: str, t: int, most: int, window: int, softcap: float, monkeypatch) -> None:
     """Forward and backward, of the values and of the log-sum-exp, in one piece and in several."""
-    monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "MAX_BLOCKS", most)
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "MAX_BLOCKS", most)
     places, (q, key, v, dout) = rows_of(kind, t), arrays(t, 4, 2)
     real = np.asarray(places.segments) != 0
     dlse = jnp.where(real[..., None], dout[..., 0], 0)
@@ -162,7 +163,7 @@ def test_a_sink_logit_takes_part_in_the_softmax_and_has_no_value() -> None:
     places, (q, key, v, _) = rows_of("padded", 16), arrays(16, 4, 4)
     sinks_N = jnp.asarray([0.3, -2.0, 5.0, -jnp.inf])
     scores = np.einsum("btnh,bsnh->btns", q, key) / np.sqrt(H)
-    weights = np.exp(scores) * np.asarray(module.visible(places, places))[:, :, None]
+    weights = np.exp(scores) * np.asarray(visible.visible(places, places))[:, :, None]
     expected = np.einsum("btns,bsnh->btnh", weights, v) / (weights.sum(-1) + np.exp(sinks_N))[..., None].clip(1e-300)
     for impl in ("xla", "blockwise", "cudnn"):  # cuDNN gives no log-sum-exp: another kernel takes its place
         out = merge([attend(q, key, v, places, places, impl=impl, aligned=True)], sinks_N, q.dtype)
@@ -199,7 +200,7 @@ def test_first_tokens_are_seen_once_they_have_left_the_window() -> None:
     reach = np.asarray(places.positions)
     assert np.isneginf(lse[reach < 5]).all() and np.isfinite(lse[reach >= 5]).all()
     both = merge([Mixed(out, lse), attend(q, key, v, places, places, window=5)], dtype=q.dtype)
-    mask = np.asarray(module.visible(places, places, 5) | module.visible(places, places) & (reach < 2)[:, None])
+    mask = np.asarray(visible.visible(places, places, 5) | visible.visible(places, places) & (reach < 2)[:, None])
     scores = np.einsum("btnh,bsnh->btns", q, np.repeat(key, 2, axis=2)) / np.sqrt(H)
     weights = np.exp(scores) * mask[:, :, None]
     expected = np.einsum("btns,bsnh->btnh", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, axis=2))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm import config
-from jaxlm.ops import choice
-from jaxlm.ops.choice import Attention
+from jaxlm.ops import kernel_choice
+from jaxlm.ops.kernel_choice import Attention
 
 LONG: dict[str, Any] = {"dtype": jnp.bfloat16, "length": 4096, "head_dim": 128, "aligned": True}
 
@@ -40,7 +40,7 @@ LONG: dict[str, Any] = {"dtype": jnp.bfloat16, "length": 4096, "head_dim": 128, 
     ],
 )
 def test_the_default_kernel(platform: str, change: dict[str, Any], kernel: str) -> None:
-    assert choice.attention("auto", Attention(platform, **(LONG | change))) == kernel
+    assert kernel_choice.attention("auto", Attention(platform, **(LONG | change))) == kernel
 
 
 @pytest.mark.parametrize(
@@ -61,17 +61,17 @@ def test_the_default_kernel(platform: str, change: dict[str, Any], kernel: str) 
 def test_what_is_asked_for_is_taken_where_it_applies(
     asked: str, platform: str, change: dict[str, Any], kernel: str
 ) -> None:
-    assert choice.attention(asked, Attention(platform, **(LONG | change))) == kernel
+    assert kernel_choice.attention(asked, Attention(platform, **(LONG | change))) == kernel
 
 
 @pytest.mark.parametrize("asked", ["auto", "megablox"])
 def test_experts_have_a_kernel_on_tpus(asked: str) -> None:
-    narrow = [choice.experts(asked, platform, jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")]
+    narrow = [kernel_choice.experts(asked, platform, jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")]
     assert narrow == ["blocks", "blocks", "megablox"]
-    assert choice.experts(asked, "tpu", jnp.float64) == "blocks"
-    assert choice.experts("naive", "tpu", jnp.bfloat16) == "naive"
+    assert kernel_choice.experts(asked, "tpu", jnp.float64) == "blocks"
+    assert kernel_choice.experts("naive", "tpu", jnp.bfloat16) == "naive"
 
 
 def test_the_names_of_the_table_are_those_of_the_config() -> None:
-    for name in choice.ATTENTION:
+    for name in kernel_choice.ATTENTION:
         assert config.Model(attention_impl=name).attention_impl == name

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlm.ops import attention as whole
-from jaxlm.ops import ring, shards, ssm
-from jaxlm.ops.attention import Mixed, Places
+from jaxlm.ops import sequence_parallel
+from jaxlm.ops.attention import attend as whole
+from jaxlm.ops.attention import ring
+from jaxlm.ops.attention.visible import Mixed, Places
+from jaxlm.ops.ssm import convolution, selective_scan, ssd
 
 B, N, K, H = 2, 4, 2, 4
+SCANS = {"selective_scan": selective_scan.selective_scan, "ssd": ssd.ssd}
 ALONG, WHOLE = PartitionSpec(None, "context"), PartitionSpec()
 
 
@@ -146,7 +149,7 @@ def scan_inputs(kind: str, t: int) -> list[jax.Array]:
 
 
 def check_scan(kind: str, devices: int, impl: str) -> None:
-    t, op = 8 * devices, getattr(ssm, kind)
+    t, op = 8 * devices, SCANS[kind]
     one = lambda *arrays: op(*arrays, impl=impl, chunk=3)[0]  # noqa: E731
     local = lambda *arrays, axis: op(*arrays, impl=impl, chunk=3, axis=axis)[0]  # noqa: E731
     split = over(devices, local, (True, True, False, True, True, False, True))
@@ -161,7 +164,7 @@ def test_scan_of_a_split_row(kind: str, devices: int, impl: str) -> None:
 
 @pytest.mark.parametrize("kind", ["selective_scan", "ssd"])
 def test_the_last_state_of_the_last_device_is_that_of_the_row(kind: str) -> None:
-    op, arrays, segments = getattr(ssm, kind), scan_inputs(kind, 16), rows_of(16).segments
+    op, arrays, segments = SCANS[kind], scan_inputs(kind, 16), rows_of(16).segments
     last = lambda *arrays, axis: op(*arrays, axis=axis)[1][None]  # noqa: E731
     splits, results = (True, True, False, True, True, False, True), PartitionSpec("context")
     states = over(4, last, splits, results)(*arrays, segments)
@@ -171,8 +174,8 @@ def test_the_last_state_of_the_last_device_is_that_of_the_row(kind: str) -> None
 def check_conv(devices: int, t: int) -> None:
     random = np.random.default_rng(0)
     arrays = [jnp.asarray(random.standard_normal(shape)) for shape in ((B, t, 3), (4, 3), (3,))]
-    one = lambda *arrays: ssm.causal_conv(*arrays)[0]  # noqa: E731
-    local = lambda *arrays, axis: ssm.causal_conv(*arrays, axis=axis)[0]  # noqa: E731
+    one = lambda *arrays: convolution.causal_conv(*arrays)[0]  # noqa: E731
+    local = lambda *arrays, axis: convolution.causal_conv(*arrays, axis=axis)[0]  # noqa: E731
     same(one, over(devices, local, (True, False, False, True)), arrays, rows_of(t).segments)
 
 
@@ -185,26 +188,26 @@ def test_convolution_of_a_split_row(devices: int, t: int) -> None:
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_every_device_has_an_early_and_a_late_part(devices: int) -> None:
     index = jnp.broadcast_to(jnp.arange(4 * devices), (B, 4 * devices))
-    there = over(devices, shards.zigzag, (True,))(index)
+    there = over(devices, sequence_parallel.zigzag, (True,))(index)
     parts = there[0].reshape(devices, 2, 2)[..., 0] // 2
     assert parts.tolist() == [[device, 2 * devices - 1 - device] for device in range(devices)]
-    np.testing.assert_array_equal(over(devices, shards.unzigzag, (True,))(there), index)
+    np.testing.assert_array_equal(over(devices, sequence_parallel.unzigzag, (True,))(there), index)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 100])
 def test_tokens_before_a_device(tokens: int) -> None:
     index = jnp.arange(1, 17)[None]
-    local = lambda x, axis: shards.halo(x, tokens, axis)  # noqa: E731
+    local = lambda x, axis: sequence_parallel.halo(x, tokens, axis)  # noqa: E731
     got = np.asarray(over(8, local, (True,))(index)).reshape(8, tokens)
     for device in range(8):
         before = range(2 * device - tokens + 1, 2 * device + 1)
         assert got[device].tolist() == [max(token, 0) for token in before]
 
 
-original_shift, original_before, original_starts = shards.shift, shards.before, ssm.starts
+original_shift, original_before, original_starts = sequence_parallel.shift, sequence_parallel.before, convolution.starts
 ATTENTION = functools.partial(check_attention, 4, 32, "blockwise", 0, 0.0)
 FAULTS = {
-    "a ring that does not turn": (shards, "shift", lambda tree, *_, **__: tree, ATTENTION),
+    "a ring that does not turn": (sequence_parallel, "shift", lambda tree, *_, **__: tree, ATTENTION),
     "gradients that are not brought home": (
         ring,
         "_around",
@@ -218,7 +221,7 @@ FAULTS = {
         ATTENTION,
     ),
     "keys of one neighbour only": (
-        shards,
+        sequence_parallel,
         "halo",
         lambda x, tokens, axis: jnp.pad(
             original_shift(x, axis), ((0, 0), (tokens - x.shape[1], 0), *((0, 0),) * (x.ndim - 2))
@@ -226,25 +229,25 @@ FAULTS = {
         functools.partial(check_attention, 4, 32, "blockwise", 13, 0.0),
     ),
     "states that do not decay": (
-        shards,
+        sequence_parallel,
         "before",
         lambda ends, decays, axis, **options: original_before(ends, jnp.ones_like(decays), axis, **options),
         functools.partial(check_scan, "ssd", 4, "chunked"),
     ),
     "states of the wrong side backwards": (
-        shards,
+        sequence_parallel,
         "before",
         lambda ends, decays, axis, reverse=False: original_before(ends, decays, axis),
         functools.partial(check_scan, "selective_scan", 4, "chunked"),
     ),
     "a document that begins anew on each device": (
-        ssm,
+        selective_scan,
         "starts",
         lambda segments, axis=None: original_starts(segments),
         functools.partial(check_scan, "selective_scan", 4, "chunked"),
     ),
     "a convolution without its neighbour": (
-        shards,
+        sequence_parallel,
         "halo",
         lambda x, tokens, axis: jnp.zeros((x.shape[0], tokens, *x.shape[2:]), x.dtype),
         functools.partial(check_conv, 2, 16),

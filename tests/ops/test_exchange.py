@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlm.ops import exchange, moe
-from jaxlm.plan.collectives import collectives
-from jaxlm.plan.hlo import parse
+from jaxlm.ops.moe import exchange
+from jaxlm.ops.moe import experts as moe
+from jaxlm.plan.hlo.collectives import collectives
+from jaxlm.plan.hlo.program import parse
 
 T, D, F, E, K = 8 * 48, 5, 3, 16, 2
 LOCAL = E // 8

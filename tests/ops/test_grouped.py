@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import grouped, moe
+from jaxlm.ops.moe import experts as moe
+from jaxlm.ops.moe import grouped_matmul
 
 R, G, D, F = 100, 4, 9, 7
 SIZES = {"uneven": [3, 0, 70, 20], "full": [25, 25, 25, 25], "first alone": [40, 0, 0, 0], "none": [0, 0, 0, 0]}
@@ -36,7 +37,7 @@ def errors(impl: str, dtype: str, rng: np.random.Generator) -> dict[str, float]:
 
     @jax.jit
     def run(x: Any, kernels: Any, sizes: Any, dy: Any) -> Any:
-        product = lambda x, kernels: grouped.grouped_dot(x, kernels, sizes, impl=impl, dtype=jnp.float32)  # noqa: E731
+        product = lambda x, kernels: grouped_matmul.grouped_dot(x, kernels, sizes, impl=impl, dtype=jnp.float32)  # noqa: E731
         y, pull = jax.vjp(product, x, kernels)
         return y, *pull(dy)
 
@@ -49,20 +50,20 @@ def errors(impl: str, dtype: str, rng: np.random.Generator) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("impl", grouped.GROUPED)
+@pytest.mark.parametrize("impl", grouped_matmul.GROUPED)
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 4e-3)])
 def test_the_product_of_each_group(
     impl: str, dtype: str, bound: float, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With several tiles along every side, none of which comes out even; bfloat16 is rounded once."""
-    monkeypatch.setattr(grouped, "tiles", lambda *sizes: (32, 8, 4))
+    monkeypatch.setattr(grouped_matmul, "tiles", lambda *sizes: (32, 8, 4))
     assert max(errors(impl, dtype, rng).values()) < bound
 
 
 def test_tiles_are_as_large_as_the_product_needs() -> None:
-    assert grouped.tiles(16384, 2048, 1408, 2) == (512, 1024, 1024)
-    assert grouped.tiles(16384, 2048, 1408, 4) == (512, 512, 512)
-    assert grouped.tiles(100, 200, 7, 2) == (128, 256, 128)
+    assert grouped_matmul.tiles(16384, 2048, 1408, 2) == (512, 1024, 1024)
+    assert grouped_matmul.tiles(16384, 2048, 1408, 4) == (512, 512, 512)
+    assert grouped_matmul.tiles(100, 200, 7, 2) == (128, 256, 128)
 
 
 def test_experts_by_the_kernel_of_the_tpu(rng: np.random.Generator) -> None:

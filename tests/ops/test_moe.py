@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import ffn, moe, router
-from jaxlm.ops.moe import Experts
+from jaxlm.ops import ffn
+from jaxlm.ops.moe import experts as moe
+from jaxlm.ops.moe import router
+from jaxlm.ops.moe.experts import Experts
 
 T, D, F, E, K = 200, 9, 7, 5, 2
 

@@ -16,15 +16,17 @@ from jaxlm import config
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.numerics import Policy
-from jaxlm.ops import choice, splash
-from jaxlm.ops.attention import Places, attend, attention, merge, visible
+from jaxlm.ops import kernel_choice
+from jaxlm.ops.attention import splash
+from jaxlm.ops.attention.attend import attend, attention
+from jaxlm.ops.attention.visible import Places, merge, visible
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may run on a CPU."""
-    kernel = choice.ATTENTION["splash"]
-    monkeypatch.setitem(choice.ATTENTION, "splash", kernel._replace(platforms=("tpu", "cpu")))  # pyright: ignore
+    kernel = kernel_choice.ATTENTION["splash"]
+    monkeypatch.setitem(kernel_choice.ATTENTION, "splash", kernel._replace(platforms=("tpu", "cpu")))  # pyright: ignore
 
 
 def packed(lengths: list[int], padding: list[int]) -> Places:

@@ -15,17 +15,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jaxlm import config, config_file
+from jaxlm import config
 from jaxlm.cli import app
-from jaxlm.convert.load import Model
+from jaxlm.config import toml
+from jaxlm.convert.open_model import Model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
 from jaxlm.ops import norm
-from jaxlm.parity import assert_golden, check_golden, golden, trace, write_golden
+from jaxlm.parity import assert_golden, check_golden, trace, write_golden
 from jaxlm.parity.compare import Finding
-from jaxlm.parity.golden_file import Golden, read_golden
+from jaxlm.parity.golden import comparison, content
+from jaxlm.parity.golden.file import Golden, read_golden
 from jaxlm.parity.inputs import make_inputs, random_params
-from jaxlm.parity.trace import DTYPES, JaxSide
+from jaxlm.parity.sides.jax_side import JaxSide
+from jaxlm.parity.trace import DTYPES
 
 BASE: dict[str, Any] = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
 MODELS: dict[str, dict[str, Any]] = {
@@ -54,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def settings(**options: Any) -> config.Config:
     """A small model with these options."""
-    return config_file.from_dict({"model": {"max_seq_len": 512, **BASE, **options}, "data": {"seq_len": 16}}, "test")
+    return toml.from_dict({"model": {"max_seq_len": 512, **BASE, **options}, "data": {"seq_len": 16}}, "test")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def frozen() -> Callable[..., tuple[config.Config, Params, Golden]]:
     def make(name: str, dtypes: tuple[str, ...] = ("float64",)) -> tuple[config.Config, Params, Golden]:
         cfg = settings(**MODELS[name])
         params = random_params(cfg.model)
-        return cfg, params, golden.freeze(JaxSide(cfg, params), cfg, make_inputs(cfg.model), dtypes)
+        return cfg, params, content.freeze(JaxSide(cfg, params), cfg, make_inputs(cfg.model), dtypes)
 
     return make
 
@@ -87,7 +90,7 @@ def test_the_same_model_passes(name: str, frozen: Any, tmp_path: Path) -> None:
     back = read_golden(tmp_path / "a.json.gz")
     assert back == content
     jax.clear_caches()  # compiled anew
-    findings = golden.compare(back, JaxSide(cfg, params), cfg)
+    findings = comparison.compare(back, JaxSide(cfg, params), cfg)
     assert wrong(findings) == [] and len(findings) > 60
     levels = dict.fromkeys(one.level for one in findings)
     assert list(levels) == LEVELS
@@ -130,12 +133,12 @@ def test_a_planted_fault_is_named(name: str, frozen: Any, monkeypatch: pytest.Mo
     cfg = dataclasses.replace(
         cfg, model=dataclasses.replace(cfg.model, **options), train=dataclasses.replace(cfg.train, **training)
     )
-    findings = golden.compare(content, JaxSide(cfg, change(params)), cfg)
+    findings = comparison.compare(content, JaxSide(cfg, change(params)), cfg)
     found = wrong(findings)
     assert found[0] == ("stored", "config" if options or training else "weights", stored)
     assert found[1] == ("float64", level, tensor), found[:4]
     changed = "the weights have changed" if not (options or training) else "the computation has changed"
-    assert changed in golden._told(findings)[0]
+    assert changed in comparison.explanations_of(findings)[0]
 
 
 def test_a_change_of_the_code_is_told_from_one_of_the_weights(
@@ -155,10 +158,10 @@ def test_a_change_of_the_code_is_told_from_one_of_the_weights(
 def test_lost_precision_is_seen(frozen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right in float64; then float32 is computed in bfloat16."""
     cfg, params, content = frozen("dense", DTYPES[:2])
-    assert wrong(golden.compare(content, JaxSide(cfg, params), cfg)) == []
+    assert wrong(comparison.compare(content, JaxSide(cfg, params), cfg)) == []
     numerics_of = trace.numerics_of
     monkeypatch.setattr(trace, "numerics_of", lambda dtype: numerics_of("bfloat16" if dtype == "float32" else dtype))
-    found = wrong(golden.compare(content, JaxSide(cfg, params), cfg))
+    found = wrong(comparison.compare(content, JaxSide(cfg, params), cfg))
     assert {dtype for dtype, _, _ in found} == {"float32"}
     assert found[0] == ("float32", "forward", "embed")
 
@@ -167,9 +170,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """Same bytes each time, a report, and a model of another shape, of which nothing is computed."""
     cfg = settings(n_layers=1, d_model=16, max_seq_len=16, positions="learned")
     path = tmp_path / "model.toml"
-    path.write_text(
-        config_file.to_toml(dataclasses.replace(cfg, data=config.Data(cache_dir=str(tmp_path), seq_len=16)))
-    )
+    path.write_text(toml.to_toml(dataclasses.replace(cfg, data=config.Data(cache_dir=str(tmp_path), seq_len=16))))
     for name in ("one", "two"):
         write_golden(path, tmp_path / "golden" / f"{name}.json.gz", dtypes=("float64",), show=True)
     one, two = ((tmp_path / "golden" / f"{name}.json.gz").read_bytes() for name in ("one", "two"))
@@ -185,7 +186,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_mistakes_at_the_command_line(tmp_path: Path) -> None:
     path = str(tmp_path / "model.toml")
-    Path(path).write_text(config_file.to_toml(settings()))
+    Path(path).write_text(toml.to_toml(settings()))
     for options, message in [
         (["--golden", "freeze", "x"], "--golden freeze: unknown"),
         (["--golden", "check", str(tmp_path / "none.json.gz")], "no golden file"),
@@ -253,4 +254,4 @@ def test_nan_is_not_frozen(frozen: Any) -> None:
     changed = jax.tree.map(np.array, params)
     changed["final_norm"]["scale"][0] = np.nan
     with pytest.raises(UserError, match=r"final_norm \(forward\) is NaN or infinite: there is nothing to freeze"):
-        golden.freeze(JaxSide(cfg, changed), cfg, make_inputs(cfg.model), ("float64",))
+        content.freeze(JaxSide(cfg, changed), cfg, make_inputs(cfg.model), ("float64",))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import config, config_file
+from jaxlm import config
+from jaxlm.config import toml
 
 ROOT = Path(__file__).parents[2]
 MODEL = config.Model(vocab_size=31, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_seq_len=16, positions="learned")
@@ -38,7 +39,7 @@ def project(tmp_path: Path) -> Path:
 
 def write(project: Path, model: config.Model) -> None:
     data = config.Data(cache_dir=str(project / "cache"), seq_len=16)
-    (project / "model.toml").write_text(config_file.to_toml(config.Config(model=model, data=data)))
+    (project / "model.toml").write_text(toml.to_toml(config.Config(model=model, data=data)))
 
 
 def run(project: Path, *options: str) -> tuple[int, str]:

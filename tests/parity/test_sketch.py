@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxlm.parity.sketch import CHUNK, PROJECTIONS, Sketch, distance, relative_distance, sketch
+from jaxlm.parity.golden.projection import CHUNK, PROJECTIONS, Sketch, distance, relative_distance, sketch
 
 
 def test_the_estimate_is_distributed_like_chi_square(rng: np.random.Generator) -> None:

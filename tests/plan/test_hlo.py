@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.plan.collectives import collectives, groups_of, moved_by
-from jaxlm.plan.hlo import arrays, parse
-from jaxlm.plan.kernels import count
+from jaxlm.plan.hlo.collectives import collectives, groups_of, moved_by
+from jaxlm.plan.hlo.kernels import count
+from jaxlm.plan.hlo.program import parse
+from jaxlm.plan.hlo.text import arrays
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs the 8 virtual devices of conftest.py")
 SIZES = {"data": 2, "fsdp": 1, "tensor": 4}

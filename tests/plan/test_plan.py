@@ -11,14 +11,15 @@ import jax
 import pytest
 from rich.console import Console
 
-from jaxlm import config, config_file, registry
+from jaxlm import config
+from jaxlm.config import registry, toml
+from jaxlm.counts.flops import mixing_flops
+from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
-from jaxlm.flops import mixing_flops
-from jaxlm.models.accounting import matmul_params
 from jaxlm.models.decoder import Decoder
-from jaxlm.plan.compiled import Traffic, _asked_for, compile_step, measure
-from jaxlm.plan.make import make
+from jaxlm.plan.compile_elsewhere import Traffic, _asked_for, compile_step, measure
 from jaxlm.plan.memory import estimate
+from jaxlm.plan.plan_one import make
 from jaxlm.plan.roofline import times
 from jaxlm.plan.search import search_plans
 from jaxlm.plan.topology import parse
@@ -111,7 +112,7 @@ RECORDED = [  # what `jaxlm plan` printed as the memory that the TPU compiler (l
 @pytest.mark.parametrize(("topology", "name", "overrides", "size"), RECORDED)
 def test_memory_is_near_the_tpu_compilers(topology, name, overrides, size):
     options = ["numerics.compute=bfloat16", "model.remat=full", *overrides.split()]
-    counted = estimate(config_file.load(name, options), parse(topology).devices)
+    counted = estimate(toml.load(name, options), parse(topology).devices)
     assert 0.9 < counted.bytes / 2**30 / size < 1.1
 
 
@@ -120,7 +121,7 @@ def test_memory_is_near_the_tpu_compilers(topology, name, overrides, size):
 @pytest.mark.parametrize(("topology", "name", "overrides", "size"), RECORDED)
 def test_the_tpu_compiler_says_what_is_recorded(topology, name, overrides, size):
     options = ["numerics.compute=bfloat16", "model.remat=full", *overrides.split()]
-    plan = make(config_file.load(name, options), parse(topology), name=name)
+    plan = make(toml.load(name, options), parse(topology), name=name)
     assert plan.bytes / 2**30 == pytest.approx(size, rel=0.01)
     assert plan.measured is not None
     assert 0.979 < (plan.measured.flops - plan.measured.recomputed_flops) / plan.model_flops < 1.02
@@ -136,9 +137,9 @@ FITS = {  # the machine that a named config is planned for, and how: counted her
 
 
 def machine_of(path) -> tuple[str, list[str]]:
-    from jaxlm.models.accounting import parameters
+    from jaxlm.counts.parameters import parameters
 
-    total = parameters(config_file.load(path).model)[0]
+    total = parameters(toml.load(path).model)[0]
     topology, overrides = next(row for (low, high), row in FITS.items() if low <= total < high)
     return topology, [*overrides.split(), "model.remat=full", "numerics.compute=bfloat16"]
 
@@ -146,7 +147,7 @@ def machine_of(path) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("path", registry.entries(), ids=lambda path: path.stem)
 def test_every_named_config_fits_a_machine(path):
     topology, overrides = machine_of(path)
-    plan = make(config_file.load(path, overrides), parse(topology), name=path.stem, compiling=False)
+    plan = make(toml.load(path, overrides), parse(topology), name=path.stem, compiling=False)
     assert plan.fits, plan.verdict
 
 
@@ -155,7 +156,7 @@ def test_every_named_config_fits_a_machine(path):
 @pytest.mark.parametrize("path", registry.entries(), ids=lambda path: path.stem)
 def test_every_named_config_compiles_for_its_machine(path):
     topology, overrides = machine_of(path)
-    plan = make(config_file.load(path, [*overrides, "model.dropout=0.0"]), parse(topology), name=path.stem)
+    plan = make(toml.load(path, [*overrides, "model.dropout=0.0"]), parse(topology), name=path.stem)
     assert plan.of_chip and plan.fits, plan.verdict
 
 
@@ -167,7 +168,7 @@ EXPERTS = "model.pattern=['attention+moe'] model.moe.n_experts=8 model.moe.d_ff=
 def test_the_compiler_of_the_chip_is_asked(axis, overrides):
     """For four v6e chips: our count of memory within a tenth, of FLOP within 2 %, collectives along the axis alone."""
     options = ["mesh.data=1", f"mesh.{axis}=4", "model.remat=full", "numerics.compute=bfloat16", *overrides.split()]
-    plan = make(config_file.load("dense-15.5m", options), parse("v6e:2x2"), tokens=1e9)
+    plan = make(toml.load("dense-15.5m", options), parse("v6e:2x2"), tokens=1e9)
     assert plan.of_chip and plan.measured is not None and plan.measured.compiler == "tpu" and plan.fits
     assert 0.9 < plan.estimate.bytes / plan.measured.bytes < 1.1
     assert 0.98 < (plan.measured.flops - plan.measured.recomputed_flops) / plan.model_flops < 1.02
@@ -224,7 +225,7 @@ def test_search_ranks_what_divides_and_fits():
 
 def test_search_says_what_is_missing():
     with pytest.raises(UserError, match=r"none of \d+ ways fits \(the least needs .* of 16.00 GiB: mesh.data="):
-        search_plans(config_file.load("dense-69b", ["train.batch_size=8"]), parse("v5e:2x2"), compiling=False)
+        search_plans(toml.load("dense-69b", ["train.batch_size=8"]), parse("v5e:2x2"), compiling=False)
     with pytest.raises(UserError, match="no mesh of 7 devices divides"):
         search_plans(tiny(), parse("h100:7"), compiling=False)
 
@@ -233,7 +234,7 @@ def test_the_command(tmp_path):
     """In a process of its own, with another for the compiler."""
     small = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, n_layers=2))
     path = tmp_path / "small.toml"
-    path.write_text(config_file.to_toml(small))
+    path.write_text(toml.to_toml(small))
     command = [sys.executable, "-m", "jaxlm", "plan", str(path), "--topology", "cpu:8", "--json", "mesh.fsdp=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr

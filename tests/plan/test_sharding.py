@@ -8,10 +8,11 @@ import jax
 import pytest
 from rich.console import Console
 
-from jaxlm import config, config_file, registry
+from jaxlm import config
+from jaxlm.config import registry, toml
+from jaxlm.counts.parameters import account
 from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
-from jaxlm.models.accounting import account
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.plan.sharding import describe
 from jaxlm.train.optim import make_optimizer
@@ -22,7 +23,7 @@ MODEL = config.Model(vocab_size=32, d_model=16, n_layers=4, n_heads=4, n_kv_head
 
 
 def run(preset: str, **sizes: int) -> config.Config:
-    mesh = config_file.from_dict({"mesh": registry.mesh(preset) | sizes}).mesh
+    mesh = toml.from_dict({"mesh": registry.mesh(preset) | sizes}).mesh
     return config.Config(model=MODEL, mesh=mesh, data=config.Data(seq_len=8))
 
 
@@ -79,11 +80,11 @@ def test_it_is_shown_and_written():
 
 
 def test_a_pod_of_slices_needs_no_devices():
-    cfg = config_file.load("dense-69b", ["mesh=multislice", "mesh.tensor=8"])
+    cfg = toml.load("dense-69b", ["mesh=multislice", "mesh.tensor=8"])
     told = describe(cfg, devices=512, slices=4)
     assert told.mesh == {"data": 4, "fsdp": 16, "expert": 1, "context": 1, "tensor": 8}
     assert told.dcn == {"data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
     (kernel,) = (leaf for leaf in told.leaves if leaf.name == "layers.slot_0.mixer.q_proj.kernel")
     assert kernel.local_shape == (80, 8192 // 16, 64 // 8, 128) and kernel.copies == 4
     with pytest.raises(UserError, match="kv_heads of 8 does not divide over tensor = 16 devices"):
-        describe(config_file.load("dense-69b", ["mesh=fsdp-tensor8", "mesh.tensor=16"]), devices=512)
+        describe(toml.load("dense-69b", ["mesh=fsdp-tensor8", "mesh.tensor=16"]), devices=512)

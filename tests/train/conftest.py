@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import config, config_file
+from jaxlm import config
+from jaxlm.config import toml
 from jaxlm.recipes import pretrain
+from jaxlm.run.metrics import OF_THE_MACHINE
 from jaxlm.train.loop import Progress
-from jaxlm.train.metrics import OF_THE_MACHINE
 
 RUN = """
 [model]
@@ -73,7 +74,7 @@ class Runs:
 
     def config(self, out: Path, *overrides: str) -> config.Config:
         """The config of a run in `out`."""
-        return config_file.load(self.toml, [f'out_dir="{out}"', *overrides])
+        return toml.load(self.toml, [f'out_dir="{out}"', *overrides])
 
     def train(self, out: Path, *overrides: str, resume: bool = False) -> Progress:
         """Train in this process."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.train.alerts import SILENT, Alerts
+from jaxlm.run.alerts import SILENT, Alerts
 
 
 def told(losses: list[float], norms: list[float] | None = None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.train.clock import Clock, stragglers
+from jaxlm.run.clock import Clock, stragglers
 
 
 class Hands:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxlm.convert.canonical import canonical
-from jaxlm.convert.convert import convert
-from jaxlm.convert.load import load
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.convert.open_model import load
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.recipes import pretrain
-from jaxlm.recipes.initial import initial_params
+from jaxlm.recipes.init_from import initial_params
+from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.engine import JaxEngine
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
+from jaxlm.run.metrics import MetricsLog, read_metrics
 from jaxlm.train import loop
 from jaxlm.train.engine import JaxEngine
-from jaxlm.train.metrics import MetricsLog, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
 OPTIONS = ("model.dropout=0.0", "train.microbatches=1", "model.layer_loop=unroll")

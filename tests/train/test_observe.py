@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.train.clock import ASIDE, Clock
+from jaxlm.run.clock import ASIDE, Clock
+from jaxlm.run.metrics import SECONDS, read_metrics
 from jaxlm.train.engine import JaxEngine
-from jaxlm.train.metrics import SECONDS, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
 OPTIONS = ("model.dropout=0.0", "train.microbatches=1", "model.layer_loop=unroll")

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.convert.load import load
-from jaxlm.train.watch import HUNG
+from jaxlm.convert.open_model import load
+from jaxlm.processes.hang_watch import HUNG
 
 STEPS = 3
 FLOAT64 = ("numerics.params=float64", "numerics.compute=float64")

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from jaxlm.convert.convert import convert
+from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.train import loop
 from jaxlm.train.engine import JaxEngine

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import config, config_file, registry
+from jaxlm import config
+from jaxlm.config import registry, toml
 from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, abstract_params, init_params
@@ -36,7 +37,7 @@ MESHES = {
     "whole experts": config.Mesh(
         data=1, expert=2, context=2, tensor=2, rules={"experts": ("expert", "tensor"), "mlp": ()}
     ),
-    "zero1": config_file.from_dict({"mesh": registry.mesh("zero1")}).mesh,
+    "zero1": toml.from_dict({"mesh": registry.mesh("zero1")}).mesh,
     "data.context": config.Mesh(data=2, context=4),
     "fsdp.context.tensor": config.Mesh(data=1, fsdp=2, context=2, tensor=2),
 }
@@ -196,7 +197,7 @@ def test_zero1_shares_the_optimiser_in_the_compiled_step(batches):
     like = jax.eval_shape(lambda key: init_state(init_params(decoder, key), optimizer), jax.random.key(0))
 
     def memory(name):
-        layout = Layout.from_config(config_file.from_dict({"mesh": registry.mesh(name)}).mesh)
+        layout = Layout.from_config(toml.from_dict({"mesh": registry.mesh(name)}).mesh)
         shardings = state_shardings(decoder, optimizer, layout)
         state = jax.tree.map(lambda leaf, at: leaf.update(sharding=at), like, shardings)
         step = make_step(loss_fn(decoder, train), optimizer, train, seed=0, layout=layout)

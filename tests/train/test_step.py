@@ -14,8 +14,8 @@ from jaxlm import config
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.numerics import Policy
 from jaxlm.recipes.pretrain import loss_fn
+from jaxlm.run.schedule import learning_rate
 from jaxlm.train.optim import decay_mask, make_optimizer
-from jaxlm.train.schedule import learning_rate
 from jaxlm.train.step import init_state, make_eval, make_step
 
 B, T, V = 8, 8, 32

@@ -9,11 +9,11 @@ import pytest
 
 from jaxlm.data.pipeline import make_train_iterator
 from jaxlm.errors import UserError
+from jaxlm.processes.stop_signals import Interrupted, StopRequest
+from jaxlm.run.directory import open_run
 from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.engine import JaxEngine
-from jaxlm.train.run import open_run
-from jaxlm.train.stop import Interrupted, StopRequest
 
 OPTIONS = ("model.layer_loop=unroll", 'sample.prompts=["de"]', "sample.every=5", "sample.max_new_tokens=9")
 

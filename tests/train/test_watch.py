@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from jaxlm.train.watch import HUNG, behind
+from jaxlm.processes.hang_watch import HUNG, behind
 
 CODE = """
 import time
-from jaxlm.train.watch import Watch
+from jaxlm.processes.hang_watch import Watch
 class Client:
     def key_value_set(self, key, value, allow_overwrite): self.own = key, value
     def key_value_dir_get(self, prefix): return [self.own, (prefix + "1", "1 in a step"), (prefix + "2", "2 x")]

@@ -15,8 +15,8 @@ from jaxlm import config
 from torch_ref.models.cache import KVCache, Slots, WindowCache
 from torch_ref.models.layers import Linear, Norm, Rotation, normal_
 from torch_ref.numerics import Policy
-from torch_ref.ops import attention as ops
-from torch_ref.ops.attention import Mixed, Places
+from torch_ref.ops.attention import attend as ops
+from torch_ref.ops.attention.attend import Mixed, Places
 from torch_ref.ops.rope import apply_rope
 
 

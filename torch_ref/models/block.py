@@ -18,7 +18,7 @@ from torch_ref.models.layers import Norm
 from torch_ref.models.mamba import Mamba, Mamba2
 from torch_ref.models.moe import MoE
 from torch_ref.numerics import Policy
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
 
 Tables = tuple[tuple[Tensor, Tensor], ...]
 """Sine and cosine of every rotation of the model, in the order of `config.Model.ropes`."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
 
 
 class Slots(NamedTuple):

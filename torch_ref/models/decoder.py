@@ -22,7 +22,7 @@ from jaxlm import config
 from torch_ref.models.block import Block, Tables, empty_cache
 from torch_ref.models.layers import Embed, Head, Norm, Rotation
 from torch_ref.numerics import Policy, wide_matmul
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
 from torch_ref.ops.rope import sinusoidal_table
 
 Cache = tuple[Any, ...]

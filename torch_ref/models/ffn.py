@@ -12,7 +12,7 @@ from jaxlm import config
 from torch_ref.models.layers import Linear
 from torch_ref.numerics import Policy
 from torch_ref.ops import ffn
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
 
 
 class MLP(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jaxlm.architecture import Rope
+from jaxlm.config.model import Rope
 from torch_ref.numerics import Policy, wide
 from torch_ref.ops import norm
 from torch_ref.ops.rope import rope_frequencies, rope_table, rope_temperature

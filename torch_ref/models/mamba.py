@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from jaxlm import config
 from torch_ref.models.layers import Linear, Norm
 from torch_ref.numerics import Policy, wide
-from torch_ref.ops import norm, ssm
-from torch_ref.ops.attention import Places
+from torch_ref.ops import norm
+from torch_ref.ops.attention.attend import Places
 from torch_ref.ops.ffn import swiglu
+from torch_ref.ops.ssm import convolution, selective_scan, ssd
 
 
 class MambaCache(NamedTuple):
@@ -83,7 +84,7 @@ class Mamba(nn.Module):
         dt_BTR, b_BTP, c_BTP = self.x_proj(u_BTF).split((r, p, p), dim=-1)
         if mamba.inner_norms:
             dt_BTR, b_BTP, c_BTP = self.dt_norm(dt_BTR), self.b_norm(b_BTP), self.c_norm(c_BTP)
-        y_BTF, state = ssm.selective_scan(
+        y_BTF, state = selective_scan.selective_scan(
             u_BTF,
             self.dt_proj(dt_BTR),
             -torch.exp(self.A_log.to(width)),
@@ -145,9 +146,9 @@ class Mamba2(nn.Module):
         x_BTF, conv_state = self.conv(x_BTF, places, None if cache is None else cache.conv)
         bc_BTQ, bc_state = self.bc_conv(bc_BTQ, places, None if cache is None else cache.bc_conv)
         b_BTGP, c_BTGP = bc_BTQ.unflatten(-1, (2, mamba.n_groups, mamba.d_state)).unbind(2)
-        y_BTNH, state = ssm.ssd(
+        y_BTNH, state = ssd.ssd(
             x_BTF.unflatten(-1, (self.heads, mamba.head_dim)),
-            ssm.softplus(self.dt_proj(x_BTD).to(width) + self.dt_bias.to(width)),
+            selective_scan.softplus(self.dt_proj(x_BTD).to(width) + self.dt_bias.to(width)),
             -torch.exp(self.A_log.to(width)),
             b_BTGP,
             c_BTGP,
@@ -195,7 +196,7 @@ class CausalConv(nn.Module):
     def forward(
         self, x_BTF: Float[Tensor, "b t f"], places: Places, state_BJF: Float[Tensor, "b j f"] | None
     ) -> tuple[Float[Tensor, "b t f"], Float[Tensor, "b j f"] | None]:
-        return ssm.causal_conv(x_BTF, self.weight.T, self.bias, places.segments, state_BJF)
+        return convolution.causal_conv(x_BTF, self.weight.T, self.bias, places.segments, state_BJF)
 
 
 class StepSize(nn.Module):
@@ -217,7 +218,7 @@ class StepSize(nn.Module):
     def forward(self, dt_BTR: Float[Tensor, "b t r"]) -> Float[Tensor, "b t f"]:
         compute, width = self.policy.compute, wide(self.policy.compute)
         y_BTF = F.linear(dt_BTR.to(compute), self.weight.to(compute))
-        return ssm.softplus(y_BTF.to(width) + self.bias.to(width))
+        return selective_scan.softplus(y_BTF.to(width) + self.bias.to(width))
 
 
 class GatedNorm(nn.Module):

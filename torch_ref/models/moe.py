@@ -15,8 +15,9 @@ from jaxlm import config
 from torch_ref.models.ffn import MLP
 from torch_ref.models.layers import Linear, normal_
 from torch_ref.numerics import Policy, wide
-from torch_ref.ops import moe, router
-from torch_ref.ops.attention import Places
+from torch_ref.ops.attention.attend import Places
+from torch_ref.ops.moe import experts as moe
+from torch_ref.ops.moe import router
 
 
 class MoE(nn.Module):

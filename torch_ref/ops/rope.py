@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jaxlm.architecture import Rope
-from jaxlm.parts import RopeScaling
+from jaxlm.config.model import Rope
+from jaxlm.config.model_parts import RopeScaling
 from torch_ref.numerics import wide
 
 UNSCALED = RopeScaling()

@@ -1,0 +1,56 @@
+"""`jaxlm tokenizer` and `jaxlm data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxlm.cli.arguments import ConfigPath, Overrides
+from jaxlm.cli.show import show
+
+commands = typer.Typer()
+tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
+data_app = typer.Typer(help="Tokenise a corpus ahead of a run, or look at its rows.", no_args_is_help=True)
+commands.add_typer(tokenizer_app, name="tokenizer")
+commands.add_typer(data_app, name="data")
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(path: ConfigPath, out: Path, overrides: Overrides = None) -> None:
+    """Train the tokenizer that CONFIG describes and write it to OUT."""
+    from jaxlm.config import toml
+    from jaxlm.data.pipeline import train_tokenizer
+
+    tokenizer = train_tokenizer(toml.load(path, overrides or ()))
+    tokenizer.save(out)
+    print(f"{out}: {tokenizer.vocab_size:,} tokens")
+
+
+@tokenizer_app.command("inspect")
+def tokenizer_inspect(
+    path: Annotated[Path, typer.Argument(help="A tokenizer.json, or a run.")], text: str = ""
+) -> None:
+    """Show a tokenizer's size and special tokens, and how it cuts TEXT."""
+    from jaxlm.text.tokenizer import inspect
+
+    show(inspect(path / "tokenizer.json" if path.is_dir() else path, text))
+
+
+@data_app.command("prepare")
+def data_prepare(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Tokenise the corpus of CONFIG into shards that runs share."""
+    from jaxlm.config import toml
+    from jaxlm.data.pipeline import prepare
+
+    show(prepare(toml.load(path, overrides or ())))
+
+
+@data_app.command("inspect")
+def data_inspect(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Show the corpus of CONFIG and the first packed row of it."""
+    from jaxlm.config import toml
+    from jaxlm.data.pipeline import inspect_corpus
+
+    show(inspect_corpus(toml.load(path, overrides or ())))

@@ -1,0 +1,25 @@
+"""`jaxlm train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jaxlm.cli.arguments import Backend, BackendOption, ConfigPath, Overrides
+
+commands = typer.Typer()
+
+
+@commands.command()
+def train(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run, or begin it if there is none.")] = False,
+    backend: BackendOption = Backend.jax,
+) -> None:
+    """Train the model of CONFIG. The run directory is `out_dir`."""
+    from jaxlm.config import toml
+    from jaxlm.recipes import pretrain
+
+    pretrain.run(toml.load(path, overrides or ()), resume=resume, backend=backend.value)

@@ -1,0 +1,44 @@
+"""Every option of jaxlm, as one tree of frozen dataclasses. Neutral: no JAX, no torch.
+
+`model` and `model_parts` describe a model, `run` its training; `toml` reads and writes them, `registry` knows names.
+"""
+
+from jaxlm.config.model import Model
+from jaxlm.config.model_parts import Mamba, MoE, RopeScaling
+from jaxlm.config.run import (
+    AXES,
+    Backend,
+    Checkpoint,
+    Config,
+    Data,
+    Dcn,
+    Distributed,
+    Eval,
+    Log,
+    Mesh,
+    Numerics,
+    Sample,
+    Tokenizer,
+    Train,
+)
+
+__all__ = [
+    "AXES",
+    "Backend",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Dcn",
+    "Distributed",
+    "Eval",
+    "Log",
+    "Mamba",
+    "Mesh",
+    "MoE",
+    "Model",
+    "Numerics",
+    "RopeScaling",
+    "Sample",
+    "Tokenizer",
+    "Train",
+]

@@ -1,0 +1,127 @@
+"""The config as a TOML file: read with overrides, checked, written out whole.
+
+A file states only what differs from the defaults. An unknown or ill-typed key is refused with the nearest valid name,
+and the resolved tree is written into the run.
+
+    config = load("configs/quickstart.toml", ["train.steps=100", "mesh.fsdp=8"])
+    config.model.d_model
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from jaxlm.config import Config, registry
+from jaxlm.errors import UserError, did_you_mean
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides (values in TOML syntax; a bare word is a string).
+
+    `path` may be the name or an alias of a file of `configs/models`: see `registry`. A `mesh` that is a name, in the
+    file or as an override, stands for the section of `configs/mesh/NAME.toml`; overrides after it change its keys.
+
+    Raises:
+        UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or contradicts another.
+    """
+    path = registry.find(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file", _near_files(path)) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder", "name a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    _fill_in_mesh(tree)
+    for override in overrides:
+        _apply(tree, override)
+        _fill_in_mesh(tree)
+    config = from_dict(tree, where=str(path))
+    return config if config.out_dir else dataclasses.replace(config, out_dir=f"runs/{path.stem}")
+
+
+def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """Build a `Config` from nested dicts; lists become tuples.
+
+    Raises:
+        UserError: one line that names `where`, the key and the nearest valid name.
+    """
+    _refuse_unknown(tree, Config, where, "")
+    try:
+        return TypeAdapter(Config).validate_json(
+            json.dumps(tree, default=str)
+        )  # strict JSON: lists are tuples, nothing is coerced
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ValueError):
+            raise UserError(f"{where}: {cause}") from None
+        raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dicts, as `from_dict` takes them."""
+    return _lists(dataclasses.asdict(config))
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML text."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", dotted):
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section!r} is not a section")
+    tree[key] = value
+
+
+def _fill_in_mesh(tree: dict[str, Any]) -> None:
+    if isinstance(tree.get("mesh"), str):
+        tree["mesh"] = registry.mesh(tree["mesh"])
+
+
+def _refuse_unknown(tree: Mapping[str, Any], cls: type, where: str, prefix: str) -> None:
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {prefix + key!r}", did_you_mean(key, hints))
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                section = prefix + key
+                raise UserError(
+                    f"{where}: {section!r} is a section, not a value", f"write [{section}] and its keys below"
+                )
+            _refuse_unknown(value, typing.cast(type, hints[key]), where, f"{prefix}{key}.")
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _near_files(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    return did_you_mean(path.name, names) if names else "check the path"

@@ -1,0 +1,1 @@
+"""Files that hold weights: folders, safetensors, streams, the hub, and what lies beside them."""

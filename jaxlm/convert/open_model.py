@@ -1,0 +1,213 @@
+"""Open anything that holds a model: a run, a torch_ref folder, a Hugging Face folder, a `model.bin` of llama2.c."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert import native
+from jaxlm.convert.canonical import canonical, fill
+from jaxlm.convert.families import FAMILIES, REFUSED
+from jaxlm.convert.files import hub, storage
+from jaxlm.convert.files.side_files import carried
+from jaxlm.convert.llama2c import model_bin
+from jaxlm.convert.rows import Parameters
+from jaxlm.errors import UserError
+from jaxlm.models.decoder import Decoder, Params, abstract_params
+from jaxlm.numerics import Policy
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model in memory: its config, its live tree as numpy arrays, and where it came from."""
+
+    config: config.Config
+    params: Params
+    tokenizer_path: Path | None
+    kind: str
+    """`run`, `torch`, or the name of a family."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model on disk: its config, and its parameters by canonical names, each read when it is asked for."""
+
+    path: Path
+    config: config.Config
+    parameters: Mapping[str, Any]  # arrays; a check of types would read one
+    kind: str
+    """`run`, `torch`, or the name of a family."""
+    tokenizer: Path | None = None
+    """Of a tokenizer.json or a tokenizer.bin that does not lie in `path`."""
+    kept: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    """Files to write beside the weights, by name."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored embedding, by numpy's name."""
+        read = self.parameters.__getitem__
+        return getattr(self.parameters, "dtype", lambda name: read(name).dtype.name)("embed.embedding")
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Of its tokenizer, if it has one."""
+        return self.tokenizer or (self.path / TOKENIZER if (self.path / TOKENIZER).is_file() else None)
+
+    def read(self) -> Model:
+        """The whole model in memory."""
+        params = fill(self.parameters, self.config.model, str(self.path))
+        return Model(self.config, params, self.tokenizer_path, self.kind)
+
+
+def load(path: str | Path, *, step: int | None = None) -> Model:
+    """Open a run, a torch_ref or Hugging Face folder, a `model.bin` or what the hub has as `org/name`, and read it.
+
+    Args:
+        step: which checkpoint of a run; None: the newest.
+
+    Raises:
+        UserError: `path` is none of these, or what it holds is damaged or does not fit its config.
+    """
+    return _open(Path(path), step, _restored).read()
+
+
+def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> Opened:
+    """As `load`, but nothing is read yet. Only `load` passes over a damaged checkpoint to the one before.
+
+    Args:
+        tokenizer: a tokenizer.json or tokenizer.bin to use instead of its own.
+    """
+    path = Path(path)
+    opened = _open(path, step, _stored)
+    if tokenizer is None:
+        return opened if opened.kept else dataclasses.replace(opened, kept=carried(opened.path))
+    own = config.Tokenizer(kind="file", path=str(tokenizer))
+    return dataclasses.replace(
+        opened, tokenizer=Path(tokenizer), config=dataclasses.replace(opened.config, tokenizer=own)
+    )
+
+
+def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
+    if path.suffix == ".bin" and path.is_file():
+        return _open_llama2c(path)
+    path = hub.local(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
+    if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
+        return _open_run(path, step, orbax)
+    if step is not None:
+        raise UserError(f"{path} is not a run, it has no step {step}")
+    if (path / "config.toml").is_file():
+        settings = _settings(path, "")
+        return Opened(path, settings, _torch_parameters(path, settings), "torch")
+    if (path / "config.json").is_file():
+        return _open_family(path)
+    if (path / model_bin.MODEL).is_file():
+        return _open_llama2c(path / model_bin.MODEL)
+    raise UserError(f"{path}: not a model", _WANTED)
+
+
+def _open_llama2c(path: Path) -> Opened:
+    found = model_bin.read(path)
+    tokenizer = model_bin.find_tokenizer(path, found.model.vocab_size)
+    settings = model_bin.settings(found.model, tokenizer)
+    return Opened(path, settings, found.parameters, model_bin.NAME, tokenizer, found.kept)
+
+
+def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
+    settings = _settings(path, str(path))
+    checkpoints = path / "checkpoints"
+    steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
+    if not steps or (step is not None and step not in steps):
+        wanted = "no checkpoint" if step is None else f"no step {step}"
+        raise UserError(f"{checkpoints}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")
+    newest = checkpoints / str(steps[-1] if step is None else step)
+    if any(newest.glob("model.safetensors*")):  # of `--backend torch`, or of a conversion
+        parameters = _torch_parameters(newest, settings)
+    else:
+        parameters = canonical(_orbax_params(path, settings, step, orbax), settings.model)
+    return Opened(path, settings, parameters, "run")
+
+
+_Reader = Callable[[Any, Any, int | None], Params]
+"""Of a `Checkpointer` the parameters like these at a step."""
+
+
+def _restored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """All at once, which is quicker than one by one."""
+    return jax.tree.map(np.asarray, checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step))
+
+
+def _stored(checkpoints: Any, like: Params, step: int | None) -> Params:
+    """Leaves that are read when they are asked for."""
+    return checkpoints.stored_params(like, step)
+
+
+def _orbax_params(path: Path, settings: config.Config, step: int | None, reader: _Reader) -> Params:
+    from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
+
+    # On the host: the mesh that trained the model need not exist here.
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with jax.enable_x64(True):  # float64 parameters stay so; the others have their own dtype
+        shapes, _ = abstract_params(Decoder(settings.model, Policy.from_config(settings.numerics)))
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), shapes)
+        checkpoints = Checkpointer(path, read_only=True)
+        params = reader(checkpoints, like, step)
+        checkpoints.close()
+        return params
+
+
+def _torch_parameters(path: Path, settings: config.Config) -> Parameters:
+    return Parameters(storage.read_folder(path), settings.model, native.rows(settings.model), str(path))
+
+
+def _open_family(path: Path) -> Opened:
+    where = path / "config.json"
+    hf = storage.read_json(where)
+    family = FAMILIES.get(str(hf.get("model_type")))
+    if reason := REFUSED.get(str(hf.get("model_type"))):
+        raise UserError(f"{where}: model_type {hf['model_type']!r}: {reason}")
+    if family is None:
+        raise UserError(f"{where}: model_type {hf.get('model_type')!r} is not known", f"known: {', '.join(FAMILIES)}")
+    model = family.config_from_hf(hf, str(where))
+    tensors = family.tensors(storage.read_folder(path), model)
+    parameters = Parameters(tensors, model, family.rows(model), str(path))
+    dtype = parameters.dtype("embed.embedding")
+    tree: dict[str, Any] = {
+        "data": {"seq_len": min(config.Data().seq_len, model.max_seq_len)},
+        "numerics": {
+            "params": "float64" if dtype == "float64" else "float32",
+            "compute": dtype if dtype in ("bfloat16", "float64") else "float32",
+        },
+        "tokenizer": {"kind": "file", "path": str(path / TOKENIZER)} if (path / TOKENIZER).is_file() else {},
+    }
+    settings = dataclasses.replace(toml.from_dict(tree, str(where)), model=model)
+    return Opened(path, settings, parameters, family.name)
+
+
+def _settings(path: Path, out_dir: str) -> config.Config:
+    settings = dataclasses.replace(toml.load(path / "config.toml"), out_dir=out_dir)
+    if not settings.model.vocab_size:
+        raise UserError(
+            f"{path / 'config.toml'}: model.vocab_size is 0", "the config of a finished run has it resolved"
+        )
+    return settings
+
+
+_WANTED = (
+    "looked for config.toml and checkpoints/ (a run), config.toml and model.safetensors (torch_ref), "
+    "config.json and model.safetensors (Hugging Face), model.bin (llama2.c)"
+)

@@ -1,0 +1,1 @@
+"""The cost of a model, computed from shapes: parameters, FLOPs, activation memory."""

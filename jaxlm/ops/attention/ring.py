@@ -1,0 +1,242 @@
+"""Causal attention over a sequence that is split along a mesh axis. For use within `jax.shard_map`.
+
+Keys travel, queries stay: with grouped heads they are the smaller part. Which keys, and how, follows from what is seen:
+
+    window of at most half the row     the window - 1 tokens before a device's own, from its neighbours
+    `blockwise`                        a ring: keys and values pass from device to device, one part at a time
+    `xla`, `cudnn`                     all keys and values are gathered (Llama 3, arXiv 2407.21783, section 3.3.2)
+
+The ring (Liu et al. 2023, arXiv 2310.01889) keeps memory linear in the tokens of one device. Tokens are exchanged into
+`sequence_parallel.zigzag` order for it, so that with every part of keys that comes by, each device has exactly two
+blocks of half its tokens by half its tokens to compute: causal attention costs half the square, on every device the
+same.
+
+Shapes: B batch, T tokens of one device, N heads, K kv heads, H head dim, F retained first tokens, C devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxlm.numerics import wide
+from jaxlm.ops import sequence_parallel
+from jaxlm.ops.attention import attend as whole
+from jaxlm.ops.attention import blockwise, cudnn, visible
+from jaxlm.ops.attention.blockwise import Form
+from jaxlm.ops.attention.visible import Keys, Mixed, Places
+
+
+def attention(
+    q_BTNH: Float[Array, "b t n h"],
+    k_BTKH: Float[Array, "b t k h"],
+    v_BTKH: Float[Array, "b t k h"],
+    places: Places,
+    *,
+    axis: str,
+    impl: str = "auto",
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Float[Array, "b t n h"]:
+    """`ops.attention.attention` of tokens to themselves, each device with its part of every row along `axis`.
+
+    Every implementation but `xla` and `cudnn` is `blockwise` here.
+    """
+    impl = whole.choose(impl, q_BTNH, aligned=True, softcap=bool(softcap))
+    if impl == "cudnn":
+        k, v, k_places = _reach(Keys(k_BTKH, v_BTKH, places), axis, window)
+        return cudnn.cudnn(q_BTNH, k, v, places, k_places, window, aligned=False)
+    return _mixed(q_BTNH, Keys(k_BTKH, v_BTKH, places), axis, impl, window, softcap, v_BTKH.dtype).out
+
+
+def attend(
+    q_BTNH: Float[Array, "b t n h"],
+    k_BTKH: Float[Array, "b t k h"],
+    v_BTKH: Float[Array, "b t k h"],
+    places: Places,
+    *,
+    axis: str,
+    impl: str = "auto",
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Mixed:
+    """`attention`, to be merged with other keys."""
+    impl = whole.choose(impl, q_BTNH, aligned=True, softcap=bool(softcap), merged=True)
+    return _mixed(q_BTNH, Keys(k_BTKH, v_BTKH, places), axis, impl, window, softcap, wide(q_BTNH.dtype))
+
+
+def attend_first(
+    q_BTNH: Float[Array, "b t n h"],
+    k_BTKH: Float[Array, "b t k h"],
+    v_BTKH: Float[Array, "b t k h"],
+    places: Places,
+    *,
+    axis: str,
+    keep_first: int,
+    window: int,
+    softcap: float = 0.0,
+) -> Mixed:
+    """`ops.attention.attend_first`; the first tokens of a document that began on another device come from there.
+
+    Each device tells its last token at position 0, 1, ... F - 1. A document that goes on beyond a device has its first
+    tokens among them, since a later document would have ended it.
+    """
+    positions_BT, segments_BT = places
+    index_F, t = jnp.arange(keep_first), positions_BT.shape[1]
+    is_it_BTF = (positions_BT[..., None] == index_F) & (segments_BT != 0)[..., None]
+    last_BF = jnp.max(jnp.where(is_it_BTF, jnp.arange(t)[:, None], -1), axis=1)
+    told = jax.tree.map(
+        lambda x: jax.vmap(lambda row, at: row[at])(x, jnp.maximum(last_BF, 0)), Keys(k_BTKH, v_BTKH, places)
+    )
+    told_C, found_CBF = lax.all_gather((told, last_BF >= 0), axis)
+    devices_C = jnp.arange(found_CBF.shape[0])[:, None, None]
+    source_BF = jnp.max(jnp.where(found_CBF & (devices_C < lax.axis_index(axis)), devices_C, -1), axis=0)
+
+    def from_source(x_CBF: Array) -> Array:
+        at = jnp.maximum(source_BF, 0).reshape(1, *source_BF.shape, *(1,) * (x_CBF.ndim - 3))
+        return jnp.take_along_axis(x_CBF, at, axis=0)[0]
+
+    earlier = jax.tree.map(from_source, told_C)
+    segments_BF = jnp.where(source_BF >= 0, earlier.places.segments, 0)
+    earlier = earlier._replace(places=earlier.places._replace(segments=segments_BF))
+    options: Any = {"keep_first": keep_first, "window": window, "softcap": softcap, "earlier": earlier}
+    return whole.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
+
+
+def _mixed(q_BTNH: Array, keys: Keys, axis: str, impl: str, window: int, softcap: float, dtype: DTypeLike) -> Mixed:
+    t, form = q_BTNH.shape[1], Form(window, softcap, jnp.dtype(dtype))
+    in_blocks = impl != "xla"
+    if in_blocks and not _near(t, axis, window) and t % 2 == 0:
+        mixed: Any = _ring(*sequence_parallel.zigzag((q_BTNH, keys), axis), axis, form)
+        return Mixed(*sequence_parallel.unzigzag(mixed, axis))
+    k, v, k_places = _reach(keys, axis, window)
+    if in_blocks and _near(t, axis, window):
+        return blockwise.folded(q_BTNH, k, v, keys.places, k_places, form)
+    out, lse = whole.attend(q_BTNH, k, v, keys.places, k_places, impl="xla", window=window, softcap=softcap)
+    return Mixed(out.astype(dtype), lse)
+
+
+def _near(tokens: int, axis: str, window: int) -> bool:
+    """Whether fetching the window costs no more than half of the row."""
+    return 0 < 2 * window <= tokens * lax.axis_size(axis)
+
+
+def _reach(keys: Keys, axis: str, window: int) -> Keys:
+    """Every key that a token of this device may see."""
+    if not _near(keys.k.shape[1], axis, window):
+        return sequence_parallel.gather(keys, axis)
+    return jax.tree.map(lambda x: jnp.concatenate([sequence_parallel.halo(x, window - 1, axis), x], axis=1), keys)
+
+
+# The ring. Of the two blocks for the keys of device s on device r, one is late queries by early keys. The other is
+# early by early where s is before r, late by late where it is behind. The backward pass goes round again: gradients of
+# keys and values travel with them, and come home with the last step.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _ring(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[Array, Array]:
+    return _ring_forward(q_BTNH, keys, axis, form)[0]
+
+
+def _ring_forward(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[tuple[Array, Array], tuple]:
+    wide_form = form._replace(dtype=wide(q_BTNH.dtype))
+    queries = (q_BTNH, keys.places)
+
+    def block(queries: tuple[Array, Places], keys: Keys, sees: Any = "all") -> Mixed:
+        (q, q_places), (k, v, k_places) = queries, keys
+        return Mixed(*blockwise.blockwise_forward(q, k, v, q_places, k_places, wide_form._replace(sees=sees))[0])
+
+    def visit(hops: Array | int, mixed: Mixed, keys: Keys) -> Mixed:
+        behind = hops <= lax.axis_index(axis)
+        (early_q, late_q), (early_k, late_k) = _halves(queries), _halves(keys)
+        early, late = _halves(mixed)
+        late = _add(late, block(late_q, early_k))
+        other = block(_choose(behind, early_q, late_q), _choose(behind, early_k, late_k))
+        early = _add(early, other._replace(lse=jnp.where(behind, other.lse, -jnp.inf)))
+        late = _add(late, other._replace(lse=jnp.where(behind, -jnp.inf, other.lse)))
+        return _joined(early, late)
+
+    out, lse = _around(visit, block(queries, keys, "before"), keys, axis)
+    out = out.astype(form.dtype)
+    return (out, lse), (q_BTNH, keys, out, lse)
+
+
+def _ring_backward(axis: str, form: Form, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+    q_BTNH, keys, out_BTNH, lse_BTN = residuals
+    n_kv_heads, width = keys.k.shape[2], wide(q_BTNH.dtype)
+    queries = (q_BTNH, keys.places, out_BTNH, lse_BTN[..., None], *cotangents)
+
+    def block(queries: tuple, keys: Keys, sees: Any = "all") -> tuple[Array, Array, Array]:
+        (q, q_places, out, lse, *cotangents), (k, v, k_places) = queries, keys
+        q, out, lse = (visible.heads_first(x, n_kv_heads) for x in (q, out, lse))
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        laid_out = (q, k, v, q_places, k_places, out, lse)
+        return blockwise.blockwise_gradients(laid_out, tuple(cotangents), form._replace(sees=sees), width)
+
+    def visit(hops: Array | int, gradients: tuple, keys: Keys) -> tuple:
+        behind = hops <= lax.axis_index(axis)
+        (early_q, late_q), (early_k, late_k) = _halves(queries), _halves(keys)
+        dq, *dkv = gradients
+        dq_late, *dkv_early = block(late_q, early_k)
+        dq_other, *dkv_other = block(_choose(behind, early_q, late_q), _choose(behind, early_k, late_k))
+        zero = jax.tree.map(jnp.zeros_like, (dq_other, dkv_other))
+        of_early = _choose(behind, (dq_other, dkv_other), zero)
+        of_late = _choose(behind, zero, (dq_other, dkv_other))
+        new = _joined((of_early[0], _sum(dkv_early, of_early[1])), (_sum(dq_late, of_late[0]), of_late[1]))
+        return _sum((dq, *sequence_parallel.shift(dkv, axis, around=True)), (new[0], *new[1]))
+
+    dq, *dkv = _around(visit, block(queries, keys, "before"), keys, axis)
+    dk, dv = sequence_parallel.shift(dkv, axis, around=True)
+    no_places: Any = None
+    return dq.astype(q_BTNH.dtype), Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), no_places)
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _around(visit: Callable[[Array | int, Any, Keys], Any], carry: Any, keys: Keys, axis: str) -> Any:
+    """`carry = visit(hops, carry, keys)` for the keys of each other device; the next ones are under way meanwhile."""
+    devices = lax.axis_size(axis)
+
+    def step(hops: Array, state: tuple[Any, Keys]) -> tuple[Any, Keys]:
+        carry, keys = state
+        return visit(hops, carry, keys), sequence_parallel.shift(keys, axis, around=True)
+
+    state = (carry, sequence_parallel.shift(keys, axis, around=True))
+    carry, keys = lax.fori_loop(1, devices - 1, step, state) if devices > 2 else state
+    return visit(devices - 1, carry, keys)
+
+
+def _halves(tree: Any) -> tuple[Any, Any]:
+    """Early and late tokens of arrays in zigzag order."""
+    half = jax.tree.leaves(tree)[0].shape[1] // 2
+    return jax.tree.map(lambda x: x[:, :half], tree), jax.tree.map(lambda x: x[:, half:], tree)
+
+
+def _joined(early: Any, late: Any) -> Any:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), early, late)
+
+
+def _choose(condition: Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(functools.partial(jnp.where, condition), one, other)
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return jax.tree.map(jnp.add, one, other)
+
+
+def _add(one: Mixed, other: Mixed) -> Mixed:
+    """One softmax over the keys of both."""
+    top = jnp.maximum(one.lse, other.lse)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weight, other_weight = jnp.exp(one.lse - top), jnp.exp(other.lse - top)
+    total = weight + other_weight
+    out = one.out * weight[..., None] + other.out * other_weight[..., None]
+    return Mixed(out / jnp.where(total > 0, total, 1)[..., None], jnp.log(total) + top)

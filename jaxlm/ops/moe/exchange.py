@@ -1,0 +1,172 @@
+"""Tokens to the devices of their experts and back, along a mesh axis, inside `jax.shard_map`.
+
+Each device holds some of the tokens and some of the experts. `gather` sends every token to every device. `all_to_all`
+sends a device only the rows that its own experts compute: in a first round room for 1.25 times the mean from each
+device to each other one, and, as often as the fullest pair of devices needs it, further rounds of a quarter of the
+mean. So shapes are static, memory is bounded, and nothing is dropped however uneven the router is.
+(`jax.lax.ragged_all_to_all` would send the exact counts into a buffer for the worst case, P times the mean; XLA has it
+for GPUs and TPUs alone.)
+
+Shapes: T tokens of this device, D width, E experts, K experts of one token, P devices along the axis, C rows that one
+device sends another in a round, S = P C.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.ops.moe.dispatch import Plan, collect, pick, sort_by_expert, take
+
+SLACK = 1.25
+"""Rows of the first round, over the mean."""
+FURTHER = 0.25
+"""Rows of each further round, over the mean."""
+FURTHER_ROUNDS = "further_rounds"
+"""Scope of the loop over them in a compiled program: it does not turn while the experts are balanced."""
+
+Axis = str | tuple[str, ...]
+Compute = Callable[[Array, Array, Array, Any], Array]
+"""`(rows [S, D], weights [S, K], this device's experts [S, K], parameters) -> [S, D]`; as many as it has: none."""
+
+
+def gather(
+    compute: Compute,
+    x_TD: Float[Array, "t d"],
+    weights_TK: Float[Array, "t k"],
+    experts_TK: Int[Array, "t k"],
+    parameters: Any,
+    *,
+    n_local: int,
+    axis: Axis,
+) -> Float[Array, "t d"]:
+    """All tokens to all devices, and the sum of what each of them adds. Arguments: `all_to_all`."""
+    x, weights, experts = (jax.lax.all_gather(a, axis, axis=0, tiled=True) for a in (x_TD, weights_TK, experts_TK))
+    own = experts - jax.lax.axis_index(axis) * n_local
+    y = compute(x, weights, jnp.where((own >= 0) & (own < n_local), own, n_local), parameters)
+    return jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
+
+
+def all_to_all(
+    compute: Compute,
+    x_TD: Float[Array, "t d"],
+    weights_TK: Float[Array, "t k"],
+    experts_TK: Int[Array, "t k"],
+    parameters: Any,
+    *,
+    n_local: int,
+    axis: Axis,
+    together: tuple[str, ...],
+) -> Float[Array, "t d"]:
+    """What the experts of all devices along `axis` add to each token of this one.
+
+    Args:
+        compute: what this device does with rows for its own experts.
+        experts_TK: of all experts, by device; E or more: none.
+        parameters: of this device's experts.
+        n_local: experts of a device.
+        together: the axes of the mesh, all devices of which make equally many rounds, so that their collectives meet.
+    """
+    devices = jax.lax.axis_size(axis)
+    plan = sort_by_expert(experts_TK, devices * n_local)
+    ends_P = plan.ends[n_local - 1 :: n_local]
+    counts_P = jnp.diff(ends_P, prepend=0)
+    first, further = sizes(*experts_TK.shape, devices=devices, n_local=n_local)
+    most = jax.lax.pmax(jnp.max(counts_P), together)
+    rounds = jnp.maximum(0, -((first - most) // further))
+    send = _Send(compute, axis, n_local, first, further)
+    return _rounds(send, x_TD, weights_TK, parameters, (plan, experts_TK, ends_P - counts_P, counts_P, rounds))
+
+
+def sizes(tokens: int, top_k: int, *, devices: int, n_local: int) -> tuple[int, int]:
+    """Rows C of the first round and of each further one: multiples of 8, and no more than can be needed."""
+    mean, most = tokens * top_k / devices, tokens * min(top_k, n_local)
+    first, further = (int(-(-part * mean // 8)) * 8 for part in (SLACK, FURTHER))
+    return min(first, most), min(further, most)
+
+
+class _Send(NamedTuple):
+    """What a round does, apart from the arrays."""
+
+    compute: Compute
+    axis: Axis
+    n_local: int
+    first: int
+    further: int
+
+
+Where = tuple[Plan, Array, Array, Array, Array]
+"""The plan, the experts [T, K], first row and number of the rows for each device [P], and how many further rounds."""
+
+
+def _round(send: _Send, begin: Any, places: int, where: Where, x_TD: Array, weights_TK: Array, own: Any) -> Array:
+    """What the rows `begin` to `begin + places` for each device add to the tokens, wide."""
+    plan, experts_TK, starts_P, counts_P, _ = where
+    (n_tokens, top_k), n_slots = experts_TK.shape, len(starts_P) * places
+    # there: which assignment lies in each place of what is sent. back: where each assignment lies.
+    place_C = begin + jnp.arange(places, dtype=starts_P.dtype)
+    filled_S = (place_C < counts_P[:, None]).reshape(-1)
+    row_S = jnp.minimum(starts_P[:, None] + place_C, plan.order.size - 1).reshape(-1)
+    there_S = take(plan.order, row_S)
+    device_TK = jnp.minimum(experts_TK // send.n_local, len(starts_P) - 1)
+    place_TK = plan.rows - take(starts_P, device_TK) - begin
+    present_TK = (place_TK >= 0) & (place_TK < places) & (experts_TK < len(starts_P) * send.n_local)
+    back_TK = jnp.where(present_TK, device_TK * places + place_TK, n_slots)
+
+    exchange = functools.partial(jax.lax.all_to_all, axis_name=send.axis, split_axis=0, concat_axis=0, tiled=True)
+    token_S = jnp.where(filled_S, there_S // top_k, n_tokens)
+    assignment_S = jnp.where(filled_S, there_S, n_tokens * top_k)
+    expert_S = jnp.where(filled_S, take(experts_TK.reshape(-1), there_S) % send.n_local, send.n_local)
+    x_SD = exchange(pick(x_TD, token_S, back_TK))
+    weights_S = exchange(pick(weights_TK.reshape(-1, 1), assignment_S, back_TK.reshape(-1, 1))[:, 0])
+    y_SD = send.compute(x_SD, weights_S[:, None], exchange(expert_S)[:, None], own)
+    return collect(exchange(y_SD).astype(weights_TK.dtype), back_TK, token_S)
+
+
+# The first round is differentiated as it stands, and keeps what its gradient needs. The further ones, which are rare
+# and whose number is not known in advance, are computed again in the backward pass.
+
+
+def _further(send: _Send, where: Where, start: Any, body: Callable[[Callable, Any], Any]) -> Any:
+    """`state = body(round, state)` for each further round."""
+
+    def run(i: Array, state: Any) -> Any:
+        return body(functools.partial(_round, send, send.first + i * send.further, send.further, where), state)
+
+    with jax.named_scope(FURTHER_ROUNDS):
+        return jax.lax.fori_loop(0, where[-1], run, start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounds(send: _Send, x_TD: Array, weights_TK: Array, parameters: Any, where: Where) -> Array:
+    y_TD = _round(send, 0, send.first, where, x_TD, weights_TK, parameters)
+    return _finish(send, y_TD, x_TD, weights_TK, parameters, where)
+
+
+def _finish(send: _Send, y_TD: Array, x_TD: Array, weights_TK: Array, parameters: Any, where: Where) -> Array:
+    y_TD = _further(send, where, y_TD, lambda one, y: y + one(x_TD, weights_TK, parameters))
+    return y_TD.astype(x_TD.dtype)
+
+
+def _rounds_forward(send: _Send, x_TD: Array, weights_TK: Array, parameters: Any, where: Where) -> tuple[Array, Any]:
+    run = functools.partial(_round, send, 0, send.first, where)
+    y_TD, pull = jax.vjp(run, x_TD, weights_TK, parameters)
+    return _finish(send, y_TD, x_TD, weights_TK, parameters, where), (pull, x_TD, weights_TK, parameters, where)
+
+
+def _rounds_backward(send: _Send, kept: Any, dy_TD: Array) -> tuple[Array, Array, Any, None]:
+    pull, x_TD, weights_TK, parameters, where = kept
+    dy_TD = dy_TD.astype(weights_TK.dtype)
+
+    def add(one: Callable, gradients: Any) -> Any:
+        return jax.tree.map(jnp.add, gradients, jax.vjp(one, x_TD, weights_TK, parameters)[1](dy_TD))
+
+    return *_further(send, where, pull(dy_TD), add), None
+
+
+_rounds.defvjp(_rounds_forward, _rounds_backward)

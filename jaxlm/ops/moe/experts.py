@@ -1,0 +1,259 @@
+"""The experts of a mixture: each token passes the feed-forwards that its router chose, and their outputs are summed.
+
+`naive` computes every expert for every token, masked: the readable reference, which costs E / K times too much.
+`blocks`, `ragged` and `megablox` sort the assignments by expert and compute those alone; nothing is dropped and every
+shape is static. The weight of an assignment multiplies the hidden layer, which by linearity is to multiply the output.
+
+Shapes: T tokens, D width, F width of one expert, E experts, K experts of one token, R = T K assignments.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.mesh import platform
+from jaxlm.numerics import wide
+from jaxlm.ops import ffn, kernel_choice
+from jaxlm.ops.moe.dispatch import Plan, collect, pick, sort_by_expert, take
+from jaxlm.ops.moe.grouped_matmul import GROUPED, grouped_dot
+
+
+class Experts(NamedTuple):
+    """The weights of all experts; `gate` is None for activations of one matrix, biases may be None."""
+
+    gate: Float[Array, "e d f"] | None
+    up: Float[Array, "e d f"]
+    down: Float[Array, "e f d"]
+    gate_bias: Float[Array, "e f"] | None = None
+    up_bias: Float[Array, "e f"] | None = None
+    down_bias: Float[Array, "e d"] | None = None
+
+
+def moe(
+    x_TD: Float[Array, "t d"],
+    weights_TK: Float[Array, "t k"],
+    experts_TK: Int[Array, "t k"],
+    parameters: Experts,
+    *,
+    activation: str,
+    impl: str = "auto",
+) -> Float[Array, "t d"]:
+    """`sum_k weight_k expert_k(x)` for each token (Shazeer et al. 2017, equation 1), in the dtype of x.
+
+    Args:
+        weights_TK: float32 or wider.
+        experts_TK: the chosen experts; E or more: none.
+        activation: a name of `ops.ffn`.
+        impl: `naive`, `blocks`, `ragged`, `megablox` (TPUs), or `auto` for the hardware.
+    """
+    impl = kernel_choice.experts(impl, platform(), x_TD.dtype)
+    if impl == "naive":
+        return _naive(x_TD, weights_TK, experts_TK, parameters, activation)
+    if impl == "blocks":
+        return _blocks(x_TD, weights_TK, experts_TK, parameters, activation)
+    if impl in GROUPED:
+        return _grouped(impl, x_TD, weights_TK, experts_TK, parameters, activation)
+    raise ValueError(f"unknown implementation {impl!r}")
+
+
+def _activate(activation: str, gate: Array | None, up: Array) -> Array:
+    return ffn.activate(activation, up) if gate is None else ffn.gated(activation, gate, up)
+
+
+def _plus(y: Array, bias: Array | None) -> Array:
+    """`y + bias`, added wide as in `layers.Linear`."""
+    return y if bias is None else (y.astype(wide(y.dtype)) + bias.astype(wide(y.dtype))).astype(y.dtype)
+
+
+def _times(y: Array, weights: Array) -> Array:
+    """Rows of y times their weights, multiplied wide."""
+    return (y.astype(weights.dtype) * weights[:, None]).astype(y.dtype)
+
+
+def _hidden(x: Array, one: Experts) -> tuple[Array | None, Array]:
+    """Both pre-activations of one expert."""
+    return (None if one.gate is None else _plus(x @ one.gate, one.gate_bias)), _plus(x @ one.up, one.up_bias)
+
+
+def _down(hidden: Array, weights: Array, one: Experts) -> Array:
+    """What one expert adds to the output, wide."""
+    y = jnp.matmul(_times(hidden, weights), one.down, preferred_element_type=weights.dtype)
+    return y if one.down_bias is None else y + weights[:, None] * one.down_bias.astype(weights.dtype)
+
+
+def _naive(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str) -> Array:
+    y_TD = jnp.zeros(x_TD.shape, weights_TK.dtype)
+    for e in range(parameters.up.shape[0]):
+        one: Experts = jax.tree.map(lambda p, e=e: p[e], parameters)
+        weights_T = jnp.sum(jnp.where(experts_TK == e, weights_TK, 0), axis=-1)
+        y_TD = y_TD + _down(_activate(activation, *_hidden(x_TD, one)), weights_T, one)
+    return y_TD.astype(x_TD.dtype)
+
+
+def _combine(y_RD: Array, plan: Plan, dtype: Any) -> Array:
+    """The sum of each token's rows; those of no expert are zero."""
+    y_TKD = jnp.where((plan.rows < plan.ends[-1])[..., None], take(y_RD, plan.rows), 0)
+    return jnp.sum(y_TKD, axis=1).astype(dtype)
+
+
+def _grouped(
+    impl: str, x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str
+) -> Array:
+    """One grouped matrix product for each kernel: GPUs and TPUs have it."""
+    (n_tokens, top_k), n_experts = experts_TK.shape, parameters.up.shape[0]
+    plan, wide_type = sort_by_expert(experts_TK, n_experts), weights_TK.dtype
+    sizes = jnp.diff(plan.ends, prepend=0)
+    # where each row comes from and each assignment went; those of no expert come from and go nowhere
+    carried_R = jnp.arange(plan.order.size) < plan.ends[-1]
+    token_R = jnp.where(carried_R, plan.order // top_k, n_tokens)
+    assignment_R = jnp.where(carried_R, plan.order, plan.order.size)
+    back_TK = jnp.where(plan.rows < plan.ends[-1], plan.rows, plan.order.size)
+    x_RD = pick(x_TD, token_R, back_TK)
+    weights_R = pick(weights_TK.reshape(-1, 1), assignment_R, back_TK.reshape(-1, 1))[:, 0]
+    expert_R = jnp.minimum(take(experts_TK.reshape(-1), plan.order), n_experts - 1)
+
+    def of_row(bias: Array | None) -> Any:  # wide, since its gradient is a sum over rows
+        return None if bias is None else bias.astype(wide_type)[expert_R]
+
+    def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+        return _plus(grouped_dot(x, kernel, sizes, impl=impl), of_row(bias))
+
+    gate_RF = None if parameters.gate is None else linear(x_RD, parameters.gate, parameters.gate_bias)
+    hidden_RF = _activate(activation, gate_RF, linear(x_RD, parameters.up, parameters.up_bias))
+    y_RD = grouped_dot(_times(hidden_RF, weights_R), parameters.down, sizes, impl=impl, dtype=wide_type)
+    if parameters.down_bias is not None:
+        y_RD = y_RD + weights_R[:, None] * of_row(parameters.down_bias)
+    return collect(y_RD, back_TK, token_R).astype(x_TD.dtype)
+
+
+# Blocks: a loop over the experts that have rows, and for each a loop over blocks of its rows, first large ones and then
+# small ones for the rest. Only trip counts depend on the data. The last block of an expert reaches into the rows of the
+# next one, which overwrites them, since experts come in order; so a forward pass needs no mask.
+
+
+def _sizes(rows: int, n_experts: int) -> tuple[int, int]:
+    """Rows of a large and of a small block: small enough that few rows are computed in vain."""
+    small = 8
+    while small < 128 and 16 * small * n_experts <= rows:
+        small *= 2
+    return 4 * small, small
+
+
+def _over_blocks(plan: Plan, parameters: Experts, start: Any, body: Any, finish: Any = lambda e, state: state) -> Any:
+    """`state = body(state, one, first row, rows, end)` for every block, and `finish(e, state)` after each expert."""
+    n_experts = parameters.up.shape[0]
+    sizes = _sizes(plan.order.size, n_experts)
+    starts = jnp.concatenate([jnp.zeros(1, plan.ends.dtype), plan.ends[:-1]])
+    used = plan.ends > starts
+    active = jnp.argsort(~used, stable=True)  # those with rows, in order: the weights of the others are not read
+
+    def expert(i: Array, state: Any) -> Any:
+        e = active[i]
+        one: Experts = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, e, keepdims=False), parameters)
+        row, end = starts[e], plan.ends[e]
+        for size in sizes:
+            blocks = (end - row) // size if size != sizes[-1] else -((row - end) // size)
+            block = lambda j, state, row=row, size=size: body(state, one, row + j * size, size, end)  # noqa: E731
+            state = jax.lax.fori_loop(0, blocks, block, state)
+            row = row + blocks * size
+        return finish(e, state)
+
+    return jax.lax.fori_loop(0, jnp.sum(used), expert, start)
+
+
+def _sorted(x: Array, indices: Array, spare: int) -> Array:
+    """Rows of x, and `spare` more for the last block to reach into."""
+    return take(x, jnp.pad(indices, (0, spare)))
+
+
+def _rows_of(array: Array | None, row: Array, size: int) -> Any:
+    return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, size)
+
+
+def _set_rows(array: Array | None, rows: Array | None, row: Array) -> Any:
+    if array is None or rows is None:
+        return array
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, row, axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocks(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str) -> Array:
+    return _blocks_forward(x_TD, weights_TK, experts_TK, parameters, activation, keep=False)[0]
+
+
+def _blocks_forward(
+    x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str, keep: bool = True
+) -> tuple[Array, Any]:
+    plan, top_k = sort_by_expert(experts_TK, parameters.up.shape[0]), experts_TK.shape[1]
+    spare = _sizes(plan.order.size, parameters.up.shape[0])[0]
+    x = _sorted(x_TD, plan.order // top_k, spare)
+    weights = _sorted(weights_TK.reshape(-1), plan.order, spare)
+    pre_activation = jnp.zeros((len(x), parameters.up.shape[2]), x.dtype) if keep else None
+    gate = None if parameters.gate is None else pre_activation
+
+    def body(state: Any, one: Experts, row: Array, size: int, end: Array) -> Any:
+        gates, ups, y = state
+        gate, up = _hidden(_rows_of(x, row, size), one)
+        out = _down(_activate(activation, gate, up), _rows_of(weights, row, size), one)
+        return _set_rows(gates, gate, row), _set_rows(ups, up, row), _set_rows(y, out.astype(y.dtype), row)
+
+    start = (gate, pre_activation, jnp.zeros(x.shape, weights.dtype))
+    gates, ups, y = _over_blocks(plan, parameters, start, body)
+    return _combine(y, plan, x.dtype), (x_TD, weights_TK, plan, parameters, gates, ups)
+
+
+def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, Array, None, Experts]:
+    x_TD, weights_TK, plan, parameters, gates, ups = kept
+    top_k, dtype, width = weights_TK.shape[1], x_TD.dtype, weights_TK.dtype
+    spare = _sizes(plan.order.size, parameters.up.shape[0])[0]
+    x, dy = (_sorted(rows, plan.order // top_k, spare) for rows in (x_TD, dy_TD))
+    weights = _sorted(weights_TK.reshape(-1), plan.order, spare)
+    product = functools.partial(jnp.matmul, preferred_element_type=width)
+
+    def body(state: Any, one: Experts, row: Array, size: int, end: Array) -> Any:
+        dx, dweights, total, gradients = state
+        mine = (row + jnp.arange(size) < end)[:, None]
+        x_block, weight = _rows_of(x, row, size), _rows_of(weights, row, size)
+        dy_block = jnp.where(mine, _rows_of(dy, row, size), 0)
+        hidden, pull = jax.vjp(
+            functools.partial(_activate, activation), _rows_of(gates, row, size), _rows_of(ups, row, size)
+        )
+        dweighted = product(dy_block, one.down.T)
+        dgate, dup = pull((dweighted * weight[:, None]).astype(dtype))
+        dweight = jnp.sum(dweighted * hidden.astype(width), axis=1)
+        out = product(dup, one.up.T)
+        if one.gate is not None:
+            out = out + product(dgate, one.gate.T)
+        if one.down_bias is not None:
+            dweight = dweight + jnp.sum(dy_block.astype(width) * one.down_bias.astype(width), axis=1)
+        sums = lambda rows: jnp.sum(rows.astype(width), axis=0)  # noqa: E731
+        new = Experts(
+            None if dgate is None else product(x_block.T, dgate),
+            product(x_block.T, dup),
+            product(_times(hidden, weight).T, dy_block),
+            None if one.gate_bias is None else sums(dgate),
+            None if one.up_bias is None else sums(dup),
+            None if one.down_bias is None else sums(dy_block.astype(width) * weight[:, None]),
+        )
+        total = jax.tree.map(jnp.add, total, new)
+        return _set_rows(dx, out, row), _set_rows(dweights, dweight, row), total, gradients
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], width), parameters)
+
+    def finish(e: Array, state: Any) -> Any:
+        dx, dweights, total, gradients = state
+        put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one.astype(all_.dtype), e, 0)  # noqa: E731
+        return dx, dweights, zeros, jax.tree.map(put, gradients, total)
+
+    start = (jnp.zeros(x.shape, width), jnp.zeros(len(x), width), zeros, jax.tree.map(jnp.zeros_like, parameters))
+    dx, dweights, _, gradients = _over_blocks(plan, parameters, start, body, finish)
+    dweights_TK = jnp.where(plan.rows < plan.ends[-1], take(dweights, plan.rows), 0)
+    return _combine(dx, plan, dtype), dweights_TK, None, gradients
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -1,0 +1,1 @@
+"""The reasons why two models differ, tried one by one."""

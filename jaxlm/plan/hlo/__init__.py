@@ -1,0 +1,1 @@
+"""XLA programs as text, read and counted."""

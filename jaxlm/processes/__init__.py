@@ -1,0 +1,1 @@
+"""One process among others: how they meet, stop, are watched, and keep memory."""

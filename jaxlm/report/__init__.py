@@ -1,0 +1,1 @@
+"""Pages and plots. Neutral: no JAX, no torch."""

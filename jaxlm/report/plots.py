@@ -1,0 +1,58 @@
+"""Plots of a run as PNG files. Losses are in nats a token."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jaxlm.run.metrics import SECONDS
+
+
+def plot_loss(rows: list[dict[str, Any]], path: Path, baseline: float | None = None) -> None:
+    """Draw training and validation loss against the step into a PNG, with the unigram baseline if there is one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=144)
+    for key, style in (("loss", {"lw": 1, "alpha": 0.7}), ("validation_loss", {"lw": 2, "marker": "o", "ms": 4})):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
+    if baseline is not None and math.isfinite(baseline):
+        axes.axhline(baseline, color="grey", ls="--", lw=1, label="unigram baseline")
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw where the time between reports went, in shares, against the step into a PNG, with the goodput of the run."""
+    rows = [row for row in rows if "goodput" in row]
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = [name for name in rows[0] if name.startswith(SECONDS)]
+    totals = [max(sum(row[kind] for kind in kinds), 1e-9) for row in rows]
+    shares = [[row[kind] / total for row, total in zip(rows, totals, strict=True)] for kind in kinds]
+    steps = [row["step"] for row in rows]
+    figure, axes = plt.subplots(figsize=(7, 3), dpi=144)
+    labels = [kind.removeprefix(SECONDS).replace("_", " ") for kind in kinds]
+    axes.stackplot(steps, shares, labels=labels, step="pre", alpha=0.8)
+    axes.plot(steps, [row["goodput"] for row in rows], color="black", lw=1, label="goodput")
+    axes.set(xlabel="step", ylabel="share of time", ylim=(0, 1))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,116 @@
+"""The run directory: where a run begins, and what makes it self-contained.
+
+runs/NAME/  config.toml (resolved)  tokenizer.json  metrics.jsonl  checkpoints/STEP/  samples/  plots/loss.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jaxlm import __version__, config
+from jaxlm.config import toml
+from jaxlm.data.pipeline import Corpus, prepare
+from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer, check_fits
+
+_SAME_ON_RESUME = ("recipe", "model", "tokenizer", "numerics.params", "seed", "data.seq_len")  # of which the data order
+_FREE = (  # change neither parameters nor what they mean
+    "model.dropout",
+    "model.remat",
+    "model.attention_impl",
+    "model.moe.exchange",
+    *(f"model.moe.{name}" for name in ("impl", "balance_loss", "importance_loss", "z_loss", "bias_update_rate")),
+)
+_OWN = ("data.source", "data.validation_source", "data.cache_dir", "data.workers", "tokenizer.path")
+"""What each host may have for itself, as long as the tokens are the same."""
+
+
+def open_run(cfg: config.Config, *, resume: bool, tell: Callable[[str], None] = print) -> tuple[config.Config, Corpus]:
+    """Prepare the corpus and compare with the run that is there; returns the resolved config and the corpus.
+
+    Raises:
+        UserError: a run is already there and `resume` is not asked for, or it has another architecture.
+    """
+    run_dir = Path(cfg.out_dir)
+    exists = (run_dir / "config.toml").is_file()
+    if exists and not resume:
+        raise UserError(f"{run_dir}: a run is already there", "continue it with --resume, or set another out_dir=")
+    tokenizer = Tokenizer.from_file(run_dir / "tokenizer.json") if exists else None
+    corpus = prepare(cfg, tokenizer)
+    vocab_size = cfg.model.vocab_size or corpus.tokenizer.vocab_size
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    check_fits(corpus.tokenizer, vocab_size)
+    if exists:
+        _compare(run_dir, toml.load(run_dir / "config.toml"), cfg, tell)
+    return cfg, corpus
+
+
+def shared_facts(cfg: config.Config, corpus: Corpus, resume: bool) -> dict[str, Any]:
+    """What must be the same on every process of a run: versions, config, data, and the checkpoints that it sees."""
+    steps = sorted(int(path.name) for path in (Path(cfg.out_dir) / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    libraries = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}
+    identity = {"tokenizer": corpus.tokenizer.fingerprint(), "corpus": corpus.fingerprint}
+    options = {name: value for name, value in _flat(toml.to_dict(cfg)).items() if name not in _OWN}
+    checkpoints = {"the checkpoints in out_dir": ", ".join(map(str, steps)) or "none"}
+    return {"jaxlm": __version__, **libraries, **identity, "--resume": resume, **options, **checkpoints}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def write_run(cfg: config.Config, corpus: Corpus) -> None:
+    """Make the run directory, once nothing speaks against the run.
+
+    Files appear whole, and the config, which marks a run, comes last.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    run_dir = Path(cfg.out_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        corpus.tokenizer.save(run_dir / "tokenizer.json")
+        temporary = run_dir / ".config.toml"
+        temporary.write_text(toml.to_toml(cfg), encoding="utf-8")
+        temporary.replace(run_dir / "config.toml")
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror}") from None
+
+
+def _compare(run_dir: Path, before: config.Config, now: config.Config, tell: Callable[[str], None]) -> None:
+    """Refuse another model; speak of anything else that changed."""
+    old, new = _explicit(before), _explicit(now)
+    for name, was, value in _differences(old, new):
+        if name not in _FREE and (name in _SAME_ON_RESUME or name.split(".")[0] in _SAME_ON_RESUME):
+            raise UserError(
+                f"{run_dir}: {name} is {value!r}, the run was made with {was!r}",
+                "resume with the run's own config.toml, or choose another out_dir",
+            )
+        if name != "out_dir":
+            tell(f"warning: resuming with {name} = {value!r}, was {was!r}")
+
+
+def _explicit(cfg: config.Config) -> dict[str, Any]:
+    """The config as dicts, with `layer_loop`, by which a checkpoint's tree is shaped, resolved."""
+    loop = "scan" if cfg.model.scanned else "unroll"
+    return toml.to_dict(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layer_loop=loop)))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in old | new:  # tables of rules have keys of their own
+        was, value = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(value, dict):
+            found += _differences(was, value, f"{prefix}{key}.")
+        elif value != was:
+            found.append((prefix + key, was, value))
+    return found

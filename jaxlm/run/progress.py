@@ -1,0 +1,54 @@
+"""What a training shows on a terminal: a progress bar, or a line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
+
+
+class Display:
+    """The progress bar on a terminal; a line every few seconds elsewhere; nothing if it is to be quiet."""
+
+    def __init__(self, total: int, start: int, *, quiet: bool = False) -> None:
+        self.console, self._quiet = Console(stderr=True, quiet=quiet), quiet
+        self._total, self._printed = total, 0.0
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, status="compiling")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def status(self, row: dict[str, Any]) -> None:
+        """Show the latest metrics."""
+        text = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.1%}"
+        self._bar.update(self._task, status=text)
+        if not self._quiet and not self.console.is_terminal and time.monotonic() - self._printed > PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            print(f"step {row['step']}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizers, completion, sampling options. Neutral: no JAX, no torch."""

@@ -1,0 +1,48 @@
+"""How the next token is chosen: options, and the random numbers of a generation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jaxlm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; the arguments of `ops.sampling.sample`, in both frameworks."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose mass reaches p; 1: all."""
+    min_p: float = 0.0
+    """Keep tokens at least p times as likely as the likeliest; 0: all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the completion; 1: none."""
+
+    def __post_init__(self) -> None:
+        infinite = float("inf")
+        for name, holds, need in (
+            ("temperature", 0 <= self.temperature < infinite, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (all)"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 (all) and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < infinite, "more than 0; 1 is none"),
+        ):
+            if not holds:
+                raise UserError(f"{name} = {getattr(self, name)} must be {need}")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def uniforms(seed: int, rows: int, length: int) -> np.ndarray:
+    """The random numbers of a generation, float32 [rows, length] in [0, 1).
+
+    A row's numbers depend on the seed and its index alone, and a longer row begins with the shorter one.
+    """
+    return np.stack([np.random.default_rng([seed, row]).random(length, np.float32) for row in range(rows)])

@@ -1,0 +1,376 @@
+"""Text to token ids and back: byte-level BPE trained here, plain bytes, or any `tokenizer.json`.
+
+One class around the `tokenizers` library serves all three, because a byte-level BPE without merges is the plain bytes.
+A text is data: unless asked otherwise, the spelling of a special token inside it is encoded as ordinary characters,
+never as the special id.
+"""
+# ruff: noqa: RUF001 (DeepSeek spells its special tokens with a full-width bar)
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlm.errors import UserError
+from jaxlm.text import tokenizer_bin
+
+if TYPE_CHECKING:
+    import tokenizers
+
+RESERVED = 6
+"""Special tokens without a meaning yet, so that a later use does not change the vocabulary."""
+
+_SPELLINGS: dict[str, tuple[str, ...]] = {
+    # Ours first, then the usual spellings in other people's tokenizers.
+    "eot": ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]"),
+    "pad": ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>"),
+    "fim_prefix": ("<|fim_prefix|>", "<fim_prefix>", "<｜fim▁begin｜>"),
+    "fim_middle": ("<|fim_middle|>", "<fim_middle>", "<｜fim▁end｜>"),
+    "fim_suffix": ("<|fim_suffix|>", "<fim_suffix>", "<｜fim▁hole｜>"),
+    "system": ("<|system|>",),
+    "user": ("<|user|>", "<｜User｜>"),
+    "assistant": ("<|assistant|>", "<｜Assistant｜>"),
+    "tool": ("<|tool|>", "<｜tool▁output▁begin｜>"),
+    "end_of_turn": ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"),
+}
+SPECIALS = (*(spellings[0] for spellings in _SPELLINGS.values()), *(f"<|reserved_{i}|>" for i in range(RESERVED)))
+"""Spellings of the special tokens of a tokenizer made here, in the order of their ids (the highest ones)."""
+
+# Words are cut as in Llama 3 (the cl100k rule): contractions, letters, up to three digits, symbols, line ends, spaces.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Tokenizers made by `train` and `bytes_level` return every text exactly: there is no normaliser and no prefix space.
+
+    Attributes:
+        specials: name (`eot`, `pad`, `fim_prefix`, ..., see `_SPELLINGS`) to id, for those that the vocabulary has.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.specials: dict[str, int] = {}
+        for name, spellings in _SPELLINGS.items():
+            for spelling in spellings:
+                if (token := inner.token_to_id(spelling)) is not None:
+                    self.specials[name] = token
+                    break
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, *, specials: bool = True) -> Tokenizer:
+        """Train byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) to at most `vocab_size` ids.
+
+        The special tokens count and come last.
+
+        Raises:
+            UserError: `vocab_size` has no room for the 256 bytes and the special tokens.
+        """
+        from tokenizers import models, pre_tokenizers, trainers
+
+        learned = vocab_size - (len(SPECIALS) if specials else 0)
+        if learned < 256:
+            least = 256 + vocab_size - learned
+            raise UserError(
+                f"tokenizer.vocab_size = {vocab_size} is too small", f"at least {least}: 256 bytes and the specials"
+            )
+        inner = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=learned, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls._with_specials(inner, specials)
+
+    @classmethod
+    def bytes_level(cls, *, specials: bool = True) -> Tokenizer:
+        """One id a byte: ids 0 to 255 are the byte values, special tokens follow."""
+        from tokenizers import models
+
+        inner = _byte_level(models.BPE(vocab=_byte_alphabet(), merges=[]), words=False)
+        return cls._with_specials(inner, specials)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read any `tokenizer.json` of the `tokenizers` library, or a `tokenizer.bin` of llama2.c.
+
+        Raises:
+            UserError: the file is missing or no tokenizer.
+        """
+        from tokenizers import Tokenizer as Inner
+
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such tokenizer file", "tokenizer.path names a tokenizer.json")
+        if Path(path).suffix == ".bin":
+            return cls(Inner.from_str(tokenizer_bin.as_text(path)))
+        try:
+            return cls(Inner.from_file(str(path)))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+
+    @classmethod
+    def _with_specials(cls, inner: tokenizers.Tokenizer, specials: bool) -> Tokenizer:
+        if specials:
+            inner.add_special_tokens(list(SPECIALS))
+        return cls(inner)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest id: the rows that an embedding needs."""
+        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eot(self) -> int | None:
+        """Id of end of text, which follows every document; None when the tokenizer has none."""
+        return self.specials.get("eot")
+
+    @functools.cached_property
+    def bos(self) -> int | None:
+        """Id that the post-processor puts before every text, Llama's `<s> $A`; None when it puts none there."""
+        encoding = self._inner.encode("a", add_special_tokens=True)
+        return encoding.ids[0] if encoding.special_tokens_mask[:1] == [1] else None
+
+    @property
+    def pad(self) -> int:
+        """Id that fills unused places: padding, else end of text, else 0. It always has weight 0."""
+        return self.specials.get("pad", self.specials.get("eot", 0))
+
+    def special(self, name: str) -> int:
+        """Id of the special token `name`.
+
+        Raises:
+            UserError: this tokenizer has none.
+        """
+        if name not in self.specials:
+            raise UserError(f"the tokenizer has no token {name!r}", f"it has: {', '.join(self.specials) or 'none'}")
+        return self.specials[name]
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of a text; `allow_special` (for prompts) turns the spelling of a special token into its id."""
+        return self.encode_batch([text], allow_special=allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
+        """Ids of many texts, in parallel threads outside the interpreter lock."""
+        inner = self._inner if allow_special else self._literal
+        return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self._inner.decode(list(ids), skip_special_tokens=skip_special)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]], *, skip_special: bool = False) -> list[str]:
+        """Texts of many lists of ids."""
+        return self._inner.decode_batch([list(ids) for ids in batch], skip_special_tokens=skip_special)
+
+    def decode_stream(self, ids: Iterable[int], *, skip_special: bool = False) -> Iterator[str]:
+        """Text as the ids arrive, in complete characters; together the parts are `decode` of all ids."""
+        stream = TextStream(self, skip_special=skip_special)
+        for token in ids:
+            if part := stream.push(token):
+                yield part
+        if part := stream.flush():
+            yield part
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that an id stands for (the spelling, for a special token); empty for an unknown id."""
+        spelling = self._inner.id_to_token(token)
+        if spelling is None:
+            return b""
+        table = _byte_alphabet()
+        if not self.is_byte_level or any(c not in table for c in spelling):
+            return spelling.encode()
+        return bytes(table[c] for c in spelling)
+
+    @functools.cached_property
+    def is_byte_level(self) -> bool:
+        """Whether ids are plain byte strings (GPT-2's alphabet), so that they can be decoded one by one."""
+        return type(self._inner.decoder).__name__ == "ByteLevel"
+
+    @functools.cached_property
+    def fallback_ids(self) -> frozenset[int]:
+        """Ids of single bytes beside ordinary pieces, `<0x0A>`."""
+        found = (self._inner.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token for token in found if token is not None)
+
+    @functools.cached_property
+    def cuts_at_lines(self) -> bool:
+        """Whether the lines of a text may be encoded one by one; SentencePiece puts a space before each text."""
+        return self.encode("a\na") == [*self.encode("a\n"), *self.encode("a")]
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special` leaves out."""
+        return frozenset(i for i, added in self._added.items() if added.special)
+
+    @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        return self._inner.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """A copy for documents, which reads the spelling of special tokens as plain characters."""
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Inner
+
+        copy = Inner.from_str(self._inner.to_str())
+        # Some public files leave role and FIM markers unmarked (DeepSeek's do). Runs of spaces stay as they are.
+        unmarked = [t.content for t in self._added.values() if not t.special and t.content[:1] in ("<", "[")]
+        copy.add_special_tokens([AddedToken(content, special=True) for content in unmarked])
+        copy.encode_special_tokens = True
+        return copy
+
+    def to_json(self) -> str:
+        """The `tokenizer.json` as text."""
+        return self._inner.to_str(pretty=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json` that `from_file` and `transformers` read; the file appears whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything that decides the ids."""
+        return self._fingerprint
+
+
+class TextStream:
+    """Ids in, text out as soon as its characters are complete; together the parts are what `decode` adds to `after`.
+
+    Args:
+        after: ids that stand before. SentencePiece drops a space at the beginning of a text, and only there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, after: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids = [] if tokenizer.is_byte_level else [token for token in after if token not in self._skip]
+        self._emitted = len(tokenizer.decode(self._ids))
+
+    def push(self, token: int) -> str:
+        """Take one id; return the text that has become complete, perhaps empty."""
+        if token in self._skip:
+            return ""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(self._tokenizer.token_bytes(token))
+        self._ids.append(token)
+        if token in self._tokenizer.fallback_ids:  # a run of bytes is decoded as a whole
+            return ""
+        text = self._tokenizer.decode(self._ids)
+        return "" if text.endswith("\ufffd") else self._rest(text)
+
+    def flush(self) -> str:
+        """What is left when no more ids come; an incomplete character becomes U+FFFD."""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(b"", final=True)
+        return self._rest(self._tokenizer.decode(self._ids))
+
+    def _rest(self, text: str) -> str:
+        part, self._emitted = text[self._emitted :], max(self._emitted, len(text))
+        return part
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise `UserError` when the tokenizer has ids that a model with `vocab_size` rows does not know."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only model.vocab_size = {vocab_size}",
+            "use the tokenizer that the model was trained with, or a larger model.vocab_size",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `jaxlm tokenizer inspect` shows."""
+
+    path: str
+    vocab_size: int
+    fingerprint: str
+    specials: dict[str, int]
+    text: str
+    ids: list[int]
+    pieces: list[bytes]
+    round_trip: bool
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(show_header=False, box=None)
+        table.add_row("tokenizer", self.path)
+        table.add_row("ids", f"{self.vocab_size:,}")
+        table.add_row("sha256", self.fingerprint)
+        table.add_row("specials", ", ".join(f"{name} {token}" for name, token in self.specials.items()) or "none")
+        if self.text:
+            shown = Text()
+            for i, piece in enumerate(self.pieces):
+                style = ("black on cyan", "black on green")[i % 2]
+                shown.append(piece.decode(errors="replace").replace("\n", "\\n"), style=style)
+            table.add_row("pieces", shown)
+            table.add_row("token ids", Text(" ".join(map(str, self.ids))))
+            table.add_row("bytes per token", f"{len(self.text.encode()) / max(1, len(self.ids)):.2f}")
+            table.add_row("round trip", "exact" if self.round_trip else "NOT exact")
+        return table
+
+
+def inspect(path: str | Path, text: str = "") -> Inspection:
+    """Describe a `tokenizer.json` (or the run folder that holds one) and what it makes of a text.
+
+    Raises:
+        UserError: the file is missing or no `tokenizer.json`.
+    """
+    path = Path(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    tokenizer = Tokenizer.from_file(path)
+    ids = tokenizer.encode(text)
+    return Inspection(
+        path=str(path),
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=tokenizer.fingerprint(),
+        specials=tokenizer.specials,
+        text=text,
+        ids=ids,
+        pieces=[tokenizer.token_bytes(token) for token in ids],
+        round_trip=tokenizer.decode(ids) == text,
+    )
+
+
+def _byte_level(model: Any, *, words: bool = True) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, decoders, pre_tokenizers
+    from tokenizers import Tokenizer as Inner
+
+    inner = Inner(model)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes]) if words else to_bytes  # pyright: ignore[reportAttributeAccessIssue]
+    inner.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return inner
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Printable character to the byte it stands for in byte-level BPE (Radford et al. 2019, `bytes_to_unicode`)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    table = {byte: chr(256 + i) for i, byte in enumerate(others)} | {byte: chr(byte) for byte in printable}
+    return {table[byte]: byte for byte in range(256)}

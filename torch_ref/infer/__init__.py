@@ -1,0 +1,1 @@
+"""Decoding in PyTorch. `jaxlm.infer` has the same names in JAX."""

@@ -1,0 +1,218 @@
+"""Decoding in PyTorch: the algorithm of `jaxlm.infer.generate`, step by step, and text on top of it.
+
+    python -m torch_ref.infer.generate FOLDER "def add(a, b):"
+
+FOLDER is written by `jaxlm convert RUN FOLDER --to torch`; JAX is not needed.
+
+Shapes: B batch, T prompt length, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.errors import UserError
+from jaxlm.text.completion import STREAM_BLOCK, Completion, check_prompts, complete, encode_prompts, right_padded
+from jaxlm.text.sampling import Sampling, uniforms
+from jaxlm.text.tokenizer import Tokenizer, check_fits
+from torch_ref.models.decoder import Decoder, init_cache
+from torch_ref.numerics import Policy
+from torch_ref.ops.sampling import sample
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Complete prompts of ids; returns the new ids of each row, up to `eos_id` (included) or `max_new_tokens`.
+
+    Raises:
+        UserError: see `check_prompts`.
+    """
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    new_BN = np.concatenate([*blocks(decoder, prompts, sampling, **options)], axis=1)
+    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
+
+
+@torch.inference_mode()
+def blocks(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+    size: int = 0,
+) -> Iterator[np.ndarray]:
+    """As `generate`, in blocks [B, size] as they are drawn (0: one block); after the end of a row comes `pad_id`."""
+    check_prompts(decoder.config, prompts, max_new_tokens)
+    decoder.eval()
+    device, size = decoder.embed.weight.device, size or max_new_tokens
+    padded = right_padded(prompts, max(map(len, prompts)), pad_id)
+    tokens_BT, positions_BT, segments_BT, lengths_B = (torch.as_tensor(array, device=device) for array in padded)
+    uniforms_BN = torch.as_tensor(uniforms(seed, len(prompts), max_new_tokens), device=device)
+    seen_BV = None
+    if sampling.repetition_penalty != 1:
+        seen_BV = torch.zeros(len(prompts), decoder.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            seen_BV[row, prompt] = True
+
+    cache = init_cache(decoder, len(prompts), tokens_BT.shape[1] + max_new_tokens)
+    hidden_BTD, cache = decoder.hidden(tokens_BT, positions_BT, segments_BT, cache)
+    last_B1D = hidden_BTD.take_along_dim(lengths_B[:, None, None].long() - 1, dim=1)
+    token_B = _draw(decoder, sampling, last_B1D, uniforms_BN[:, 0], seen_BV)
+    ended_B = token_B == eos_id if eos_id is not None else torch.zeros_like(token_B, dtype=torch.bool)
+    block = [token_B]
+    for step in range(1, max_new_tokens):
+        if len(block) == size:
+            yield _stacked(block)
+            block = []
+        if ended_B.all():
+            break
+        if seen_BV is not None:
+            seen_BV[torch.arange(len(prompts), device=device), token_B] = True
+        position_B1 = (lengths_B + (step - 1))[:, None]
+        hidden_B1D, cache = decoder.hidden(token_B[:, None], position_B1, torch.ones_like(position_B1), cache)
+        token_B = _draw(decoder, sampling, hidden_B1D, uniforms_BN[:, step], seen_BV)
+        token_B = torch.where(ended_B, pad_id, token_B)
+        if eos_id is not None:
+            ended_B = ended_B | (token_B == eos_id)
+        block.append(token_B)
+    if block:
+        yield _stacked(block)
+
+
+class Generator:
+    """A decoder with its tokenizer, ready to complete many prompts."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        check_fits(tokenizer, decoder.config.vocab_size)
+        self.decoder, self.tokenizer = decoder, tokenizer
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stream: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Complete all prompts in one batch; see `jaxlm.text.completion.complete` for `stop` and `stream`.
+
+        Raises:
+            UserError: see `encode_prompts` and `check_prompts`.
+        """
+        drawn = blocks(
+            self.decoder,
+            encode_prompts(self.tokenizer, prompts),
+            sampling,
+            max_new_tokens=max_new_tokens,
+            eos_id=self.tokenizer.eot,
+            pad_id=self.tokenizer.pad,
+            seed=seed,
+            size=STREAM_BLOCK if stop or stream else 0,
+        )
+        return complete(drawn, self.tokenizer, prompts, stop=stop, stream=stream)
+
+
+def decoder_of(settings: config.Config, tensors: Mapping[str, np.ndarray]) -> Decoder:
+    """The decoder of a config with these weights, for inference."""
+    decoder = Decoder(settings.model, Policy.from_config(settings.numerics))
+    decoder.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=True)
+    return decoder.requires_grad_(False).eval()
+
+
+def open_folder(folder: str | Path) -> Generator:
+    """The model of a folder that `jaxlm convert --to torch` wrote.
+
+    Raises:
+        UserError: a file is missing or is none of its kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    for name in ("config.toml", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder / name}: no such file", "write the folder with: jaxlm convert RUN FOLDER --to torch"
+            )
+    settings = toml.load(folder / "config.toml")
+    try:
+        decoder = decoder_of(settings, load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: names or shapes that are not those of the config
+        raise UserError(f"{folder / 'model.safetensors'}: {' '.join(str(error).split())}") from None
+    return Generator(decoder, Tokenizer.from_file(folder / "tokenizer.json"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_ref.infer.generate", description="Complete a prompt with PyTorch."
+    )
+    parser.add_argument("folder", help="config.toml, model.safetensors and tokenizer.json")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--stop", action="append", default=[], help="end before this string; may be repeated")
+    parser.add_argument("--seed", type=int, default=0)
+    for field in dataclasses.fields(Sampling):
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), default=field.default, help=f"default {field.default}")
+    args = parser.parse_args(arguments)
+    try:
+        sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+        generator = open_folder(args.folder)
+        sys.stdout.write(args.prompt)
+        generator.complete(
+            [args.prompt],
+            sampling,
+            max_new_tokens=args.max_new_tokens,
+            stop=args.stop,
+            seed=args.seed,
+            stream=lambda _, piece: print(piece, end="", flush=True),
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print()
+    return 0
+
+
+def _draw(
+    decoder: Decoder,
+    sampling: Sampling,
+    hidden_B1D: Float[Tensor, "b 1 d"],
+    uniform_B: Float[Tensor, " b"],
+    seen_BV: Tensor | None,
+) -> Tensor:
+    logits_BV = decoder.unembed(hidden_B1D)[:, 0]
+    return sample(logits_BV, uniform_B, seen_BV, **dataclasses.asdict(sampling))
+
+
+def _stacked(block: Sequence[Tensor]) -> np.ndarray:
+    return torch.stack(list(block), dim=1).int().cpu().numpy()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Attention. `jaxlm.ops.attention` has the same names in JAX."""

@@ -1,0 +1,1 @@
+"""Mixture of experts. `jaxlm.ops.moe` has the same names in JAX."""

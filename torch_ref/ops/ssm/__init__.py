@@ -1,0 +1,1 @@
+"""State-space scans. `jaxlm.ops.ssm` has the same names in JAX."""

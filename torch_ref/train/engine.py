@@ -1,0 +1,198 @@
+"""The PyTorch engine of the training loop: decoder, optimiser and checkpoints on one device.
+
+jaxlm train configs/quickstart.toml --backend torch
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jaxlm import config
+from jaxlm.counts.flops import flops_per_token
+from jaxlm.errors import UserError
+from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
+from jaxlm.text.sampling import Sampling
+from jaxlm.text.tokenizer import Tokenizer
+from torch_ref.models.decoder import Decoder, init_params
+from torch_ref.numerics import Policy
+from torch_ref.train.checkpoint import Checkpointer
+from torch_ref.train.optim import make_optimizer
+from torch_ref.train.step import LossFn, Sums, TrainState, loss_fn, make_eval, make_step
+
+
+class TorchEngine:
+    """Trains a `Decoder` on one device. See `jaxlm.train.backend.Engine`."""
+
+    process_index, process_count = 0, 1
+    rows: np.ndarray | None = None
+
+    def __init__(self, cfg: config.Config) -> None:
+        _require_one_device(cfg.mesh)
+        self.config, self.device, self.state = cfg, pick_device(cfg.torch.device), TrainState()
+        policy = Policy.from_config(cfg.numerics)
+        if self.device.type == "mps" and torch.float64 in (policy.params, policy.compute):
+            raise UserError("numerics: this device has no float64", "torch.device=cpu")
+        if policy.matmul != "default":
+            torch.set_float32_matmul_precision(policy.matmul)
+        narrow = policy.compute if cfg.torch.autocast else None
+        if narrow:
+            policy = dataclasses.replace(policy, compute=policy.params)
+        self.decoder = init_params(Decoder(cfg.model, policy), cfg.seed).to(self.device)
+        self.optimizer = make_optimizer(self.decoder, cfg.train)
+
+        objective = loss_fn(self.decoder, cfg.train)
+        if narrow:
+            objective = _autocast(objective, self.device, narrow)
+        if cfg.torch.compile:
+            objective = torch.compile(objective)
+        self._step = make_step(objective, self.optimizer, cfg.train, seed=cfg.seed, decoder=self.decoder)
+        self._eval = make_eval(objective)
+        self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
+        self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(self.decoder), cfg.data.seq_len)
+        self._peak_flops: float | None = None
+        self._profiler: Any = None
+
+    @property
+    def peak_flops(self) -> float:
+        """Of the device: the vendor's figure where it is known, else a matrix product timed here."""
+        if self._peak_flops is None:
+            known = PEAK_FLOPS.get(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+            self._peak_flops = known or measured_flops(self.device)
+        return self._peak_flops
+
+    def checkpoints(self) -> list[int]:
+        return self._checkpointer.steps()
+
+    def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:
+        self.state, run = self._checkpointer.restore(self.decoder, self.optimizer, warn)
+        return run
+
+    def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Begin with these parameters, by the names of the decoder's `state_dict`."""
+        self.decoder.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=True)
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        self.decoder.train()
+        self.state, metrics = self._step(self.state, self._place(batch))
+        return metrics
+
+    def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [plain(one) for one in metrics]
+
+    def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        self.decoder.eval()
+        totals: dict[str, float] = collections.defaultdict(float)
+        for batch in batches:
+            for name, value in self._eval(self._place(batch)).items():
+                totals[name] += float(value)
+        return dict(totals)
+
+    def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
+        from torch_ref.infer.generate import Generator
+
+        generator = Generator(self.decoder, Tokenizer.from_file(Path(self.config.out_dir) / "tokenizer.json"))
+        sampling, length = Sampling(temperature=sample.temperature), sample.max_new_tokens
+        options: Any = {"max_new_tokens": length, "seed": self.config.seed, "stream": lambda *_: check()}
+        return [one.text for one in generator.complete(prompts, sampling, **options)]
+
+    def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
+        self._checkpointer.save(self.decoder, self.optimizer, self.state, run, validation_loss)
+
+    def stops_at(self, point: int) -> bool:
+        return False  # there is one process
+
+    def part(self) -> None:
+        """There is nobody to part from."""
+
+    def of_first(self, value: bool) -> bool:
+        return value
+
+    def gather(self, value: float) -> list[float]:
+        return [value]
+
+    def memory(self) -> dict[str, int]:
+        if self.device.type != "cuda":
+            return memory_of_process()
+        used = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return dict(zip(("memory_bytes", "memory_peak_bytes"), used, strict=True))
+
+    def profile(self, folder: Path | None) -> None:
+        if folder:
+            handler = torch.profiler.tensorboard_trace_handler(str(folder))
+            self._profiler = torch.profiler.profile(on_trace_ready=handler)
+            self._profiler.start()
+        elif self._profiler:
+            self._profiler.stop()
+            self._profiler = None
+
+    def close(self) -> None:
+        """Nothing else is under way: `save` returns when all is written."""
+        self.profile(None)
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        return {name: torch.tensor(array, device=self.device) for name, array in batch.items()}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `torch.device`; `auto` takes the first of CUDA, MPS and the CPU that is there.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in there.items() if found)
+    if not there[name]:
+        found = ", ".join(kind for kind, found in there.items() if found)
+        raise UserError(f"torch.device = {name!r}: PyTorch finds no such device", f"there is: {found}")
+    return torch.device(name)
+
+
+def matmul_params(decoder: Decoder) -> int:
+    """Parameters in matrix products for one token: all kernels, of experts the `top_k` that it passes, and the head."""
+    cfg = decoder.config
+    total = decoder.embed.weight.numel() if cfg.tie_embeddings else 0
+    for name, parameter in decoder.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or parameter.ndim < 2 or "conv" in module or module in ("embed", "position_embed"):
+            continue
+        if parameter.ndim == 3:  # a stack of experts
+            moe = cfg.halves(cfg.pattern[int(name.split(".")[1]) % len(cfg.pattern)]).ffn.moe
+            total += parameter.numel() * moe.top_k // moe.n_experts
+        else:
+            total += parameter.numel()
+    return total
+
+
+def measured_flops(device: torch.device, size: int = 1536, tries: int = 3) -> float:
+    """FLOP/s of the best of a few float32 matrix products: a peak for where none is published."""
+    x = torch.ones(size, size, device=device)
+    times = []
+    for _ in range(tries + 1):  # the first one warms up
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])
+
+
+def _require_one_device(mesh: config.Mesh) -> None:
+    for axis, size in {**mesh.sizes, **{f"dcn.{axis}": size for axis, size in mesh.dcn.sizes.items()}}.items():
+        if size not in (1, -1):
+            raise UserError(f"mesh.{axis} = {size}: the torch backend trains on one device", f"mesh.{axis}=1")
+
+
+def _autocast(objective: LossFn, device: torch.device, dtype: torch.dtype) -> LossFn:
+    def compute(batch: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
+            return objective(batch)
+
+    return compute
