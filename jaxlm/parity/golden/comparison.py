@@ -67,7 +67,7 @@ def _compare_weights(then: Mapping[str, tuple[str, Sketch]], now: Arrays) -> Ite
             yield Finding(STORED, "weights", name, math.inf, 0.0, note=note)
             continue
         sha256, before = then[name]
-        same = sha256(now[name]) == sha256
+        same = digest(now[name]) == sha256
         # the smallest number that is not 0, where a change is too small for the estimate
         error = 0.0 if same else max(relative_distance(before, sketch(now[name])), 2.0**-1074)
         yield Finding(STORED, "weights", name, error, 0.0)
