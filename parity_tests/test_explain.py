@@ -34,6 +34,7 @@ from parity_tests.diagnosed import (
     planted,
     tensors,
 )
+from parity_tests.wrong_sides import Half, Ignoring, OneDocument, OneText, shifted
 from torch_ref.models import attention as attention_module
 from torch_ref.ops import ffn, norm
 from torch_ref.ops.attention import attend as attention
@@ -73,19 +74,6 @@ CONFIGS = {
     r"soft-capped at 50": of(("llama",), softcap=50.0),
     r"clamped form of gpt-oss": of(("llama", "mixtral"), activation="swiglu_clamped"),
 }
-
-
-class Ignoring(TorchSide):
-    """Holds all tensors, as stored, and computes with those that its config has a use for."""
-
-    def weights(self) -> Arrays:
-        return dict(self.all)
-
-    def __init__(self, settings: config.Config, tensors: Mapping[str, np.ndarray]) -> None:
-        from torch_ref.models.decoder import Decoder
-
-        self.all = tensors
-        super().__init__(settings, {name: tensors[name] for name in Decoder(settings.model).state_dict()})
 
 
 @pytest.mark.parametrize(
@@ -227,35 +215,6 @@ def test_a_padded_vocabulary_is_named() -> None:
 
 
 # Faults in the computation
-
-
-def shifted(step: int) -> type[TorchSide]:
-    class Shifted(TorchSide):
-        def forward(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
-            return super().forward(dtype, {**rows, "positions": rows["positions"] + step})
-
-    return Shifted
-
-
-class OneDocument(TorchSide):
-    """Sees a row as one document; `going_on`: with positions that go on."""
-
-    going_on = False
-
-    def forward(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
-        places = {"positions": np.cumsum(np.ones_like(rows["positions"]), 1) - 1} if self.going_on else {}
-        return super().forward(dtype, {**rows, **places, "segments": np.minimum(rows["segments"], 1)})
-
-
-class OneText(OneDocument):
-    going_on = True
-
-
-class Half(TorchSide):
-    """Computes in bfloat16 whatever it is asked for."""
-
-    def forward(self, dtype: str, rows: Mapping[str, np.ndarray]) -> Arrays:
-        return super().forward("bfloat16", rows)
 
 
 @pytest.mark.parametrize(
