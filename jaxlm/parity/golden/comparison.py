@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.parity.compare import Finding, compare_by_ratio, compare_tokens, relative
-from jaxlm.parity.golden.content import DRAWS, Told, frozen_options, tail_of, typical_errors
+from jaxlm.parity.golden.content import DRAWS, Told, digest, frozen_options, tail_of, typical_errors
 from jaxlm.parity.golden.file import Golden
 from jaxlm.parity.golden.projection import Sketch, relative_distance, sketch
 from jaxlm.parity.inputs import Inputs
