@@ -74,7 +74,8 @@ def test_odd_programs(program: str, kind: str, sandbox: Sandbox) -> None:
 
 def test_exceptions_reach_the_tests(sandbox: Sandbox) -> None:
     tests = Tests(
-        "try:\n    candidate()\nexcept ValueError as error:\n    assert str(error) == 'text'\nelse:\n    assert False\n",
+        "try:\n    candidate()\nexcept ValueError as error:\n    assert str(error) == 'text'\n"
+        "else:\n    assert False\n",
         names=("f",),
     )
     assert grade("class E(ValueError): pass\ndef f(): raise E('text')", tests, SHORT, sandbox).passed
@@ -103,7 +104,8 @@ def test_faulty_tests_are_no_verdict(source: str, sandbox: Sandbox) -> None:
 
 
 BASH = Tests(
-    'set -e\nrun_test() {\n    [[ $(candidate "a b" "c") = "c a b" ]]\n    [[ $(candidate "" "x*") = "x* " ]]\n}\nrun_test',
+    'set -e\nrun_test() {\n    [[ $(candidate "a b" "c") = "c a b" ]]\n'
+    '    [[ $(candidate "" "x*") = "x* " ]]\n}\nrun_test',
     names=("swap",),
     language="bash",
 )
