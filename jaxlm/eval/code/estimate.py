@@ -1,0 +1,68 @@
+"""pass@k without bias, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.errors import UserError
+
+DRAWS = 10_000
+
+
+class Estimate(NamedTuple):
+    """A mean over problems with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    method: str
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that at least one of k samples passes, from c passes among n (Chen et al. 2021, equation 1).
+
+    Raises: UserError if k > n: then it cannot be estimated, whatever c is.
+    """
+    if not 0 <= c <= n or k < 1:
+        raise UserError(f"n = {n}, c = {c}, k = {k} count nothing", "0 <= c <= n and k >= 1")
+    if k > n:
+        raise UserError(f"pass@{k} needs {k} samples a problem, there are {n}", "make more samples or take a smaller k")
+    if n - c < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def interval(scores: Sequence[float]) -> Estimate:
+    """The mean of problems' scores with a 95 % interval: Wilson's for zeros and ones, else the bootstrap over problems.
+
+    The bootstrap alone would call 0 of 164 certain.
+    """
+    values = np.asarray(scores, np.float64)
+    mean = float(values.mean())
+    if set(values.tolist()) <= {0.0, 1.0}:
+        low, high = wilson(round(values.sum()), len(values))
+        return Estimate(mean, low, high, "Wilson, by problem")
+    weights = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS)
+    low, high = np.quantile(weights @ values / len(values), [0.025, 0.975])
+    return Estimate(mean, float(low), float(high), "bootstrap, by problem")
+
+
+def wilson(c: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927)."""
+    z = 1.959963984540054
+    middle, spread = (c + z * z / 2) / (n + z * z), z / (n + z * z) * (c * (n - c) / n + z * z / 4) ** 0.5
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def check_counts(samples: int, ks: Sequence[int], temperature: float) -> None:
+    """Refuse counts that make no estimate. Raises: UserError."""
+    if samples < 1:
+        raise UserError(f"--samples {samples} makes no sample", "at least 1")
+    if max(ks) > samples or min(ks) < 1:
+        wrong = max(ks) if max(ks) > samples else min(ks)
+        raise UserError(f"pass@{wrong} needs at least {wrong} samples a problem, there are {samples}", "--samples, --k")
+    if temperature == 0 and samples > 1:
+        raise UserError(f"temperature 0 makes {samples} equal samples", "greedy is one sample: --samples 1 --k 1")

@@ -1,0 +1,76 @@
+"""A problem of a code task, and the files that problems come from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxlm.errors import UserError
+from jaxlm.sandbox import Tests
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: what the model reads, how its text becomes a program, and the tests."""
+
+    task_id: str
+    prompt: str
+    """What the model continues."""
+    tests: Tests
+    entry: str
+    """The function that the tests call."""
+    reference: str = ""
+    """A whole program that is right; empty where the set has none."""
+    before: str = ""
+    """Text of the program in front of the completion."""
+    after: str = ""
+    """Text of the program behind the completion."""
+    suffix: str = ""
+    """Infilling: what the model sees behind the gap."""
+    stops: tuple[str, ...] = ()
+    """Strings before which a completion ends."""
+    always_stop: bool = False
+    """The strings are part of the set's format, so that samples of others end there too."""
+    challenge: Tests | None = None
+    """More tests, for a second number."""
+
+    def program(self, completion: str) -> str:
+        """The program that a completion makes, byte for byte."""
+        return f"{self.before}{completion}{self.after}"
+
+
+def find_file(path: str | Path | None, *names: str) -> Path:
+    """Find the file of a set: the path given, or the first of some names under `JAXLM_DATA`. Raises: UserError."""
+    if path:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is no file", "--data names the file of the set")
+        return Path(path)
+    root = os.environ.get("JAXLM_DATA")
+    if not root:
+        raise UserError(f"JAXLM_DATA is not set, so {names[0]} is not found", "set it, or name the file by --data")
+    for name in names:
+        if (file := Path(root) / name).is_file():
+            return file
+    raise UserError(f"{Path(root) / names[0]} is missing", "put the set there, or name the file by --data")
+
+
+def rows(path: Path, *required: str) -> Iterator[dict]:
+    """Read the rows of a JSONL file, compressed or not, and check that each has some keys. Raises: UserError."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                missing = [key for key in required if not isinstance(row, dict) or key not in row]
+                if missing:
+                    raise UserError(f"{path}, line {number}: no key {missing[0]!r}", "is this the file of the set?")
+                yield row
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, EOFError) as error:
+        raise UserError(f"{path}, line {max(number, 1)}: {error}", "the file must be JSON, one row a line") from None

@@ -1,0 +1,110 @@
+"""Samples read from anybody's file, and records that are appended line by line so that a killed evaluation goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.errors import UserError, did_you_mean
+from jaxlm.eval.code.problems import rows
+
+MAX_COMPLETION = 1 << 20
+
+
+class Sample(NamedTuple):
+    """One completion of a problem."""
+
+    task_id: str
+    number: int
+    """Which sample of its problem."""
+    completion: str
+    cut_off: bool = False
+    """It ended because it may be no longer."""
+
+    @property
+    def digest(self) -> str:
+        """A few letters that stand for the text."""
+        return hashlib.sha256(self.completion.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
+    """Read samples in HumanEval's format: `task_id` and `completion` a line. Several of a problem are numbered as they
+    come.
+
+    Raises: UserError for an unknown problem, a completion that is no text, or samples written twice with their numbers.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file", "--from names a file of samples")
+    samples: list[Sample] = []
+    counts: dict[str, int] = {}
+    numbers: set[tuple[str, int]] = set()
+    for line, row in enumerate(rows(path, "task_id", "completion"), 1):
+        task_id, completion = row["task_id"], row["completion"]
+        task_id = str(task_id)
+        if task_id not in known:
+            raise UserError(
+                f"{path}, line {line}: unknown task_id {task_id!r}", did_you_mean(task_id, list(known)[:2000])
+            )
+        if not isinstance(completion, str):
+            raise UserError(f"{path}, line {line}: the completion is no text but {type(completion).__name__}")
+        if len(completion) > MAX_COMPLETION:
+            raise UserError(f"{path}, line {line}: a completion of {len(completion):,} characters", "at most 1,048,576")
+        number = row.get("sample", counts.get(task_id, 0))
+        counts[task_id] = counts.get(task_id, 0) + 1
+        if (task_id, number) in numbers:
+            raise UserError(f"{path}, line {line}: sample {number} of {task_id} is there twice", "remove one")
+        numbers.add((task_id, number))
+        samples.append(Sample(task_id, number, completion, bool(row.get("cut_off", False))))
+    if not samples:
+        raise UserError(f"{path} has no sample", "one JSON object a line: task_id, completion")
+    return samples
+
+
+class Records:
+    """A file of JSON lines to append to. A line that a kill cut short is dropped when it is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise UserError(f"another evaluation writes {path}", "wait for it, or name another --out") from None
+        self.file.seek(0)
+        data = self.file.read()
+        self.file.truncate(data.rfind(b"\n") + 1)
+        try:
+            self.known = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        except ValueError:
+            raise UserError(f"{path} is no file of records", "remove it, or name another --out") from None
+
+    def append(self, record: dict) -> None:
+        """Add a line. Raises: UserError when the disk is full; what was written stays."""
+        line = memoryview((json.dumps(record, ensure_ascii=True) + "\n").encode())
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            message = f"{self.path}: {os.strerror(error.errno or 0)}"
+            raise UserError(message, "make room; the same command goes on from here") from None
+
+
+@contextmanager
+def records(path: Path) -> Iterator[Records]:
+    """Open a file of records for this evaluation alone. Raises: UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = Records(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", "--out names another place") from None
+    try:
+        yield opened
+    finally:
+        opened.file.close()
