@@ -10,10 +10,11 @@ Shapes: B rows, T tokens of a row.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from jaxlm.data.shards import Shard
 
@@ -36,6 +37,89 @@ class Rows(NamedTuple):
     weights: Float32[np.ndarray, "b t"]
 
 
+class Pieces(NamedTuple):
+    """The pieces of one row, in their order.
+
+    Attributes:
+        begins, ends: where they lie in the shard.
+        stops: where their documents end in the shard.
+        drawn: whether there is room to turn the piece into one for fill-in-the-middle.
+    """
+
+    begins: Int64[np.ndarray, "m"]
+    ends: Int64[np.ndarray, "m"]
+    stops: Int64[np.ndarray, "m"]
+    drawn: Bool[np.ndarray, "m"]
+
+    @classmethod
+    def none(cls) -> Pieces:
+        """A row of padding."""
+        nothing = np.zeros(0, np.int64)
+        return cls(nothing, nothing, nothing, nothing > 0)
+
+
+class Text(NamedTuple):
+    """The tokens of several pieces, one piece after the other.
+
+    Attributes:
+        tokens: of all pieces.
+        lengths: of each piece, none of them 0.
+        after: the next token of each piece's document; -1 where there is none.
+        learned: whether the target of each token is learned; None: all are.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    after: np.ndarray
+    learned: np.ndarray | None = None
+
+
+def text_of(shard_tokens: np.ndarray, pieces: Pieces) -> Text:
+    """The tokens of pieces as the shard has them."""
+    lengths_M = pieces.ends - pieces.begins
+    starts_M = np.cumsum(lengths_M) - lengths_M
+    source_N = np.arange(int(lengths_M.sum())) + np.repeat(pieces.begins - starts_M, lengths_M)
+    has_next_M = pieces.ends < pieces.stops
+    after_M = np.full(len(lengths_M), -1, np.int64)
+    after_M[has_next_M] = shard_tokens[pieces.ends[has_next_M]]
+    return Text(shard_tokens[source_N], lengths_M, after_M)
+
+
+def lay(shard_tokens: np.ndarray, rows: Sequence[Pieces], seq_len: int, pad: int) -> Rows:
+    """Rows of the pieces of a shard, which fit."""
+    joined = Pieces(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+    return lay_text(text_of(shard_tokens, joined), [len(row.begins) for row in rows], seq_len, pad)
+
+
+def lay_text(text: Text, pieces_of_rows: Sequence[int] | np.ndarray, seq_len: int, pad: int) -> Rows:
+    """Rows of these pieces: the first `pieces_of_rows[0]` in the first row, and so on."""
+    shape = (len(pieces_of_rows), seq_len)
+    tokens_BT, targets_BT = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
+    positions_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    weights_BT = np.zeros(shape, np.float32)
+    # Of each piece: its row, its number in the row, and where it begins there; of each token: its place in the rows.
+    row_M = np.repeat(np.arange(len(pieces_of_rows)), pieces_of_rows)
+    first_B = np.cumsum(pieces_of_rows) - pieces_of_rows
+    starts_M = np.cumsum(text.lengths) - text.lengths
+    total = np.append(starts_M, len(text.tokens))
+    begins_M = starts_M - total[first_B[row_M]]
+    within_N = np.arange(len(text.tokens)) - np.repeat(starts_M, text.lengths)
+    place_N = within_N + np.repeat(row_M * seq_len + begins_M, text.lengths)
+    # The target of a token is the next one; of a piece's last token, the one that follows in its document.
+    targets_N = np.empty(len(text.tokens), np.int64)
+    targets_N[:-1] = text.tokens[1:]
+    targets_N[starts_M + text.lengths - 1] = text.after
+    learned_N = targets_N >= 0
+    if text.learned is not None:
+        learned_N &= text.learned
+    tokens_BT.flat[place_N] = text.tokens
+    targets_BT.flat[place_N] = np.where(learned_N, targets_N, pad)
+    positions_BT.flat[place_N] = within_N
+    segments_BT.flat[place_N] = np.repeat(np.arange(len(row_M)) - first_B[row_M] + 1, text.lengths)
+    weights_BT.flat[place_N] = learned_N
+    return Rows(tokens_BT, targets_BT, positions_BT, segments_BT, weights_BT)
+
+
 class _Epoch(NamedTuple):
     """One order of the documents: piece k holds `ends[k] - ends[k - 1]` tokens of the shard, from `begins[k]` on."""
 
@@ -43,6 +127,7 @@ class _Epoch(NamedTuple):
     ends: np.ndarray
     stops: np.ndarray  # where the piece's document ends in the shard
     rows: np.ndarray
+    drawn: np.ndarray  # which pieces have room for fill-in-the-middle
 
 
 class PackedRows:
@@ -51,13 +136,25 @@ class PackedRows:
     The last row of an epoch is padded, not dropped: every token is seen once an epoch, a corpus shorter than one row
     works, and the cost is at most one partly filled row. The stream of an epoch begins somewhere in the first T tokens
     of its first document, and what lies before comes last, so that one long document is cut elsewhere in every epoch.
+
+    For fill-in-the-middle a row takes `slack` tokens less, and a document that is drawn counts as `slack` tokens more:
+    its first piece then has room to grow, and so has a piece that begins a row in the middle of its document.
+
+    Args:
+        draw: share of the documents, and of the rows that begin within one, that are drawn.
+        slack: tokens that a drawn piece may grow by.
     """
 
-    def __init__(self, shard: Shard, seq_len: int, *, seed: int = 0, pad: int = 0) -> None:
-        self._shard, self._seq_len, self._seed, self._pad = shard, seq_len, seed, pad
+    def __init__(
+        self, shard: Shard, seq_len: int, *, seed: int = 0, pad: int = 0, draw: float = 0.0, slack: int = 0
+    ) -> None:
+        self.shard, self.seq_len, self.seed, self.pad = shard, seq_len, seed, pad
+        self._draw, self._slack = draw, slack if draw else 0
         self._documents = np.flatnonzero(np.diff(shard.offsets))
         self.tokens = int(shard.offsets[-1])
-        self.rows_per_epoch = -(-self.tokens // seq_len)
+        self._drawn = round(draw * len(self._documents))
+        self._room = seq_len - self._slack
+        self.rows_per_epoch = -(-(self.tokens + self._slack * self._drawn) // self._room)
         self._epochs: dict[int, _Epoch] = {}
         self._lock = threading.Lock()
 
@@ -65,6 +162,8 @@ class PackedRows:
         """The rows with these indices [B], counted through all epochs."""
         epochs, within = np.divmod(np.asarray(index, np.int64), self.rows_per_epoch)
         out = self._padding(len(epochs))
+        if self._slack:
+            return lay(self.shard.tokens, [self.pieces(int(i)) for i in index], self.seq_len, self.pad)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             for whole, part in zip(out, self._of_epoch(self._epoch(int(epoch)), within[here]), strict=True):
@@ -81,8 +180,29 @@ class PackedRows:
                 whole[real] = part
         return out
 
+    def pieces(self, index: int) -> Pieces:
+        """The pieces of a row, counted through all epochs, in their order."""
+        number, within = divmod(index, self.rows_per_epoch)
+        epoch = self._epoch(number)
+        row = int(epoch.rows[within])
+        first, last = row * self._room, min((row + 1) * self._room, int(epoch.ends[-1]))
+        if last <= first:
+            return Pieces.none()
+        piece_M = np.arange(*(np.searchsorted(epoch.ends, (first, last - 1), side="right") + (0, 1)))
+        # The stream counts a drawn document's room to grow as if it stood before the document's first token.
+        start_M = np.where(piece_M > 0, epoch.ends[piece_M - 1], 0) + self._slack * epoch.drawn[piece_M]
+        from_M = np.maximum(first - start_M, 0)
+        to_M = np.minimum(last, epoch.ends[piece_M]) - start_M
+        begins_M = epoch.begins[piece_M]
+        drawn_M = np.where(from_M > 0, self._draws_row(number, row), epoch.drawn[piece_M])
+        pieces = Pieces(begins_M + from_M, begins_M + to_M, epoch.stops[piece_M], drawn_M)
+        return Pieces(*(part[to_M > from_M] for part in pieces))
+
+    def _draws_row(self, epoch: int, row: int) -> bool:
+        return bool(self._draw and np.random.default_rng([self.seed, epoch, 2, row]).random() < self._draw)
+
     def _of_epoch(self, epoch: _Epoch, within: np.ndarray) -> Rows:
-        place_BT = epoch.rows[within][:, None] * self._seq_len + np.arange(self._seq_len)
+        place_BT = epoch.rows[within][:, None] * self.seq_len + np.arange(self.seq_len)
         real_BT = place_BT < self.tokens
         place_BT = np.minimum(place_BT, self.tokens - 1)
         piece_BT = np.searchsorted(epoch.ends, place_BT, side="right")
@@ -91,16 +211,16 @@ class PackedRows:
         target_BT = real_BT & (source_BT + 1 < epoch.stops[piece_BT])
         next_BT = np.minimum(source_BT + 1, self.tokens - 1)
         return Rows(
-            tokens=np.where(real_BT, self._shard.tokens[source_BT], self._pad).astype(np.int32),
-            targets=np.where(target_BT, self._shard.tokens[next_BT], self._pad).astype(np.int32),
+            tokens=np.where(real_BT, self.shard.tokens[source_BT], self.pad).astype(np.int32),
+            targets=np.where(target_BT, self.shard.tokens[next_BT], self.pad).astype(np.int32),
             positions=np.where(real_BT, place_BT - np.maximum(piece_start_BT, place_BT[:, :1]), 0).astype(np.int32),
             segments=np.where(real_BT, piece_BT - piece_BT[:, :1] + 1, 0).astype(np.int32),
             weights=target_BT.astype(np.float32),
         )
 
     def _padding(self, rows: int) -> Rows:
-        shape = (rows, self._seq_len)
-        fill = np.full(shape, self._pad, np.int32)
+        shape = (rows, self.seq_len)
+        fill = np.full(shape, self.pad, np.int32)
         zero = np.zeros(shape, np.int32)
         return Rows(fill, fill.copy(), zero, zero.copy(), np.zeros(shape, np.float32))
 
@@ -114,15 +234,19 @@ class PackedRows:
             return self._epochs[epoch]
 
     def _shuffle(self, epoch: int) -> _Epoch:
-        random = np.random.default_rng([self._seed, epoch])
-        offsets = np.asarray(self._shard.offsets)
+        random = np.random.default_rng([self.seed, epoch])
+        offsets = np.asarray(self.shard.offsets)
         documents = random.permutation(self._documents)
         begins, stops = offsets[documents], offsets[documents + 1]
         lengths = stops - begins
-        if cut := int(random.integers(min(lengths[0], self._seq_len))):
+        if cut := int(random.integers(min(lengths[0], self.seq_len))):
             begins = np.append(begins, begins[0])
             stops = np.append(stops, stops[0])
             lengths = np.append(lengths, cut)
             begins[0] += cut
             lengths[0] -= cut
-        return _Epoch(begins, np.cumsum(lengths), stops, random.permutation(self.rows_per_epoch))
+        rows = random.permutation(self.rows_per_epoch)
+        drawn = np.zeros(len(lengths), bool)
+        if self._drawn:
+            drawn[np.random.default_rng([self.seed, epoch, 1]).permutation(len(documents))[: self._drawn]] = True
+        return _Epoch(begins, np.cumsum(lengths + self._slack * drawn), stops, rows, drawn)
