@@ -58,7 +58,9 @@ def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     return np.asarray(row_M, np.int64), rows
 
 
-def cut_document(begin: int, stop: int, size: int, short: int, ends_line: Callable[[int, int], np.ndarray]) -> list[int]:
+def cut_document(
+    begin: int, stop: int, size: int, short: int, ends_line: Callable[[int, int], np.ndarray]
+) -> list[int]:
     """Where to cut a document of more than `size` tokens: into as few pieces as possible, all but one of `size`.
 
     A cut moves to a line end that is near, as long as the short piece, which grows by it, stays within `size`.
@@ -77,14 +79,14 @@ def cut_document(begin: int, stop: int, size: int, short: int, ends_line: Callab
     for _ in range(short):
         cut = left[-1] + size
         reach = min(near, spare)
-        found = np.flatnonzero(ends_line(cut - reach - 1, cut)) if reach else ()
+        found = np.flatnonzero(ends_line(cut - reach - 1, cut) if reach else [])
         moved = reach - int(found[-1]) if len(found) else 0
         spare -= moved
         left.append(cut - moved)
     for _ in range(pieces - 1 - short):
         cut = right[-1] - size
         reach = min(near, spare)
-        found = np.flatnonzero(ends_line(cut - 1, cut + reach)) if reach else ()
+        found = np.flatnonzero(ends_line(cut - 1, cut + reach) if reach else [])
         moved = int(found[0]) if len(found) else 0
         spare -= moved
         right.append(cut + moved)
@@ -136,8 +138,7 @@ class BestFitRows:
         first_B, last_B = np.searchsorted(plan[:, 0], (within, within + 1))
         count_B = last_B - first_B
         place_M = np.arange(int(count_B.sum())) + np.repeat(first_B - (np.cumsum(count_B) - count_B), count_B)
-        pieces = Pieces(*plan[place_M, 1:4].T, plan[place_M, 4] > 0)
-        return lay_text(text_of(self.shard.tokens, pieces), count_B, self.seq_len, self.pad)
+        return lay_text(text_of(self.shard.tokens, _pieces(plan[place_M])), count_B, self.seq_len, self.pad)
 
     def first_epoch(self, index: np.ndarray) -> Rows:
         """Like `[]`, but rows after the end of epoch 0 are padding (segment 0 and weight 0 throughout)."""
@@ -152,7 +153,7 @@ class BestFitRows:
         epoch, row = divmod(index, self.rows_per_epoch)
         plan = self._epoch(epoch)
         first, last = np.searchsorted(plan[:, 0], (row, row + 1))
-        return Pieces(*plan[first:last, 1:4].T, plan[first:last, 4] > 0)
+        return _pieces(plan[first:last])
 
     def _epoch(self, epoch: int) -> np.ndarray:
         with self._lock:
@@ -208,7 +209,7 @@ class BestFitRows:
         return self._line_ends[self.shard.tokens[first:last]]
 
     def _spread(self, plan: np.ndarray, epoch: int) -> np.ndarray:
-        """The plan with exactly `rows_per_epoch` rows, in another order: rows of several pieces are split to fill up."""
+        """The plan with `rows_per_epoch` rows, in another order: rows of several pieces are split to fill up."""
         random = np.random.default_rng([self._seed, 3, epoch])
         rows = int(plan[-1, 0]) + 1
         plan = plan.copy()
@@ -218,6 +219,10 @@ class BestFitRows:
         plan[splittable, 0] = rows + np.arange(len(splittable))
         plan[:, 0] = random.permutation(self.rows_per_epoch)[plan[:, 0]]
         return plan[np.argsort(plan[:, 0], kind="stable")]
+
+
+def _pieces(plan: np.ndarray) -> Pieces:
+    return Pieces(plan[:, 1], plan[:, 2], plan[:, 3], plan[:, 4] > 0)
 
 
 def _order(size_M: np.ndarray, random: np.random.Generator, jitter: float) -> np.ndarray:

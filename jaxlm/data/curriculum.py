@@ -1,8 +1,9 @@
 """Curricula: easy rows first. Which row a draw takes is a function of the draw's number, with nothing kept in between.
 
-The rows of one plan are sorted by difficulty. At step t of `steps`, counted from 1, only the easiest share `pace(t / steps)` of them, the
-pool, may be drawn. A draw takes a row of the pool that has not been offered yet, at random, and any row of the pool
-when all have been. After the last step of the curriculum the rows not offered yet come, then ordinary epochs follow.
+The rows of one plan are sorted by difficulty. At step t of `steps`, counted from 1, only the easiest share
+`pace(t / steps)` of them, the pool, may be drawn. A draw takes a row of the pool that has not been offered yet, at
+random, and any row of the pool when all have been. After the last step of the curriculum the rows not offered yet come,
+then ordinary epochs follow.
 
 Shapes: R rows, G groups of draws with one pool each, B draws asked for.
 """
@@ -91,7 +92,7 @@ class Curriculum:
         self.draws = int(self._firsts[-1]) + len(self._rest)
 
     def __getitem__(self, draws: np.ndarray) -> Int64[np.ndarray, "b"]:
-        """Row of each draw [B]; draw d beyond `draws` is row `d - draws` of the ordinary epochs, as `rows + d - draws`."""
+        """Row of each draw [B]. Draws after the curriculum are the ordinary epochs, from the second one on."""
         draws = np.asarray(draws, np.int64)
         out = self.rows + draws - self.draws
         rest = (draws >= self._firsts[-1]) & (draws < self.draws)

@@ -93,13 +93,14 @@ def lay(shard_tokens: np.ndarray, rows: Sequence[Pieces], seq_len: int, pad: int
 
 def lay_text(text: Text, pieces_of_rows: Sequence[int] | np.ndarray, seq_len: int, pad: int) -> Rows:
     """Rows of these pieces: the first `pieces_of_rows[0]` in the first row, and so on."""
-    shape = (len(pieces_of_rows), seq_len)
+    pieces_B = np.asarray(pieces_of_rows, np.int64)
+    shape = (len(pieces_B), seq_len)
     tokens_BT, targets_BT = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
     positions_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights_BT = np.zeros(shape, np.float32)
     # Of each piece: its row, its number in the row, and where it begins there; of each token: its place in the rows.
-    row_M = np.repeat(np.arange(len(pieces_of_rows)), pieces_of_rows)
-    first_B = np.cumsum(pieces_of_rows) - pieces_of_rows
+    row_M = np.repeat(np.arange(len(pieces_B)), pieces_B)
+    first_B = np.cumsum(pieces_B) - pieces_B
     starts_M = np.cumsum(text.lengths) - text.lengths
     total = np.append(starts_M, len(text.tokens))
     begins_M = starts_M - total[first_B[row_M]]
@@ -188,7 +189,9 @@ class PackedRows:
         first, last = row * self._room, min((row + 1) * self._room, int(epoch.ends[-1]))
         if last <= first:
             return Pieces.none()
-        piece_M = np.arange(*(np.searchsorted(epoch.ends, (first, last - 1), side="right") + (0, 1)))
+        piece_M = np.arange(
+            np.searchsorted(epoch.ends, first, side="right"), np.searchsorted(epoch.ends, last - 1, side="right") + 1
+        )
         # The stream counts a drawn document's room to grow as if it stood before the document's first token.
         start_M = np.where(piece_M > 0, epoch.ends[piece_M - 1], 0) + self._slack * epoch.drawn[piece_M]
         from_M = np.maximum(first - start_M, 0)

@@ -1,6 +1,6 @@
 """The rows of a run: packing, fill-in-the-middle, curriculum and mixture, each a function of a row's number.
 
-    row n of the run --mixture--> draw k of a source --curriculum--> row r of the source --packing--> pieces --fim--> ids
+    row n of the run --mixture--> draw k of a source --curriculum--> its row r --packing--> pieces --fim--> ids
 
 `RunRows` is that line. Whoever asks for row n gets the same row, whatever was asked for before.
 """
@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from jaxlm.data.packing import Pieces, Rows, Text, lay_text
 from jaxlm.data.shards import Shard
 
 
+@runtime_checkable
 class SourceRows(Protocol):
     """The endless sequence of rows of one source."""
 
@@ -76,7 +78,12 @@ class FilledRows:
         separator: int | None = None,
         file_rate: float = 0.5,
     ) -> None:
-        self.shard, self.seq_len, self.rows_per_epoch, self.pad = rows.shard, rows.seq_len, rows.rows_per_epoch, rows.pad
+        self.shard, self.seq_len, self.rows_per_epoch, self.pad = (
+            rows.shard,
+            rows.seq_len,
+            rows.rows_per_epoch,
+            rows.pad,
+        )
         self._rows, self._fill_in, self._spans_of, self._seed = rows, fill_in, spans_of, seed
         self._bos, self._separator, self._file_rate = begin_of_text, separator, file_rate
         self._middles_only, self._whole_only = middles_only, whole_only
@@ -118,15 +125,20 @@ class FilledRows:
         self, tokens: np.ndarray, begin: int, ends: bool, random: np.random.Generator, growth: int
     ) -> Made | None:
         """The piece transformed, at most `growth` ids longer; None when it has nothing to choose or no room."""
-        starts = bool(np.any(self.shard.offsets == begin)) if self._whole_only else True
+        document = int(np.searchsorted(self.shard.offsets, begin, side="right")) - 1
+        starts = int(self.shard.offsets[document]) == begin
         if self._whole_only and not (starts and ends):
             return None
         spans = self._spans_of(begin)
         if self._separator is not None and np.any(tokens == self._separator):
             return self._transform_files(tokens, begin, ends, random, growth, spans)
         head = tokens[:1] if len(tokens) and tokens[0] == self._bos else tokens[:0]
-        body = tokens[len(head) : len(tokens) - 1] if ends and tokens[-1] == self._fill_in.marks.end else tokens[len(head) :]
-        filled = self._fill_in.fill_in(body, random, spans, len(tokens) - len(head) + growth)
+        body = (
+            tokens[len(head) : len(tokens) - 1]
+            if ends and tokens[-1] == self._fill_in.marks.end
+            else tokens[len(head) :]
+        )
+        filled = self._fill_in.fill_in(body, random, spans, len(tokens) - len(head) + growth, starts=starts)
         if filled is None:
             return None
         learned = np.full(len(head) + len(filled.tokens), not self._middles_only)
@@ -140,7 +152,7 @@ class FilledRows:
         """A piece of a repository: each of its files is transformed with `file_rate`, behind its path."""
         cuts = [0, *np.flatnonzero(tokens == self._separator).tolist(), len(tokens)]
         parts, learned, done = [], [], []
-        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        for first, last in itertools.pairwise(cuts):
             file = tokens[first:last]
             wanted = random.random() < self._file_rate
             path = self._path(file)
@@ -149,7 +161,7 @@ class FilledRows:
             filled = None
             if wanted and path:
                 core = body[:-1] if closed else body
-                filled = self._fill_in.fill_in(core, random, spans, len(body) + growth)
+                filled = self._fill_in.fill_in(core, random, spans, len(body) + growth, starts=False)
             if filled is None:
                 parts.append(file)
                 learned.append(np.full(len(file), not self._middles_only))
