@@ -3,6 +3,7 @@
 `model` and `model_parts` describe a model, `run` its training; `toml` reads and writes them, `registry` knows names.
 """
 
+from jaxlm.config.data import Curriculum, Data, Fim, MixtureSource, Repository
 from jaxlm.config.model import Model
 from jaxlm.config.model_parts import Mamba, MoE, RopeScaling
 from jaxlm.config.run import (
@@ -10,7 +11,6 @@ from jaxlm.config.run import (
     Backend,
     Checkpoint,
     Config,
-    Data,
     Dcn,
     Distributed,
     Eval,
@@ -27,16 +27,20 @@ __all__ = [
     "Backend",
     "Checkpoint",
     "Config",
+    "Curriculum",
     "Data",
     "Dcn",
     "Distributed",
     "Eval",
+    "Fim",
     "Log",
     "Mamba",
     "Mesh",
+    "MixtureSource",
     "MoE",
     "Model",
     "Numerics",
+    "Repository",
     "RopeScaling",
     "Sample",
     "Tokenizer",

@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from jaxlm.config.data import Data as Data
 from jaxlm.config.model import Model as Model
 from jaxlm.config.model_parts import STRICT, require
 from jaxlm.config.model_parts import Mamba as Mamba
@@ -40,40 +41,10 @@ class Tokenizer:
     """Size to train to (kind `bpe`), special tokens included."""
     specials: bool = True
     """Have special tokens (end of text, padding, FIM, chat roles, reserved). Without them `bytes` has 256 ids."""
+    fim_marks: bool = False
+    """Give a tokenizer of kind `file` the marks of fill-in-the-middle that it lacks, behind its vocabulary."""
     train_bytes: PositiveInt = 8_000_000
     """How much of the training text the BPE trainer reads, spread evenly over the corpus."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Data:
-    """The corpus and the rows made of it."""
-
-    source: str = "stdlib"
-    """`"stdlib"` (the interpreter's, without its tests and tables), a file, a folder, or a Hugging Face dataset."""
-    seq_len: PositiveInt = 256
-    """Context length T, in tokens."""
-    text_key: str = "text"
-    """Field or column that holds the text in `.jsonl` and `.parquet`."""
-    extensions: tuple[str, ...] = ()
-    """Read only files with these endings from a folder, e.g. [".py", ".md"]; empty: every text file."""
-    validation_fraction: float = 0.05
-    """Share of the files (or of the documents of a single file) held out, chosen by a hash of the name."""
-    validation_source: str = ""
-    """A corpus of its own for validation; `validation_fraction` is then unused."""
-    max_bytes: NonNegativeInt = 0
-    """Stop reading the corpus after this many bytes; 0: all of it."""
-    cache_dir: str = ".cache/jaxlm"
-    """Where tokenised shards are kept, a folder for each fingerprint of corpus and tokenizer, and compiled programs."""
-    workers: NonNegativeInt = 0
-    """Threads that tokenise; 0: one a core."""
-    prefetch: PositiveInt = 8
-    """Batches prepared ahead of the step."""
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.validation_fraction < 1,
-            f"data.validation_fraction = {self.validation_fraction} must lie in [0, 1)",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -327,6 +298,7 @@ class Config:
     torch: Torch = dataclasses.field(default_factory=Torch)
 
     def __post_init__(self) -> None:
+        self.data.check_steps(self.train.steps)
         require(
             self.train.batch_size % self.train.microbatches == 0,
             f"train.microbatches = {self.train.microbatches} does not divide "

@@ -90,11 +90,22 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     *sections, key = dotted.split(".")
+    node: Any = tree
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        node = _named(node, section, override) if isinstance(node, list) else node.setdefault(section, {})
+        if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {section!r} is not a section")
-    tree[key] = value
+    if isinstance(node, list):
+        raise UserError(f"override {override!r}: {sections[-1]!r} is a list of tables", "name one and its key")
+    node[key] = value
+
+
+def _named(tables: list[Any], name: str, override: str) -> dict[str, Any]:
+    """The table of a list, such as `[[data.mixture]]`, that has this name."""
+    by_name = {table.get("name"): table for table in tables if isinstance(table, dict)}
+    if name not in by_name:
+        raise UserError(f"override {override!r}: there is no {name!r}", did_you_mean(name, filter(None, by_name)))
+    return by_name[name]
 
 
 def _fill_in_mesh(tree: dict[str, Any]) -> None:
@@ -114,6 +125,12 @@ def _refuse_unknown(tree: Mapping[str, Any], cls: type, where: str, prefix: str)
                     f"{where}: {section!r} is a section, not a value", f"write [{section}] and its keys below"
                 )
             _refuse_unknown(value, typing.cast(type, hints[key]), where, f"{prefix}{key}.")
+        item = next(iter(typing.get_args(hints[key])), None)  # of a list of tables
+        if dataclasses.is_dataclass(item):
+            if not isinstance(value, list | tuple) or not all(isinstance(table, Mapping) for table in value):
+                raise UserError(f"{where}: {prefix + key!r} is a list of tables", f"write [[{prefix + key}]]")
+            for table in value:
+                _refuse_unknown(table, typing.cast(type, item), where, f"{prefix}{key}.")
 
 
 def _lists(value: Any) -> Any:

@@ -204,6 +204,30 @@ def _place(path: str) -> int:
     return 2 if _TESTS.search(path) else 1
 
 
+def joined(name: str, files: Sequence[tuple[str, str]]) -> tuple[str, tuple[tuple[int, str], ...]]:
+    """The text of a repository without its marks, and where which mark stands; `name` empty: it is left out."""
+    text, marks = name, [(0, "repository_name")] if name else []
+    parts, length = [text], len(text)
+    for path, content in files:
+        marks.append((length, "file_separator"))
+        parts.append(f"{path}\n{content}")
+        length += len(parts[-1])
+    return "".join(parts), tuple(marks)
+
+
+def taken_apart(text: str, marks: Sequence[tuple[int, str]]) -> tuple[str, list[tuple[str, str]]]:
+    """Name (empty: left out) and files of what `joined` made; a text that was cut short has fewer of them."""
+    ends = [place for place, _ in marks[1:]] + [len(text)]
+    name, files = "", []
+    for (place, mark), end in zip(marks, ends, strict=True):
+        if mark == "repository_name":
+            name = text[place:end]
+            continue
+        path, line_end, content = text[place:end].partition("\n")
+        files.append((path + line_end, content))
+    return name, files
+
+
 def rows_of_files(
     head: Sequence[int], files: Sequence[tuple[Sequence[int], Sequence[int]]], end: Sequence[int], limit: int
 ) -> list[np.ndarray]:

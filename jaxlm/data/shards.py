@@ -3,6 +3,7 @@
     CACHE/FINGERPRINT/meta.json                       what it is and how large each file must be
     CACHE/FINGERPRINT/{train,validation}/tokens.bin   uint16 or uint32 ids, one document after the other
     CACHE/FINGERPRINT/{train,validation}/offsets.npy  int64 [documents + 1], where each document begins
+    CACHE/FINGERPRINT/{train,validation}/names.txt    a line a document: its name and its language
 
 Every document begins with begin-of-text when the `tokenizer.json` puts one before a text, as Llama was trained, and
 ends with end-of-text when the tokenizer has one. The folder is built under another name, synced and
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -48,16 +50,36 @@ class Shard:
         tokens: uint16 or uint32 [N], memory-mapped.
         offsets: int64 [documents + 1], memory-mapped.
         text_bytes: UTF-8 bytes of the documents' texts.
+        folder: where it lies; None when it is in memory alone.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     text_bytes: int
+    folder: Path | None = None
 
     @property
     def documents(self) -> int:
         """How many documents."""
         return len(self.offsets) - 1
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Name and language of each document, as `NAME<tab>LANGUAGE`; empty for shards written before names were."""
+        path = self.folder / "names.txt" if self.folder else None
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path and path.is_file() else []
+
+    def name(self, document: int) -> str:
+        """Name of a document."""
+        return self.names[document].rpartition("\t")[0] if self.names else f"document {document}"
+
+    def language(self, document: int) -> str:
+        """Language of a document; empty where it is not known."""
+        return self.names[document].rpartition("\t")[2] if self.names else ""
+
+    def document_at(self, place: int) -> int:
+        """The document that holds this token."""
+        return int(np.searchsorted(self.offsets, place, side="right")) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +175,7 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
             side, document, parts = pending.popleft()
             size = len(document.text.encode())
             tokens = [np.asarray(begin, dtype), *(part.result() for part in parts), np.asarray(end, dtype)]
-            writers[side].add(tokens, size)
+            writers[side].add(tokens, size, f"{document.name}\t{document.language}")
             progress.advance(size)
 
         def encode(piece: str) -> np.ndarray:
@@ -190,6 +212,7 @@ class _Writer:
         self.counts = np.zeros(vocab_size, np.int64)
         self._folder, self._dtype = folder, dtype
         self._ends = [0]
+        self._names: list[str] = []
         self._text_bytes = 0
         self._sha = hashlib.sha256()
         self._file = (folder / "tokens.bin").open("wb")
@@ -205,9 +228,13 @@ class _Writer:
             with (self._folder / "offsets.npy").open("wb") as file:
                 np.save(file, np.asarray(self._ends, np.int64), allow_pickle=False)
                 _sync(file)
+            with (self._folder / "names.txt").open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+                file.writelines(f"{name}\n" for name in self._names)
+                _sync(file)
 
-    def add(self, parts: list[np.ndarray], text_bytes: int) -> None:
+    def add(self, parts: list[np.ndarray], text_bytes: int, name: str) -> None:
         """Append one document, given in parts."""
+        self._names.append(name.replace("\n", " ").replace("\r", " "))
         tokens = np.concatenate(parts)
         self._file.write(tokens.data)
         self._sha.update(tokens.data)
@@ -268,7 +295,7 @@ def _read_side(folder: Path, summary: dict[str, int], dtype: str) -> Shard:
     if np.any(np.diff(offsets) < 0):
         raise ValueError(f"{folder}: offsets do not rise")
     tokens = np.memmap(folder / "tokens.bin", dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
-    return Shard(tokens, offsets, summary["text_bytes"])
+    return Shard(tokens, offsets, summary["text_bytes"], folder)
 
 
 class Progress:

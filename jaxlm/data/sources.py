@@ -1,197 +1,35 @@
 """The corpus as a stream of documents in a fixed order, each on the training or on the validation side.
 
-A text file is one document; each row of `.jsonl`, `.jsonl.gz`, `.parquet` or a Hugging Face dataset is one. Sides are
-chosen by a hash of the file name (of the text, for a row, so that copies of a row never lie on both sides). A document
-that is the whole corpus is cut instead: its end is the validation part.
+What a document is, `readers` tells; or it is a whole repository (`data.unit`). Sides are chosen by a hash of the file
+name (of the text, for a row, so that copies of a row never lie on both sides). A document that is the whole corpus is
+cut instead: its end is the validation part.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
+import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import stat
+import subprocess
 import sysconfig
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jaxlm.config import Data
+from jaxlm.data import repository
+from jaxlm.data.readers import RECORDS, Document, File, Reading, Source
 from jaxlm.errors import UserError, did_you_mean
 
 Side = Literal["train", "validation"]
 
-RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
-"""Endings of files whose rows are documents."""
-MAX_LINE_BYTES = 64 << 20
-MAX_EXPANSION = 250
-"""How many times its size a compressed file may grow to; text reaches 20, a decompression bomb 1000."""
-
 _NOT_CORPUS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _NOT_STDLIB = _NOT_CORPUS | {"test", "tests", "idle_test", "encodings", "pydoc_data"}
-
-
-class File(NamedTuple):
-    """One file of the corpus as it was when the corpus was opened."""
-
-    name: str
-    path: Path
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-class Document(NamedTuple):
-    """A document: a name for messages, its text, and the key whose hash decides its side."""
-
-    name: str
-    text: str
-    key: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One `data.source`, opened: its files are listed and not yet read.
-
-    Attributes:
-        alone: the user named this very file, so that a bad one is an error; in a folder it is skipped.
-        skipped: name to reason of what was left out; grows while `documents` runs.
-    """
-
-    where: str
-    files: tuple[File, ...]
-    text_key: str
-    alone: bool = False
-    dataset: Any = None
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def identity(self) -> list[Any]:
-        """What must be equal for the content to be taken as unchanged, without reading it.
-
-        Names, sizes, and the times of the last change of content (mtime) and of the inode (ctime, which no program can
-        set back): a changed file is noticed, and 30 MB need not be read on every start. The price is that a copied or
-        touched corpus counts as new.
-        """
-        if self.dataset is not None:
-            return [self.where, len(self.dataset), self.dataset._fingerprint]
-        return [(file.name, file.size, file.mtime_ns, file.ctime_ns) for file in self.files]
-
-    def documents(self) -> Iterator[Document]:
-        """All documents with text, in the order of the files' names.
-
-        Raises:
-            UserError: a row is no JSON, has no `text_key`, or (when `alone`) the file is not UTF-8 text.
-        """
-        if self.dataset is not None:
-            yield from self._rows(self.where, enumerate(self.dataset[self.text_key], start=1))
-        for file in self.files:
-            if file.name.endswith(".parquet"):
-                yield from self._rows(file.name, self._parquet(file))
-            elif file.name.endswith(RECORDS):
-                yield from self._rows(file.name, self._jsonl(file))
-            elif text := self._text(file):
-                yield Document(file.name, text, file.name)
-
-    def _rows(self, name: str, rows: Iterator[tuple[int, Any]]) -> Iterator[Document]:
-        for row, text in rows:
-            if not isinstance(text, str):
-                raise UserError(f"{name}, row {row}: {self.text_key!r} is not text", "data.text_key names the field")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                self._refuse(f"{name}, row {row}", "has half a surrogate pair, which is not UTF-8")
-                continue
-            if text:
-                yield Document(f"{name}, row {row}", text, text)
-
-    def _text(self, file: File) -> str:
-        try:
-            with file.path.open("rb") as stream:
-                content = stream.read(8192)
-                if b"\0" not in content:
-                    content += stream.read()
-        except OSError as error:
-            self._refuse(file.name, f"cannot be read: {error.strerror}")
-            return ""
-        if b"\0" in content:
-            self._refuse(file.name, "is binary, not text")
-            return ""
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            self._refuse(file.name, f"is not UTF-8 (byte {error.start})")
-            return ""
-
-    def _jsonl(self, file: File) -> Iterator[tuple[int, Any]]:
-        zipped = file.name.endswith(".gz")
-        most = max(MAX_LINE_BYTES, MAX_EXPANSION * file.size)
-        read = 0
-        try:
-            with gzip.open(file.path) if zipped else file.path.open("rb") as lines:
-                row = 0
-                while line := lines.readline(MAX_LINE_BYTES + 1):
-                    row, read = row + 1, read + len(line)
-                    if len(line) > MAX_LINE_BYTES:
-                        raise UserError(f"{file.path}, row {row}: longer than {MAX_LINE_BYTES >> 20} MiB")
-                    if zipped and read > most:
-                        raise UserError(f"{file.path}: expands to more than {MAX_EXPANSION} times its size")
-                    try:
-                        text = line.decode("utf-8-sig" if row == 1 else "utf-8")
-                    except UnicodeDecodeError:
-                        self._refuse(f"{file.name}, row {row}", "is not UTF-8")
-                        continue
-                    if text.strip():
-                        yield row, self._field(file, row, text)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{file.path}: cannot be read: {error}") from None
-
-    def _field(self, file: File, row: int, line: str) -> Any:
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{file.path}, row {row}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{file.path}, row {row}: not a JSON object")
-        if self.text_key not in record:
-            raise UserError(
-                f"{file.path}, row {row}: no field {self.text_key!r} (data.text_key)",
-                did_you_mean(self.text_key, record),
-            )
-        return record[self.text_key]
-
-    def _parquet(self, file: File) -> Iterator[tuple[int, Any]]:
-        if importlib.util.find_spec("pyarrow") is None:
-            raise UserError(f"{file.path}: reading .parquet needs the package pyarrow", "pip install 'jaxlm[parquet]'")
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        try:
-            with parquet.ParquetFile(file.path, memory_map=True) as table:
-                names = table.schema_arrow.names
-                if self.text_key not in names:
-                    raise UserError(
-                        f"{file.path}: no column {self.text_key!r} (data.text_key)", did_you_mean(self.text_key, names)
-                    )
-                groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-                if sum(group.total_byte_size for group in groups) > max(MAX_LINE_BYTES, MAX_EXPANSION * file.size):
-                    raise UserError(f"{file.path}: expands to more than {MAX_EXPANSION} times its size")
-                row = 0
-                for batch in table.iter_batches(batch_size=256, columns=[self.text_key]):
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        yield row, text
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file.path}: cannot be read: {str(error).splitlines()[0]}") from None
-
-    def _refuse(self, name: str, reason: str) -> None:
-        if self.alone:
-            raise UserError(f"{self.where}: {name} {reason}" if name not in self.where else f"{self.where} {reason}")
-        self.skipped[name] = reason
 
 
 def open_source(where: str, data: Data) -> Source:
@@ -202,21 +40,40 @@ def open_source(where: str, data: Data) -> Source:
     Raises:
         UserError: there is no such thing, or it holds no file to read.
     """
+    value = data.curriculum.by if data.curriculum.by not in ("", "length", "compression", "loss") else ""
+    reading = Reading(data.text_key, data.template, data.row_files, data.languages, value)
     if where == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return Source(where, tuple(_walk(root, (".py",), _NOT_STDLIB)), data.text_key)
+        return Source(where, tuple(_walk(root, (".py",), _NOT_STDLIB)), reading)
     path = Path(where).expanduser()
     if path.is_dir():
-        files = tuple(_walk(path, data.extensions))
+        files = tuple(_tracked(path, data.extensions) if data.gitignore else _walk(path, data.extensions))
         if not files:
             endings = f" that ends in {', '.join(data.extensions)}" if data.extensions else ""
             raise UserError(
                 f"{where}: the folder has no file{endings}", "data.source and data.extensions choose the files"
             )
-        return Source(where, files, data.text_key)
+        return Source(where, files, reading)
     if path.is_file():
-        return Source(where, (_file(path.name, path, path.stat()),), data.text_key, alone=True)
-    return _hugging_face(where, data.text_key)
+        return Source(where, (_file(path.name, path, path.stat()),), reading, alone=True)
+    if glob.has_magic(where):
+        matched = sorted(Path(one) for one in glob.glob(str(path), recursive=True) if Path(one).is_file())
+        if not matched:
+            raise UserError(f"data.source = {where!r}: no file matches", "check the pattern")
+        return Source(where, tuple(_file(str(one), one, one.stat()) for one in matched), reading)
+    return _hugging_face(where, reading)
+
+
+def _tracked(root: Path, extensions: tuple[str, ...]) -> list[File]:
+    """The files of a git working tree, without those that `.gitignore` leaves out."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, check=True, timeout=600).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip() or str(error)
+        raise UserError(f"{root}: git cannot list it: {said.splitlines()[0]}", "data.gitignore = false") from None
+    names = {name for name in os.fsdecode(listed).split("\0") if name}
+    return [file for file in _walk(root, extensions, frozenset({"__pycache__"})) if file.name in names]
 
 
 def _walk(root: Path, extensions: tuple[str, ...], without: frozenset[str] = _NOT_CORPUS) -> list[File]:
@@ -242,7 +99,8 @@ def _file(name: str, path: Path, info: os.stat_result) -> File:
     return File(name, path, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
-def _hugging_face(where: str, text_key: str) -> Source:
+def _hugging_face(where: str, reading: Reading) -> Source:
+    text_key = reading.text_key
     missing = f"data.source = {where!r}: no such file or folder"
     name, _, subset = where.partition(":")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.endswith((".txt", ".md", ".py", *RECORDS)):
@@ -255,11 +113,11 @@ def _hugging_face(where: str, text_key: str) -> Source:
         dataset = datasets.load_dataset(name, subset or None, split="train")
     except Exception as error:  # whatever the network, the hub or the loading script raises
         raise UserError(f"{missing}, nor a Hugging Face dataset: {str(error).splitlines()[0]}") from error
-    if text_key not in dataset.column_names:
+    if not reading.template and text_key not in dataset.column_names:
         raise UserError(
             f"{where}: no column {text_key!r} (data.text_key)", did_you_mean(text_key, dataset.column_names)
         )
-    return Source(where, (), text_key, alone=True, dataset=dataset)
+    return Source(where, (), reading, alone=True, dataset=dataset)
 
 
 class Documents:
@@ -271,8 +129,9 @@ class Documents:
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        self._main = open_source(data.source, data)
-        self._held_out = open_source(data.validation_source, data) if data.validation_source else None
+        names = (data.source,) if isinstance(data.source, str) else data.source
+        self._main = [open_source(name, data) for name in names]
+        self._held_out = [open_source(data.validation_source, data)] if data.validation_source else []
 
     @property
     def size(self) -> int:
@@ -287,7 +146,10 @@ class Documents:
     def identity(self) -> str:
         """sha256 of the sources' identities and the options that choose and cut documents."""
         data = self._data
-        options = [data.text_key, data.validation_fraction, bool(data.validation_source), data.max_bytes]
+        options: list[Any] = [data.text_key, data.validation_fraction, bool(data.validation_source), data.max_bytes]
+        reading = self._main[0].reading._replace(text_key="text")
+        if reading != Reading() or data.unit != "document":
+            options += [*reading, data.unit, data.repository.without_name]
         content = json.dumps([options, *(source.identity() for source in self._sources)])
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -301,7 +163,7 @@ class Documents:
 
     @property
     def _sources(self) -> list[Source]:
-        return [self._main] + ([self._held_out] if self._held_out else [])
+        return [*self._main, *self._held_out]
 
     def _sides(self) -> Iterator[tuple[Side, Document]]:
         if self._held_out:
@@ -341,19 +203,45 @@ class Documents:
         if at < len(text):
             yield "validation", document._replace(text=text[at:])
 
-    def _capped(self, source: Source) -> Iterator[Document]:
+    def _capped(self, sources: Sequence[Source]) -> Iterator[Document]:
         left = self._data.max_bytes
-        for document in source.documents():
+        for document in self._documents(sources):
             if not self._data.max_bytes:
                 yield document
                 continue
             content = document.text.encode()
             text = content[:left].decode(errors="ignore")
             if text:
-                yield document._replace(text=text)
+                marks = tuple(mark for mark in document.marks if mark[0] <= len(text))
+                yield document._replace(text=text, marks=marks)
             left -= len(content)
             if left <= 0:
                 return
+
+    def _documents(self, sources: Sequence[Source]) -> Iterator[Document]:
+        for source in sources:
+            if self._data.unit == "repository":
+                yield from _repositories(source, self._data.repository.without_name)
+            else:
+                yield from source.documents()
+
+
+def _repositories(source: Source, without_name: float) -> Iterator[Document]:
+    """A document for each folder in a source, or for the whole source where it is a git working tree."""
+    own = Path(source.where).name or source.where
+    whole = (Path(source.where).expanduser() / ".git").exists() or not any("/" in file.name for file in source.files)
+
+    def folder(document: Document) -> str:
+        return own if whole or "/" not in document.name else document.name.split("/")[0]
+
+    for name, group in itertools.groupby(source.documents(), key=folder):
+        files = {document.name if whole else document.name.removeprefix(f"{name}/"): document for document in group}
+        order = repository.reading_order(repository.dependencies({path: one.text for path, one in files.items()}))
+        texts = [(path, files[path].text) for path in order]
+        languages = [one.language for one in files.values()]
+        named = _uniform(f"name of {name}") >= without_name
+        text, marks = repository.joined(name if named else "", texts)
+        yield Document(name, text, name, max(sorted(set(languages)), key=languages.count), marks)
 
 
 def pieces(text: str, size: int) -> Iterator[str]:

@@ -156,6 +156,23 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no token {name!r}", f"it has: {', '.join(self.specials) or 'none'}")
         return self.specials[name]
 
+    def id_of(self, *spellings: str) -> int | None:
+        """Id of the first of these spellings that is a special token; None when none is."""
+        ids = (self._inner.token_to_id(spelling) for spelling in spellings)
+        return next((token for token in ids if token in self._added), None)
+
+    def with_fim_marks(self) -> Tokenizer:
+        """This tokenizer with the three marks of fill-in-the-middle, and end of text, behind its vocabulary.
+
+        Those that it has keep their ids.
+        """
+        from tokenizers import Tokenizer as Inner
+
+        inner = Inner.from_str(self._inner.to_str())
+        names = ("eot", "fim_prefix", "fim_middle", "fim_suffix")
+        inner.add_special_tokens([_SPELLINGS[name][0] for name in names if name not in self.specials])
+        return Tokenizer(inner)
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of a text; `allow_special` (for prompts) turns the spelling of a special token into its id."""
         return self.encode_batch([text], allow_special=allow_special)[0]

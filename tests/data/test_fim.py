@@ -15,7 +15,7 @@ from jaxlm.data.packing import PackedRows
 from jaxlm.data.rows.compose import FilledRows
 from jaxlm.data.rows.local_encoding import PartsOfText, splits_before_words
 from jaxlm.data.shards import Shard
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.text.tokenizer import Tokenizer
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n\n\nclass Point:\n    def __init__(self, x):\n        self.x = x\n" * 3,
