@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jaxlm.cli.arguments import ConfigPath, Overrides
+from jaxlm.cli.arguments import ConfigPath, JsonFlag, Overrides
 from jaxlm.cli.show import show
 
 commands = typer.Typer()
@@ -48,9 +49,20 @@ def data_prepare(path: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @data_app.command("inspect")
-def data_inspect(path: ConfigPath, overrides: Overrides = None) -> None:
-    """Show the corpus of CONFIG and the first packed row of it."""
+def data_inspect(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 1,
+    step: Annotated[int, typer.Option(min=1, help="Of which step of the run.")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the corpus of CONFIG, the shares of its mixture, and the rows of any step of the run."""
     from jaxlm.config import toml
-    from jaxlm.data.pipeline import inspect_corpus
+    from jaxlm.data.rows.inspect import inspect_corpus
 
-    show(inspect_corpus(toml.load(path, overrides or ())))
+    report = inspect_corpus(toml.load(path, overrides or ()), step=step, rows=rows)
+    if as_json:
+        for row in report.rows:
+            print(json.dumps(row.as_dict()))
+    else:
+        show(report)

@@ -175,8 +175,6 @@ class Data:
         )
         for ending in self.row_files:
             require(ending in (".csv", ".tsv", ".json"), f"data.row_files: {ending!r} is not .csv, .tsv or .json")
-        for language in [*self.languages, *(one for part in self.mixture for one in part.languages)]:
-            require(language in LANGUAGES, f"data.languages: {language!r} is unknown", f"known: {', '.join(LANGUAGES)}")
         names = [one.name for one in self.mixture]
         for name in names:
             require(names.count(name) == 1, f"data.mixture: two corpora have the name {name!r}")

@@ -114,6 +114,11 @@ class Eval:
     """Batches of the held-out rows, always the same ones."""
     patience: NonNegativeInt = 0
     """Stop when the loss has not improved for this many validations; 0: never."""
+    watch: str = ""
+    """The loss that `patience` and the best checkpoint go by: a corpus of the mixture, a language, or `fim`; empty: the
+    loss over all."""
+    by_language: bool = False
+    """Measure the loss on the held-out documents of each language too."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

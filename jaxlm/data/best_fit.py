@@ -100,6 +100,7 @@ class BestFitRows:
         line_ends: for each token id, whether its text ends with a line end; None: cuts do not look for lines.
         draw: share of the pieces that are drawn, and get `slack` more tokens of room: fill-in-the-middle adds them.
         remember: keeps plans; see `Remember`.
+        documents: the only ones to take; None: all.
     """
 
     def __init__(
@@ -113,13 +114,14 @@ class BestFitRows:
         draw: float = 0.0,
         slack: int = 0,
         remember: Remember | None = None,
+        documents: np.ndarray | None = None,
     ) -> None:
         self.shard, self.seq_len, self.pad = shard, seq_len, pad
         self._seed, self._line_ends = seed, line_ends
         self._draw, self._slack = draw, slack if draw else 0
         self._remember = remember or (lambda name, make: make())
-        self._documents = np.flatnonzero(np.diff(shard.offsets))
-        self.tokens = int(shard.offsets[-1])
+        lengths = np.diff(shard.offsets)
+        self._documents = np.flatnonzero(lengths) if documents is None else documents[lengths[documents] > 0]
         self._plans: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         reference = self._remember(f"{self._name()}-reference", lambda: self._plan(None, 0.0))

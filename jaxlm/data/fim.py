@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.rows.local_encoding import Encoder, PartsOfText, splits_before_words
+from jaxlm.data.rows.local_encoding import PartsOfText, splits_before_words
+from jaxlm.text.tokenizer import Tokenizer
 
 SLACK = 8
 """Tokens that a piece grows by: three marks, an end of text, and what the cut words have more than the whole ones."""
@@ -63,9 +64,9 @@ def arrange(
     return [*out, *middle, marks.end], len(out)
 
 
-def prompt(encoder: Encoder, marks: Marks, prefix: str, suffix: str, *, spm: bool = False) -> list[int]:
+def prompt(tokenizer: Tokenizer, marks: Marks, prefix: str, suffix: str, *, spm: bool = False) -> list[int]:
     """Ids after which a model writes the text between `prefix` and `suffix`, up to end of text."""
-    parts = encoder.encode_batch([prefix, suffix])
+    parts = tokenizer.encode_batch([prefix, suffix])
     ids, answer = arrange(marks, parts[0], [], parts[1], spm=spm)
     return ids[:answer]
 
@@ -109,13 +110,15 @@ class FillIn:
         least: characters that a text must have.
     """
 
-    def __init__(self, encoder: Encoder, marks: Marks, *, spm_rate: float = 0.5, least: int = 16) -> None:
-        self._encoder, self.marks, self._spm_rate, self._least = encoder, marks, spm_rate, least
-        self._bytes = [encoder.token_bytes(i) for i in range(encoder.vocab_size)] if encoder.is_byte_level else None
+    def __init__(self, tokenizer: Tokenizer, marks: Marks, *, spm_rate: float = 0.5, least: int = 16) -> None:
+        self._tokenizer, self.marks, self._spm_rate, self._least = tokenizer, marks, spm_rate, least
+        self._bytes = (
+            [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if tokenizer.is_byte_level else None
+        )
         self._sizes = np.array([len(spelled) for spelled in self._bytes]) if self._bytes else None
-        self._local = splits_before_words(encoder)
-        anchor = encoder.encode_batch(["a"])[0]
-        self._anchor = anchor, len(encoder.decode(anchor))
+        self._local = splits_before_words(tokenizer)
+        anchor = tokenizer.encode_batch(["a"])[0]
+        self._anchor = anchor, len(tokenizer.decode(anchor))
 
     def fill_in(
         self, tokens: np.ndarray, random: np.random.Generator, spans: Spans, room: int, *, starts: bool = True
@@ -147,9 +150,9 @@ class FillIn:
         if self._bytes is not None:
             return b"".join([self._bytes[i] for i in tokens.tolist()]).decode(errors="replace")
         if starts:
-            return self._encoder.decode(tokens.tolist())
+            return self._tokenizer.decode(tokens.tolist())
         ids, length = self._anchor  # SentencePiece drops a space at the beginning of a text, and only there
-        return self._encoder.decode([*ids, *tokens.tolist()])[length:]
+        return self._tokenizer.decode([*ids, *tokens.tolist()])[length:]
 
     def _text(self, tokens: np.ndarray, starts: bool) -> tuple[int, str, int]:
         """Ids before the first whole character, the text, ids after the last whole character."""
@@ -174,6 +177,6 @@ class FillIn:
         """Ids of the text up to `first`, from there to `last`, and from `last` on."""
         whole = [text[:first], text[first:last], text[last:]]
         if not self._local or self._sizes is None:
-            return self._encoder.encode_batch(whole)
-        encoded = PartsOfText(tokens, text, self._sizes, self._encoder)
+            return self._tokenizer.encode_batch(whole)
+        encoded = PartsOfText(tokens, text, self._sizes, self._tokenizer)
         return [encoded.part(0, first), encoded.part(first, last), encoded.part(last, len(text))]

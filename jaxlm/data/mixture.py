@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from jaxlm.data.rows.shares import Share, Targets, from_row, targets
 
@@ -87,6 +87,11 @@ class Mixture:
         start, sources, _ = self._block(index, part, local - 1)
         had = np.bincount(sources[: local - start], minlength=self.sources)
         return part.base + _state(part.targets, start) + had
+
+    def wanted(self, row: int) -> Float64[np.ndarray, "s"]:
+        """Rows that each source should have had before `row`, to a fraction of a row."""
+        _, part = self._part(row - 1)
+        return part.base + part.targets.at(np.array([float(row - part.start)]))[0]
 
     def _part(self, row: int) -> tuple[int, _Part]:
         index = max(i for i, part in enumerate(self._parts) if part.start <= max(row, 0))

@@ -144,15 +144,25 @@ class PackedRows:
     Args:
         draw: share of the documents, and of the rows that begin within one, that are drawn.
         slack: tokens that a drawn piece may grow by.
+        documents: the only ones to take; None: all.
     """
 
     def __init__(
-        self, shard: Shard, seq_len: int, *, seed: int = 0, pad: int = 0, draw: float = 0.0, slack: int = 0
+        self,
+        shard: Shard,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        pad: int = 0,
+        draw: float = 0.0,
+        slack: int = 0,
+        documents: np.ndarray | None = None,
     ) -> None:
         self.shard, self.seq_len, self.seed, self.pad = shard, seq_len, seed, pad
         self._draw, self._slack = draw, slack if draw else 0
-        self._documents = np.flatnonzero(np.diff(shard.offsets))
-        self.tokens = int(shard.offsets[-1])
+        lengths = np.diff(shard.offsets)
+        self._documents = np.flatnonzero(lengths) if documents is None else documents[lengths[documents] > 0]
+        self.tokens = int(lengths[self._documents].sum())
         self._drawn = round(draw * len(self._documents))
         self._room = seq_len - self._slack
         self.rows_per_epoch = -(-(self.tokens + self._slack * self._drawn) // self._room)
@@ -212,7 +222,7 @@ class PackedRows:
         piece_start_BT = np.where(piece_BT > 0, epoch.ends[piece_BT - 1], 0)
         source_BT = epoch.begins[piece_BT] + place_BT - piece_start_BT
         target_BT = real_BT & (source_BT + 1 < epoch.stops[piece_BT])
-        next_BT = np.minimum(source_BT + 1, self.tokens - 1)
+        next_BT = np.minimum(source_BT + 1, len(self.shard.tokens) - 1)
         return Rows(
             tokens=np.where(real_BT, self.shard.tokens[source_BT], self.pad).astype(np.int32),
             targets=np.where(target_BT, self.shard.tokens[next_BT], self.pad).astype(np.int32),

@@ -1,31 +1,33 @@
-"""From `[data]` and `[tokenizer]` to batches: the corpus prepared, and grain iterators over its packed rows.
+"""From `[data]` and `[tokenizer]` to batches: the corpora prepared, and grain iterators over their rows.
 
-Batch b of the run is rows `b * B` to `(b + 1) * B` of `PackedRows`; each process makes those that its devices hold.
+Batch b of the run is rows `b * B` to `(b + 1) * B` of `rows.RunRows`; each process makes those that its devices hold.
 The global batch does not depend on the number of processes, and the iterator's state is the number of the next batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jaxlm.config import Config, Data
 from jaxlm.config import Tokenizer as TokenizerConfig
+from jaxlm.data.fim import SLACK
 from jaxlm.data.packing import PackedRows
-from jaxlm.data.shards import Shard, Shards, exclusive, open_shards
+from jaxlm.data.rows.build import run_rows
+from jaxlm.data.rows.compose import FilledRows, RunRows
+from jaxlm.data.shards import Part, Shard, exclusive, joined, open_shards
 from jaxlm.data.sources import Documents, describe_skipped, pieces
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer, check_fits
-
-if TYPE_CHECKING:
-    import grain
 
 Batch = dict[str, np.ndarray]
 """`tokens, targets, positions, segments` int32 and `weights` float32, each [B, T]; see `packing.Rows`."""
@@ -53,6 +55,7 @@ class Corpus:
     """A prepared corpus: all that a run needs of its data.
 
     Attributes:
+        parts: the corpora of a mixture, or the only one.
         fingerprint: sha256 (hex) of all tokens; a run that resumes with another one does not see the same data.
         unigram_entropy: nats a token, the loss of a model that knows only how frequent each token is; NaN without
             validation tokens.
@@ -62,19 +65,28 @@ class Corpus:
 
     source: str
     tokenizer: Tokenizer
-    train: Shard
-    validation: Shard
+    parts: tuple[Part, ...]
     fingerprint: str
     unigram_entropy: float
     skipped: dict[str, str]
     folder: Path
     reused: bool
 
+    @functools.cached_property
+    def train(self) -> Shard:
+        """The training side; of a mixture, a copy of all of it in memory."""
+        return joined([part.shards.train for part in self.parts])
+
+    @functools.cached_property
+    def validation(self) -> Shard:
+        """The validation side; of a mixture, a copy of all of it in memory."""
+        return joined([part.shards.validation for part in self.parts])
+
     @property
     def statistics(self) -> dict[str, Statistics]:
         """Figures of `train` and `validation`."""
-        sides = {"train": self.train, "validation": self.validation}
-        return {side: Statistics(s.documents, len(s.tokens), s.text_bytes) for side, s in sides.items()}
+        sides = {side: [getattr(part.shards, side) for part in self.parts] for side in ("train", "validation")}
+        return {side: statistics(shards) for side, shards in sides.items()}
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -93,33 +105,10 @@ class Corpus:
         return Group(Text(f"corpus {self.source}", style="bold"), table, Text("\n".join(lines)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `jaxlm data inspect` shows: a corpus, its rows and the beginning of one."""
-
-    corpus: Corpus
-    seq_len: int
-    rows_per_epoch: int
-    document_tokens: dict[str, int]
-    row: Batch
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        sizes = ", ".join(f"{name} {value:,}" for name, value in self.document_tokens.items())
-        first = {name: array[0] for name, array in self.row.items()}
-        shown = Text()
-        for segment in range(1, int(first["segments"].max()) + 1):
-            ids = first["tokens"][first["segments"] == segment]
-            shown.append(f"[segment {segment}, {len(ids)} tokens]\n", style="bold")
-            shown.append(self.corpus.tokenizer.decode(ids.tolist()) + "\n")
-        return Group(
-            self.corpus,
-            f"tokens of a training document: {sizes}",
-            f"{self.rows_per_epoch:,} rows of {self.seq_len} tokens an epoch; the first row:",
-            shown,
-        )
+def statistics(shards: Sequence[Shard]) -> Statistics:
+    """Figures of several shards together."""
+    counts = [(shard.documents, len(shard.tokens), shard.text_bytes) for shard in shards]
+    return Statistics(*(sum(column) for column in zip(*counts, strict=True)))
 
 
 def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -129,34 +118,28 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
         UserError: the corpus or the tokenizer is missing, bad or empty, the tokenizer does not fit `model.vocab_size`,
             or the disk is full.
     """
-    documents = Documents(config.data)
-    tokenizer = tokenizer or _make_tokenizer(config, documents)
+    corpora = _corpora(config.data)
+    tokenizer = tokenizer or _make_tokenizer(config, corpora)
     if config.model.vocab_size:
         check_fits(tokenizer, config.model.vocab_size)
-    shards = open_shards(documents, tokenizer, config.data.cache_dir, config.data.workers)
-    if shards.skipped and not shards.reused and config.data.source != "stdlib":
-        print(f"{config.data.source}: {describe_skipped(shards.skipped)}", file=sys.stderr)
-    return _corpus(config, tokenizer, shards)
+    data = config.data
+    options: Any = {"row_limit": data.seq_len - (4 * SLACK if data.fim.rate else 0)}
+    options["with_names"] = bool(data.languages or data.mixture or data.fim.rate or config.eval.by_language)
+    parts = []
+    for name, documents in corpora:
+        shards = open_shards(documents, tokenizer, data.cache_dir, data.workers, **options)
+        if shards.skipped and not shards.reused and "stdlib" not in documents.where:
+            print(f"{', '.join(documents.where)}: {describe_skipped(shards.skipped)}", file=sys.stderr)
+        parts.append(Part(name, shards))
+    return _corpus(tokenizer, parts, [", ".join(documents.where) for _, documents in corpora])
 
 
 def train_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that `[tokenizer]` describes, trained on the training documents if it is of kind `bpe`."""
-    return _make_tokenizer(config, Documents(config.data))
+    """The tokenizer that `[tokenizer]` describes, trained on the training documents if it is of kind `bpe`.
 
-
-def inspect_corpus(config: Config) -> Report:
-    """Prepare a corpus and describe it."""
-    corpus = prepare(config)
-    rows = PackedRows(corpus.train, config.data.seq_len, seed=config.seed, pad=corpus.tokenizer.pad)
-    lengths = np.diff(corpus.train.offsets)
-    quantiles = {"shortest": 0.0, "median": 0.5, "longest": 1.0}
-    return Report(
-        corpus=corpus,
-        seq_len=config.data.seq_len,
-        rows_per_epoch=rows.rows_per_epoch,
-        document_tokens={name: int(np.quantile(lengths, q)) for name, q in quantiles.items()},
-        row=rows[np.arange(1)]._asdict(),
-    )
+    Of a mixture, each corpus gives as much text as its first weight says.
+    """
+    return _make_tokenizer(config, _corpora(config.data))
 
 
 def make_train_iterator(
@@ -166,18 +149,12 @@ def make_train_iterator(
     batch_size: int,
     seed: int,
     rows: np.ndarray | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> TrainBatches:
     """An endless iterator over these `rows` (of 0 to B - 1; None: all) of each batch, made ahead by a thread.
 
     Its `get_state()` is a small dict for JSON; `set_state()` continues with the very next batch.
     """
-    import grain
-
-    packed = PackedRows(corpus.train, data.seq_len, seed=seed, pad=corpus.tokenizer.pad)
-    share = np.arange(batch_size) if rows is None else rows
-    batches = grain.MapDataset.source(_Batches(packed, batch_size, share))
-    # One thread keeps the order of work simple and is far faster than a step; more would only contend for the lock.
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)))
+    return TrainBatches(data, corpus, batch_size, seed, np.arange(batch_size) if rows is None else rows)
 
 
 def make_validation_batches(
@@ -193,61 +170,171 @@ def make_validation_batches(
     `max_batches` (0: all) takes the first ones, a fair sample: the rows are shuffled once, with a fixed seed.
     """
     packed = PackedRows(corpus.validation, data.seq_len, seed=_VALIDATION_SEED, pad=corpus.tokenizer.pad)
+    return validation_batches(packed, batch_size=batch_size, max_batches=max_batches, rows=rows)
+
+
+def validation_batches(
+    packed: PackedRows | FilledRows, *, batch_size: int, max_batches: int = 0, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """These `rows` of the batches of one epoch of packed rows; see `make_validation_batches`."""
     share = np.arange(batch_size) if rows is None else rows
     count = -(-packed.rows_per_epoch // batch_size)
     for batch in range(min(count, max_batches or count)):
         yield packed.first_epoch(batch * batch_size + share)._asdict()
 
 
+class TrainBatches:
+    """The batches of a run. Its state is the number of the next batch, and the shares of a mixture up to it.
+
+    Attributes:
+        count: batches until every corpus of a mixture has been read as often as it may be; infinite otherwise.
+    """
+
+    def __init__(self, data: Data, corpus: Corpus, batch_size: int, seed: int, share: np.ndarray) -> None:
+        self._data, self._corpus, self._batch_size, self._seed, self._share = data, corpus, batch_size, seed, share
+        self._delivered = np.zeros(len(corpus.parts))
+        self._open([])
+
+    def _open(self, history: Sequence[Any]) -> None:
+        import grain
+
+        options: Any = {"batch_size": self._batch_size, "seed": self._seed, "history": history}
+        self.rows, self._history = run_rows(self._data, self._corpus.parts, self._corpus.tokenizer, **options)
+        end = self.rows.mixture.end if self.rows.mixture else math.inf
+        self.count = end if math.isinf(end) else int(end) // self._batch_size
+        batches = grain.MapDataset.source(_Batches(self.rows, self._batch_size, self._share))
+        # One thread keeps the order of work simple and is far faster than a step; more would contend for a lock.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._data.prefetch)
+        self._iterator = iter(batches.to_iter_dataset(options))
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        source_B = batch.pop("source", None)
+        if source_B is not None:
+            tokens_B = batch["weights"].sum(axis=1, dtype=np.float64)
+            self._delivered += np.bincount(source_B, weights=tokens_B, minlength=len(self._delivered))
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the next batch, and for a mixture the shares up to it."""
+        return {**self._iterator.get_state(), **({"mixture": self._history} if self._history else {})}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on with the batch of a state. Shares that were changed since hold from there on."""
+        own = {key: value for key, value in state.items() if key != "mixture"}
+        history = [tuple(entry) for entry in state.get("mixture", [])]
+        if history:
+            wanted = self._history[-1][1]
+            if json.loads(json.dumps(wanted)) != json.loads(json.dumps(history[-1][1])):
+                history.append((own["next_index"] * self._batch_size, wanted))
+            self._open(history)
+        self._iterator.set_state(own)
+
+    def delivered(self) -> dict[str, float]:
+        """Tokens that carry loss by corpus, in this process since the last call; empty without a mixture."""
+        if not self.rows.mixture:
+            return {}
+        tokens, self._delivered = self._delivered, np.zeros_like(self._delivered)
+        return {part.name: float(count) for part, count in zip(self._corpus.parts, tokens, strict=True)}
+
+
 class _Batches:
     """The rows of one process of all batches, as a source that grain reads at random."""
 
-    def __init__(self, rows: PackedRows, batch_size: int, share: np.ndarray) -> None:
+    def __init__(self, rows: RunRows, batch_size: int, share: np.ndarray) -> None:
         self._rows, self._batch_size, self._share = rows, batch_size, share
 
     def __len__(self) -> int:
         return 2**62 // self._batch_size  # endless: the row index stays within int64
 
     def __getitem__(self, index: Any) -> Any:  # the types of grain's RandomAccessDataSource
-        return self._rows[int(index) * self._batch_size + self._share]._asdict()
+        numbers = int(index) * self._batch_size + self._share
+        mixture = self._rows.mixture
+        if mixture is None:
+            return self._rows[numbers]._asdict()
+        numbers = np.minimum(numbers, int(min(mixture.end, 2**62)) - 1)  # read ahead beyond the end, and never used
+        return {**self._rows[numbers]._asdict(), "source": self._rows.place(numbers)[0]}
 
     def __repr__(self) -> str:
-        return "PackedRows"
+        return "RunRows"
 
 
-def _corpus(config: Config, tokenizer: Tokenizer, shards: Shards) -> Corpus:
+def _corpora(data: Data) -> list[tuple[str, Documents]]:
+    """The corpora of a mixture by name; without one, the only corpus, under the empty name."""
+    if not data.mixture:
+        return [("", Documents(data))]
+    plain = dataclasses.replace(data, mixture=(), stop_with="", curriculum=dataclasses.replace(data.curriculum))
+    return [
+        (
+            one.name,
+            Documents(
+                dataclasses.replace(
+                    plain,
+                    source=one.source,
+                    languages=one.languages,
+                    extensions=one.extensions or data.extensions,
+                    text_key=one.text_key or data.text_key,
+                )
+            ),
+        )
+        for one in data.mixture
+    ]
+
+
+def _corpus(tokenizer: Tokenizer, parts: Sequence[Part], names: Sequence[str]) -> Corpus:
+    """Of a mixture, the unigram baseline knows from which corpus a token is."""
+    shards = [part.shards for part in parts]
+    fingerprint, entropy = shards[0].fingerprint, shards[0].unigram_entropy
+    if parts[0].name:
+        marked = "".join(f"{part.name} {part.shards.fingerprint} " for part in parts)
+        fingerprint = hashlib.sha256(marked.encode()).hexdigest()
+        counts = np.array([len(one.validation.tokens) for one in shards])
+        entropies = np.array([one.unigram_entropy for one in shards])
+        entropy = float(np.average(entropies[counts > 0], weights=counts[counts > 0])) if counts.any() else math.nan
     return Corpus(
-        source=config.data.source,
+        source="; ".join(names),
         tokenizer=tokenizer,
-        train=shards.train,
-        validation=shards.validation,
-        fingerprint=shards.fingerprint,
-        unigram_entropy=shards.unigram_entropy,
-        skipped=shards.skipped,
-        folder=shards.folder,
-        reused=shards.reused,
+        parts=tuple(parts),
+        fingerprint=fingerprint,
+        unigram_entropy=entropy,
+        skipped={name: reason for one in shards for name, reason in one.skipped.items()},
+        folder=shards[0].folder,
+        reused=all(one.reused for one in shards),
     )
 
 
-def _make_tokenizer(config: Config, documents: Documents) -> Tokenizer:
+def _make_tokenizer(config: Config, corpora: Sequence[tuple[str, Documents]]) -> Tokenizer:
     options = config.tokenizer
     if options.kind == "bytes":
         return Tokenizer.bytes_level(specials=options.specials)
     if options.kind == "file":
         if not options.path:
             raise UserError("tokenizer.kind = 'file' needs tokenizer.path", "name a tokenizer.json")
-        return Tokenizer.from_file(options.path)
-    return _trained(options, documents, Path(config.data.cache_dir))
+        read = Tokenizer.from_file(options.path)
+        return read.with_fim_marks() if options.fim_marks else read
+    weights = [one.weight_at(0) for one in config.data.mixture] or [1.0]
+    return _trained(options, [documents for _, documents in corpora], weights, Path(config.data.cache_dir))
 
 
-def _trained(options: TokenizerConfig, documents: Documents, cache_dir: Path) -> Tokenizer:
-    recipe = f"{documents.identity()} {options.vocab_size} {options.specials} {options.train_bytes}"
+def _trained(
+    options: TokenizerConfig, corpora: Sequence[Documents], weights: Sequence[float], cache_dir: Path
+) -> Tokenizer:
+    recipe = f"{corpora[0].identity()} {options.vocab_size} {options.specials} {options.train_bytes}"
+    if len(corpora) > 1:
+        recipe += "".join(
+            f" {documents.identity()} {weight}" for documents, weight in zip(corpora, weights, strict=True)
+        )
     path = cache_dir / f"tokenizer-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.json"
     if tokenizer := _cached(path):
         return tokenizer
     with exclusive(path):
         if not (tokenizer := _cached(path)):
-            sample = _sample(documents, options.train_bytes)
+            shares = [round(options.train_bytes * weight / sum(weights)) for weight in weights]
+            samples = [_sample(one, share) for one, share in zip(corpora, shares, strict=True) if share]
+            sample = [piece for pieces_of_one in samples for piece in pieces_of_one]
             tokenizer = Tokenizer.train(sample, options.vocab_size, specials=options.specials)
             tokenizer.save(path)
         return tokenizer

@@ -16,8 +16,12 @@ import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer
 
 _C = re.compile(r'^[ \t]*#[ \t]*(?:include|import)[ \t]*[<"]([^>"\n]+)[>"]', re.M)
 _SCRIPT = re.compile(r"""(?:\bfrom\s*|\bimport\s*\(?\s*|\brequire\s*\(\s*)["'](\.{1,2}/[^"'\n]*|\.{1,2})["']""")
@@ -31,6 +35,27 @@ _TESTS = re.compile(r"(^|/)(tests?|testing|spec|__tests__)/|(^|/)test_[^/]*$|_te
 
 Resolve = Callable[[str, str, "Paths"], Iterable[str]]
 """Path, text, all paths: the paths that the text imports, those that do not exist among them."""
+
+
+class Marks(NamedTuple):
+    """Ids of the marks before the name of the repository, and before the path of each file."""
+
+    name: int
+    file: int
+
+
+def marks_of(tokenizer: Tokenizer) -> Marks:
+    """The marks of a tokenizer; one that was made here has them among its reserved tokens.
+
+    Raises:
+        UserError: it has none.
+    """
+    name = tokenizer.id_of("<|repo_name|>", "<repo_name>", "<reponame>", "<|reserved_1|>")
+    file = tokenizer.id_of("<|file_sep|>", "<file_sep>", "<|reserved_0|>")
+    if name is None or file is None:
+        hint = "tokenizer.kind = 'bpe' with tokenizer.specials, or a tokenizer with <|repo_name|> and <|file_sep|>"
+        raise UserError("data.unit = 'repository': the tokenizer has no marks for names and files", hint)
+    return Marks(name, file)
 
 
 class Paths:
@@ -226,6 +251,23 @@ def taken_apart(text: str, marks: Sequence[tuple[int, str]]) -> tuple[str, list[
         path, line_end, content = text[place:end].partition("\n")
         files.append((path + line_end, content))
     return name, files
+
+
+def encode(
+    tokenizer: Tokenizer,
+    text: str,
+    marks: Sequence[tuple[int, str]],
+    begin: Sequence[int],
+    end: Sequence[int],
+    limit: int,
+) -> list[np.ndarray]:
+    """Ids of the documents of at most `limit` ids that a repository is cut into, each from `begin` to `end`."""
+    ids = marks_of(tokenizer)
+    name, files = taken_apart(text, marks)
+    head = [*begin, *([ids.name, *tokenizer.encode(name)] if name else [])]
+    texts = tokenizer.encode_batch([part for file in files for part in file])
+    pairs = [([ids.file, *path], content) for path, content in zip(texts[::2], texts[1::2], strict=True)]
+    return rows_of_files(head, pairs, end, limit)
 
 
 def rows_of_files(

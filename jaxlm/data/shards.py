@@ -4,6 +4,7 @@
     CACHE/FINGERPRINT/{train,validation}/tokens.bin   uint16 or uint32 ids, one document after the other
     CACHE/FINGERPRINT/{train,validation}/offsets.npy  int64 [documents + 1], where each document begins
     CACHE/FINGERPRINT/{train,validation}/names.txt    a line a document: its name and its language
+    CACHE/FINGERPRINT/{train,validation}/values.npy   float64 [documents], where a curriculum goes by a field
 
 Every document begins with begin-of-text when the `tokenizer.json` puts one before a text, as Llama was trained, and
 ends with end-of-text when the tokenizer has one. The folder is built under another name, synced and
@@ -19,19 +20,22 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 
-from jaxlm.data.sources import Document, Documents, Side, pieces
+from jaxlm.data import repository
+from jaxlm.data.readers import Document
+from jaxlm.data.sources import Documents, Side, pieces
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -63,11 +67,22 @@ class Shard:
         """How many documents."""
         return len(self.offsets) - 1
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that are the target of another one: all but the first of each document."""
+        return len(self.tokens) - int(np.count_nonzero(np.diff(self.offsets)))
+
     @functools.cached_property
     def names(self) -> list[str]:
         """Name and language of each document, as `NAME<tab>LANGUAGE`; empty for shards written before names were."""
         path = self.folder / "names.txt" if self.folder else None
         return path.read_text(encoding="utf-8").split("\n")[:-1] if path and path.is_file() else []
+
+    @property
+    def values(self) -> np.ndarray | None:
+        """The number that each document has in the field of a curriculum; None when it was read without one."""
+        path = self.folder / "values.npy" if self.folder else None
+        return np.load(path, allow_pickle=False) if path and path.is_file() else None
 
     def name(self, document: int) -> str:
         """Name of a document."""
@@ -104,10 +119,39 @@ class Shards:
     reused: bool
 
 
-def open_shards(documents: Documents, tokenizer: Tokenizer, cache_dir: str | Path, workers: int = 0) -> Shards:
+def joined(shards: Sequence[Shard]) -> Shard:
+    """Several shards as one, in memory; one alone as it is."""
+    if len(shards) == 1:
+        return shards[0]
+    starts = np.cumsum([0, *(len(shard.tokens) for shard in shards[:-1])])
+    offsets = [np.asarray(shard.offsets[:-1]) + start for shard, start in zip(shards, starts, strict=True)]
+    tokens = np.concatenate([shard.tokens for shard in shards])
+    return Shard(tokens, np.append(np.concatenate(offsets), len(tokens)), sum(shard.text_bytes for shard in shards))
+
+
+class Part(NamedTuple):
+    """One corpus of a run; its name is empty when it is the only one."""
+
+    name: str
+    shards: Shards
+
+
+def open_shards(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    workers: int = 0,
+    *,
+    row_limit: int = 0,
+    with_names: bool = False,
+) -> Shards:
     """Shards of this corpus and tokenizer, from the cache or built now by `workers` threads (0: one a core).
 
     The `tokenizers` library works outside the interpreter lock: threads are as parallel as processes and start at once.
+
+    Args:
+        row_limit: most tokens of a document that is a part of a repository.
+        with_names: build shards again that were written before documents had names.
 
     Raises:
         UserError: the disk is full or not writable, or the corpus is bad (see `Documents`).
@@ -115,12 +159,15 @@ def open_shards(documents: Documents, tokenizer: Tokenizer, cache_dir: str | Pat
     identity = f"{FORMAT} {documents.identity()} {tokenizer.fingerprint()}"
     if tokenizer.bos is not None or not tokenizer.cuts_at_lines:  # earlier shards have no begin, and more spaces
         identity += " 2"
+    if documents.marked:
+        identity += f" {row_limit}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     folder = Path(cache_dir) / key
-    if shards := _read(folder, reused=True):
+    if (shards := _read(folder, reused=True)) and (shards.train.names or not with_names):
         return shards
     with exclusive(folder):
-        if shards := _read(folder, reused=True):  # another process built it while this one waited
+        shards = _read(folder, reused=True)
+        if shards and (shards.train.names or not with_names):  # another process built it while this one waited
             return shards
         unfinished = folder.with_suffix(".tmp")
         shutil.rmtree(
@@ -128,7 +175,7 @@ def open_shards(documents: Documents, tokenizer: Tokenizer, cache_dir: str | Pat
         )  # of a process that was killed: the lock says that none is at work
         shutil.rmtree(folder, ignore_errors=True)  # damaged
         try:
-            _build(unfinished, documents, tokenizer, workers or os.cpu_count() or 1)
+            _build(unfinished, documents, tokenizer, workers or os.cpu_count() or 1, row_limit)
             unfinished.rename(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -160,7 +207,7 @@ def exclusive(target: Path) -> Iterator[None]:
         raise
 
 
-def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: int) -> None:
+def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: int, row_limit: int) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     begin, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eot))
     piece_chars = PIECE_CHARS if tokenizer.cuts_at_lines else sys.maxsize
@@ -169,21 +216,36 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
         progress = stack.enter_context(Progress("tokenising", documents.size))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         stack.callback(pool.shutdown, cancel_futures=True)
-        pending: deque[tuple[Side, Document, list[Future[np.ndarray]]]] = deque()
+        pending: deque[tuple[Side, Document, list[Future[list[np.ndarray]]]]] = deque()
 
         def write_first() -> None:
             side, document, parts = pending.popleft()
             size = len(document.text.encode())
-            tokens = [np.asarray(begin, dtype), *(part.result() for part in parts), np.asarray(end, dtype)]
-            writers[side].add(tokens, size, f"{document.name}\t{document.language}")
+            tokens = [array for part in parts for array in part.result()]
+            name = f"{document.name}\t{document.language}"
+            if document.marks:  # a repository: each part is a document, which fits into a row
+                for number, part in enumerate(tokens):
+                    writers[side].add([part], size if number == 0 else 0, name, document.value)
+            else:
+                edges = np.asarray(begin, dtype), np.asarray(end, dtype)
+                writers[side].add([edges[0], *tokens, edges[1]], size, name, document.value)
             progress.advance(size)
 
-        def encode(piece: str) -> np.ndarray:
-            return np.asarray(tokenizer.encode(piece), dtype)
+        def encode(piece: str) -> list[np.ndarray]:
+            return [np.asarray(tokenizer.encode(piece), dtype)]
+
+        def encode_repository(document: Document) -> list[np.ndarray]:
+            rows = repository.encode(tokenizer, document.text, document.marks, begin, end, row_limit or sys.maxsize)
+            return [row.astype(dtype) for row in rows]
 
         queued = 0
         for side, document in documents:
-            pending.append((side, document, [pool.submit(encode, part) for part in pieces(document.text, piece_chars)]))
+            jobs = (
+                [pool.submit(encode_repository, document)]
+                if document.marks
+                else [pool.submit(encode, part) for part in pieces(document.text, piece_chars)]
+            )
+            pending.append((side, document, jobs))
             queued += len(document.text)
             while pending and (len(pending) > 64 * workers or queued > 16 * workers * PIECE_CHARS):
                 queued -= len(pending[0][1].text)
@@ -213,6 +275,7 @@ class _Writer:
         self._folder, self._dtype = folder, dtype
         self._ends = [0]
         self._names: list[str] = []
+        self._values: list[float] = []
         self._text_bytes = 0
         self._sha = hashlib.sha256()
         self._file = (folder / "tokens.bin").open("wb")
@@ -231,9 +294,14 @@ class _Writer:
             with (self._folder / "names.txt").open("w", encoding="utf-8", errors="replace", newline="\n") as file:
                 file.writelines(f"{name}\n" for name in self._names)
                 _sync(file)
+            if not all(math.isnan(value) for value in self._values):
+                with (self._folder / "values.npy").open("wb") as file:
+                    np.save(file, np.asarray(self._values), allow_pickle=False)
+                    _sync(file)
 
-    def add(self, parts: list[np.ndarray], text_bytes: int, name: str) -> None:
+    def add(self, parts: list[np.ndarray], text_bytes: int, name: str, value: float) -> None:
         """Append one document, given in parts."""
+        self._values.append(value)
         self._names.append(name.replace("\n", " ").replace("\r", " "))
         tokens = np.concatenate(parts)
         self._file.write(tokens.data)

@@ -25,6 +25,7 @@ from jaxlm.config import Data
 from jaxlm.data import repository
 from jaxlm.data.readers import RECORDS, Document, File, Reading, Source
 from jaxlm.errors import UserError, did_you_mean
+from jaxlm.text.languages import LANGUAGES
 
 Side = Literal["train", "validation"]
 
@@ -40,6 +41,9 @@ def open_source(where: str, data: Data) -> Source:
     Raises:
         UserError: there is no such thing, or it holds no file to read.
     """
+    for spoken in data.languages:
+        if spoken not in LANGUAGES:
+            raise UserError(f"data.languages: {spoken!r} is unknown", did_you_mean(spoken, LANGUAGES))
     value = data.curriculum.by if data.curriculum.by not in ("", "length", "compression", "loss") else ""
     reading = Reading(data.text_key, data.template, data.row_files, data.languages, value)
     if where == "stdlib":
@@ -130,6 +134,7 @@ class Documents:
     def __init__(self, data: Data) -> None:
         self._data = data
         names = (data.source,) if isinstance(data.source, str) else data.source
+        self.where = names
         self._main = [open_source(name, data) for name in names]
         self._held_out = [open_source(data.validation_source, data)] if data.validation_source else []
 
@@ -142,6 +147,11 @@ class Documents:
     def skipped(self) -> dict[str, str]:
         """Name to reason of what was left out so far."""
         return {name: reason for source in self._sources for name, reason in source.skipped.items()}
+
+    @property
+    def marked(self) -> bool:
+        """Whether special tokens stand within the documents."""
+        return self._data.unit == "repository"
 
     def identity(self) -> str:
         """sha256 of the sources' identities and the options that choose and cut documents."""

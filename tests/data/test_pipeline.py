@@ -12,7 +12,8 @@ from rich.console import Console
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.data import pipeline
-from jaxlm.data.pipeline import inspect_corpus, make_train_iterator, make_validation_batches, prepare
+from jaxlm.data.pipeline import make_train_iterator, make_validation_batches, prepare
+from jaxlm.data.rows.inspect import inspect_corpus
 from jaxlm.data.sources import Documents
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer

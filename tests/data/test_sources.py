@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import Data
-from jaxlm.data import sources
+from jaxlm.data import readers, sources
 from jaxlm.data.sources import Documents, describe_skipped, open_source, pieces
 from jaxlm.errors import UserError
 
@@ -166,7 +166,7 @@ def test_damaged_and_exploding_archives(tmp_path, monkeypatch):
     (tmp_path / "not.jsonl.gz").write_bytes(b"plain")
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path / "not.jsonl.gz")
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100_000))
     with pytest.raises(UserError, match="expands to more than"):
         read(tmp_path / "bomb.jsonl.gz")

@@ -57,7 +57,7 @@ class FilledRows:
     """Rows of which the drawn pieces are turned into fill-in-the-middle, by a generator of (seed, epoch, row, piece).
 
     Args:
-        rows: packed with `slack` for the drawn pieces.
+        rows: packed with room for `slack` more tokens in each drawn piece.
         spans_of: how to choose a middle in a piece that begins at this place of the shard.
         middles_only: learn nothing but middles, and the end of text after them.
         whole_only: transform no piece that is a part of a document.
@@ -72,6 +72,7 @@ class FilledRows:
         spans_of: Callable[[int], Spans],
         *,
         seed: int,
+        slack: int = SLACK,
         begin_of_text: int | None = None,
         middles_only: bool = False,
         whole_only: bool = False,
@@ -86,7 +87,7 @@ class FilledRows:
         )
         self._rows, self._fill_in, self._spans_of, self._seed = rows, fill_in, spans_of, seed
         self._bos, self._separator, self._file_rate = begin_of_text, separator, file_rate
-        self._middles_only, self._whole_only = middles_only, whole_only
+        self._middles_only, self._whole_only, self._slack = middles_only, whole_only, slack
 
     def __getitem__(self, index: np.ndarray) -> Rows:
         """The rows with these indices [B], counted through all epochs."""
@@ -113,7 +114,7 @@ class FilledRows:
             if drawn:
                 waiting -= 1
                 random = np.random.default_rng([self._seed, epoch, row, number])
-                made = self._transform(tokens, begin, end == stop, random, free - waiting * SLACK)
+                made = self._transform(tokens, begin, end == stop, random, free - waiting * self._slack)
             if made is None:
                 after = int(self.shard.tokens[end]) if end < stop else -1
                 made = Made(tokens, after, np.full(len(tokens), not self._middles_only), begin)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from jaxlm.text.tokenizer import Tokenizer
 
 _SAFE = re.compile(r" [A-Za-z]")
 _KNOWN = (  # rules of words of which none goes on from any character to a space that a letter follows
@@ -26,25 +26,11 @@ _KNOWN = (  # rules of words of which none goes on from any character to a space
 )
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    @property
-    def is_byte_level(self) -> bool: ...
-    @property
-    def vocab_size(self) -> int: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def token_bytes(self, token: int) -> bytes: ...
-    def to_json(self) -> str: ...
-
-
 class PartsOfText:
     """Encodes parts of a text by its ids, with only the words around the cuts encoded again."""
 
-    def __init__(self, tokens: np.ndarray, text: str, sizes: np.ndarray, encoder: Encoder) -> None:
-        self._tokens, self._text, self._sizes, self._encoder = tokens, text, sizes, encoder
+    def __init__(self, tokens: np.ndarray, text: str, sizes: np.ndarray, tokenizer: Tokenizer) -> None:
+        self._tokens, self._text, self._sizes, self._tokenizer = tokens, text, sizes, tokenizer
         self._ends = np.cumsum(sizes[tokens])
         self._ascii = text.isascii()
 
@@ -56,14 +42,14 @@ class PartsOfText:
         after = (0, 0) if first == 0 else self._safe_after(first, last)
         before = (end, len(self._tokens)) if last == end else self._safe_before(first, last)
         if after is None or before is None or after[0] > before[0]:
-            return self._encoder.encode_batch([text[first:last]])[0]
+            return self._tokenizer.encode_batch([text[first:last]])[0]
         out = self._tokens[after[1] : before[1]].tolist()
         if first != 0:
             # The space and the letter are encoded too, for rules that look ahead, and taken off again.
-            head = self._encoder.encode_batch([text[first : after[0] + 2]])[0]
+            head = self._tokenizer.encode_batch([text[first : after[0] + 2]])[0]
             out = [*self._without_end(head, 2), *out]
         if last != end:
-            out += self._encoder.encode_batch([text[before[0] : last]])[0]
+            out += self._tokenizer.encode_batch([text[before[0] : last]])[0]
         return out
 
     def _without_end(self, ids: list[int], size: int) -> list[int]:
@@ -103,14 +89,14 @@ def _escaped(pattern: str | None) -> str:
     return (pattern or "").replace("\r", "\\r").replace("\n", "\\n")
 
 
-def splits_before_words(encoder: Encoder) -> bool:
+def splits_before_words(tokenizer: Tokenizer) -> bool:
     """Whether ids before a space that an ASCII letter follows, and from there on, do not depend on each other.
 
     True of byte-level BPE whose words are cut by a rule known to do so, and which changes no character before.
     """
-    if not encoder.is_byte_level:
+    if not tokenizer.is_byte_level:
         return False
-    tree = json.loads(encoder.to_json())
+    tree = json.loads(tokenizer.to_json())
     added = [token["content"] for token in tree.get("added_tokens", ()) if not token["special"]]
     normalizer = tree.get("normalizer")
     plain = normalizer is None or (normalizer["type"] == "Sequence" and not normalizer["normalizers"])
