@@ -21,6 +21,10 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, baseline: float | None = N
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
+    parts = sorted({key for row in rows for key in row if key.startswith("validation_loss_")})
+    for key in parts:
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), lw=1, ls=":", marker=".", ms=4)
     if baseline is not None and math.isfinite(baseline):
         axes.axhline(baseline, color="grey", ls="--", lw=1, label="unigram baseline")
     axes.set(xlabel="step", ylabel="nats per token")

@@ -30,7 +30,8 @@ def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float
     newest: dict[str, Any] = {}
     for row in rows:
         newest |= row
-    newest = {name: newest[name] for name in _SHOWN if newest.get(name) is not None} | {"unigram_loss": baseline}
+    shown = [*_SHOWN, *sorted(name for name in newest if name.startswith(("validation_loss_", "share_")))]
+    newest = {name: newest[name] for name in shown if newest.get(name) is not None} | {"unigram_loss": baseline}
     cells = "".join(f"<tr><td>{name.replace('_', ' ')}<td>{_number(value)}" for name, value in newest.items())
     samples = sorted((run_dir / "samples").glob("*.txt"))
     sample = samples[-1].read_text(encoding="utf-8") if samples else "none"

@@ -17,7 +17,10 @@ from jaxlm.data.pipeline import Corpus, prepare
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer, check_fits
 
-_SAME_ON_RESUME = ("recipe", "model", "tokenizer", "numerics.params", "seed", "data.seq_len")  # of which the data order
+_SAME_ON_RESUME = (
+    *("recipe", "model", "tokenizer", "numerics.params"),
+    *("seed", "data.seq_len", "data.packing", "data.fim", "data.curriculum", "data.unit"),  # the rows and their order
+)
 _FREE = (  # change neither parameters nor what they mean
     "model.dropout",
     "model.remat",

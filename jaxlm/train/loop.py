@@ -18,7 +18,8 @@ from typing import Any
 
 from jaxlm import config
 from jaxlm.config import toml
-from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
+from jaxlm.data.pipeline import Corpus, make_train_iterator
+from jaxlm.data.rows.validation import check_watch, held_out_sets, measure
 from jaxlm.errors import UserError
 from jaxlm.processes.stop_signals import Interrupted, Stopped, StopRequest
 from jaxlm.report.plots import plot_loss, plot_time
@@ -79,7 +80,10 @@ class _Run:
         self.clock = Clock()
         size: Any = {"batch_size": cfg.train.batch_size, "rows": engine.rows}
         self.data = make_train_iterator(cfg.data, corpus, seed=cfg.seed, **size)
-        self.held_out = {"max_batches": cfg.eval.batches, **size}
+        self.last = int(min(cfg.train.steps, self.data.count))  # a mixture may end before
+        size |= {"max_batches": cfg.eval.batches, "by_language": cfg.eval.by_language}
+        self.held_out = held_out_sets(cfg.data, corpus, **size)
+        check_watch(cfg.eval.watch, self.held_out)
         logged = read_metrics(self.dir / "metrics.jsonl")
         if resume and engine.checkpoints():
             self._resume(max((row["step"] for row in logged), default=0))
@@ -129,12 +133,14 @@ class _Run:
         cfg, progress = self.cfg, self.progress
         if progress.step:
             self._after_step()  # what the run before did not come to
-        while progress.step < cfg.train.steps and not self._stale():
+        while progress.step < self.last and not self._stale():
             self._step()
             self.stop.nothing_to_save = False
             self.display.advance(progress.step)
             self._after_step()
-        if progress.step < cfg.train.steps:
+        if self.last < cfg.train.steps and not self._stale():
+            self.display.say(f"step {self.last}: the mixture ends, every corpus is through (max_epochs, stop_with)")
+        elif progress.step < cfg.train.steps:
             self._judge(*self._fetch())
             self._save()
             self.display.say(f"early stop: no improvement in {progress.stale} validations")
@@ -156,7 +162,7 @@ class _Run:
     def _after_step(self) -> None:
         """All that is due at this step and not done. What `progress` does not count is done again after a stop here."""
         cfg, progress = self.cfg, self.progress
-        last = progress.step >= cfg.train.steps
+        last = progress.step >= self.last
         if report := self.pending and (_due(cfg.log.every, progress.step, last) or progress.step == 1):
             self._report()
         self.stop.check()
@@ -217,6 +223,7 @@ class _Run:
             **{SECONDS + kind: seconds for kind, seconds in window.seconds.items()},
             "goodput": window.goodput,
             **self.engine.memory(),
+            **self._delivered(),
         }
         for process, seconds in late.items():
             self.display.say(
@@ -227,6 +234,11 @@ class _Run:
         self.log.write(row)
         self.display.status(row)
         self._judge(steps, fetched)
+
+    def _delivered(self) -> dict[str, float]:
+        """The share of each corpus of a mixture in the tokens that carried loss since the last report."""
+        tokens = {name: sum(self.engine.gather(count)) for name, count in self.data.delivered().items()}
+        return {f"share_{name}": count / max(1.0, sum(tokens.values())) for name, count in tokens.items()}
 
     def _fetch(self) -> tuple[list[int], list[dict[str, Any]]]:
         """Steps and metrics since the last report, brought to the host."""
@@ -250,12 +262,12 @@ class _Run:
     def _validate(self) -> bool:
         """Measure the held-out loss; whether it is the best so far."""
         with self.clock.spent("evaluation"):
-            batches = make_validation_batches(self.cfg.data, self.corpus, **self.held_out)
-            sums = self.engine.evaluate(self.stop.between(batches))
+            sums, losses = measure(self.held_out, lambda batches: self.engine.evaluate(self.stop.between(batches)))
         self.progress.evaluated = self.progress.step
         if not sums.get("weight"):
             return False
-        loss = self.validation_loss = sums["nll"] / sums["weight"]
+        loss = sums["nll"] / sums["weight"]
+        watched = self.validation_loss = losses.get(self.cfg.eval.watch, loss)
         bytes_per_token = self.corpus.statistics["validation"].bytes_per_token
         row = {
             "step": self.progress.step,
@@ -263,6 +275,7 @@ class _Run:
             "validation_perplexity": math.exp(min(loss, 700)),
             "validation_bits_per_byte": loss / math.log(2) / bytes_per_token,
             "validation_accuracy": sums["accuracy"] / sums["weight"],
+            **{f"validation_loss_{name}": value for name, value in losses.items()},
         }
         if self.progress.step not in self.validated:  # by a process that was killed before it could save
             self.log.write(row)
@@ -270,9 +283,10 @@ class _Run:
         self.display.say(
             f"step {self.progress.step}: validation loss {loss:.4f} nats/token, "
             f"{row['validation_bits_per_byte']:.3f} bits/byte, {share:.0%} below the unigram model"
+            + "".join(f"; {name} {value:.4f}" for name, value in losses.items())
         )
-        improved = loss < self.progress.best
-        self.progress.best = min(loss, self.progress.best)
+        improved = watched < self.progress.best
+        self.progress.best = min(watched, self.progress.best)
         self.progress.stale = 0 if improved else self.progress.stale + 1
         return improved
 

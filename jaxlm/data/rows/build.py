@@ -49,14 +49,24 @@ def run_rows(
         history = [(0, shares_of(data, parts, packed, batch_size))]
     (_, first), *changes = history
     stop_with = _stop_with(data)
-    mixture = Mixture(targets([Share(*share) for share in first], stop_with=stop_with))
+    mixture = Mixture(targets(_shares(first), stop_with=stop_with))
     for row, shares in changes:
-        mixture = mixture.then(row, [Share(*share) for share in shares], stop_with=stop_with)
+        mixture = mixture.then(int(row), _shares(shares), stop_with=stop_with)
     sources = []
     for i, (part, rows) in enumerate(zip(parts, packed, strict=True)):
         order = _curriculum(data, part.shards.train, rows, mixture, i, batch_size, seed, tokenizer)
         sources.append(Source(part.name, rows, order))
     return RunRows(sources, mixture), list(history)
+
+
+def _shares(plain: Sequence[Any]) -> list[Share]:
+    """Shares from the lists of a checkpoint."""
+    return [
+        Share(
+            tuple((int(row), float(weight)) for row, weight in weights), float(tokens), math.inf if cap is None else cap
+        )
+        for weights, tokens, cap in plain
+    ]
 
 
 def _stop_with(data: Data) -> int | None:
@@ -170,12 +180,12 @@ def shares_of(data: Data, parts: Sequence[Part], rows: Sequence[SourceRows], bat
         points = ((0, by_size[i]),) if data.temperature else source.points
         weights = weight_stretches(points, ramp=data.weight_ramp, unit=batch_size)
         per_row = row_tokens(packed)
-        caps = [math.inf]
+        caps: list[int] = []
         if source.max_epochs or source.name == data.stop_with:
             caps.append(max(1, int((source.max_epochs or 1) * packed.rows_per_epoch)))
         if source.max_tokens:
             caps.append(max(1, round(source.max_tokens / per_row)))
-        out.append([[list(point) for point in weights], per_row, min(caps)])
+        out.append([[list(point) for point in weights], per_row, min(caps, default=None)])
     return out
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxlm.data.packing import PackedRows
 from jaxlm.data.pipeline import Batch, Corpus, validation_batches
 from jaxlm.data.rows.build import with_middles
 from jaxlm.data.shards import Shard
+from jaxlm.errors import UserError, did_you_mean
 
 SEED = 0
 """Of the order of held-out rows, not the run's seed: runs that differ in it are judged on the same rows."""
@@ -81,3 +83,31 @@ def _middles(data: Data, corpus: Corpus, shards: list[Shard], options: dict[str,
     packed = PackedRows(shard, data.seq_len, seed=SEED, pad=corpus.tokenizer.pad, draw=1.0, slack=slack)
     rows = with_middles(data, packed, fim, corpus.tokenizer, SEED, slack)
     return HeldOut(FIM, False, functools.partial(validation_batches, rows, **options))
+
+
+def check_watch(watch: str, sets: Sequence[HeldOut]) -> None:
+    """Refuse to go by the loss on a set that is not measured.
+
+    Raises:
+        UserError: no set has the name `watch`, which is not empty.
+    """
+    names = [one.name for one in sets if one.name]
+    if watch and watch not in names:
+        hint = did_you_mean(watch, names) if names else "only the loss over all is measured"
+        raise UserError(f"eval.watch = {watch!r} is not measured", hint)
+
+
+def measure(
+    sets: Sequence[HeldOut], evaluate: Callable[[Iterator[Batch]], Mapping[str, float]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sums of the objective over all held-out rows, and the loss of each named set that has weight, in nats a token."""
+    total: dict[str, float] = collections.defaultdict(float)
+    losses: dict[str, float] = {}
+    for one in sets:
+        sums = evaluate(one.batches())
+        if one.in_total:
+            for name, value in sums.items():
+                total[name] += value
+        if one.name and sums.get("weight"):
+            losses[one.name] = sums["nll"] / sums["weight"]
+    return dict(total), losses
