@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jaxlm.cli.arguments import ConfigPath, JsonFlag, Overrides
+from jaxlm.cli.arguments import ConfigPath, JsonFlag, ModelPath, Overrides
 from jaxlm.cli.show import show
 
 commands = typer.Typer()
@@ -66,3 +66,18 @@ def data_inspect(
             print(json.dumps(row.as_dict()))
     else:
         show(report)
+
+
+@data_app.command("score")
+def data_score(
+    path: ConfigPath,
+    run: ModelPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="The file to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the loss of each training document of CONFIG under the model RUN, for `data.curriculum.scores`."""
+    from jaxlm.config import toml
+    from jaxlm.eval.difficulty import score
+
+    scores = score(toml.load(path, overrides or ()), run, out)
+    print(f"{out}: {len(scores):,} documents, mean loss {scores.mean():.4f} nats/token")

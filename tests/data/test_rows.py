@@ -12,7 +12,7 @@ from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.data.packing import PackedRows
 from jaxlm.data.pipeline import TrainBatches, make_train_iterator, make_validation_batches, prepare
-from jaxlm.data.rows.build import shard_digest
+from jaxlm.data.rows.difficulty import shard_digest
 from jaxlm.data.rows.inspect import inspect_corpus
 from jaxlm.data.rows.validation import check_watch, held_out_sets, measure
 from jaxlm.errors import UserError
@@ -95,9 +95,9 @@ def test_without_new_options_rows_are_those_of_packed_rows(tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_global_batch_is_the_same_for_any_number_of_processes(settings, processes):
-    whole = take(batches(settings), 60)
+    whole = take(batches(settings), 40)
     shares = np.split(np.arange(8), processes)
-    each = [take(batches(settings, share), 60) for share in shares]
+    each = [take(batches(settings, share), 40) for share in shares]
     joined = [
         {name: np.concatenate([parts[i][name] for parts in each]) for name in whole[0]} for i in range(len(whole))
     ]
@@ -153,7 +153,7 @@ def test_shares_are_delivered_as_planned(settings):
     shares = np.array(list(tokens.values())) / sum(tokens.values())
     assert list(tokens) == ["a", "b", "c"]
     assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.04)
-    take(iterator, 200)
+    take(iterator, 90)
     shares = np.array(list(iterator.delivered().values()))
     assert shares / shares.sum() == pytest.approx([0.4, 0.4, 0.2], abs=0.03)
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +11,15 @@ import numpy as np
 from jaxlm.config import Data, Fim
 from jaxlm.data import repository
 from jaxlm.data.best_fit import BestFitRows
-from jaxlm.data.curriculum import PACES, Curriculum, groups
 from jaxlm.data.fim import SLACK, FillIn, Marks, Spans, by_characters, by_lines
 from jaxlm.data.mixture import Mixture
 from jaxlm.data.packing import PackedRows
 from jaxlm.data.rows.compose import FilledRows, RunRows, Source, SourceRows
+from jaxlm.data.rows.difficulty import curriculum_of
+from jaxlm.data.rows.kept import kept_beside
 from jaxlm.data.rows.shares import Share, targets, temperature_weights, weight_stretches
 from jaxlm.data.rows.spans import by_nodes
-from jaxlm.data.shards import Part, Shard, exclusive
+from jaxlm.data.shards import Part, Shard
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -43,7 +40,7 @@ def run_rows(
     """
     packed = [source_rows(data, part.shards.train, tokenizer, seed) for part in parts]
     if not data.mixture:
-        order = _curriculum(data, parts[0].shards.train, packed[0], None, 0, batch_size, seed, tokenizer)
+        order = curriculum_of(data, parts[0].shards.train, packed[0], None, 0, batch_size, seed, tokenizer)
         return RunRows([Source("", packed[0], order)]), []
     if not history:
         history = [(0, shares_of(data, parts, packed, batch_size))]
@@ -54,7 +51,7 @@ def run_rows(
         mixture = mixture.then(int(row), _shares(shares), stop_with=stop_with)
     sources = []
     for i, (part, rows) in enumerate(zip(parts, packed, strict=True)):
-        order = _curriculum(data, part.shards.train, rows, mixture, i, batch_size, seed, tokenizer)
+        order = curriculum_of(data, part.shards.train, rows, mixture, i, batch_size, seed, tokenizer)
         sources.append(Source(part.name, rows, order))
     return RunRows(sources, mixture), list(history)
 
@@ -134,35 +131,6 @@ def line_ends(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([part.endswith(b"\n") or part == b"<0x0A>" for part in spelled])
 
 
-def kept_beside(folder: Path | None) -> Callable[[str, Callable[[], np.ndarray]], np.ndarray] | None:
-    """Keeps plans as `.npy` files in the folder of a shard; several processes make each of them once."""
-    if folder is None:
-        return None
-
-    def remember(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        path = folder / "plans" / f"{name}.npy"
-        if (kept := _read(path)) is not None:
-            return kept
-        with exclusive(path):
-            if (kept := _read(path)) is not None:
-                return kept
-            made = make()
-            temporary = path.with_suffix(".tmp")
-            with temporary.open("wb") as file:
-                np.save(file, made, allow_pickle=False)
-            temporary.replace(path)
-            return made
-
-    return remember
-
-
-def _read(path: Path) -> np.ndarray | None:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-
-
 def shares_of(data: Data, parts: Sequence[Part], rows: Sequence[SourceRows], batch_size: int) -> list[Any]:
     """The shares of a mixture as plain lists: weights by row, tokens that carry loss in a row, rows at most.
 
@@ -195,97 +163,3 @@ def row_tokens(rows: SourceRows) -> float:
         return rows.shard.trained_tokens / rows.rows_per_epoch
     sample = np.unique(np.linspace(0, rows.rows_per_epoch - 1, _SAMPLED).astype(np.int64))
     return max(1.0, float(rows[sample].weights.sum(axis=1).mean()))
-
-
-def _curriculum(
-    data: Data,
-    shard: Shard,
-    rows: SourceRows,
-    mixture: Mixture | None,
-    source: int,
-    batch_size: int,
-    seed: int,
-    tokenizer: Tokenizer,
-) -> Curriculum | None:
-    """The order of the draws of one source; None: as the packing has them."""
-    options = data.curriculum
-    if not options.by:
-        return None
-    first_steps, pools = groups(options.steps, PACES[options.pace](options.start), rows.rows_per_epoch)
-    starts = np.append(first_steps, options.steps) * batch_size
-    if mixture is not None:
-        starts = np.array([int(mixture.counts(int(min(row, mixture.end)))[source]) for row in starts])
-
-    def by_row() -> np.ndarray:
-        of_document = document_difficulty(data, shard, tokenizer)
-        out = np.zeros(rows.rows_per_epoch)
-        for row in range(rows.rows_per_epoch):
-            pieces = rows.pieces(row)
-            lengths = pieces.ends - pieces.begins
-            documents = np.searchsorted(shard.offsets, pieces.begins, side="right") - 1
-            out[row] = np.average(of_document[documents], weights=lengths) if lengths.sum() else 0.0
-        return out
-
-    packing = [data.packing, data.seq_len, seed, data.fim.rate, data.unit, options.by, _scores_digest(options.scores)]
-    digest = hashlib.sha256(json.dumps(packing).encode()).hexdigest()[:16]
-    remember = kept_beside(shard.folder)
-    difficulty = remember(f"difficulty-{digest}", by_row) if remember else by_row()
-    return Curriculum(difficulty, starts, pools, seed + source)
-
-
-def _scores_digest(scores: str) -> str:
-    path = Path(scores)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if scores and path.is_file() else scores
-
-
-def document_difficulty(data: Data, shard: Shard, tokenizer: Tokenizer) -> np.ndarray:
-    """Difficulty of each document of a shard, float64 [documents].
-
-    Raises:
-        UserError: there are no scores, or they are of another corpus or tokenizer.
-    """
-    by = data.curriculum.by
-    if by == "length":
-        return np.diff(shard.offsets).astype(np.float64)
-    if by == "loss":
-        return read_scores(Path(data.curriculum.scores), shard, tokenizer)
-    if by == "compression":
-        out = np.zeros(shard.documents)
-        for i in range(shard.documents):
-            text = tokenizer.decode(shard.tokens[shard.offsets[i] : shard.offsets[i + 1]].tolist()).encode()
-            out[i] = len(zlib.compress(text, 6)) / max(1, len(text))
-        return out
-    if (values := shard.values) is None:
-        raise UserError(
-            f"data.curriculum.by = {by!r}: the corpus has no such field", "it must be a field of .jsonl rows"
-        )
-    return values
-
-
-def read_scores(path: Path, shard: Shard, tokenizer: Tokenizer) -> np.ndarray:
-    """The losses that `jaxlm data score` wrote, for this shard.
-
-    Raises:
-        UserError: the file is missing or damaged, or belongs to another corpus or tokenizer.
-    """
-    try:
-        kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        scores = np.load(path, allow_pickle=False)
-        tokenizer_then, digests = kept["tokenizer"], kept["corpora"]
-        counts = [int(count) for count in kept["documents"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a file of scores: {error}", "jaxlm data score CONFIG RUN OUT.npy") from None
-    again = f"jaxlm data score CONFIG RUN {path}"
-    if tokenizer_then != tokenizer.fingerprint():
-        raise UserError(f"{path}: the scores are of another tokenizer", again)
-    if (digest := shard_digest(shard)) not in digests:
-        raise UserError(f"{path}: the scores are of another corpus", again)
-    number = digests.index(digest)
-    first = sum(counts[:number])
-    return np.asarray(scores[first : first + counts[number]], np.float64)
-
-
-def shard_digest(shard: Shard) -> str:
-    """sha256 (hex) of where the documents of a shard begin, and of some of its tokens."""
-    sample = np.asarray(shard.tokens[:: max(1, len(shard.tokens) // 4096)])
-    return hashlib.sha256(np.asarray(shard.offsets).tobytes() + sample.tobytes()).hexdigest()
