@@ -14,12 +14,12 @@ from jaxtyping import Array, Float
 
 from jaxlm import config
 from jaxlm.mesh import constrain
-from jaxlm.models.cache import KVCache, Slots, WindowCache
+from jaxlm.models.cache import KVCache, RowCache, Slots, WindowCache
 from jaxlm.models.layers import Linear, Norm, logical
 from jaxlm.models.sequence_parallel import ROW, over_sequence, repeated, sequence_axis
 from jaxlm.numerics import Policy
 from jaxlm.ops.attention import attend as ops
-from jaxlm.ops.attention import ring, visible
+from jaxlm.ops.attention import ring, slots, visible
 from jaxlm.ops.attention.visible import Mixed, Places
 from jaxlm.ops.rope import apply_rope, rope_table_of
 
@@ -40,8 +40,8 @@ class Attention(nn.Module):
         x_BTD: Float[Array, "b t d"],
         places: Places,
         rope: tuple[Array, Array] | None,
-        cache: KVCache | WindowCache | None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | WindowCache | None]:
+        cache: KVCache | RowCache | WindowCache | None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | RowCache | WindowCache | None]:
         cfg = self.config
         q_proj = self._project("q_proj", cfg.n_heads, "heads")
         k_proj = self._project("k_proj", cfg.n_kv_heads, "kv_heads")
@@ -73,10 +73,14 @@ class Attention(nn.Module):
             part = over_sequence(functools.partial(ring.attend, **local), SELF, MIXED)
         elif cache is None:
             mix, part, options = ops.attention, ops.attend, aligned
+        elif isinstance(cache, RowCache):
+            cache = cache.append(k_BTKH, v_BTKH, places)
+            mix, part, held = slots.mix_slots, slots.attend_slots, (cache.keys, cache.values, places, cache.row)
+            options = {"softcap": cfg.softcap}
         else:
-            slots, cache = cache.extend(k_BTKH, v_BTKH, places)
+            kept, cache = cache.extend(k_BTKH, v_BTKH, places)
             several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
-            mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
+            mix, part, held = ops.cached_attention, ops.cached_attend, (kept.keys, kept.values, places, kept.places)
         if splash:
             from jaxlm.ops.attention import splash as kernel  # loads Pallas, which only TPUs need
 
@@ -109,6 +113,13 @@ class Attention(nn.Module):
             name="o_proj",
         )
         return o_proj(mixed), cache
+
+    @staticmethod
+    def empty_rows(cfg: config.Model, policy: Policy, rows: int, slots: int) -> RowCache | WindowCache:
+        """Rows for texts that begin and end on their own; see `empty_cache`."""
+        if cfg.window:
+            return Attention.empty_cache(cfg, policy, rows, slots)  # pyright: ignore[reportReturnType]
+        return RowCache.empty(rows, slots, cfg.n_kv_heads, cfg.head_dim, policy.compute)
 
     @staticmethod
     def empty_cache(cfg: config.Model, policy: Policy, batch: int, slots: int) -> KVCache | WindowCache:

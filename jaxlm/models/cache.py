@@ -134,3 +134,33 @@ class WindowCache(NamedTuple):
                 k_BTKH, v_BTKH, positions_BT, jnp.where(real_BT, positions_BT, first.positions.shape[1])
             )
         return (window if places.positions.shape[1] == 1 else self.window), WindowCache(window, first)
+
+
+class RowCache(NamedTuple):
+    """Rows of S slots, each for one text: slot s holds the token at position s, so rows begin and end on their own.
+
+    Tokens are written from left to right without a gap. What lies behind the last token, of a text before or of a
+    cut, is later than every query and never seen; it is overwritten as the text grows.
+    """
+
+    keys: Float[Array, "*q r k h s"]
+    values: Float[Array, "*q r k s h"]
+    row: Int[Array, "*q"]
+    """The first row that a call is about: one row where the call has one, row 0 where it has all."""
+
+    @classmethod
+    def empty(cls, rows: int, slots: int, n_kv_heads: int, head_dim: int, dtype: DTypeLike) -> RowCache:
+        """Rows that hold nothing."""
+        return cls(*Slots.empty(rows, slots, n_kv_heads, head_dim, dtype)[:2], jnp.zeros((), jnp.int32))
+
+    def append(self, k_BTKH: Array, v_BTKH: Array, places: Places) -> RowCache:
+        """Write T tokens of B rows at the positions from the first one's on; padding on the right is never seen."""
+        k_BKHT = jnp.transpose(k_BTKH, (0, 2, 3, 1)).astype(self.keys.dtype)
+        v_BKTH = jnp.transpose(v_BTKH, (0, 2, 1, 3)).astype(self.values.dtype)
+        keys, values = self.keys, self.values
+        for i in range(k_BTKH.shape[0]):  # each row is one contiguous update in place, where a scatter is none
+            row, at = self.row + i, places.positions[i, 0]
+            zero = jnp.zeros_like(at)
+            keys = lax.dynamic_update_slice(keys, k_BKHT[i : i + 1], (row, zero, zero, at))
+            values = lax.dynamic_update_slice(values, v_BKTH[i : i + 1], (row, zero, at, zero))
+        return RowCache(keys, values, self.row)

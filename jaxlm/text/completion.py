@@ -121,16 +121,19 @@ class StopStrings:
         if "" in stop:
             raise UserError("a stop string is empty")
         self._stop, self._held, self.found = stop, "", False
+        self.string = ""
+        """The string that was found."""
 
     def push(self, text: str) -> str:
         """The text that is certain now."""
         if self.found:
             return ""
         text = self._held + text
-        starts = [start for string in self._stop if (start := text.find(string)) >= 0]
+        starts = [(start, string) for string in self._stop if (start := text.find(string)) >= 0]
         if starts:
+            start, self.string = min(starts)
             self.found, self._held = True, ""
-            return text[: min(starts)]
+            return text[:start]
         keep = max((_overlap(text, string) for string in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -17,21 +17,30 @@ class Sampling:
     """Divides the logits; 0 is greedy."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0: all."""
+    typical_p: float = 1.0
+    """Keep the fewest tokens, those of nearly the expected surprise first, whose mass reaches p; 1: all."""
     top_p: float = 1.0
     """Keep the fewest likeliest tokens whose mass reaches p; 1: all."""
     min_p: float = 0.0
     """Keep tokens at least p times as likely as the likeliest; 0: all."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in the prompt or the completion; 1: none."""
+    frequency_penalty: float = 0.0
+    """Taken from a logit for each time that its token stands in the completion; 0: none."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens in the completion; 0: none."""
 
     def __post_init__(self) -> None:
         infinite = float("inf")
         for name, holds, need in (
             ("temperature", 0 <= self.temperature < infinite, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("typical_p", 0 < self.typical_p <= 1, "more than 0 and at most 1 (all)"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (all)"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 (all) and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < infinite, "more than 0; 1 is none"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 100, "between -100 and 100; 0 is none"),
+            ("presence_penalty", abs(self.presence_penalty) <= 100, "between -100 and 100; 0 is none"),
         ):
             if not holds:
                 raise UserError(f"{name} = {getattr(self, name)} must be {need}")

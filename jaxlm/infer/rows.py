@@ -1,0 +1,137 @@
+"""The rows of an engine's cache: made empty, looked at one by one, kept and put back.
+
+A cache is a tuple of what the layers remember, stacked over repeats where the layers are scanned. Three kinds, by mixer:
+
+* `RowCache` (full attention): slots by position. Kept are the slots of a chunk; cutting back needs nothing.
+* `WindowCache`: the newest tokens, and the first ones. Kept is the whole, as it is after a chunk.
+* `MambaCache`, `Mamba2Cache`: a state of fixed size. Kept is the whole, as it is after a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxlm.models.block import MIXERS
+from jaxlm.models.cache import RowCache, WindowCache
+from jaxlm.models.decoder import Cache, Decoder
+
+
+class Kept(NamedTuple):
+    """What a row has after a chunk of its prompt."""
+
+    chunk: Any
+    """Keys and values of the chunk's tokens, for each full-attention layer: with those of the chunks before."""
+    state: Any
+    """What the other layers have, whole."""
+
+
+def empty_rows(decoder: Decoder, rows: int, slots: int) -> Cache:
+    """A cache of `rows` texts of up to `slots` tokens each, shaped as the decoder's layers are."""
+    cfg = decoder.config
+    kinds = cfg.pattern if cfg.scanned else cfg.pattern * cfg.repeats
+    layers = []
+    for kind in kinds:
+        halves = cfg.halves(kind)
+        mixer = MIXERS[halves.mixer_name]
+        make = getattr(mixer, "empty_rows", mixer.empty_cache)
+        layers.append(make(halves.mixer, decoder.policy, rows, slots))
+    if not cfg.scanned:
+        return tuple(layers)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cfg.repeats, *leaf.shape)), tuple(layers))
+
+
+def one_row(decoder: Decoder, cache: Cache, row: Int[Array, ""]) -> Cache:
+    """The cache of a call with one row: full attention keeps all rows and knows which, the others are cut out."""
+
+    def cut(layer: Any) -> Any:
+        if isinstance(layer, RowCache):
+            return layer._replace(row=jnp.full_like(layer.row, row))
+        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, row, 1, _axis(decoder)), layer)
+
+    return tuple(cut(layer) for layer in cache)
+
+
+def put_row(decoder: Decoder, cache: Cache, row: Int[Array, ""], part: Cache) -> Cache:
+    """The whole cache after a call with one row."""
+
+    def put(layer: Any, after: Any) -> Any:
+        if isinstance(layer, RowCache):
+            return after._replace(row=layer.row)
+        return jax.tree.map(
+            lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new.astype(leaf.dtype), row, _axis(decoder)),
+            layer,
+            after,
+        )
+
+    return tuple(put(layer, after) for layer, after in zip(cache, part, strict=True))
+
+
+def reset_row(decoder: Decoder, cache: Cache, row: Int[Array, ""], scrub: Int[Array, ""]) -> Cache:
+    """The cache with an empty row.
+
+    Slots by position need no emptying, but where a text ended in numbers that are none: `scrub` overwrites them too.
+    """
+
+    def clear(layer: Any) -> Any:
+        if not isinstance(layer, RowCache):
+            part = one_row(decoder, (layer,), row)[0]
+            return put_row(decoder, (layer,), row, (_blank(part),))[0]
+
+        def overwrite(layer: RowCache) -> RowCache:
+            put = lambda leaf: lax.dynamic_update_slice_in_dim(  # noqa: E731
+                leaf, jnp.zeros_like(lax.dynamic_slice_in_dim(leaf, row, 1, _axis(decoder))), row, _axis(decoder)
+            )
+            return RowCache(put(layer.keys), put(layer.values), layer.row)
+
+        return lax.cond(scrub != 0, overwrite, lambda layer: layer, layer)
+
+    return tuple(clear(layer) for layer in cache)
+
+
+def keep(decoder: Decoder, cache: Cache, row: Int[Array, ""], start: Int[Array, ""], size: int) -> Kept:
+    """What the row has after the chunk of `size` tokens from `start` on, which must be the last one written."""
+    chunk, state = [], []
+    for layer in cache:
+        if isinstance(layer, RowCache):
+            keys, values = (lax.dynamic_slice_in_dim(leaf, row, 1, _axis(decoder)) for leaf in layer[:2])
+            cut = lambda leaf, axis: lax.dynamic_slice_in_dim(leaf, start, size, leaf.ndim + axis)  # noqa: E731
+            chunk.append((cut(keys, -1), cut(values, -2)))
+        else:
+            state.append(one_row(decoder, (layer,), row)[0])
+    return Kept(tuple(chunk), tuple(state))
+
+
+def put_back(decoder: Decoder, cache: Cache, row: Int[Array, ""], start: Int[Array, ""], kept: Kept) -> Cache:
+    """The cache with a chunk of `keep` in a row, at `start`; the states are those after this chunk."""
+    chunks, states, layers = iter(kept.chunk), iter(kept.state), []
+    for layer in cache:
+        if not isinstance(layer, RowCache):
+            layers += put_row(decoder, (layer,), row, (next(states),))
+            continue
+        zeros = [jnp.zeros_like(row)] * layer.keys.ndim
+
+        def put(leaf: Array, new: Array, axis: int, zeros: list[Array] = zeros) -> Array:
+            at = [*zeros]
+            at[_axis(decoder)], at[leaf.ndim + axis] = row, start
+            return lax.dynamic_update_slice(leaf, new, at)
+
+        keys, values = next(chunks)
+        layers.append(RowCache(put(layer.keys, keys, -1), put(layer.values, values, -2), layer.row))
+    return tuple(layers)
+
+
+def _axis(decoder: Decoder) -> int:
+    """The axis of rows."""
+    return 1 if decoder.config.scanned else 0
+
+
+def _blank(part: Any) -> Any:
+    """What a layer that is no `RowCache` has before the first token."""
+    if not isinstance(part, WindowCache):
+        return jax.tree.map(jnp.zeros_like, part)
+    return WindowCache(*(slots._replace(positions=jnp.full_like(slots.positions, -1)) for slots in part))

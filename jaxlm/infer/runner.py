@@ -1,0 +1,114 @@
+"""What an engine asks of a framework: the contract of a runner, and the arrays that pass between them. No framework here.
+
+Shapes: R rows, N tokens of a burst, V vocabulary, E end ids, Q likeliest others, W words of a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxlm.infer.request import ENDS
+
+BURST = 8
+"""N: tokens that rows draw in one call when nothing else waits; a cancelled row is free after at most so many."""
+
+
+class Orders(NamedTuple):
+    """What the rows do in one call of `decode`. A row that is not active rests, and keeps what it has."""
+
+    token: np.ndarray
+    """Last token of each row, which the model has not seen yet [R]."""
+    position: np.ndarray
+    """Its position [R]."""
+    active: np.ndarray
+    """1 where a row draws [R]."""
+    made: np.ndarray
+    """Tokens of the text so far [R]."""
+    least: np.ndarray
+    """Tokens before which no end may be drawn [R]."""
+    biased: np.ndarray
+    """1 where the bias counts [R]."""
+    scored: np.ndarray
+    """1 where log-probabilities are wanted [R]."""
+    processed: np.ndarray
+    """1 where they are those of the distribution that is drawn from [R]."""
+    ruled: np.ndarray
+    """1 where the mask counts [R]."""
+    ends: np.ndarray
+    """Ids that end a row, -1 for none [R, E]."""
+    forced: np.ndarray
+    """Tokens that are taken whatever is drawn, -1 for none [N, R]."""
+    uniforms: np.ndarray
+    """Random numbers in [0, 1) [N, R]."""
+    mask: np.ndarray
+    """Bits of the tokens that a grammar allows [R, W]."""
+    knobs: tuple[np.ndarray, ...]
+    """In the order of `ops.sampling.Knobs`, [R] each."""
+    until: np.ndarray
+    """Tokens to draw at most, up to N."""
+
+    @classmethod
+    def empty(cls, rows: int, vocab: int) -> Orders:
+        """All rows rest."""
+        numbers = (np.zeros(rows, np.int32) for _ in range(9))
+        knobs = (np.zeros(rows), np.zeros(rows, np.int32), np.ones(rows), np.ones(rows), np.zeros(rows))
+        penalties = np.ones(rows), np.zeros(rows), np.zeros(rows)
+        return cls(
+            *numbers,
+            ends=np.full((rows, ENDS), -1, np.int32),
+            forced=np.full((BURST, rows), -1, np.int32),
+            uniforms=np.zeros((BURST, rows), np.float32),
+            mask=np.full((rows, -(-vocab // 32)), -1, np.int32),
+            knobs=(*knobs, *penalties),
+            until=np.int32(1),
+        )
+
+
+class Drawn(NamedTuple):
+    """What `decode` returns; the first `steps` of N are real."""
+
+    tokens: np.ndarray
+    """[N, R]."""
+    bad: np.ndarray
+    """Where the logits held numbers that are none [N, R]."""
+    log_probs: np.ndarray
+    """Of the tokens [N, R]; zero where not wanted."""
+    top_ids: np.ndarray
+    """The likeliest tokens, falling [N, R, Q]."""
+    top_log_probs: np.ndarray
+    steps: np.ndarray
+
+
+class Scored(NamedTuple):
+    """Log-probabilities of the tokens that follow those of a piece."""
+
+    log_probs: np.ndarray
+    top_ids: np.ndarray
+    top_log_probs: np.ndarray
+
+
+class Runner(Protocol):
+    """Rows of a model: see `runner_jax.JaxRunner` for what each call does. One thread at a time."""
+
+    rows: int
+    length: int
+    """Tokens that a row has room for."""
+    vocab: int
+    widths: tuple[int, ...]
+    """Of the pieces of a prompt, rising; the last is the chunk that `keep` keeps."""
+    programs: dict[str, str]
+
+    def clear(self) -> None: ...
+    def update(self, params: Any) -> None: ...
+    def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None: ...
+    def score(self, row: int, tokens: Sequence[int], targets: Sequence[int], start: int, width: int) -> Scored: ...
+    def decode(self, orders: Orders) -> Drawn: ...
+    def reset(self, row: int, *, scrub: bool = False) -> None: ...
+    def penalise(self, row: int, seen_V: np.ndarray, counts_V: np.ndarray, bias_V: np.ndarray) -> None: ...
+    def keep(self, row: int, start: int) -> Any: ...
+    def put_back(self, row: int, start: int, kept: Any) -> None: ...
+    def kept_bytes(self, kept: Any) -> int: ...
+    def warm_up(self) -> None: ...
