@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from jaxlm.text.sampling import Sampling
@@ -54,7 +54,7 @@ class Request:
         UserError: a value is out of its range.
     """
 
-    prompt: str | tuple[int, ...]
+    prompt: str | Sequence[int]
     """Text, in which special tokens may be spelled out; or ids, which are taken as they are."""
     sampling: Sampling = dataclasses.field(default_factory=Sampling, kw_only=True)
     max_new_tokens: int | None = dataclasses.field(default=None, kw_only=True)
@@ -68,9 +68,9 @@ class Request:
     """Texts."""
     best_of: int | None = dataclasses.field(default=None, kw_only=True)
     """Draw so many and keep the n with the largest mean log-probability; None: n."""
-    stop: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    stop: Sequence[str] = dataclasses.field(default=(), kw_only=True)
     """A text ends before the first of these strings."""
-    stop_ids: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+    stop_ids: Sequence[int] = dataclasses.field(default=(), kw_only=True)
     """Ids that end a text besides those of the model."""
     ignore_eos: bool = dataclasses.field(default=False, kw_only=True)
     """The model's own end ids do not end a text: for benchmarks."""
@@ -82,9 +82,9 @@ class Request:
     """Log-probabilities of the prompt too."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, kw_only=True)
     """Added to the logits of these ids."""
-    forbidden: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+    forbidden: Sequence[int] = dataclasses.field(default=(), kw_only=True)
     """Ids that are never drawn."""
-    forced: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+    forced: Sequence[int] = dataclasses.field(default=(), kw_only=True)
     """The text begins with these ids, whatever would be drawn; their log-probabilities are those of any drawn token."""
     grammar: Grammar | None = dataclasses.field(default=None, kw_only=True)
     priority: int = dataclasses.field(default=0, kw_only=True)
@@ -96,6 +96,7 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", self.prompt if isinstance(self.prompt, str) else tuple(self.prompt))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
         for name in ("stop", "stop_ids", "forbidden", "forced"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if problem := next((text for holds, text in self._bounds() if not holds), None):

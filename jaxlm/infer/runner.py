@@ -6,7 +6,7 @@ Shapes: R rows, N tokens of a burst, V vocabulary, E end ids, Q likeliest others
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -90,6 +90,7 @@ class Scored(NamedTuple):
     top_log_probs: np.ndarray
 
 
+@runtime_checkable
 class Runner(Protocol):
     """Rows of a model: see `runner_jax.JaxRunner` for what each call does. One thread at a time."""
 

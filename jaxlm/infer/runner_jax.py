@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.errors import UserError
 from jaxlm.infer import rows as row_ops
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.infer.request import ENDS, MOST_LOGPROBS
@@ -57,6 +58,7 @@ class JaxRunner:
     def __init__(
         self, decoder: Decoder, params: Params, *, rows: int, slots: int, widths: Sequence[int] = (16, 64, 256)
     ) -> None:
+        self.original = decoder
         self.decoder, self.params = unrolled_for_decoding(decoder, params)
         self.rows, self.widths, self.length = rows, tuple(widths), slots
         # A chunk may be padded beyond the last token, and blocks are read whole.
@@ -72,13 +74,17 @@ class JaxRunner:
             self.state = _empty(self.decoder, self.rows, self.slots)
 
     def update(self, params: Params) -> None:
-        """Take other parameters of the same shapes; no program is compiled anew."""
+        """Take other parameters, as the decoder that was handed in has them; no program is compiled anew.
+
+        Raises:
+            UserError: a name or a shape differs.
+        """
         with self._numbers():
-            _, new = unrolled_for_decoding(Decoder(self.decoder.config, self.decoder.policy), params)
-            old = jax.tree.map(jnp.shape, self.params)
-            if jax.tree.map(jnp.shape, new) != old:
-                _, new = unrolled_for_decoding(self._scanned(), params)
-            self.params = new
+            _, new = unrolled_for_decoding(self.original, params)
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (new, self.params))
+        if shapes[0] != shapes[1]:
+            raise UserError("the new weights have other names, shapes or dtypes than those of the engine")
+        self.params = new
 
     def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None:
         """Put a piece of a prompt into a row, at `start`."""
@@ -141,11 +147,6 @@ class JaxRunner:
 
     def _numbers(self) -> Any:
         return jax.enable_x64(self._x64)
-
-    def _scanned(self) -> Decoder:
-        import dataclasses
-
-        return self.decoder.clone(config=dataclasses.replace(self.decoder.config, layer_loop="scan"))
 
 
 def row_bytes(decoder: Decoder, slots: int) -> int:

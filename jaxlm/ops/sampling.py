@@ -221,19 +221,29 @@ def draw(logits_BV: Float[Array, "b v"], uniform_B: Float[Array, " b"]) -> Int[A
     `1 - u` is positive, so a token without mass is never drawn, however the sums round.
     """
     weights_BCL = _groups(_weights(logits_BV))
-    whole_B = jnp.cumsum(jnp.sum(weights_BCL, axis=-1), axis=-1)[:, -1]
+    whole_B = _running(jnp.sum(weights_BCL, axis=-1))[:, -1]
     return _reach(weights_BCL, (1 - uniform_B.astype(whole_B.dtype)) * whole_B)
 
 
 def _reach(weights_BCL: Array, amount_B: Array) -> Array:
     """The first token [B] at which the cumulative weight reaches the amount; else the last one that has weight."""
     sums_BC = jnp.sum(weights_BCL, axis=-1)
-    reached_BC = jnp.cumsum(sums_BC, axis=-1)
+    reached_BC = _running(sums_BC)
     group_B1 = _first_or_last(reached_BC >= amount_B[:, None], sums_BC > 0)[:, None]
     before_B1 = jnp.where(group_B1 > 0, jnp.take_along_axis(reached_BC, jnp.maximum(group_B1 - 1, 0), axis=1), 0)
     weights_BL = jnp.take_along_axis(weights_BCL, group_B1[..., None], axis=1)[:, 0]
-    within_BL = before_B1 + jnp.cumsum(weights_BL, axis=-1)
+    within_BL = before_B1 + _running(weights_BL)
     return group_B1[:, 0] * GROUP + _first_or_last(within_BL >= amount_B[:, None], weights_BL > 0)
+
+
+def _running(x_BN: Array) -> Array:
+    """Cumulative sums, as products with a triangle of ones: XLA makes a long program of `cumsum` on a CPU."""
+    n = x_BN.shape[-1]
+    if n <= GROUP:
+        return jnp.matmul(x_BN, jnp.triu(jnp.ones((n, n), x_BN.dtype)), precision="highest")
+    within_BCL = jnp.matmul(_groups(x_BN), jnp.triu(jnp.ones((GROUP, GROUP), x_BN.dtype)), precision="highest")
+    before_BC = jnp.pad(_running(within_BCL[..., -1])[:, :-1], ((0, 0), (1, 0)))
+    return (within_BCL + before_BC[..., None]).reshape(x_BN.shape[0], -1)[:, :n]
 
 
 def _first_or_last(reached: Array, some: Array) -> Array:

@@ -223,19 +223,29 @@ def draw(logits_BV: Float[Tensor, "b v"], uniform_B: Float[Tensor, " b"]) -> Int
     `1 - u` is positive, so a token without mass is never drawn, however the sums round.
     """
     weights_BCL = _groups(_weights(logits_BV))
-    whole_B = weights_BCL.sum(dim=-1).cumsum(dim=-1)[:, -1]
+    whole_B = _running(weights_BCL.sum(dim=-1))[:, -1]
     return _reach(weights_BCL, (1 - uniform_B.to(whole_B.dtype)) * whole_B)
 
 
 def _reach(weights_BCL: Tensor, amount_B: Tensor) -> Tensor:
     """The first token [B] at which the cumulative weight reaches the amount; else the last one that has weight."""
     sums_BC = weights_BCL.sum(dim=-1)
-    reached_BC = sums_BC.cumsum(dim=-1)
+    reached_BC = _running(sums_BC)
     group_B1 = _first_or_last(reached_BC >= amount_B[:, None], sums_BC > 0)[:, None]
     before_B1 = torch.where(group_B1 > 0, reached_BC.gather(1, (group_B1 - 1).clamp(min=0)), 0)
     weights_BL = weights_BCL.take_along_dim(group_B1[..., None], dim=1)[:, 0]
-    within_BL = before_B1 + weights_BL.cumsum(dim=-1)
+    within_BL = before_B1 + _running(weights_BL)
     return group_B1[:, 0] * GROUP + _first_or_last(within_BL >= amount_B[:, None], weights_BL > 0)
+
+
+def _running(x_BN: Tensor) -> Tensor:
+    """Cumulative sums, in the order of the other framework."""
+    n = x_BN.shape[-1]
+    if n <= GROUP:
+        return x_BN @ torch.ones(n, n, dtype=x_BN.dtype, device=x_BN.device).triu()
+    within_BCL = _groups(x_BN) @ torch.ones(GROUP, GROUP, dtype=x_BN.dtype, device=x_BN.device).triu()
+    before_BC = torch.nn.functional.pad(_running(within_BCL[..., -1])[:, :-1], (1, 0))
+    return (within_BCL + before_BC[..., None]).reshape(x_BN.shape[0], -1)[:, :n]
 
 
 def _first_or_last(reached: Tensor, some: Tensor) -> Tensor:
