@@ -44,6 +44,10 @@ TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NEUTRAL = {"errors", "config", "text", "data", "run", "report"}  # rooms in which neither framework is imported
 NEUTRAL_MODULES = {"jaxlm.counts.flops", "jaxlm.train.backend", "jaxlm.train.loop"}  # and single modules of others
+NEUTRAL_MODULES |= {
+    f"jaxlm.infer.engine.{name}"
+    for name in ("engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler")
+}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
 MAX_FILES = 14

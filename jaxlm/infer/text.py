@@ -6,6 +6,7 @@ for completion in generate_text("runs/quickstart", ["def add(a, b):"], GREEDY, m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,25 +14,47 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxlm import config
-from jaxlm.infer import generate
+from jaxlm.errors import UserError
+from jaxlm.infer.engine import Engine, Reply, Request
+from jaxlm.infer.engine.runner_jax import JaxRunner
+from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy
 from jaxlm.processes.compile_cache import enable_compilation_cache
-from jaxlm.text.completion import STREAM_BLOCK, Completion, complete, encode_prompts
+from jaxlm.text.completion import Completion, check_prompts, encode_prompts
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 if TYPE_CHECKING:
     from jaxlm.convert.open_model import Model
 
+ROWS = 8
+"""Texts that are decoded side by side, when there are so many."""
+LEAST_SLOTS = 256
+
 
 class Generator:
-    """A decoder with its tokenizer, ready to complete many prompts."""
+    """A decoder with its tokenizer, ready to complete many prompts.
 
-    def __init__(self, decoder: Decoder, params: Params, tokenizer: Tokenizer) -> None:
+    Args:
+        ends: ids that end a text besides the tokenizer's end and begin of text.
+    """
+
+    def __init__(self, decoder: Decoder, params: Params, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> None:
         check_fits(tokenizer, decoder.config.vocab_size)
         self.tokenizer = tokenizer
-        self.decoder, self.params = generate.unrolled_for_decoding(decoder, params)
+        self.decoder, self.params = unrolled_for_decoding(decoder, params)
+        own = (tokenizer.eot, tokenizer.bos)  # some models know no end, only that another text begins
+        self.ends = tuple(dict.fromkeys([*(token for token in own if token is not None), *ends]))
+
+    def engine(self, rows: int, slots: int) -> Engine:
+        """An engine that compiles a program when it is first needed and runs where its replies are awaited.
+
+        Args:
+            slots: tokens of the longest prompt with its text.
+        """
+        runner = JaxRunner(self.decoder, self.params, rows=rows, slots=slots)
+        return Engine(runner, self.tokenizer, ends=self.ends, threaded=False, warm_up=False)
 
     def complete(
         self,
@@ -41,25 +64,52 @@ class Generator:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         seed: int = 0,
+        num_samples: int = 1,
         stream: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
-        """Complete all prompts in one batch; see `jaxlm.text.completion.complete` for `stop` and `stream`.
+        """Complete all prompts, on rows side by side.
+
+        Args:
+            stop: a text ends before the first of these strings.
+            num_samples: completions of each prompt, side by side in the result; number i of the result is choice i of
+                the seed.
+            stream: called with the index in the result and each piece of its text, as soon as it is final.
 
         Raises:
-            UserError: see `encode_prompts` and `check_prompts`.
+            UserError: see `encode_prompts` and `check_prompts`; or the logits are not finite.
         """
-        blocks = generate.blocks(
-            self.decoder,
-            self.params,
-            encode_prompts(self.tokenizer, prompts),
-            sampling,
-            max_new_tokens=max_new_tokens,
-            eos_id=self.tokenizer.eot,
-            pad_id=self.tokenizer.pad,
-            seed=seed,
-            size=STREAM_BLOCK if stop or stream else 0,
-        )
-        return complete(blocks, self.tokenizer, prompts, stop=stop, stream=stream)
+        ids = encode_prompts(self.tokenizer, prompts)
+        check_prompts(self.decoder.config, ids, max_new_tokens)
+        slots = slots_for(self.decoder.config, max(map(len, ids)) + max_new_tokens)
+        options: Any = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+        with self.engine(min(ROWS, len(ids) * num_samples), slots) as engine:
+            requests = [
+                Request(prompt, sample=i * num_samples, n=num_samples, **options) for i, prompt in enumerate(ids)
+            ]
+            replies = [engine.submit(request) for request in requests]
+            return [
+                completion
+                for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
+                for completion in _completions(prompt, reply, i * num_samples, stream)
+            ]
+
+
+def _completions(prompt: str, reply: Reply, first: int, stream: Callable[[int, str], None] | None) -> list[Completion]:
+    for part in reply:
+        if stream is not None and part.text:
+            stream(first + part.index, part.text)
+    choices = reply.result().choices
+    for choice in choices:
+        if choice.finish == "error":
+            raise UserError(str(choice.ended_by))
+    return [Completion(prompt, choice.text, list(choice.ids), choice.finish) for choice in choices]
+
+
+def slots_for(cfg: config.Model, tokens: int) -> int:
+    """The room of a row for texts of so many tokens: few sizes, so that few programs are compiled."""
+    room = max(LEAST_SLOTS, 1 << (tokens - 1).bit_length())
+    fits = 0 < tokens <= cfg.max_seq_len
+    return min(room, cfg.max_seq_len) if fits and cfg.positions in ("learned", "sinusoidal") else room
 
 
 def generate_text(
@@ -83,26 +133,55 @@ def generate_text(
     Raises:
         UserError: `path` holds no model or no tokenizer, or see `Generator.complete`.
     """
+    model, tokenizer = open_with_tokenizer(path)
+    options: Any = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "stream": stream}
+    with numbers_of(model):
+        if backend == "torch":
+            repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+            return _torch_generator(model, tokenizer).complete(repeated, sampling, **options)
+        generator = generator_of(model, tokenizer, end_ids(path))
+        return generator.complete(prompts, sampling, num_samples=num_samples, **options)
+
+
+def open_with_tokenizer(path: str | Path) -> tuple[Model, Tokenizer]:
+    """The model at `path`, read, with its tokenizer.
+
+    Raises:
+        UserError: `path` holds no model or no tokenizer.
+    """
     from jaxlm.convert.files.side_files import no_tokenizer
     from jaxlm.convert.open_model import load
 
     model = load(path)
     if model.tokenizer_path is None:
         raise no_tokenizer(Path(path))
-    tokenizer = Tokenizer.from_file(model.tokenizer_path)
-    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    return model, Tokenizer.from_file(model.tokenizer_path)
+
+
+def numbers_of(model: Model) -> Any:
+    """The context in which a float64 model keeps its numbers."""
     numerics = model.config.numerics
-    with jax.enable_x64("float64" in (numerics.params, numerics.compute) or jax.config.read("jax_enable_x64")):
-        generator = (_torch_generator if backend == "torch" else _generator)(model, tokenizer)
-        return generator.complete(
-            repeated, sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed, stream=stream
-        )
+    return jax.enable_x64("float64" in (numerics.params, numerics.compute) or jax.config.read("jax_enable_x64"))
 
 
-def _generator(model: Model, tokenizer: Tokenizer) -> Generator:
+def generator_of(model: Model, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> Generator:
+    """The model on the default device, ready to complete prompts."""
     enable_compilation_cache(model.config.data.cache_dir)
     decoder = Decoder(model.config.model, Policy.from_config(model.config.numerics))
-    return Generator(decoder, jax.device_put(model.params), tokenizer)
+    return Generator(decoder, jax.device_put(model.params), tokenizer, ends)
+
+
+def end_ids(path: str | Path) -> tuple[int, ...]:
+    """Ids that end a text by `generation_config.json`, where the folder has one."""
+    file = Path(path) / "generation_config.json"
+    if not file.is_file():
+        return ()
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: {error}", "it must be a JSON object") from None
+    listed = ids if isinstance(ids, list) else [ids]
+    return tuple(token for token in listed if isinstance(token, int))
 
 
 def _torch_generator(model: Model, tokenizer: Tokenizer) -> Any:

@@ -1,7 +1,7 @@
 """From logits to the next token. Options combine in this order:
 
-repetition penalty, frequency and presence penalty, [bias, forbidden ids, grammar,] temperature, top-k, typical-p, top-p,
-min-p, draw. Each filter sees what the ones before have left.
+repetition penalty, frequency and presence penalty, (bias, forbidden ids, grammar,) temperature, top-k, typical-p,
+top-p, min-p, draw. Each filter sees what the ones before have left.
 
 The randomness of a draw is one given uniform number a row, so the same numbers draw the same tokens in both frameworks.
 No filter sorts the vocabulary: a bisection over the bits of a float finds the last value that is kept.
@@ -186,7 +186,7 @@ def first_until(
 ) -> Bool[Array, "b v"]:
     """Take tokens by falling keys, of equal ones the lower first, until their weights reach the amount.
 
-    The token that reaches it is taken. The same set as by sorting, but for sums that differ from the amount by rounding.
+    The token that reaches it is taken. It is the set that sorting gives, but for amounts within rounding of a sum.
 
     Args:
         amount: positive; a number or one a row [B, 1].

@@ -28,6 +28,8 @@ class Completion:
     prompt: str
     text: str
     tokens: list[int]
+    finish: str = "length"
+    """Why it ended: `stop` by an end id or stop string, `length` at the number of tokens asked for."""
 
 
 def right_padded(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, ...]:
@@ -111,7 +113,10 @@ def complete(
         piece = row.flush()
         if stream is not None and piece:
             stream(index, piece)
-    return [Completion(prompt, row.text, row.tokens) for prompt, row in zip(prompts, rows, strict=True)]
+    return [
+        Completion(prompt, row.text, row.tokens, "stop" if row.ended else "length")
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
 
 
 class StopStrings:

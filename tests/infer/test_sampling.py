@@ -48,7 +48,9 @@ def expected(logits: np.ndarray, seen: np.ndarray, counts: np.ndarray, options: 
         share = weights[kept] / weights[kept].sum()
         far = np.abs(-np.log(share) + (share * np.log(share)).sum())
         nearest = kept[np.lexsort((kept, far))]
-        kept = np.array(sorted(until(nearest, weights, options["typical_p"]), key=lambda token: (-logits[token], token)))
+        kept = np.array(
+            sorted(until(nearest, weights, options["typical_p"]), key=lambda token: (-logits[token], token))
+        )
     kept = np.array(until(kept, weights, options.get("top_p", 1.0)))
     kept = kept[weights[kept] >= options.get("min_p", 0.0) * weights[kept].max()]
     probabilities = np.zeros_like(weights)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxlm.errors import UserError
-from jaxlm.infer.prefix import PrefixTable
-from jaxlm.infer.scheduler import HEAD_START, Scheduler, next_piece
+from jaxlm.infer.engine.prefix import PrefixTable
+from jaxlm.infer.engine.scheduler import HEAD_START, Scheduler, next_piece
 
 WIDTHS = (4, 16)
 

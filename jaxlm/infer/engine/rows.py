@@ -1,6 +1,6 @@
 """The rows of an engine's cache: made empty, looked at one by one, kept and put back.
 
-A cache is a tuple of what the layers remember, stacked over repeats where the layers are scanned. Three kinds, by mixer:
+A cache is a tuple of what the layers remember, stacked over repeats where they are scanned. Three kinds, by mixer:
 
 * `RowCache` (full attention): slots by position. Kept are the slots of a chunk; cutting back needs nothing.
 * `WindowCache`: the newest tokens, and the first ones. Kept is the whole, as it is after a chunk.

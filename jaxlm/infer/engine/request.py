@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from jaxlm.text.sampling import Sampling
 from jaxlm.errors import UserError
+from jaxlm.text.sampling import Sampling
 
 ENDS = 32
 """Ids that may end a text."""
@@ -43,7 +43,9 @@ class Grammar:
     def __post_init__(self) -> None:
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name)]
         if len(given) != 1:
-            raise UserError(f"a grammar is one of json_schema, regex, choices, lark: {' and '.join(given) or 'none'} given")
+            raise UserError(
+                f"a grammar is one of json_schema, regex, choices, lark: {' and '.join(given) or 'none'} given"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,10 @@ class Request:
         biased = len(self.logit_bias) + len(self.forbidden)
         finite = all(math.isfinite(value) for value in self.logit_bias.values())
         return (
-            (self.max_new_tokens is None or self.max_new_tokens >= 1, f"max_new_tokens = {self.max_new_tokens} must be positive"),
+            (
+                self.max_new_tokens is None or self.max_new_tokens >= 1,
+                f"max_new_tokens = {self.max_new_tokens} must be positive",
+            ),
             (self.min_new_tokens >= 0, f"min_new_tokens = {self.min_new_tokens} must be 0 or more"),
             (self.seed >= 0, f"seed = {self.seed} must be 0 or more"),
             (self.sample >= 0, f"sample = {self.sample} must be 0 or more"),
@@ -122,7 +127,10 @@ class Request:
             (len(self.stop) <= MOST_STOPS, f"stop has {len(self.stop)} strings, at most {MOST_STOPS} are possible"),
             ("" not in self.stop, "a stop string is empty"),
             (longest <= LONGEST_STOP, f"a stop string has {longest} characters, at most {LONGEST_STOP} are possible"),
-            (len(self.stop_ids) <= ENDS // 2, f"stop_ids has {len(self.stop_ids)} ids, at most {ENDS // 2} are possible"),
+            (
+                len(self.stop_ids) <= ENDS // 2,
+                f"stop_ids has {len(self.stop_ids)} ids, at most {ENDS // 2} are possible",
+            ),
             (
                 self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
                 f"logprobs = {self.logprobs} must be between 0 and {MOST_LOGPROBS}",

@@ -9,7 +9,7 @@ may choose is an array.
     reset     empty a row; penalise: counts and bias of a row
     keep, put_back   a chunk and its states, out of a row and into one
 
-Shapes: R rows, N tokens of a burst, C tokens of a chunk, V vocabulary, E end ids, Q likeliest others, W words of a mask.
+Shapes: R rows, N tokens of a burst, C of a chunk, V vocabulary, E end ids, Q likeliest others, W words of a mask.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import UserError
-from jaxlm.infer import rows as row_ops
+from jaxlm.infer.engine import rows as row_ops
+from jaxlm.infer.engine.request import MOST_LOGPROBS
+from jaxlm.infer.engine.runner import BURST, Drawn, Orders, Scored
 from jaxlm.infer.generate import unrolled_for_decoding
-from jaxlm.infer.request import ENDS, MOST_LOGPROBS
-from jaxlm.infer.runner import BURST, Drawn, Orders, Scored
 from jaxlm.models.decoder import Cache, Decoder, Params
 from jaxlm.numerics import wide
 from jaxlm.ops import sampling as ops
@@ -217,12 +217,10 @@ class _Loop(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
-    decoder: Decoder, params: Params, state: State, orders: Orders
-) -> tuple[State, tuple[Array, ...]]:
+def _decode(decoder: Decoder, params: Params, state: State, orders: Orders) -> tuple[State, tuple[Array, ...]]:
     """Each step feeds a row's last token, which no layer has seen yet, and draws the next."""
     r = orders.token.shape[0]
-    knobs = ops.Knobs(*orders.knobs)
+    knobs = ops.Knobs(*(jnp.asarray(values) for values in orders.knobs))
     active_R = orders.active != 0
 
     def body(loop: _Loop) -> _Loop:
@@ -258,14 +256,12 @@ def _decode(
         jnp.zeros(many, width),
         jnp.int32(0),
     )
-    loop = _Loop(jnp.int32(0), jnp.zeros(r, bool), orders.token, state, drawn)
+    loop = _Loop(jnp.int32(0), jnp.zeros(r, bool), jnp.asarray(orders.token), state, drawn)
     loop = lax.while_loop(goes_on, body, loop)
     return loop.state, loop.drawn
 
 
-def _draw(
-    logits_RV: Array, state: State, orders: Orders, knobs: ops.Knobs, step: Array
-) -> tuple[Array, Array]:
+def _draw(logits_RV: Array, state: State, orders: Orders, knobs: ops.Knobs, step: Array) -> tuple[Array, Array]:
     """The next token of each row, and the logits that the draw was from, those not kept at -inf."""
     seen_RV = lambda: state.seen_RV | (state.counts_RV > 0)  # noqa: E731
     logits_RV = ops.penalised_rows(logits_RV, seen_RV(), state.counts_RV, knobs)
@@ -279,7 +275,10 @@ def _draw(
         jnp.any(early_R1), lambda x: x.at[rows_R1, ends_RE].set(-jnp.inf, mode="drop"), lambda x: x, logits_RV
     )
     logits_RV = lax.cond(
-        jnp.any(orders.ruled != 0), lambda x: jnp.where(_unpacked(orders, x.shape[1]), x, -jnp.inf), lambda x: x, logits_RV
+        jnp.any(orders.ruled != 0),
+        lambda x: jnp.where(_unpacked(orders, x.shape[1]), x, -jnp.inf),
+        lambda x: x,
+        logits_RV,
     )
 
     def sampled(logits_RV: Array) -> tuple[Array, Array]:
@@ -360,4 +359,4 @@ def _padded(tokens: Sequence[int], width: int) -> np.ndarray:
     return padded
 
 
-__all__ = ["ENDS", "JaxRunner", "row_bytes"]
+__all__ = ["JaxRunner", "row_bytes"]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxlm.infer.engine.request import Choice, Finish, LogProb, Part, Request
 from jaxlm.text.completion import StopStrings
 from jaxlm.text.tokenizer import TextStream, Tokenizer
-from jaxlm.infer.request import Choice, Finish, LogProb, Part, Request
 
 DRAWN_AHEAD = 256
 """Random numbers made at once."""

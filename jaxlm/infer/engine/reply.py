@@ -7,8 +7,8 @@ import dataclasses
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from jaxlm.infer.growing import Growing
-from jaxlm.infer.request import LogProb, Part, Request, Result, Usage
+from jaxlm.infer.engine.growing import Growing
+from jaxlm.infer.engine.request import LogProb, Part, Request, Result, Usage
 
 
 class Reply:

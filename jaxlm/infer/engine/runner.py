@@ -1,4 +1,4 @@
-"""What an engine asks of a framework: the contract of a runner, and the arrays that pass between them. No framework here.
+"""What an engine asks of a framework: the contract of a runner, and the arrays that pass between them.
 
 Shapes: R rows, N tokens of a burst, V vocabulary, E end ids, Q likeliest others, W words of a mask.
 """
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxlm.infer.request import ENDS
+from jaxlm.infer.engine.request import ENDS
 
 BURST = 8
 """N: tokens that rows draw in one call when nothing else waits; a cancelled row is free after at most so many."""
@@ -63,7 +63,7 @@ class Orders(NamedTuple):
             uniforms=np.zeros((BURST, rows), np.float32),
             mask=np.full((rows, -(-vocab // 32)), -1, np.int32),
             knobs=(*knobs, *penalties),
-            until=np.int32(1),
+            until=np.asarray(1, np.int32),
         )
 
 

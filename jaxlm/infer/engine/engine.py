@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.errors import UserError
+from jaxlm.infer.engine.growing import Growing
+from jaxlm.infer.engine.orders import RowOrders
+from jaxlm.infer.engine.prefix import PrefixTable
+from jaxlm.infer.engine.reply import Reply
+from jaxlm.infer.engine.request import ENDS, Finish, LogProb, Request
+from jaxlm.infer.engine.runner import BURST, Drawn, Runner, Scored
+from jaxlm.infer.engine.scheduler import Piece, Scheduler
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
-from jaxlm.errors import UserError
-from jaxlm.infer.growing import Growing
-from jaxlm.infer.orders import RowOrders
-from jaxlm.infer.prefix import PrefixTable
-from jaxlm.infer.reply import Reply
-from jaxlm.infer.request import ENDS, Finish, LogProb, Request
-from jaxlm.infer.runner import BURST, Drawn, Runner, Scored
-from jaxlm.infer.scheduler import Piece, Scheduler
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,11 @@ class Engine:
     def programs(self) -> dict[str, str]:
         """The compiled programs, with their shapes."""
         return dict(self.runner.programs)
+
+    @property
+    def in_use(self) -> int:
+        """Rows that have a text."""
+        return len(self._scheduler.running)
 
     def submit(self, request: Request) -> Reply:
         """Put a request into the queue.
@@ -262,7 +267,7 @@ class Engine:
         """Let rows draw, and hand on what they drew."""
         growing = {row: self._texts[key][1] for key, row in draws}
         orders, steps = self._orders.make(growing, burst)
-        drawn = self.runner.decode(orders._replace(until=np.int32(steps)))
+        drawn = self.runner.decode(orders._replace(until=np.asarray(steps, np.int32)))
         for key, row in draws:
             reply, one = self._texts[key]
             for step in range(int(drawn.steps)):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxlm.infer.engine.growing import Growing
+from jaxlm.infer.engine.request import ENDS
+from jaxlm.infer.engine.runner import BURST, Orders, Runner
 from jaxlm.text.sampling import Sampling
-from jaxlm.infer.growing import Growing
-from jaxlm.infer.request import ENDS
-from jaxlm.infer.runner import BURST, Orders, Runner
 
 KNOBS = (
     "temperature",
