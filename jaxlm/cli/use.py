@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from jaxlm.cli.arguments import Backend, BackendOption, JsonFlag, ModelPath
 from jaxlm.cli.show import write
+from jaxlm.errors import UserError
 
 commands = typer.Typer()
 
@@ -17,21 +19,31 @@ commands = typer.Typer()
 @commands.command()
 def generate(
     run: ModelPath,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.", show_default=False)] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set with this probability.")] = 1.0,
+    typical_p: Annotated[float, typer.Option(help="Keep the most typical tokens with this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep tokens with this share of the likeliest one's probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: discourage tokens already there.")] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken from a token's logit for each time it came.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of tokens that came.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
     as_json: JsonFlag = False,
     backend: BackendOption = Backend.jax,
+    prompts: Annotated[Path | None, typer.Option(help="A file of many prompts, one JSON object a line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the texts of --prompts go.")] = None,
+    rows: Annotated[int, typer.Option(help="With --prompts: texts side by side.")] = 16,
 ) -> None:
-    """Continue PROMPT with a trained model; the text appears as it is made."""
+    """Continue PROMPT with a trained model; the text appears as it is made.
+
+    With --prompts, continue every line of a file: {"prompt": "...", "max_new_tokens": 64, "sampling": {"top_p": 0.9}}.
+    A command that was killed goes on where it stopped.
+    """
     from jaxlm.infer.text import generate_text
     from jaxlm.text.sampling import Sampling
 
@@ -39,9 +51,16 @@ def generate(
         temperature=0.0 if greedy else temperature,
         top_k=top_k,
         top_p=top_p,
+        typical_p=typical_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
     )
+    if prompts is not None or out is not None or prompt is None:
+        options: Any = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "n": num_samples}
+        _answer_file(run, prompt, prompts, out, rows, {"sampling": sampling, **options})
+        return
     streaming = not as_json and num_samples == 1
     if streaming:
         write(prompt)
@@ -60,3 +79,17 @@ def generate(
         write("\n")
     for completion in completions if not streaming else ():
         print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
+
+
+def _answer_file(
+    run: Path, prompt: str | None, prompts: Path | None, out: Path | None, rows: int, options: dict[str, Any]
+) -> None:
+    from jaxlm.infer.engine import Request
+    from jaxlm.infer.text import generate_file
+
+    if prompt is not None or prompts is None or out is None:
+        raise UserError("give a PROMPT, or --prompts IN.jsonl and --out OUT.jsonl")
+    done = 0
+    for done in generate_file(run, prompts, out, Request((), **options), rows=rows):
+        write(f"\r{done} texts")
+    write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")

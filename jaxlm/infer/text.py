@@ -7,7 +7,7 @@ for completion in generate_text("runs/quickstart", ["def add(a, b):"], GREEDY, m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ import jax
 
 from jaxlm import config
 from jaxlm.errors import UserError
+from jaxlm.infer.batch import answer_file
 from jaxlm.infer.engine import Engine, Reply, Request
-from jaxlm.infer.engine.runner_jax import JaxRunner
+from jaxlm.infer.engine.memory import bytes_of, context_of, rows_within
+from jaxlm.infer.engine.runner_jax import JaxRunner, row_bytes
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy
@@ -47,14 +49,47 @@ class Generator:
         own = (tokenizer.eot, tokenizer.bos)  # some models know no end, only that another text begins
         self.ends = tuple(dict.fromkeys([*(token for token in own if token is not None), *ends]))
 
-    def engine(self, rows: int, slots: int) -> Engine:
-        """An engine that compiles a program when it is first needed and runs where its replies are awaited.
+    def engine(
+        self,
+        *,
+        rows: int = ROWS,
+        context: int = 0,
+        cache_memory: str | int | None = None,
+        prefix_memory: str | int = 0,
+        threaded: bool = True,
+        warm_up: bool = True,
+        **options: int,
+    ) -> Engine:
+        """An engine on this model.
 
         Args:
-            slots: tokens of the longest prompt with its text.
+            rows: texts side by side, at most; fewer where `cache_memory` is too small for so many.
+            context: tokens of the longest prompt with its text; 0: model.max_seq_len.
+            cache_memory: bytes, or such as "512M"; None: whatever the rows take.
+            prefix_memory: the same for the known beginnings of prompts; 0 keeps none.
+            threaded: in a thread of its own; otherwise whoever awaits a reply makes the steps.
+            warm_up: compile all programs now; otherwise each when it is first needed.
+            options: `budget` and `most_waiting` of `Engine`.
+
+        Raises:
+            UserError: not one row fits, or the model has fewer positions.
         """
-        runner = JaxRunner(self.decoder, self.params, rows=rows, slots=slots)
-        return Engine(runner, self.tokenizer, ends=self.ends, threaded=False, warm_up=False)
+        cfg = self.decoder.config
+        context = context_of(cfg, context)
+        memory = None if cache_memory is None else bytes_of(cache_memory, "cache_memory")
+        rows = rows_within(rows, memory, row_bytes(self.decoder, context), context)
+        runner = JaxRunner(self.decoder, self.params, rows=rows, slots=context)
+        print_of = f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}"
+        return Engine(
+            runner,
+            self.tokenizer,
+            ends=self.ends,
+            prefix_memory=bytes_of(prefix_memory, "prefix_memory"),
+            fingerprint=print_of,
+            threaded=threaded,
+            warm_up=warm_up,
+            **options,
+        )
 
     def complete(
         self,
@@ -82,7 +117,8 @@ class Generator:
         check_prompts(self.decoder.config, ids, max_new_tokens)
         slots = slots_for(self.decoder.config, max(map(len, ids)) + max_new_tokens)
         options: Any = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
-        with self.engine(min(ROWS, len(ids) * num_samples), slots) as engine:
+        rows = min(ROWS, len(ids) * num_samples)
+        with self.engine(rows=rows, context=slots, threaded=False, warm_up=False) as engine:
             requests = [
                 Request(prompt, sample=i * num_samples, n=num_samples, **options) for i, prompt in enumerate(ids)
             ]
@@ -141,6 +177,23 @@ def generate_text(
             return _torch_generator(model, tokenizer).complete(repeated, sampling, **options)
         generator = generator_of(model, tokenizer, end_ids(path))
         return generator.complete(prompts, sampling, num_samples=num_samples, **options)
+
+
+def generate_file(
+    path: str | Path, prompts: str | Path, out: str | Path, defaults: Request, *, rows: int = 16, context: int = 0
+) -> Iterator[int]:
+    """Answer a file of prompts with the model at `path`; see `batch.answer_file`. Yields the lines done.
+
+    Raises:
+        UserError: `path` holds no model or no tokenizer, or a file is not what it should be.
+    """
+    model, tokenizer = open_with_tokenizer(path)
+    with numbers_of(model):
+        generator = generator_of(model, tokenizer, end_ids(path))
+        engine = generator.engine(rows=rows, context=context, prefix_memory="256M", threaded=False, warm_up=False)
+    name = f"{Path(path).resolve()}\0{engine.prefixes.fingerprint}"
+    with engine:
+        yield from answer_file(engine, Path(prompts), Path(out), defaults, name)
 
 
 def open_with_tokenizer(path: str | Path) -> tuple[Model, Tokenizer]:

@@ -34,6 +34,9 @@ from jaxlm.numerics import wide
 from jaxlm.ops import sampling as ops
 from jaxlm.ops.attention.slots import BLOCK
 
+WIDTHS = (16, 64, 256)
+"""Tokens of the pieces of a prompt."""
+
 
 class State(NamedTuple):
     """What the device keeps between calls."""
@@ -56,15 +59,15 @@ class JaxRunner:
     """
 
     def __init__(
-        self, decoder: Decoder, params: Params, *, rows: int, slots: int, widths: Sequence[int] = (16, 64, 256)
+        self, decoder: Decoder, params: Params, *, rows: int, slots: int, widths: Sequence[int] = WIDTHS
     ) -> None:
         self.original = decoder
-        self.decoder, self.params = unrolled_for_decoding(decoder, params)
-        self.rows, self.widths, self.length = rows, tuple(widths), slots
-        # A chunk may be padded beyond the last token, and blocks are read whole.
-        self.slots = -(-(slots + self.widths[-1]) // BLOCK) * BLOCK
-        self.vocab = decoder.config.vocab_size
         self._x64 = decoder.policy.compute == jnp.float64 or bool(jax.config.read("jax_enable_x64"))
+        with self._numbers():
+            self.decoder, self.params = unrolled_for_decoding(decoder, params)
+        self.rows, self.widths, self.length = rows, tuple(widths), slots
+        self.slots = rounded_slots(slots, self.widths[-1])
+        self.vocab = decoder.config.vocab_size
         self.programs: dict[str, str] = {}
         self.clear()
 
@@ -149,9 +152,14 @@ class JaxRunner:
         return jax.enable_x64(self._x64)
 
 
-def row_bytes(decoder: Decoder, slots: int) -> int:
-    """Memory of one row of `slots` tokens."""
-    shapes = jax.eval_shape(lambda: _make_state(decoder, 1, slots))
+def rounded_slots(slots: int, chunk: int) -> int:
+    """Slots of a row for `slots` tokens: a chunk may be padded beyond the last token, and blocks are read whole."""
+    return -(-(slots + chunk) // BLOCK) * BLOCK
+
+
+def row_bytes(decoder: Decoder, slots: int, chunk: int = WIDTHS[-1]) -> int:
+    """Memory of one row for `slots` tokens."""
+    shapes = jax.eval_shape(lambda: _make_state(decoder, 1, rounded_slots(slots, chunk)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 

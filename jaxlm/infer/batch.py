@@ -1,0 +1,132 @@
+"""A file of prompts to a file of texts: `jaxlm generate RUN --prompts in.jsonl --out out.jsonl`.
+
+Each line of the first is an object with `prompt` and any option of `Request`; `sampling` is an object of its options.
+Each line of the second answers the line of the same number. What stands there is kept, so a killed command goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError, did_you_mean
+from jaxlm.infer.engine import Engine, Grammar, Reply, Request, Result
+
+AHEAD = 4
+"""Requests under way for each row."""
+
+
+def answer_file(engine: Engine, prompts: Path, out: Path, defaults: Request, name: str) -> Iterator[int]:
+    """Answer every line of `prompts` in `out`, in order; yields the number of lines done after each.
+
+    A line that cannot be answered has an `error` in its place.
+
+    Args:
+        defaults: options of lines that do not have their own.
+        name: of the model, so that an output of another one is not gone on with.
+
+    Raises:
+        UserError: `prompts` cannot be read, or `out` holds the answers of something else.
+    """
+    lines = _lines(prompts)
+    keys = [hashlib.sha256(f"{name}\0{defaults}\0{line}".encode()).hexdigest()[:16] for line in lines]
+    done = _answered(out, keys)
+    under_way: collections.deque[tuple[int, Reply | str]] = collections.deque()
+    following = iter(range(done, len(lines)))
+    with out.open("a", encoding="utf-8") as file:
+        while True:
+            while len(under_way) < AHEAD * engine.runner.rows and (index := next(following, None)) is not None:
+                under_way.append((index, _submit(engine, lines[index], defaults)))
+            if not under_way:
+                return
+            index, reply = under_way.popleft()
+            answer = {"error": reply} if isinstance(reply, str) else _answer(reply.result())
+            file.write(json.dumps({"index": index, "key": keys[index], **answer}, ensure_ascii=False) + "\n")
+            file.flush()
+            yield index + 1
+
+
+def request_of(fields: Mapping[str, Any], defaults: Request) -> Request:
+    """The request of a line.
+
+    Raises:
+        UserError: an option is unknown or has a wrong value.
+    """
+    names = [field.name for field in dataclasses.fields(Request)]
+    given = dict(fields)
+    if "prompt" not in given:
+        raise UserError("there is no prompt")
+    for name in given:
+        if name not in names:
+            raise UserError(f"unknown option {name!r}", did_you_mean(name, names))
+    try:
+        if "sampling" in given:
+            given["sampling"] = dataclasses.replace(defaults.sampling, **given["sampling"])
+        if given.get("grammar") is not None:
+            given["grammar"] = Grammar(**given["grammar"])
+        if "logit_bias" in given:
+            given["logit_bias"] = {int(token): float(value) for token, value in given["logit_bias"].items()}
+        return dataclasses.replace(defaults, **given)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _submit(engine: Engine, line: str, defaults: Request) -> Reply | str:
+    """The reply to a line, or what is wrong with it."""
+    try:
+        fields = json.loads(line)
+        if not isinstance(fields, dict):
+            return "the line is no JSON object"
+        return engine.submit(request_of(fields, defaults))
+    except json.JSONDecodeError as error:
+        return f"the line is no JSON: {error}"
+    except UserError as error:
+        return str(error)
+
+
+def _answer(result: Result) -> dict[str, Any]:
+    prompt = result.request.prompt
+    answer: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    choices = [
+        {"text": choice.text, "ids": list(choice.ids), "finish": choice.finish}
+        | ({"log_probs": [one.log_prob for one in choice.log_probs]} if choice.log_probs else {})
+        | ({"error": choice.ended_by} if choice.finish == "error" else {})
+        for choice in result.choices
+    ]
+    answer |= choices[0] | {"usage": dataclasses.asdict(result.usage)}
+    return answer | ({"choices": choices} if len(choices) > 1 else {})
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}", "--prompts names a file of one JSON object a line") from None
+
+
+def _answered(out: Path, keys: list[str]) -> int:
+    """How many lines are answered; a line that was cut off is cut away."""
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return 0
+    data = out.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.split(b"\n")[:-1]):
+        try:
+            fields = json.loads(line)
+            same = fields["index"] == number < len(keys) and fields["key"] == keys[number]
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise UserError(
+                f"{out}: line {number + 1} does not answer line {number + 1} of these prompts",
+                "it is of another model, other options or other prompts: give another --out",
+            )
+    if len(whole) < len(data):
+        out.write_bytes(whole)
+    return whole.count(b"\n")
