@@ -48,7 +48,7 @@ VARIANTS = [
     {"pattern": ("attention+moe", "attention+mlp"), "n_layers": 2, "moe": {"n_shared": 1, "router": "sigmoid"}},
 ]
 VARIED = Sampling(temperature=0.0, repetition_penalty=2.0)  # greedy text of random weights falls into loops
-WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+WARM = Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.3)
 
 
 @pytest.fixture(
@@ -182,7 +182,7 @@ def test_texts_of_both_backends_and_of_the_command(folder: Any, capsys: pytest.C
     assert ours[0].tokens != ours[1].tokens
 
     flags = ["--max-new-tokens=40", "--seed=2", "--temperature=0.8", "--top-k=50", "--top-p=0.95", "--min-p=0.01"]
-    flags += ["--repetition-penalty=1.1", "--stop=z"]
+    flags += ["--repetition-penalty=1.1", "--presence-penalty=0.3", "--stop=z"]
     assert torch_generate.main([str(folder), "def add", *flags]) == 0
     assert capsys.readouterr().out == f"def add{ours[0].text}\n"
 

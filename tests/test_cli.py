@@ -74,10 +74,40 @@ def test_generate_prints_json(workplace: Path, capsys: pytest.CaptureFixture[str
     args = ("generate", workplace / "run", "def add", "--greedy", "--max-new-tokens", 5, "--json")
     assert run(*args) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first.keys() == {"prompt", "text", "tokens"} and first["prompt"] == "def add"
+    assert first.keys() == {"prompt", "text", "tokens", "finish"} and first["prompt"] == "def add"
     assert 1 <= len(first["tokens"]) <= 5
     assert run(*args) == 0
     assert json.loads(capsys.readouterr().out) == first
+
+
+def test_generate_answers_a_file(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bad line has its error; a killed command goes on with nothing twice; another run's output is not touched."""
+    lines = [
+        {"prompt": "def add", "max_new_tokens": 3},
+        {"prompt": "x", "max_new_tokens": 4, "n": 2, "sampling": {"temperature": 0.5}, "logprobs": 0},
+        {"prompt": "x", "max_tokens": 4},
+        {"prompt": [5, 6], "max_new_tokens": 2, "stop": ["\n"]},
+    ]
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = [json.dumps(line) for line in lines]
+    prompts.write_text("\n".join([*texts[:2], "{broken", *texts[2:]]) + "\n")
+    args = ("generate", workplace / "run", "--prompts", prompts, "--out", out, "--rows", 2, "--greedy")
+    assert run(*args) == 0
+    whole = out.read_text()
+    answers = [json.loads(line) for line in whole.splitlines()]
+    assert [answer["index"] for answer in answers] == [0, 1, 2, 3, 4]
+    assert "no JSON" in answers[2]["error"] and "max_new_tokens" in answers[3]["error"]
+    assert answers[0]["usage"]["completion"] == len(answers[0]["ids"]) <= 3
+    assert len(answers[1]["choices"]) == 2 and len(answers[1]["log_probs"]) == len(answers[1]["ids"])
+
+    out.write_text(whole[: len(whole) // 2])
+    assert run(*args) == 0 and out.read_text() == whole
+    assert run(*args) == 0 and out.read_text() == whole
+    capsys.readouterr()
+    assert run(*args, "--seed", 1) == 2 and out.read_text() == whole
+    assert "does not answer line 1" in capsys.readouterr().err
+    assert run("generate", workplace / "run", "--prompts", prompts) == 2
+    assert "--out" in capsys.readouterr().err
 
 
 def test_generate_streams_the_same_text(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

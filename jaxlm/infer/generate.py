@@ -39,6 +39,7 @@ class State(NamedTuple):
     ended: Bool[Array, " b"]
     new: Int[Array, "b n"]
     seen: Bool[Array, "b v"] | None
+    counts: Int[Array, "b v"] | None
     cache: Cache
 
 
@@ -136,6 +137,7 @@ def _prefill(
         ended=jnp.zeros(b, bool),
         new=jnp.full((b, n), ends[1]),
         seen=seen_BV,
+        counts=jnp.zeros((b, decoder.config.vocab_size), jnp.int32) if sampling.counts else None,
         cache=cache,
     )
     return _draw(decoder, sampling, params, state, last_B1D, uniforms_BN, ends)
@@ -178,12 +180,15 @@ def _draw(
     """Draw one token of each row; a row that has ended draws padding."""
     logits_B1V: Any = decoder.apply({"params": params}, hidden_B1D, method="unembed")
     uniform_B = jax.lax.dynamic_index_in_dim(uniforms_BN, state.step, axis=1, keepdims=False)
-    token_B = sample(logits_B1V[:, 0], uniform_B, state.seen, **dataclasses.asdict(sampling))
+    token_B = sample(logits_B1V[:, 0], uniform_B, state.seen, state.counts, **dataclasses.asdict(sampling))
     eos_id, pad_id = ends
     token_B = jnp.where(state.ended, pad_id, token_B)
     seen_BV = state.seen
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    counts_BV = state.counts
+    if counts_BV is not None:
+        counts_BV = counts_BV.at[jnp.arange(token_B.shape[0]), token_B].add(1)
     return State(
         step=state.step + 1,
         token=token_B,
@@ -191,5 +196,6 @@ def _draw(
         ended=state.ended | (token_B == eos_id),
         new=jax.lax.dynamic_update_slice_in_dim(state.new, token_B[:, None], state.step, axis=1),
         seen=seen_BV,
+        counts=counts_BV,
         cache=state.cache,
     )

@@ -30,6 +30,11 @@ class Sampling:
     presence_penalty: float = 0.0
     """Taken from the logits of tokens in the completion; 0: none."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often a token stands in the completion."""
+        return bool(self.frequency_penalty or self.presence_penalty)
+
     def __post_init__(self) -> None:
         infinite = float("inf")
         for name, holds, need in (

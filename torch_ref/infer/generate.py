@@ -76,10 +76,13 @@ def blocks(
         for row, prompt in enumerate(prompts):
             seen_BV[row, prompt] = True
 
+    counts_BV = None
+    if sampling.counts:
+        counts_BV = torch.zeros(len(prompts), decoder.config.vocab_size, dtype=torch.int32, device=device)
     cache = init_cache(decoder, len(prompts), tokens_BT.shape[1] + max_new_tokens)
     hidden_BTD, cache = decoder.hidden(tokens_BT, positions_BT, segments_BT, cache)
     last_B1D = hidden_BTD.take_along_dim(lengths_B[:, None, None].long() - 1, dim=1)
-    token_B = _draw(decoder, sampling, last_B1D, uniforms_BN[:, 0], seen_BV)
+    token_B = _draw(decoder, sampling, last_B1D, uniforms_BN[:, 0], seen_BV, counts_BV)
     ended_B = token_B == eos_id if eos_id is not None else torch.zeros_like(token_B, dtype=torch.bool)
     block = [token_B]
     for step in range(1, max_new_tokens):
@@ -90,9 +93,11 @@ def blocks(
             break
         if seen_BV is not None:
             seen_BV[torch.arange(len(prompts), device=device), token_B] = True
+        if counts_BV is not None:
+            counts_BV[torch.arange(len(prompts), device=device), token_B] += 1
         position_B1 = (lengths_B + (step - 1))[:, None]
         hidden_B1D, cache = decoder.hidden(token_B[:, None], position_B1, torch.ones_like(position_B1), cache)
-        token_B = _draw(decoder, sampling, hidden_B1D, uniforms_BN[:, step], seen_BV)
+        token_B = _draw(decoder, sampling, hidden_B1D, uniforms_BN[:, step], seen_BV, counts_BV)
         token_B = torch.where(ended_B, pad_id, token_B)
         if eos_id is not None:
             ended_B = ended_B | (token_B == eos_id)
@@ -205,9 +210,10 @@ def _draw(
     hidden_B1D: Float[Tensor, "b 1 d"],
     uniform_B: Float[Tensor, " b"],
     seen_BV: Tensor | None,
+    counts_BV: Tensor | None,
 ) -> Tensor:
     logits_BV = decoder.unembed(hidden_B1D)[:, 0]
-    return sample(logits_BV, uniform_B, seen_BV, **dataclasses.asdict(sampling))
+    return sample(logits_BV, uniform_B, seen_BV, counts_BV, **dataclasses.asdict(sampling))
 
 
 def _stacked(block: Sequence[Tensor]) -> np.ndarray:
