@@ -205,7 +205,7 @@ def _run_chunk(
     decoder: Decoder, params: Params, state: State, row: Array, tokens_1C: Array, start: Array, count: Array
 ) -> tuple[State, Array]:
     """A chunk of one row, of which `count` tokens are real; the others lie behind them and change nothing."""
-    index_1C = jnp.arange(tokens_1C.shape[1])[None]
+    index_1C = jnp.arange(tokens_1C.shape[1], dtype=jnp.int32)[None]
     real_1C = (index_1C < count).astype(jnp.int32)
     part = row_ops.one_row(decoder, state.cache, row)
     # Padding stands at the first real token's place where positions must lie within a table.

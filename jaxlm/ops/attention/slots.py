@@ -53,9 +53,9 @@ def attend_slots(
     last_BT = jnp.where(places.segments != 0, places.positions, -1)
 
     def read(block: Array, sums: _Sums) -> _Sums:
-        start = block * BLOCK
-        keys_BKHS = lax.dynamic_slice(keys_RKHS, (row, 0, 0, start), (b, k, h, BLOCK))
-        values_BKSH = lax.dynamic_slice(values_RKSH, (row, 0, start, 0), (b, k, BLOCK, h))
+        start, zero = (block * BLOCK).astype(row.dtype), jnp.zeros_like(row)
+        keys_BKHS = lax.dynamic_slice(keys_RKHS, (row, zero, zero, start), (b, k, h, BLOCK))
+        values_BKSH = lax.dynamic_slice(values_RKSH, (row, zero, start, zero), (b, k, BLOCK, h))
         scores_BKQS = jnp.matmul(q_BKQH, keys_BKHS, preferred_element_type=width) * h**-0.5
         scores_BKQS = softcap * jnp.tanh(scores_BKQS / softcap) if softcap else scores_BKQS
         seen_BTS = start + jnp.arange(BLOCK) <= last_BT[..., None]
