@@ -31,7 +31,7 @@ def engine(model: str, folder: str, rows: int, length: int) -> Any:
     import numpy as np
 
     from jaxlm.config import toml
-    from jaxlm.recipes.pretrain import loss_fn
+    from jaxlm.recipes import make_recipe
     from jaxlm.train.engine import JaxEngine
 
     options = [f'out_dir="{folder}"', f"train.batch_size={rows}", f"data.seq_len={length}", "model.dropout=0.0"]
@@ -44,7 +44,7 @@ def engine(model: str, folder: str, rows: int, length: int) -> Any:
         "segments": np.ones((rows, length), np.int32),
         "weights": np.ones((rows, length), np.float32),
     }
-    made = JaxEngine(cfg, loss_fn, lambda *_: [])
+    made = JaxEngine(cfg, make_recipe(cfg), lambda *_: [])
     return made, batch, sum(leaf.size for leaf in jax.tree.leaves(made.state.params)) if length > 1 else 0
 
 

@@ -56,7 +56,9 @@ def compiled(mixer: str, devices: int) -> Any:
     kinds = {**dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32), "weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((1, LENGTH), kind, sharding=layout.batch) for name, kind in kinds.items()}
     with layout.active():
-        gradient = jax.jit(lambda params, batch: jax.grad(loss_fn(decoder, train), has_aux=True)(params, batch, None))
+        gradient = jax.jit(
+            lambda params, batch: jax.grad(loss_fn(decoder, train), has_aux=True)(params, {}, batch, None)
+        )
         return gradient.lower(params, batch).compile()
 
 

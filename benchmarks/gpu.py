@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import peers
 from jaxlm import config
-from jaxlm.recipes.pretrain import loss_fn
+from jaxlm.recipes import make_recipe
 from jaxlm.train.engine import JaxEngine
 
 LENGTH = 4096
@@ -70,7 +70,7 @@ def main() -> None:
     if device.platform != "gpu":
         parser.exit(2, f"no GPU: JAX sees {device.device_kind}\n")
     peak, cfg = peak_flops(), make_config(arguments.rows)
-    engine = JaxEngine(cfg, loss_fn, lambda *_: [])
+    engine = JaxEngine(cfg, make_recipe(cfg), lambda *_: [])
     batch = packed_batch(arguments.rows, cfg.model.vocab_size)
     seconds = []
     for _ in range(arguments.steps + 2):

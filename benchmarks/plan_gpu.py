@@ -30,11 +30,11 @@ PACKAGES = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12")
 def compiled(cfg: config.Config, devices: Any) -> dict[str, Any]:
     """What the compiler says of the step; bytes are of one device."""
     from jaxlm.mesh import Layout
-    from jaxlm.recipes.pretrain import loss_fn
+    from jaxlm.recipes import make_recipe
     from jaxlm.train.program import abstract_inputs, training_program
 
     layout = Layout.from_config(cfg.mesh, devices)
-    program = training_program(cfg, layout, loss_fn)
+    program = training_program(cfg, layout, make_recipe(cfg))
     start = time.perf_counter()
     step = program.step.lower(*abstract_inputs(cfg, layout, program)).compile()
     seconds, memory, text = time.perf_counter() - start, step.memory_analysis(), step.as_text()

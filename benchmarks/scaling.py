@@ -92,12 +92,12 @@ def traffic(sizes: dict[str, int]) -> dict[str, Any]:
     from jaxlm.mesh import Layout
     from jaxlm.plan.hlo import program as hlo
     from jaxlm.plan.hlo.collectives import collectives, moved_by
-    from jaxlm.recipes.pretrain import loss_fn
+    from jaxlm.recipes import make_recipe
     from jaxlm.train.program import abstract_inputs, training_program
 
     cfg = config_of(sizes)
     layout = Layout.from_config(cfg.mesh)
-    program = training_program(cfg, layout, loss_fn)
+    program = training_program(cfg, layout, make_recipe(cfg))
     compiled = program.step.lower(*abstract_inputs(cfg, layout, program)).compile()
     moved = moved_by(collectives(hlo.parse(compiled.as_text()), layout.mesh.shape))
     by_axis: dict[str, int] = {}

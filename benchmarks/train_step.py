@@ -76,7 +76,7 @@ def jaxlm_step(model: Any = None) -> Callable[[], float]:
     import tempfile
 
     from jaxlm import config
-    from jaxlm.recipes.pretrain import loss_fn
+    from jaxlm.recipes import make_recipe
     from jaxlm.train.engine import JaxEngine
 
     cfg = config.Config(
@@ -84,7 +84,7 @@ def jaxlm_step(model: Any = None) -> Callable[[], float]:
         data=config.Data(seq_len=LENGTH, cache_dir=tempfile.mkdtemp(prefix="jaxlm-benchmark-")),
         train=config.Train(batch_size=ROWS, learning_rate=1e-3),
     )
-    engine = JaxEngine(cfg, loss_fn, lambda *_: [])
+    engine = JaxEngine(cfg, make_recipe(cfg), lambda *_: [])
     ids = tokens().astype(np.int32)
     batch = {
         "tokens": ids[:, :-1],

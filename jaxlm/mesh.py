@@ -183,19 +183,35 @@ class Layout:
         ]
         return np.unique(np.concatenate(held))
 
-    def place(self, batch: Mapping[str, np.ndarray], batch_size: int | None = None) -> dict[str, jax.Array]:
-        """Lay a batch [B, T] on the mesh, of which this process has its `rows` of `batch_size`, or all."""
+    def place(
+        self, batch: Mapping[str, np.ndarray], batch_size: int | None = None, axes: Mapping[str, Axes] | None = None
+    ) -> dict[str, jax.Array]:
+        """Lay a batch on the mesh, of which this process has its `rows` of `batch_size`, or all.
+
+        Args:
+            axes: the logical axes of each array; default: rows [B, T] of tokens.
+
+        Raises:
+            UserError: an array has no axes, or a size does not divide.
+        """
+        for name in batch.keys() - (axes or batch).keys():
+            raise UserError(f"the batch's {name} has no axes", "name it in the columns of the recipe")
+        places = {name: self.sharding(axes[name]) if axes else self.batch for name in batch}
         if batch_size is None or self.batch.is_fully_addressable:
-            return jax.device_put(dict(batch), self.batch)
+            return jax.device_put(dict(batch), places)
         held = self.rows(batch_size)
 
-        def lay(array: np.ndarray) -> jax.Array:
+        def lay(array: np.ndarray, along: Axes, place: NamedSharding) -> jax.Array:
+            of_rows = bool(along) and along[0] == "batch"
+
             def part(index: Any) -> np.ndarray:  # a slice for each axis
-                return array[np.searchsorted(held, np.arange(batch_size)[index[0]]), index[1]]
+                rows = np.searchsorted(held, np.arange(batch_size)[index[0]]) if of_rows else ...
+                return array[rows][(slice(None), *index[1:])] if of_rows else array[index]
 
-            return jax.make_array_from_callback((batch_size, array.shape[1]), self.batch, part)
+            shape = (batch_size, *array.shape[1:]) if of_rows else array.shape
+            return jax.make_array_from_callback(shape, place, part)
 
-        return {key: lay(array) for key, array in batch.items()}
+        return {name: lay(x, axes[name] if axes else ("batch", "seq"), places[name]) for name, x in batch.items()}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

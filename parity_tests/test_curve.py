@@ -18,8 +18,7 @@ from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.convert.native import from_torch
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
-from jaxlm.recipes import pretrain
-from jaxlm.run.directory import open_run
+from jaxlm.recipes.start import open_stage
 from jaxlm.train.backend import Engine
 from jaxlm.train.engine import JaxEngine
 from parity_tests import pairs
@@ -73,9 +72,9 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., t
         for override in ("", torch_only):
             if (dtype, override) not in made:
                 overrides = [f'out_dir="{folder / "run"}"', *numerics, *([override] if override else [])]
-                cfg, corpus = open_run(toml.load(folder / "curve.toml", overrides), resume=False)
-                engine = TorchEngine(cfg) if override else JaxEngine(cfg, pretrain.loss_fn, lambda *_: [])
-                made[dtype, override] = take(engine, cfg, corpus)
+                cfg, recipe, source = open_stage(toml.load(folder / "curve.toml", overrides), resume=False)
+                engine = TorchEngine(cfg, recipe) if override else JaxEngine(cfg, recipe, lambda *_: [])
+                made[dtype, override] = take(engine, cfg, source.corpus)
         return made[dtype, ""], made[dtype, torch_only]
 
     one = jax.devices()[:1]
@@ -112,7 +111,7 @@ def begin(engine: JaxEngine | TorchEngine, cfg: config.Config, weights: dict[str
     if isinstance(engine, TorchEngine):
         engine.state = TrainState()
         engine.decoder.load_state_dict(weights)
-        for moments in engine.optimizer.state.values():
+        for moments in engine.parts[0].optimizer.state.values():
             for tensor in moments.values():
                 tensor.zero_()
         return

@@ -24,6 +24,7 @@ from jaxlm.train import optim as jax_optim
 from jaxlm.train import step as jax_step
 from parity_tests import pairs
 from parity_tests.tolerances import COSINE64, FLOAT64
+from torch_ref.recipes import pretrain as torch_pretrain
 from torch_ref.train import optim as torch_optim
 from torch_ref.train import step as torch_step
 
@@ -74,7 +75,7 @@ def run_jax(pair: pairs.Pair, train: config.Train, batches: Sequence[pairs.Array
     step = jax.jit(jax_step.make_step(pretrain.loss_fn(pair.jax, train), optimizer, train, **options))
     state, trace = jax_step.init_state(pair.params, optimizer), Trace([], {})
     for number, batch in enumerate(batches, start=1):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         trace.metrics.append(plain(metrics))
         if number in (1, len(batches)):
             trees = {
@@ -99,7 +100,7 @@ def run_torch(
     """Updates by torch_ref, of `pair.torch` in place; `plant` and `wrap` may break something."""
     optimizer = plant(torch_optim.make_optimizer(pair.torch, train))
     step = torch_step.make_step(
-        wrap(torch_step.loss_fn(pair.torch, train)), optimizer, train, seed=0, decoder=pair.torch
+        wrap(torch_pretrain.loss_fn(pair.torch, train)), optimizer, train, seed=0, decoder=pair.torch
     )
     state, trace = torch_step.TrainState(), Trace([], {})
     before = {name: parameter.detach().clone() for name, parameter in pair.torch.named_parameters()}

@@ -25,7 +25,7 @@ from jaxlm.convert.training_state import Training, convert_state
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, init_params
-from jaxlm.recipes import pretrain
+from jaxlm.recipes import start
 from jaxlm.run.metrics import OF_THE_MACHINE
 from jaxlm.run.torch_checkpoint import MODEL, OPTIMIZER, RUN, write_record
 from jaxlm.train.checkpoint import Checkpointer
@@ -108,7 +108,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     def run(out: Path, backend: config.Backend, *overrides: str, resume: bool = False) -> Finished:
         batches.clear()
         path = out / "config.toml" if resume else home / "tiny.toml"
-        pretrain.run(toml.load(path, [f'out_dir="{out}"', *overrides]), resume=resume, backend=backend)
+        start.run(toml.load(path, [f'out_dir="{out}"', *overrides]), resume=resume, backend=backend)
         return Finished(out, list(batches))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -23,14 +23,15 @@ from jaxlm.config import toml as config_file
 from jaxlm.convert.open_model import load
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
-from jaxlm.recipes import pretrain
+from jaxlm.recipes import make_recipe, start
 from jaxlm.run.metrics import OF_THE_MACHINE
 from parity_tests.tolerances import FLOAT64
 from torch_ref.models.decoder import Decoder, init_params
+from torch_ref.recipes.pretrain import loss_fn
 from torch_ref.train.checkpoint import Checkpointer
 from torch_ref.train.engine import TorchEngine, pick_device
 from torch_ref.train.optim import make_optimizer
-from torch_ref.train.step import TrainState, loss_fn, make_step
+from torch_ref.train.step import Part, TrainState, make_step
 
 TOML = """
 [model]
@@ -81,7 +82,7 @@ def train(toml: Path) -> Callable[..., None]:
 
     def run(out: Path, *overrides: str, resume: bool = False) -> None:
         cfg = config_file.load(toml, [f'out_dir="{out}"', *overrides])
-        pretrain.run(cfg, resume=resume, backend="torch")
+        start.run(cfg, resume=resume, backend="torch")
 
     return run
 
@@ -185,12 +186,17 @@ def test_a_converted_run_says_why_it_cannot_be_resumed(train: Callable[..., None
     assert load(tmp_path / "run").kind == "run"
 
 
+def parts_of(decoder: Decoder) -> list[Part]:
+    train = config.Train()
+    return [Part("model", train, make_optimizer(decoder, train), decoder)]
+
+
 def saved(folder: Path, losses: dict[int, float | None], keep: int = 2) -> Checkpointer:
     """Checkpoints of a tiny decoder at these steps, with these validation losses."""
     checkpointer = Checkpointer(folder, keep)
     decoder = init_params(Decoder(config.Model(vocab_size=11, d_model=8, n_layers=1, n_heads=2)), seed=0)
     for step, loss in losses.items():
-        checkpointer.save(decoder, make_optimizer(decoder, config.Train()), TrainState(step), {}, loss)
+        checkpointer.save(parts_of(decoder), TrainState(step), {}, loss)
     return checkpointer
 
 
@@ -215,20 +221,20 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, {1: None})
     decoder = Decoder(config.Model(vocab_size=11, d_model=16, n_layers=1, n_heads=2))
     with pytest.raises(UserError, match=r"embed.weight is \[11, 8\], the config asks for \[11, 16\]"):
-        checkpointer.restore(decoder, make_optimizer(decoder, config.Train()), print)
+        checkpointer.restore(parts_of(decoder), print)
 
 
 def test_a_checkpoint_of_jax_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "5" / "params").mkdir(parents=True)
     decoder = Decoder(config.Model(vocab_size=11, d_model=16, n_layers=1, n_heads=2))
     with pytest.raises(UserError, match="a checkpoint of the JAX backend"):
-        Checkpointer(tmp_path).restore(decoder, make_optimizer(decoder, config.Train()), print)
+        Checkpointer(tmp_path).restore(parts_of(decoder), print)
 
 
 def test_what_this_machine_has_not_is_refused(tmp_path: Path) -> None:
     cfg = config.Config(out_dir=str(tmp_path), model=config.Model(vocab_size=11))
     with pytest.raises(UserError, match=r"mesh.fsdp = 8: the torch backend trains on one device"):
-        TorchEngine(dataclasses.replace(cfg, mesh=config.Mesh(fsdp=8)))
+        TorchEngine(dataclasses.replace(cfg, mesh=config.Mesh(fsdp=8)), make_recipe(cfg))
     assert pick_device("cpu").type == "cpu"
     for name in {"cuda", "mps"} - {pick_device("auto").type}:
         with pytest.raises(UserError, match=f"torch.device = '{name}': PyTorch finds no such device"):
@@ -261,7 +267,7 @@ def test_dropout_depends_on_seed_step_and_microbatch(rng: np.random.Generator) -
 def test_no_jax_is_imported(tmp_path: Path) -> None:
     code = """
 import sys
-from jaxlm.recipes import pretrain
+from jaxlm.recipes import make_recipe, start
 import torch_ref.train.engine, torch_ref.infer.generate
 print(*sorted({"jax", "flax", "optax", "orbax"} & sys.modules.keys()))
 """
@@ -277,8 +283,8 @@ def test_a_compiled_step_is_the_same(toml: Path, tmp_path: Path) -> None:
         overrides = [f'out_dir="{tmp_path / compiled}"', f"torch.compile={compiled}", *options]
         code = f"""
 from jaxlm.config import toml as config_file
-from jaxlm.recipes import pretrain
-pretrain.run(config_file.load({str(toml)!r}, {overrides!r}), backend="torch")
+from jaxlm.recipes import start
+start.run(config_file.load({str(toml)!r}, {overrides!r}), backend="torch")
 """
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=240)
     plain, compiled = rows(tmp_path / "false"), rows(tmp_path / "true")
@@ -292,7 +298,7 @@ def test_both_backends_begin_with_the_parameters_of_another_run(train, whole, to
     importlib.import_module("jaxlm.train.engine")  # here, and not while the main thread also compiles: `ast` races
     options = (f'train.init_from="{whole}"', "train.steps=1", "model.dropout=0.0")
     train(tmp_path / "torch", *options)
-    pretrain.run(config_file.load(toml, [f'out_dir="{tmp_path / "jax"}"', *options]))
+    start.run(config_file.load(toml, [f'out_dir="{tmp_path / "jax"}"', *options]))
     ours, theirs = (rows(tmp_path / backend)[0] for backend in ("jax", "torch"))
     assert ours["step"] == theirs["step"] == 1
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and ours["loss"] < rows(whole)[0]["loss"] - 0.01

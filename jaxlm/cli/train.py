@@ -20,6 +20,6 @@ def train(
 ) -> None:
     """Train the model of CONFIG. The run directory is `out_dir`."""
     from jaxlm.config import toml
-    from jaxlm.recipes import pretrain
+    from jaxlm.recipes import start
 
-    pretrain.run(toml.load(path, overrides or ()), resume=resume, backend=backend.value)
+    start.run(toml.load(path, overrides or ()), resume=resume, backend=backend.value)

@@ -281,8 +281,8 @@ class Torch:
 class Config:
     """A whole run."""
 
-    recipe: Literal["pretrain"] = "pretrain"
-    """The training stage."""
+    recipe: str = "pretrain"
+    """The training stage: a name of `jaxlm.recipes.RECIPES`, or `MODULE:FUNCTION` from a config to a recipe."""
     aliases: tuple[str, ...] = ()
     """Other names of this config, if it is one of `configs/models`, such as the one that its source gave it."""
     out_dir: str = ""

@@ -101,14 +101,14 @@ def measure(cfg: config.Config, topology: Topology) -> Measured:
 
     from jaxlm.mesh import Layout
     from jaxlm.ops.moe.exchange import FURTHER_ROUNDS
-    from jaxlm.recipes.pretrain import loss_fn
+    from jaxlm.recipes import make_recipe
     from jaxlm.train.program import abstract_inputs, training_program
 
     start, goal = time.perf_counter(), target(topology)
     layout = Layout.from_config(cfg.mesh, goal.devices)
     wide = "float64" in (cfg.numerics.params, cfg.numerics.compute)
     with jax.enable_x64(wide):
-        program = training_program(cfg, layout, loss_fn)
+        program = training_program(cfg, layout, make_recipe(cfg))
         lowered = program.step.lower(*abstract_inputs(cfg, layout, program))
         try:
             compiled = lowered.compile()

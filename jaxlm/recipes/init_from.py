@@ -30,6 +30,17 @@ def initial_params(cfg: config.Config, tokenizer: Tokenizer) -> Params:
     return _cast(params, np.dtype(cfg.numerics.params))
 
 
+def read_params(path: str, model: config.Model, dtype: str) -> Params:
+    """The parameters of the model at `path`, as the live tree of `model` in numpy arrays.
+
+    Raises:
+        UserError: there is no model, or it computes another function than `model`.
+    """
+    opened = open_model(path)
+    _require_same_function(model, opened, path)
+    return _cast(fill(opened.parameters, model, str(opened.path)), np.dtype(dtype))
+
+
 def _require_same_function(model: config.Model, opened: Opened, where: str) -> None:
     mine, theirs = function_of(model), function_of(opened.config.model)
     for name in [*dict.fromkeys([*mine, *theirs])]:

@@ -9,8 +9,10 @@ from typing import Any
 from jaxlm.run.metrics import SECONDS
 
 
-def plot_loss(rows: list[dict[str, Any]], path: Path, baseline: float | None = None) -> None:
-    """Draw training and validation loss against the step into a PNG, with the unigram baseline if there is one."""
+def plot_loss(
+    rows: list[dict[str, Any]], path: Path, baseline: float | None = None, baseline_name: str = "unigram baseline"
+) -> None:
+    """Draw training and validation loss against the step into a PNG, with the baseline if there is one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +28,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, baseline: float | None = N
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), lw=1, ls=":", marker=".", ms=4)
     if baseline is not None and math.isfinite(baseline):
-        axes.axhline(baseline, color="grey", ls="--", lw=1, label="unigram baseline")
+        axes.axhline(baseline, color="grey", ls="--", lw=1, label=baseline_name)
     axes.set(xlabel="step", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -19,19 +19,21 @@ _SHOWN = ("step", "tokens", "loss", "tokens_per_second", "mfu", "goodput", "vali
           "validation_bits_per_byte", "validation_accuracy")  # fmt: skip
 
 
-def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float) -> Path:
+def write_report(cfg: config.Config, rows: list[dict[str, Any]], baseline: float | None) -> Path:
     """Write the page of the run at `cfg.out_dir` from its metrics, its plot, its newest samples and its config.
 
     Args:
         rows: of `metrics.jsonl`.
-        baseline: loss of the unigram model, nats a token.
+        baseline: the headline of a trivial model, if there is one.
     """
     run_dir = Path(cfg.out_dir)
     newest: dict[str, Any] = {}
     for row in rows:
         newest |= row
     shown = [*_SHOWN, *sorted(name for name in newest if name.startswith(("validation_loss_", "share_")))]
-    newest = {name: newest[name] for name in shown if newest.get(name) is not None} | {"unigram_loss": baseline}
+    newest = {name: newest[name] for name in shown if newest.get(name) is not None}
+    if baseline is not None:
+        newest["unigram_loss"] = baseline
     cells = "".join(f"<tr><td>{name.replace('_', ' ')}<td>{_number(value)}" for name, value in newest.items())
     samples = sorted((run_dir / "samples").glob("*.txt"))
     sample = samples[-1].read_text(encoding="utf-8") if samples else "none"

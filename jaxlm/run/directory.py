@@ -6,14 +6,13 @@ runs/NAME/  config.toml (resolved)  tokenizer.json  metrics.jsonl  checkpoints/S
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jaxlm import __version__, config
 from jaxlm.config import toml
-from jaxlm.data.pipeline import Corpus, prepare
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer, check_fits
 
@@ -32,31 +31,45 @@ _OWN = ("data.source", "data.validation_source", "data.cache_dir", "data.workers
 """What each host may have for itself, as long as the tokens are the same."""
 
 
-def open_run(cfg: config.Config, *, resume: bool, tell: Callable[[str], None] = print) -> tuple[config.Config, Corpus]:
-    """Prepare the corpus and compare with the run that is there; returns the resolved config and the corpus.
+def tokenizer_of_run(cfg: config.Config, *, resume: bool) -> Tokenizer | None:
+    """The tokenizer of the run that lies in `out_dir`; None: there is no run yet.
 
     Raises:
-        UserError: a run is already there and `resume` is not asked for, or it has another architecture.
+        UserError: a run is already there and `resume` is not asked for.
     """
     run_dir = Path(cfg.out_dir)
-    exists = (run_dir / "config.toml").is_file()
-    if exists and not resume:
+    if not (run_dir / "config.toml").is_file():
+        return None
+    if not resume:
         raise UserError(f"{run_dir}: a run is already there", "continue it with --resume, or set another out_dir=")
-    tokenizer = Tokenizer.from_file(run_dir / "tokenizer.json") if exists else None
-    corpus = prepare(cfg, tokenizer)
-    vocab_size = cfg.model.vocab_size or corpus.tokenizer.vocab_size
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
-    check_fits(corpus.tokenizer, vocab_size)
-    if exists:
-        _compare(run_dir, toml.load(run_dir / "config.toml"), cfg, tell)
-    return cfg, corpus
+    return Tokenizer.from_file(run_dir / "tokenizer.json")
 
 
-def shared_facts(cfg: config.Config, corpus: Corpus, resume: bool) -> dict[str, Any]:
-    """What must be the same on every process of a run: versions, config, data, and the checkpoints that it sees."""
+def with_vocabulary(cfg: config.Config, tokenizer: Tokenizer) -> config.Config:
+    """The config with the vocabulary of its tokenizer, unless it names another size.
+
+    Raises:
+        UserError: the tokenizer does not fit `model.vocab_size`.
+    """
+    vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
+    check_fits(tokenizer, vocab_size)
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+
+def compare_with_run(cfg: config.Config, tell: Callable[[str], None]) -> None:
+    """Compare the config with the one of the run that lies in `out_dir`, and speak of what changed.
+
+    Raises:
+        UserError: the run has another architecture.
+    """
+    run_dir = Path(cfg.out_dir)
+    _compare(run_dir, toml.load(run_dir / "config.toml"), cfg, tell)
+
+
+def shared_facts(cfg: config.Config, identity: Mapping[str, str], resume: bool) -> dict[str, Any]:
+    """What must be the same on every process of a run: versions, data, config, and the checkpoints that it sees."""
     steps = sorted(int(path.name) for path in (Path(cfg.out_dir) / "checkpoints").glob("[0-9]*") if path.name.isdigit())
     libraries = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")}
-    identity = {"tokenizer": corpus.tokenizer.fingerprint(), "corpus": corpus.fingerprint}
     options = {name: value for name, value in _flat(toml.to_dict(cfg)).items() if name not in _OWN}
     checkpoints = {"the checkpoints in out_dir": ", ".join(map(str, steps)) or "none"}
     return {"jaxlm": __version__, **libraries, **identity, "--resume": resume, **options, **checkpoints}
@@ -70,7 +83,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_run(cfg: config.Config, corpus: Corpus) -> None:
+def write_run(cfg: config.Config, tokenizer: Tokenizer) -> None:
     """Make the run directory, once nothing speaks against the run.
 
     Files appear whole, and the config, which marks a run, comes last.
@@ -81,7 +94,7 @@ def write_run(cfg: config.Config, corpus: Corpus) -> None:
     run_dir = Path(cfg.out_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        corpus.tokenizer.save(run_dir / "tokenizer.json")
+        tokenizer.save(run_dir / "tokenizer.json")
         temporary = run_dir / ".config.toml"
         temporary.write_text(toml.to_toml(cfg), encoding="utf-8")
         temporary.replace(run_dir / "config.toml")

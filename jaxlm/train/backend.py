@@ -52,6 +52,17 @@ class Engine(Protocol):
         """Continue texts with the current parameters; `check` is called now and then, and may raise."""
         ...
 
+    def adopt(self, params: Any, /) -> None:
+        """Let the model of the run begin with these parameters, numpy arrays.
+
+        They are the live tree of jaxlm, or for PyTorch tensors by the names of its `state_dict`.
+        """
+        ...
+
+    def freeze(self, name: str, params: Any, /) -> None:
+        """Give the frozen tree `name` its parameters, as `adopt` takes them."""
+        ...
+
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
         """Start to write a checkpoint; one of the same step is replaced."""
         ...

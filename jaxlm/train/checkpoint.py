@@ -1,6 +1,6 @@
 """Checkpoints by Orbax: asynchronous, atomic, the newest N and the best.
 
-    runs/NAME/checkpoints/STEP/  params  optimizer  run (JSON)
+    runs/NAME/checkpoints/STEP/  params  optimizer  run (JSON)  trained (trees besides the model, if there are any)
 
 `run` holds what is not an array: data-iterator state, tokenizer hash, format version, shape and checksum of every leaf;
 so another architecture is refused by name, and damage is noticed when it is read, whatever the mesh.
@@ -29,10 +29,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import UserError
+from jaxlm.train.recipe import MODEL
 from jaxlm.train.step import TrainState
 
 FORMAT = 1
-_TREES = ("params", "optimizer")
+_TREES = ("params", "optimizer", "trained")
 _LIMIT_GB = 96  # Orbax's own
 _OTHER_STEP = "--step names an earlier one"
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
@@ -45,8 +46,15 @@ class Checkpointer:
     """Saves and restores the training state of one run directory."""
 
     def __init__(
-        self, run_dir: str | Path, keep: int = 3, read_only: bool = False, under_way_gb: int = _LIMIT_GB
+        self,
+        run_dir: str | Path,
+        keep: int = 3,
+        read_only: bool = False,
+        under_way_gb: int = _LIMIT_GB,
+        several: bool = False,
     ) -> None:
+        """`several`: the parameters of a state are a dict of trees, one of which is the model."""
+        self._several = several
         _hush_abandoned_work()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
@@ -76,7 +84,7 @@ class Checkpointer:
         Raises:
             UserError: the disk is full or the folder is not writable (also for the save before this one).
         """
-        items = {"params": state.params, "optimizer": _without_params(state)}
+        items = self._items(state)
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
         self._save(int(state.step), items, run, metrics)
 
@@ -88,10 +96,9 @@ class Checkpointer:
         Raises:
             UserError: none is intact, or the parameters have other shapes.
         """
-        like_items = {"params": like.params, "optimizer": _without_params(like)}
-        items, run = self._first_intact(reversed(self.steps()), like_items, warn)
+        items, run = self._first_intact(reversed(self.steps()), self._items(like), warn)
         self._set_aside(step for step in self.steps() if step > int(items["optimizer"]["step"]))
-        return TrainState(params=items["params"], **items["optimizer"]), run
+        return self._state(items), run
 
     def read(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any], float | None]:
         """State, `run` record and validation loss of `step`, as `save` was given them; nothing is moved or passed over.
@@ -99,7 +106,7 @@ class Checkpointer:
         Raises:
             UserError: the checkpoint is damaged, or of another architecture.
         """
-        abstract = jax.tree.map(_abstract, {"params": like.params, "optimizer": _without_params(like)})
+        abstract = jax.tree.map(_abstract, self._items(like))
         try:
             items, run = self._read(step, abstract)
             loss = (self._manager.metrics(step) or {}).get("validation_loss")
@@ -110,7 +117,7 @@ class Checkpointer:
                 f"{self.folder / str(step)} is damaged: {_first_line(error)}", self._others(step)
             ) from error
         record = {name: value for name, value in run.items() if name not in ("format", "shapes", "checksums")}
-        return TrainState(params=items["params"], **items["optimizer"]), record, loss
+        return self._state(items), record, loss
 
     def restore_params(self, like: Any, warn: Callable[[str], None], step: int | None = None) -> Any:
         """Only the parameters of `step` (default: the newest intact one), in the shapes and shardings of `like`.
@@ -144,6 +151,18 @@ class Checkpointer:
         """Finish writing and release the threads."""
         self.wait()
         self._manager.close()
+
+    def _items(self, state: TrainState) -> dict[str, Any]:
+        items = {"params": state.params, "optimizer": _without_params(state)}
+        if self._several:
+            others = {name: tree for name, tree in state.params.items() if name != MODEL}
+            items |= {"params": state.params[MODEL], "trained": others}
+        return items
+
+    def _state(self, items: dict[str, Any]) -> TrainState:
+        """The inverse of `_items`."""
+        params = {MODEL: items["params"], **items["trained"]} if self._several else items["params"]
+        return TrainState(params=params, **items["optimizer"])
 
     def _save(self, step: int, items: dict[str, Any], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
         if step in self._manager.all_steps():

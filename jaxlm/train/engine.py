@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,20 +24,18 @@ from jaxlm.processes import meet
 from jaxlm.processes.compile_cache import RUN_ONCE, enable_compilation_cache
 from jaxlm.processes.hang_watch import Watch
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
-from jaxlm.train.program import MakeLoss, training_program
-from jaxlm.train.step import TrainState, init_state, make_eval
+from jaxlm.train.program import training_program
+from jaxlm.train.recipe import MODEL, Recipe
+from jaxlm.train.step import TrainState, make_eval
 
 RUN_AHEAD = 2  # steps that may wait on the device
 Complete = Callable[[Decoder, Params, Sequence[str], config.Sample, Callable[[], None]], list[str]]
 
 
 class JaxEngine:
-    """Trains a `Decoder` on the mesh of the config. See `loop.Engine`.
+    """Trains the models of a recipe on the mesh of the config. See `backend.Engine`; `complete` continues texts."""
 
-    The recipe brings `make_loss`, the objective, and `complete`, which continues texts.
-    """
-
-    def __init__(self, cfg: config.Config, make_loss: MakeLoss, complete: Complete) -> None:
+    def __init__(self, cfg: config.Config, recipe: Recipe, complete: Complete) -> None:
         enable_compilation_cache(cfg.data.cache_dir)
         # On a CPU a step that is begun before the last one has freed its temporary buffers takes as much again.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -46,10 +45,11 @@ class JaxEngine:
         if self.process_count > 1 and cfg.distributed.hang_seconds:
             self._watch = Watch(cfg.distributed.hang_seconds, self.process_index, self.process_count, meet.client())
         self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
-        program = training_program(cfg, self.layout, make_loss)
+        self.program = program = training_program(cfg, self.layout, recipe)
         self.decoder, self._step = program.decoder, program.step
+        self._frozen: dict[str, Any] = {}
         self._init = jax.jit(
-            lambda key: init_state(init_params(self.decoder, key), program.optimizer),
+            program.init,
             out_shardings=program.shardings,
             compiler_options=RUN_ONCE if self.layout.platform == "cpu" else None,
         )
@@ -90,7 +90,8 @@ class JaxEngine:
             from jaxlm.train.checkpoint import Checkpointer, under_way_gb
 
             keep, limit = self.config.checkpoint.keep, under_way_gb(self._shapes())
-            self._checkpointer = Checkpointer(self.config.out_dir, keep, under_way_gb=limit)
+            several = self.program.recipe.models.several
+            self._checkpointer = Checkpointer(self.config.out_dir, keep, under_way_gb=limit, several=several)
         return self._checkpointer
 
     def checkpoints(self) -> list[int]:
@@ -112,17 +113,36 @@ class JaxEngine:
         return jax.eval_shape(self._init, jax.random.key(self.config.seed))
 
     def adopt(self, params: Params) -> None:
-        """Begin with these parameters, numpy arrays that every process has."""
+        """Let the model of the run begin with these parameters, numpy arrays that every process has."""
+        laid = jax.tree.map(lambda leaf, like: _lay(leaf, like.sharding), params, self.params)
+        several = self.program.recipe.models.several
+        self.state = self.state._replace(params={**self.state.params, MODEL: laid} if several else laid)
 
-        def place(leaf: np.ndarray, like: jax.Array) -> jax.Array:
-            return jax.make_array_from_callback(leaf.shape, like.sharding, lambda index: leaf[index])
+    @property
+    def params(self) -> Params:
+        """The parameters of the model of the run, as they are now."""
+        return self.state.params[MODEL] if self.program.recipe.models.several else self.state.params
 
-        self.state = self.state._replace(params=jax.tree.map(place, params, self.state.params))
+    def freeze(self, name: str, params: Params) -> None:
+        """Give the frozen tree `name` its parameters, numpy arrays that every process has."""
+        dtype = self.program.modules[name].policy.params
+        places = self.program.frozen_shardings[name]
+        self._frozen[name] = jax.tree.map(lambda leaf, place: _lay(np.asarray(leaf, dtype), place), params, places)
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """The frozen trees by name; those that nobody gave are drawn from the seed of the run."""
+        for number, (name, places) in enumerate(self.program.frozen_shardings.items(), 1000):
+            if name not in self._frozen:
+                key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+                draw = jax.jit(functools.partial(init_params, self.program.modules[name]), out_shardings=places)
+                self._frozen[name] = draw(key)
+        return self._frozen
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         self._mark("in a step")
         with jax.profiler.StepTraceAnnotation("train", step_num=self._steps):
-            self.state, metrics = self._step(self.state, self._place(batch))
+            self.state, metrics = self._step(self.state, self.frozen, self._place(batch))
         self._steps += 1
         self._under_way.append(metrics)
         if len(self._under_way) > RUN_AHEAD:
@@ -135,7 +155,8 @@ class JaxEngine:
             self._watch.mark(what)
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return self.layout.place(batch, self.config.train.batch_size)
+        axes = {name: column.axes for name, column in self.program.recipe.columns.items()}
+        return self.layout.place(batch, self.config.train.batch_size, axes)
 
     def fetch(self, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [plain(one) for one in jax.device_get(list(metrics))]
@@ -144,14 +165,14 @@ class JaxEngine:
         totals: dict[str, float] = collections.defaultdict(float)
         for batch in batches:
             self._mark("in a validation")
-            for name, value in jax.device_get(self._eval(self.state.params, self._place(batch))).items():
+            for name, value in jax.device_get(self._eval(self.state.params, self.frozen, self._place(batch))).items():
                 totals[name] += float(value)
         self._mark("between two steps")
         return dict(totals)
 
     def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
         self._mark("in a sample")
-        texts = self._complete(self.decoder, self.state.params, prompts, sample, check)
+        texts = self._complete(self.decoder, self.params, prompts, sample, check)
         self._mark("between two steps")
         return texts
 
@@ -193,6 +214,10 @@ class JaxEngine:
             self._checkpointer.close()
         if self._watch:
             self._watch.close()
+
+
+def _lay(leaf: np.ndarray, place: Any) -> jax.Array:
+    return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
 
 
 def measured_flops(size: int = 1536, tries: int = 3) -> float:

@@ -14,12 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm import config
 from jaxlm.config import toml
-from jaxlm.data.pipeline import Corpus, make_train_iterator
-from jaxlm.data.rows.validation import check_watch, held_out_sets, measure
+from jaxlm.data.rows.validation import check_watch, measure
 from jaxlm.errors import UserError
 from jaxlm.processes.stop_signals import Interrupted, Stopped, StopRequest
 from jaxlm.report.plots import plot_loss, plot_time
@@ -30,8 +29,16 @@ from jaxlm.run.directory import write_run
 from jaxlm.run.metrics import SECONDS, MetricsLog, read_metrics
 from jaxlm.run.progress import Display
 from jaxlm.train.backend import Engine
+from jaxlm.train.recipe import DataSource, Recipe
 
 _NEXT = "next_index"  # in the state of grain's iterator: the number of the next batch
+
+
+class FrozenFile(NamedTuple):
+    """Where the parameters of a frozen tree come from, and what they were."""
+
+    path: str
+    sha256: str
 
 
 @dataclasses.dataclass
@@ -48,7 +55,15 @@ class Progress:
     """Step of the last sample."""
 
 
-def train(cfg: config.Config, corpus: Corpus, engine: Engine, *, resume: bool) -> Progress:
+def train(
+    cfg: config.Config,
+    recipe: Recipe,
+    source: DataSource,
+    engine: Engine,
+    *,
+    resume: bool,
+    frozen: Mapping[str, FrozenFile] | None = None,
+) -> Progress:
     """Train until `train.steps`, a stop signal, or an early stop; the last state is always saved.
 
     A signal before the first update of this process ends it at once: there is nothing to save.
@@ -58,7 +73,7 @@ def train(cfg: config.Config, corpus: Corpus, engine: Engine, *, resume: bool) -
         UserError: the checkpoint belongs to other data, too many updates in a row were not finite, or the disk is full.
     """
     with _writing(Path(cfg.out_dir)):
-        run = _Run(cfg, corpus, engine, resume)
+        run = _Run(cfg, recipe, source, engine, resume, frozen or {})
         with run.display, run.stop:
             try:
                 run.until_the_end()
@@ -73,32 +88,48 @@ def train(cfg: config.Config, corpus: Corpus, engine: Engine, *, resume: bool) -
 class _Run:
     """One training run: the state of the loop around the engine."""
 
-    def __init__(self, cfg: config.Config, corpus: Corpus, engine: Engine, resume: bool) -> None:
-        self.cfg, self.corpus, self.engine = cfg, corpus, engine
+    def __init__(
+        self,
+        cfg: config.Config,
+        recipe: Recipe,
+        source: DataSource,
+        engine: Engine,
+        resume: bool,
+        frozen: Mapping[str, FrozenFile],
+    ) -> None:
+        self.cfg, self.source, self.engine, self.frozen = cfg, source, engine, frozen
+        self.judge = recipe.judge(source)
         self.dir, self.first = Path(cfg.out_dir), engine.process_index == 0
-        self.progress, self.saved, self.validation_loss = Progress(), Progress(), None
+        self.progress, self.saved, self.score = Progress(), Progress(), None
         self.clock = Clock()
         size: Any = {"batch_size": cfg.train.batch_size, "rows": engine.rows}
-        self.data = make_train_iterator(cfg.data, corpus, seed=cfg.seed, **size)
-        self.last = int(min(cfg.train.steps, self.data.count))  # a mixture may end before
-        size |= {"max_batches": cfg.eval.batches, "by_language": cfg.eval.by_language}
-        self.held_out = held_out_sets(cfg.data, corpus, **size)
+        self.data = source.batches(**size)
+        self.last = int(min(cfg.train.steps, getattr(self.data, "count", math.inf)))  # a mixture may end before
+        self.held_out = source.held_out(max_batches=cfg.eval.batches, **size)
         check_watch(cfg.eval.watch, self.held_out)
         logged = read_metrics(self.dir / "metrics.jsonl")
         if resume and engine.checkpoints():
             self._resume(max((row["step"] for row in logged), default=0))
         self.validated = {row["step"] for row in logged if "validation_loss" in row} & {self.progress.step}
         if self.first:
-            write_run(cfg, corpus)
+            write_run(cfg, source.tokenizer)
         self.display = Display(cfg.train.steps, self.progress.step, quiet=not self.first)
         self.log = MetricsLog(self.dir, cfg.log, toml.to_dict(cfg), self.progress.step, writes=self.first)
         self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
-        self.alerts, self.saved_at, self.starting = Alerts(), time.monotonic(), True
+        self.alerts, self.saved_at, self.starting, self.save_due = Alerts(), time.monotonic(), True, False
 
     def _resume(self, reached: int) -> None:
         record = self.engine.restore(lambda message: self._tell(f"warning: {message}"))
-        for key, now in self._identity().items():
+        for name, file in self.frozen.items():
+            before = record.get("frozen", {}).get(name, {})
+            if before.get("sha256") != file.sha256:
+                raise UserError(
+                    f"{self.dir}: the frozen {name}, {file.path or 'drawn from the seed'}, is not the one of the "
+                    f"checkpoint, {before.get('path')!r} with sha256 {before.get('sha256')}",
+                    "restore it, or choose another out_dir",
+                )
+        for key, now in self.source.identity().items():
             if record.get(key) != now:
                 raise UserError(
                     f"{self.dir}: the {key} is not the one of the checkpoint ({record.get(key)} then, {now} now)",
@@ -117,15 +148,12 @@ class _Run:
         if self.first:
             print(message, flush=True)
 
-    def _identity(self) -> dict[str, str]:
-        return {"tokenizer": self.corpus.tokenizer.fingerprint(), "corpus": self.corpus.fingerprint}
-
     def until_the_end(self) -> None:
         """Step after step, with all that is due in between, until the last one or a stop."""
         try:
             self._steps()
         except Interrupted:
-            self._judge(*self._fetch())
+            self._alert(*self._fetch())
             self._save()
             self.display.say(f"{self.stop.signal_name}: saved step {self.progress.step}; continue with --resume")
 
@@ -141,13 +169,16 @@ class _Run:
         if self.last < cfg.train.steps and not self._stale():
             self.display.say(f"step {self.last}: the mixture ends, every corpus is through (max_epochs, stop_with)")
         elif progress.step < cfg.train.steps:
-            self._judge(*self._fetch())
+            self._alert(*self._fetch())
             self._save()
             self.display.say(f"early stop: no improvement in {progress.stale} validations")
 
     def _step(self) -> None:
-        """One update."""
+        """One update; the first of a phase is preceded by what the phase needs."""
         number = self.progress.step + 1
+        if self._phase_ends(self.progress.step) and self.source.updates_per_phase > 1:
+            with self.clock.spent("sampling"):
+                self.source.begin_phase(self.progress.step // self.source.updates_per_phase, self.engine)
         first, last = self.cfg.train.profiled or (0, 0)
         if number == first:
             self.engine.profile(self.dir / "profile")
@@ -163,17 +194,24 @@ class _Run:
         """All that is due at this step and not done. What `progress` does not count is done again after a stop here."""
         cfg, progress = self.cfg, self.progress
         last = progress.step >= self.last
+        self.save_due = self.save_due or _due(cfg.checkpoint.every, progress.step, last)
         if report := self.pending and (_due(cfg.log.every, progress.step, last) or progress.step == 1):
             self._report()
+        if not self._phase_ends(progress.step):
+            return
         self.stop.check()
         improved = False
         if _due(cfg.eval.every, progress.step, last) and progress.evaluated != progress.step:
             improved = self._validate()
         if _due(cfg.sample.every, progress.step, last) and progress.sampled != progress.step:
             self._sample()
-        if _due(cfg.checkpoint.every, progress.step, last) or improved or self._long_unsaved(bool(report)):
+        if self.save_due or improved or self._long_unsaved(bool(report)):
             self._save()
         self.stop.check()
+
+    def _phase_ends(self, step: int) -> bool:
+        """Whether no phase is under way after this step; only then is there something to go on from."""
+        return step % self.source.updates_per_phase == 0 or step >= self.last
 
     def _long_unsaved(self, reported: bool) -> bool:
         """Whether `checkpoint.minutes` are over: by the first process's clock, asked where all wait for metrics."""
@@ -202,9 +240,9 @@ class _Run:
             self.log.close()
         if self.first:
             rows = read_metrics(self.log.path)
-            plot_loss(rows, self.dir / "plots" / "loss.png", self.corpus.unigram_entropy)
+            plot_loss(rows, self.dir / "plots" / "loss.png", self.judge.baseline, self.judge.baseline_name)
             plot_time(rows, self.dir / "plots" / "time.png")
-            write_report(self.cfg, rows, self.corpus.unigram_entropy)
+            write_report(self.cfg, rows, self.judge.baseline)
 
     def _report(self) -> None:
         """Write the newest metrics, and speak of skipped updates since the last report."""
@@ -233,11 +271,13 @@ class _Run:
             row[f"late_process_{process}"] = seconds
         self.log.write(row)
         self.display.status(row)
-        self._judge(steps, fetched)
+        self._alert(steps, fetched)
 
     def _delivered(self) -> dict[str, float]:
         """The share of each corpus of a mixture in the tokens that carried loss since the last report."""
-        tokens = {name: sum(self.engine.gather(count)) for name, count in self.data.delivered().items()}
+        tokens = {
+            name: sum(self.engine.gather(count)) for name, count in getattr(self.data, "delivered", dict)().items()
+        }
         return {f"share_{name}": count / max(1.0, sum(tokens.values())) for name, count in tokens.items()}
 
     def _fetch(self) -> tuple[list[int], list[dict[str, Any]]]:
@@ -245,7 +285,7 @@ class _Run:
         pending, self.pending = self.pending, []
         return [step for step, _ in pending], self.engine.fetch([metrics for _, metrics in pending])
 
-    def _judge(self, steps: list[int], fetched: list[dict[str, Any]]) -> None:
+    def _alert(self, steps: list[int], fetched: list[dict[str, Any]]) -> None:
         """Speak of skipped updates; stop after too many in a row. The state has kept the last good parameters."""
         for step, metrics in zip(steps, fetched, strict=True):
             for line in self.alerts.look(step, metrics):
@@ -260,33 +300,22 @@ class _Run:
                 )
 
     def _validate(self) -> bool:
-        """Measure the held-out loss; whether it is the best so far."""
+        """Judge the held-out rows; returns whether they are the best so far."""
         with self.clock.spent("evaluation"):
             sums, losses = measure(self.held_out, lambda batches: self.engine.evaluate(self.stop.between(batches)))
         self.progress.evaluated = self.progress.step
         if not sums.get("weight"):
             return False
-        loss = sums["nll"] / sums["weight"]
-        watched = self.validation_loss = losses.get(self.cfg.eval.watch, loss)
-        bytes_per_token = self.corpus.statistics["validation"].bytes_per_token
-        row = {
-            "step": self.progress.step,
-            "validation_loss": loss,
-            "validation_perplexity": math.exp(min(loss, 700)),
-            "validation_bits_per_byte": loss / math.log(2) / bytes_per_token,
-            "validation_accuracy": sums["accuracy"] / sums["weight"],
-            **{f"validation_loss_{name}": value for name, value in losses.items()},
-        }
+        figures = self.judge.figures(sums)
+        score = self.score = losses.get(self.cfg.eval.watch, self.judge.score(figures))
+        by_set = {f"validation_loss_{name}": value for name, value in losses.items()}
         if self.progress.step not in self.validated:  # by a process that was killed before it could save
-            self.log.write(row)
-        share = 1 - loss / self.corpus.unigram_entropy
-        self.display.say(
-            f"step {self.progress.step}: validation loss {loss:.4f} nats/token, "
-            f"{row['validation_bits_per_byte']:.3f} bits/byte, {share:.0%} below the unigram model"
-            + "".join(f"; {name} {value:.4f}" for name, value in losses.items())
-        )
-        improved = watched < self.progress.best
-        self.progress.best = min(watched, self.progress.best)
+            self.log.write({"step": self.progress.step, **figures, **by_set})
+        if line := self.judge.describe(figures):
+            parts = "".join(f"; {name} {value:.4f}" for name, value in losses.items())
+            self.display.say(f"step {self.progress.step}: {line}{parts}")
+        improved = score < self.progress.best
+        self.progress.best = min(score, self.progress.best)
         self.progress.stale = 0 if improved else self.progress.stale + 1
         return improved
 
@@ -306,15 +335,18 @@ class _Run:
             path.write_text("\n\n----\n\n".join(prompt + text for prompt, text in pairs) + "\n", encoding="utf-8")
 
     def _save(self) -> None:
-        if self.saved == self.progress:
+        if self.saved == self.progress or not self._phase_ends(self.progress.step):
             return
         self.stop.nothing_to_save = False  # for a save under way is not to be cut off
         with self.clock.spent("checkpoint"):
             position = {"data": self.data.get_state(), "batch_size": self.cfg.train.batch_size}
             record = {**position, "progress": dataclasses.asdict(self.progress), "clock": self.clock.state()}
-            record |= self._identity()
+            record |= self.source.identity()
+            if self.frozen:
+                record["frozen"] = {name: file._asdict() for name, file in self.frozen.items()}
             evaluated = self.progress.evaluated == self.progress.step
-            self.engine.save(record, self.validation_loss if evaluated else None)
+            self.engine.save(record, self.score if evaluated else None)
+        self.save_due = False
         self.saved, self.saved_at = dataclasses.replace(self.progress), time.monotonic()
 
 
@@ -340,7 +372,7 @@ def _position(record: Mapping[str, Any], cfg: config.Config) -> dict[str, Any]:
     """
     state, now = record["data"], cfg.train.batch_size
     before = record.get("batch_size", now)
-    if before == now:
+    if before == now or _NEXT not in state:
         return state
     rows = state[_NEXT] * before
     if rows % now:

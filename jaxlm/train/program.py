@@ -5,7 +5,8 @@ The engine runs it and the planner compiles it, so both see the same step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,66 +15,111 @@ import optax
 
 from jaxlm import config
 from jaxlm.mesh import Layout
-from jaxlm.models.decoder import Decoder, abstract_params
+from jaxlm.models.decoder import Decoder, abstract_params, init_params
 from jaxlm.numerics import Policy
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.step import LossFn, TrainState, init_state, make_step
-
-MakeLoss = Callable[[Decoder, config.Train], LossFn]
+from jaxlm.train.recipe import MODEL, Recipe, Trained
+from jaxlm.train.step import LossFn, Part, TrainState, init_states, make_steps, moving
 
 
 class Program(NamedTuple):
-    """What `train.engine` runs: built from the config and the mesh alone, nothing is allocated."""
+    """What `train.engine` runs: built from the config, the mesh and the recipe alone, nothing is allocated."""
 
-    decoder: Decoder
+    recipe: Recipe
+    modules: Mapping[str, Decoder]
+    """The Flax modules of all trees by name, trained and frozen."""
     loss_fn: LossFn
-    optimizer: optax.GradientTransformation
+    parts: tuple[Part, ...]
     shardings: TrainState
     """Where each leaf of the state lies."""
+    frozen_shardings: dict[str, Any]
     step: Any
-    """`jax.jit` of `(state, batch) -> (state, metrics)`; the state is donated."""
+    """`jax.jit` of `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model of the run."""
+        return self.modules[MODEL]
+
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first update, from random parameters. The model takes `key` itself."""
+        others = [name for name in self.recipe.models.trained if name != MODEL]
+        keys = {MODEL: key} | {name: jax.random.fold_in(key, number) for number, name in enumerate(others, 1)}
+        trees = {name: init_params(self.modules[name], keys[name]) for name in self.recipe.models.trained}
+        return init_states(trees if self.recipe.models.several else trees[MODEL], self.parts)
 
 
-def training_program(cfg: config.Config, layout: Layout, make_loss: MakeLoss) -> Program:
+def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Program:
     """The training step of `cfg` on the mesh of `layout`.
 
     Raises:
         UserError: a size does not divide over the mesh.
     """
-    decoder = Decoder(cfg.model, Policy.from_config(cfg.numerics))
+    policy, models = Policy.from_config(cfg.numerics), recipe.models
     rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
-    loss_fn, optimizer = make_loss(decoder, cfg.train), make_optimizer(cfg.train)
-    shardings = state_shardings(decoder, optimizer, layout)
+    modules = {name: Decoder(tree.model, policy) for name, tree in models.trained.items()}
+    modules |= {name: Decoder(tree.model, _stored(policy, tree.dtype)) for name, tree in models.frozen.items()}
+    loss_fn = recipe.objective.jax(modules, cfg)
+    parts = tuple(_part(name, tree) for name, tree in models.trained.items())
+    shardings = _state_shardings(modules, parts, layout)
+    frozen = {name: layout.shardings(*_axes_and_shapes(modules[name])) for name in models.frozen}
     matmul = cfg.numerics.matmul
-    step = make_step(loss_fn, optimizer, cfg.train, seed=cfg.seed, model=cfg.model, layout=layout, matmul=matmul)
+    step = make_steps(loss_fn, parts, cfg.train.microbatches, seed=cfg.seed, layout=layout, matmul=matmul)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-    return Program(decoder, loss_fn, optimizer, shardings, jitted)
+    return Program(recipe, modules, loss_fn, parts, shardings, frozen, jitted)
 
 
-def abstract_inputs(cfg: config.Config, layout: Layout, program: Program) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the batch that the step takes: shapes and dtypes with their shardings."""
-    shapes = abstract_params(program.decoder)[0]
-    state = jax.eval_shape(lambda params: init_state(params, program.optimizer), shapes)
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, program.shardings
-    )
-    rows = (cfg.train.batch_size, cfg.data.seq_len)
-    integers = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32)
-    kinds = integers | {"weights": jnp.float32}
-    return placed, {name: jax.ShapeDtypeStruct(rows, kind, sharding=layout.batch) for name, kind in kinds.items()}
+def abstract_inputs(cfg: config.Config, layout: Layout, program: Program) -> tuple[TrainState, dict, dict[str, Any]]:
+    """The state, the frozen trees and the batch that the step takes: shapes and dtypes with their shardings."""
+
+    def placed(shapes: Any, places: Any) -> Any:
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+    state = jax.eval_shape(program.init, jax.random.key(0))
+    frozen = {name: abstract_params(program.modules[name])[0] for name in program.frozen_shardings}
+    batch = {}
+    for name, column in program.recipe.columns.items():
+        shape = column.shape(cfg.train.batch_size, cfg.data.seq_len)
+        place = layout.sharding(column.axes, shape, f"the batch's {name}")
+        batch[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(column.dtype), sharding=place)
+    return placed(state, program.shardings), placed(frozen, program.frozen_shardings), batch
 
 
 def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Where each leaf of the training state lies: moments lie with their parameters, or by the optimiser's rules."""
-    shapes, axes = abstract_params(decoder)
-    params = layout.shardings(axes, shapes)
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, shapes),
-        layout.optimizer.shardings(axes, shapes, "optimizer."),
-        transform_non_params=lambda _: layout.replicated,
-    )
+    """Where each leaf of the state of one tree lies: moments lie with their parameters, or by the optimiser's rules."""
+    return _state_shardings({MODEL: decoder}, (Part(MODEL, config.Train(), optimizer),), layout)
+
+
+def _part(name: str, tree: Trained) -> Part:
+    return Part(name, tree.train, make_optimizer(tree.train), tree.model, tree.moves)
+
+
+def _stored(policy: Policy, dtype: str) -> Policy:
+    """The policy of a tree whose parameters are kept in another dtype."""
+    wide = policy.params.itemsize > jnp.dtype("float32").itemsize  # float64 is asked for to compare, all of it
+    return policy if wide else dataclasses.replace(policy, params=jnp.dtype(dtype))
+
+
+def _axes_and_shapes(module: Decoder) -> tuple[Any, Any]:
+    shapes, axes = abstract_params(module)
+    return axes, shapes
+
+
+def _state_shardings(modules: Mapping[str, Decoder], parts: tuple[Part, ...], layout: Layout) -> TrainState:
+    params, opt_states = {}, {}
+    for part in parts:
+        axes, shapes = _axes_and_shapes(modules[part.name])
+        params[part.name] = layout.shardings(axes, shapes)
+        of_optimizer = layout.optimizer.shardings(axes, shapes, "optimizer.")
+        opt_states[part.name] = optax.tree.map_params(
+            part.optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(part.optimizer.init, moving(shapes, part.moves)),
+            moving(of_optimizer, part.moves),
+            transform_non_params=lambda _: layout.replicated,
+        )
     whole: Any = layout.replicated
-    return TrainState(whole, params, opt_state, whole)
+    if len(parts) == 1:
+        return TrainState(whole, params[parts[0].name], opt_states[parts[0].name], whole)
+    return TrainState(whole, params, opt_states, whole)

@@ -12,7 +12,7 @@ import pytest
 from jaxlm import config
 from jaxlm.mesh import Layout
 from jaxlm.plan import topology
-from jaxlm.recipes.pretrain import loss_fn
+from jaxlm.recipes import make_recipe
 from jaxlm.train.program import abstract_inputs, training_program
 
 
@@ -38,7 +38,7 @@ def compiled() -> Callable[[config.Config, Sequence[Any]], Any]:
 
     def compile_step(cfg: config.Config, devices: Sequence[Any]) -> Any:
         layout = Layout.from_config(cfg.mesh, devices)
-        program = training_program(cfg, layout, loss_fn)
+        program = training_program(cfg, layout, make_recipe(cfg))
         return program.step.lower(*abstract_inputs(cfg, layout, program)).compile()
 
     return compile_step

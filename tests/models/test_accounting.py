@@ -171,9 +171,9 @@ def test_an_estimate_of_activations_is_near_xlas(pattern):
 
 
 def test_info_prints_json(tmp_path, capsys):
-    from jaxlm import cli
+    from jaxlm.cli import plan
 
     path = Path(tmp_path / "tiny.toml")
     path.write_text(toml.to_toml(run(TINY)))
-    cli.info(path, as_json=True)
+    plan.info(path, as_json=True)
     assert json.loads(capsys.readouterr().out)["total"] == account(run(TINY)).total

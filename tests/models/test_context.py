@@ -42,7 +42,9 @@ def sent(model: config.Model) -> dict[str, set[int]]:
         for name, dtype in {**kinds, "weights": jnp.float32}.items()
     }
     with layout.active():
-        gradient = jax.jit(lambda params, batch: jax.grad(loss_fn(decoder, train), has_aux=True)(params, batch, None))
+        gradient = jax.jit(
+            lambda params, batch: jax.grad(loss_fn(decoder, train), has_aux=True)(params, {}, batch, None)
+        )
         text = gradient.lower(params, batch).compile().as_text()
     found: dict[str, set[int]] = {}
     for line in text.splitlines():

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxlm.ops import sequence_parallel
 from jaxlm.ops.attention import attend as whole
-from jaxlm.ops.attention import ring
+from jaxlm.ops.attention import blockwise, ring
 from jaxlm.ops.attention.visible import Mixed, Places
 from jaxlm.ops.ssm import convolution, selective_scan, ssd
 
@@ -95,8 +95,8 @@ def test_attention_of_a_split_row(devices: int, t: int, impl: str, window: int, 
 @pytest.mark.parametrize("window", [0, 5])
 def test_attention_of_many_blocks(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a window also of several pieces, the first of which has the keys of the neighbour before it."""
-    monkeypatch.setattr(whole, "BLOCK", 2)
-    monkeypatch.setattr(whole, "MAX_BLOCKS", 4)
+    monkeypatch.setattr(blockwise, "BLOCK", 2)
+    monkeypatch.setattr(blockwise, "MAX_BLOCKS", 4)
     check_attention(2, 44, "blockwise", window, 0.0)
 
 

@@ -84,19 +84,19 @@ def test_recomputation_is_stated_apart(measured):
 @eight
 def test_the_engine_runs_what_is_planned(tmp_path):
     from jaxlm.mesh import Layout
-    from jaxlm.recipes.pretrain import loss_fn
+    from jaxlm.recipes import make_recipe
     from jaxlm.train.engine import JaxEngine
     from jaxlm.train.program import abstract_inputs, training_program
 
     cfg = dataclasses.replace(tiny(), out_dir=str(tmp_path), data=config.Data(seq_len=32, cache_dir=str(tmp_path)))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, n_layers=2))
-    engine, layout = JaxEngine(cfg, loss_fn, lambda *_: []), Layout.from_config(cfg.mesh)
-    program = training_program(cfg, layout, loss_fn)
-    state, batch = abstract_inputs(cfg, layout, program)
+    engine, layout = JaxEngine(cfg, make_recipe(cfg), lambda *_: []), Layout.from_config(cfg.mesh)
+    program = training_program(cfg, layout, make_recipe(cfg))
+    state, frozen, batch = abstract_inputs(cfg, layout, program)
     ours = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), engine.state)
     planned = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state)
     assert ours == planned
-    assert engine._step.lower(engine.state, batch).as_text() == program.step.lower(state, batch).as_text()
+    assert engine._step.lower(engine.state, {}, batch).as_text() == program.step.lower(state, frozen, batch).as_text()
 
 
 RECORDED = [  # what `jaxlm plan` printed as the memory that the TPU compiler (libtpu 0.0.42.1) asks for, in GiB

@@ -16,7 +16,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.config import toml
-from jaxlm.recipes import pretrain
+from jaxlm.recipes import start
 from jaxlm.run.metrics import OF_THE_MACHINE
 from jaxlm.train.loop import Progress
 
@@ -78,7 +78,7 @@ class Runs:
 
     def train(self, out: Path, *overrides: str, resume: bool = False) -> Progress:
         """Train in this process."""
-        return pretrain.run(self.config(out, *overrides), resume=resume)
+        return start.run(self.config(out, *overrides), resume=resume)
 
     def command(self, out: Path, *overrides: str, resume: bool = False) -> list[str]:
         """The command line of a run on one device."""

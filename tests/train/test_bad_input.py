@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.config import Config, Data
 from jaxlm.errors import UserError
-from jaxlm.recipes import pretrain
+from jaxlm.recipes import start
 
 TINY = ("train.steps=1", "checkpoint.every=0")
 
@@ -99,7 +99,7 @@ def test_a_mistake_waits_for_the_import(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrain, "_import_ahead", lambda backend: ended.wait(60))
     before = set(threading.enumerate())
     with pytest.raises(UserError):
-        pretrain.run(Config(out_dir=str(tmp_path / "run"), data=Data(source=str(tmp_path / "missing"))))
+        start.run(Config(out_dir=str(tmp_path / "run"), data=Data(source=str(tmp_path / "missing"))))
     ahead = set(threading.enumerate()) - before
     ended.set()
     assert ahead and not any(thread.daemon for thread in ahead)

@@ -73,7 +73,7 @@ def test_a_skewed_router_becomes_balanced_by_its_bias(rate, batch):
     step, state, _ = setup(skew=1.0, bias_update_rate=rate, biases=("router",))
     loads = []
     for _ in range(60):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         loads.append(float(metrics["load_max"]))
     assert loads[0] > 1.7
     assert loads[-1] < 1.2 if rate else loads[-1] > 1.7
@@ -84,9 +84,9 @@ def test_a_skewed_router_becomes_balanced_by_its_bias(rate, batch):
 def test_a_skewed_router_becomes_balanced_by_a_loss(loss, batch):
     train = dataclasses.replace(TRAIN, learning_rate=3e-2, weight_decay=0.0)
     step, state, _ = setup(train, skew=1.0, selection_bias=False, biases=("router",), **{loss: 1.0})
-    first = step(state, batch)[1]
+    first = step(state, {}, batch)[1]
     for _ in range(60):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
     assert first["load_max"] > 1.7 > metrics["load_max"]
     assert first["balance_loss"] > 1.2 and metrics["balance_loss"] < 1.1
 
@@ -94,7 +94,7 @@ def test_a_skewed_router_becomes_balanced_by_a_loss(loss, batch):
 def test_only_the_load_moves_the_bias(batch):
     """By the rate, up or down; neither by the gradient nor by the decay, and not where the update is skipped."""
     step, state, _ = setup()
-    after, metrics = step(state, batch)
+    after, metrics = step(state, {}, batch)
     load = np.asarray(metrics["expert_load"])
     np.testing.assert_allclose(biases(after), 0.02 * np.sign(load.mean(axis=1, keepdims=True) - load), rtol=1e-6)
     assert metrics["bias_range"] == np.ptp(biases(after), axis=1).max()
@@ -102,14 +102,14 @@ def test_only_the_load_moves_the_bias(batch):
     np.testing.assert_array_equal(biases(skipped), biases(after))
     still, state, _ = setup(bias_update_rate=0.0)
     state = state._replace(params=after.params)
-    np.testing.assert_array_equal(biases(still(state, batch)[0]), biases(after))
+    np.testing.assert_array_equal(biases(still(state, {}, batch)[0]), biases(after))
 
 
 def test_scanned_layers_have_the_load_of_unrolled_ones(batch):
     (unrolled, state, _), (scanned, stacked, _) = setup(), setup(layer_loop="scan")
     for _ in range(2):
-        state, metrics = unrolled(state, batch)
-        stacked, others = scanned(stacked, batch)
+        state, metrics = unrolled(state, {}, batch)
+        stacked, others = scanned(stacked, {}, batch)
         np.testing.assert_array_equal(metrics["expert_load"], others["expert_load"])
     stack = stacked.params["layers"]["slot_0"]["ffn"]["router"]["selection_bias"]
     np.testing.assert_array_equal(biases(state), stack)
@@ -118,11 +118,11 @@ def test_scanned_layers_have_the_load_of_unrolled_ones(batch):
 def test_noise_is_drawn_while_training_only(batch):
     step, state, decoder = setup(noisy=True, bias_update_rate=0.0)
     frozen = state._replace(step=state.step + 1)
-    losses = [float(step(one, batch)[1]["loss"]) for one in (state, state, frozen)]
+    losses = [float(step(one, {}, batch)[1]["loss"]) for one in (state, state, frozen)]
     assert losses[0] == losses[1] != losses[2]
     evaluate = jax.jit(make_eval(loss_fn(decoder, TRAIN)))
-    assert evaluate(state.params, batch)["nll"] == evaluate(state.params, batch)["nll"]
-    after, _ = step(state, batch)
+    assert evaluate(state.params, {}, batch)["nll"] == evaluate(state.params, {}, batch)["nll"]
+    after, _ = step(state, {}, batch)
     noise = after.params["layers_0"]["ffn"]["router"]["noise"]["kernel"]
     assert np.any(noise), "the noise is learned"
 

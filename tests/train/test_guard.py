@@ -36,12 +36,12 @@ def test_a_nan_of_one_host_changes_nothing_anywhere(mesh, row):
     bad = {**batch, "weights": weights}
 
     begun = make(jax.random.key(0))
-    poisoned, metrics = step(begun, layout.place(bad, B))
+    poisoned, metrics = step(begun, {}, layout.place(bad, B))
     assert metrics["skipped"] == 1 and poisoned.skipped == 1 and poisoned.step == 1
     for before, after in zip(jax.tree.leaves(begun.params), jax.tree.leaves(poisoned.params), strict=True):
         for one, other in zip(before.addressable_shards, after.addressable_shards, strict=True):
             np.testing.assert_array_equal(one.data, other.data)  # on every device by itself
-    expected, _ = step(begun._replace(step=jnp.ones((), jnp.int32)), layout.place(good, B))
-    found, metrics = step(poisoned, layout.place(good, B))
+    expected, _ = step(begun._replace(step=jnp.ones((), jnp.int32)), {}, layout.place(good, B))
+    found, metrics = step(poisoned, {}, layout.place(good, B))
     assert metrics["skipped"] == 0
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))

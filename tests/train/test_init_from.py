@@ -11,7 +11,7 @@ from jaxlm.convert.canonical import canonical
 from jaxlm.convert.open_model import load
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
-from jaxlm.recipes import pretrain
+from jaxlm.recipes import start
 from jaxlm.recipes.init_from import initial_params
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.engine import JaxEngine
@@ -83,5 +83,5 @@ def test_another_function_or_vocabulary_is_refused_by_name(runs, source, tmp_pat
     cfg = runs.config(tmp_path, *PLAIN, where)
     other = dataclasses.replace(cfg.tokenizer, kind="bpe", vocab_size=272)
     with pytest.raises(UserError, match=r"its tokenizer is another than that of \[tokenizer\] \(tokenizer.kind=file"):
-        pretrain.run(dataclasses.replace(cfg, tokenizer=other))
+        start.run(dataclasses.replace(cfg, tokenizer=other))
     assert not tmp_path.exists() or not any(tmp_path.iterdir())

@@ -1,15 +1,16 @@
 """A run may go on with any other mesh and other rules, and says what has changed."""
 
 from jaxlm.config import toml
-from jaxlm.run.directory import open_run, write_run
+from jaxlm.recipes.start import open_stage
+from jaxlm.run.directory import write_run
 
 
 def test_a_run_keeps_its_mesh_and_says_what_changes(runs, tmp_path, capsys):
-    cfg, corpus = open_run(runs.config(tmp_path, "mesh=zero1", "mesh.rules.heads=[]"), resume=False)
-    write_run(cfg, corpus)
+    cfg, _, source = open_stage(runs.config(tmp_path, "mesh=zero1", "mesh.rules.heads=[]"), resume=False)
+    write_run(cfg, source.tokenizer)
     assert toml.load(tmp_path / "config.toml").mesh == cfg.mesh
     capsys.readouterr()
-    again, _ = open_run(runs.config(tmp_path, "mesh=multislice", "mesh.rules.embed=[]"), resume=True)
+    again, *_ = open_stage(runs.config(tmp_path, "mesh=multislice", "mesh.rules.embed=[]"), resume=True)
     assert (again.mesh.dcn.data, again.mesh.rules) == (-1, {"embed": ()})
     assert capsys.readouterr().out.splitlines() == [
         "warning: resuming with mesh.data = 1, was -1",

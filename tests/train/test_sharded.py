@@ -88,7 +88,7 @@ def three_steps(layout, model, microbatches, batches):
     )
     seen = [jax.device_get(state.params)]
     for batch in batches:
-        state, metrics = step(state, layout.place(batch))
+        state, metrics = step(state, {}, layout.place(batch))
         seen.append(jax.device_get((metrics, optax.tree.get(state.opt_state, "mu"))))
     return seen, jax.device_get(state)
 
@@ -202,7 +202,7 @@ def test_zero1_shares_the_optimiser_in_the_compiled_step(batches):
         state = jax.tree.map(lambda leaf, at: leaf.update(sharding=at), like, shardings)
         step = make_step(loss_fn(decoder, train), optimizer, train, seed=0, layout=layout)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-        return jitted.lower(state, layout.place(batches[0])).compile().memory_analysis()
+        return jitted.lower(state, {}, layout.place(batches[0])).compile().memory_analysis()
 
     whole, shared = memory("replicas"), memory("zero1")
     moments = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like.params))

@@ -56,7 +56,7 @@ def test_microbatches_equal_the_large_batch(batch):
         for microbatches in (1, 4):
             step, state, _ = setup(train=dataclasses.replace(TRAIN, microbatches=microbatches))
             for _ in range(2):
-                state, metrics = step(state, batch)
+                state, metrics = step(state, {}, batch)
             results.append((state, metrics))
         assert_close(*results)
         assert results[0][1]["weight"] == batch["weights"].sum()
@@ -68,7 +68,7 @@ def test_recomputation_changes_nothing(batch, remat, layer_loop):
     with jax.enable_x64(True):
         model = dataclasses.replace(MODEL, layer_loop=layer_loop)
         plain, other = (setup(dataclasses.replace(model, remat=choice))[:2] for choice in ("none", remat))
-        assert_close(plain[0](plain[1], batch), other[0](other[1], batch))
+        assert_close(plain[0](plain[1], {}, batch), other[0](other[1], {}, batch))
 
 
 def test_clipping_bounds_the_gradient_that_the_optimiser_sees(batch):
@@ -76,7 +76,7 @@ def test_clipping_bounds_the_gradient_that_the_optimiser_sees(batch):
         for clip in (0.0, 1e-3):
             train = dataclasses.replace(TRAIN, clip_norm=clip)
             step, state, _ = setup(train=train)
-            state, metrics = step(state, batch)
+            state, metrics = step(state, {}, batch)
             mu = optax.tree.norm(optax.tree.get(state.opt_state, "mu")) / (1 - train.beta1)
             expected = min(metrics["grad_norm"], clip * metrics["grad_norm"] / (metrics["grad_norm"] + 1e-6) or np.inf)
             np.testing.assert_allclose(mu, expected, rtol=1e-9)
@@ -96,7 +96,7 @@ def test_decay_takes_kernels_and_embeddings_only(batch):
     train = dataclasses.replace(TRAIN, weight_decay=0.5, warmup_steps=0, schedule="constant")
     step, state, _ = setup(model, train, dtype="float32")
     before = jax.tree.map(np.array, state.params)
-    after = step(state, batch | {"weights": np.zeros((B, T), np.float32)})[0].params  # no target: decay alone
+    after = step(state, {}, batch | {"weights": np.zeros((B, T), np.float32)})[0].params  # no target: decay alone
     mask = decay_mask(before)
     expected = jax.tree.map(lambda p, decays: p * (1 - 0.5e-2) if decays else p, before, mask)
     assert_close(after, expected, 1e-6)
@@ -104,15 +104,15 @@ def test_decay_takes_kernels_and_embeddings_only(batch):
 
 def test_a_non_finite_update_changes_only_the_counters(batch):
     step, state, _ = setup(dtype="float32")
-    state, _ = step(state, batch)
+    state, _ = step(state, {}, batch)
     before = jax.tree.map(np.array, state)
     bad = batch | {"weights": np.full((B, T), np.nan, np.float32)}
     for skipped in (1, 2):
-        state, metrics = step(state, bad)
+        state, metrics = step(state, {}, bad)
         assert metrics["skipped"] == skipped == state.skipped
     jax.tree.map(np.testing.assert_array_equal, state._replace(step=0, skipped=0), before._replace(step=0, skipped=0))
     assert state.step == 3
-    state, metrics = step(state, batch)
+    state, metrics = step(state, {}, batch)
     assert metrics["skipped"] == 0 and not np.array_equal(
         state.params["embed"]["embedding"], before.params["embed"]["embedding"]
     )
@@ -121,7 +121,7 @@ def test_a_non_finite_update_changes_only_the_counters(batch):
 def test_the_state_is_donated(batch):
     step, state, _ = setup(dtype="float32")
     old = jax.tree.leaves(state)
-    step(state, batch)
+    step(state, {}, batch)
     assert all(leaf.is_deleted() for leaf in old)
 
 
@@ -129,7 +129,7 @@ def test_the_loss_falls(batch):
     step, state, _ = setup(dtype="float32")
     losses = []
     for _ in range(20):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.7 * losses[0]
 
@@ -144,7 +144,7 @@ def test_full_logits_are_never_stored():
     def largest(loss_block: int) -> int:
         step, state, _ = setup(model, dataclasses.replace(TRAIN, loss_block=loss_block), dtype="float32")
         shapes = re.findall(
-            rf"f32\[([\d,]+,{vocabulary}|{vocabulary},[\d,]+)\]", step.lower(state, batch).compile().as_text()
+            rf"f32\[([\d,]+,{vocabulary}|{vocabulary},[\d,]+)\]", step.lower(state, {}, batch).compile().as_text()
         )
         return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
@@ -159,13 +159,13 @@ def test_dropout_differs_in_each_step_and_is_the_same_again(batch):
     copy = jax.tree.map(jnp.array, third)
     losses = []
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
-    assert float(step(copy, batch)[1]["loss"]) == losses[2], "randomness depends on the seed and the step alone"
+    assert float(step(copy, {}, batch)[1]["loss"]) == losses[2], "randomness depends on the seed and the step alone"
     evaluate = jax.jit(make_eval(loss_fn(decoder, train)))
     plain = jax.jit(make_eval(loss_fn(decoder.clone(config=MODEL), train)))
-    assert evaluate(state.params, batch)["loss"] == plain(state.params, batch)["loss"], "none in evaluation"
+    assert evaluate(state.params, {}, batch)["loss"] == plain(state.params, {}, batch)["loss"], "none in evaluation"
 
 
 def test_dropout_has_its_rate():

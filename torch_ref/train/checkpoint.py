@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from jaxlm.errors import UserError
 from jaxlm.run.torch_checkpoint import COUNT, MODEL, MOMENTS, OPTIMIZER, RUN, read_record, write_record
-from torch_ref.train.step import TrainState
+from jaxlm.train.recipe import MODEL as RUN_MODEL
+from torch_ref.train.step import Part, TrainState
 
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # of files that are truncated, altered or missing
@@ -43,8 +44,7 @@ class Checkpointer:
 
     def save(
         self,
-        decoder: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        parts: Sequence[Part],
         state: TrainState,
         run: Mapping[str, Any],
         validation_loss: float | None = None,
@@ -56,7 +56,7 @@ class Checkpointer:
         """
         target = self.folder / str(state.step)
         stage = target.with_name(f".{state.step}.partial")
-        parameters = dict(decoder.named_parameters())
+        parameters = _parameters(parts)
         known = validation_loss is not None and math.isfinite(validation_loss)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class Checkpointer:
                 shutil.rmtree(left)
             stage.mkdir()
             save_file({name: parameter.detach() for name, parameter in parameters.items()}, stage / MODEL)
-            save_file(_moments(parameters, optimizer), stage / OPTIMIZER)
+            save_file(_moments(parts), stage / OPTIMIZER)
             write_record(stage, state._asdict(), run, validation_loss if known else None)
             for path in (stage / MODEL, stage / OPTIMIZER, stage / RUN):
                 shutil.copymode(stage / RUN, path)  # the library's files are private to the user
@@ -80,17 +80,15 @@ class Checkpointer:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise UserError(f"{target}: checkpoint not written: {reason}", "earlier ones are intact") from error
 
-    def restore(
-        self, decoder: nn.Module, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """Load the newest intact checkpoint into `decoder` and `optimizer`; returns the counters and the loop's record.
+    def restore(self, parts: Sequence[Part], warn: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
+        """Load the newest intact checkpoint into modules and optimisers; returns the counters and the loop's record.
 
         Damaged checkpoints are named through `warn`, passed over, and moved out of the way of the ones to come.
 
         Raises:
             UserError: none is intact, or the parameters have other shapes.
         """
-        parameters = dict(decoder.named_parameters())
+        parameters = _parameters(parts)
         damaged = []
         for step in reversed(self.steps()):
             where = self.folder / str(step)
@@ -108,7 +106,7 @@ class Checkpointer:
                 continue
             _check_shapes(where, parameters, model)
             _copy(parameters, model)
-            _copy(_moments(parameters, optimizer), moments)
+            _copy(_moments(parts), moments)
             self._set_aside(damaged)
             return TrainState(**record["state"]), record["run"]
         raise UserError(f"{self.folder}: no intact checkpoint", "start again with another out_dir")
@@ -129,11 +127,24 @@ class Checkpointer:
                 shutil.rmtree(self.folder / str(step))
 
 
-def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's own tensors by name: `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME` of each parameter."""
+def _prefix(part: Part) -> str:
+    return "" if part.name == RUN_MODEL else f"{part.name}/"
+
+
+def _parameters(parts: Sequence[Part]) -> dict[str, nn.Parameter]:
+    """Every parameter by name; of modules besides the model, `NAME/` stands before it."""
+    named = ((_prefix(part), part.module.named_parameters()) for part in parts if part.module is not None)
+    return {prefix + name: parameter for prefix, parameters in named for name, parameter in parameters}
+
+
+def _moments(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The optimisers' own tensors by name: `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME` of what moves."""
     return {
-        f"{kind}.{name}": optimizer.state[parameter][kind]
-        for name, parameter in parameters.items()
+        f"{kind}.{_prefix(part)}{name}": part.optimizer.state[parameter][kind]
+        for part in parts
+        if part.module is not None
+        for name, parameter in part.module.named_parameters()
+        if parameter in part.optimizer.state
         for kind in (*MOMENTS, COUNT)
     }
 

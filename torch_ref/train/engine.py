@@ -22,20 +22,21 @@ from jaxlm.errors import UserError
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.train.recipe import MODEL, Recipe, Trained, parameter_name
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.numerics import Policy
 from torch_ref.train.checkpoint import Checkpointer
 from torch_ref.train.optim import make_optimizer
-from torch_ref.train.step import LossFn, Sums, TrainState, loss_fn, make_eval, make_step
+from torch_ref.train.step import LossFn, Part, Sums, TrainState, make_eval, make_steps
 
 
 class TorchEngine:
-    """Trains a `Decoder` on one device. See `jaxlm.train.backend.Engine`."""
+    """Trains the models of a recipe on one device. See `jaxlm.train.backend.Engine`."""
 
     process_index, process_count = 0, 1
     rows: np.ndarray | None = None
 
-    def __init__(self, cfg: config.Config) -> None:
+    def __init__(self, cfg: config.Config, recipe: Recipe) -> None:
         _require_one_device(cfg.mesh)
         self.config, self.device, self.state = cfg, pick_device(cfg.torch.device), TrainState()
         policy = Policy.from_config(cfg.numerics)
@@ -46,15 +47,22 @@ class TorchEngine:
         narrow = policy.compute if cfg.torch.autocast else None
         if narrow:
             policy = dataclasses.replace(policy, compute=policy.params)
-        self.decoder = init_params(Decoder(cfg.model, policy), cfg.seed).to(self.device)
-        self.optimizer = make_optimizer(self.decoder, cfg.train)
+        models, self.recipe = recipe.models, recipe
+        self.modules = {
+            name: init_params(Decoder(tree.model, policy), cfg.seed + number).to(self.device)
+            for number, (name, tree) in enumerate({**models.trained, **models.frozen}.items())
+        }
+        for name in models.frozen:
+            self.modules[name].requires_grad_(False).eval()
+        self.decoder = self.modules[MODEL]
+        self.parts = [_part(name, tree, self.modules[name]) for name, tree in models.trained.items()]
 
-        objective = loss_fn(self.decoder, cfg.train)
+        objective = recipe.objective.torch(self.modules, cfg)
         if narrow:
             objective = _autocast(objective, self.device, narrow)
         if cfg.torch.compile:
             objective = torch.compile(objective)
-        self._step = make_step(objective, self.optimizer, cfg.train, seed=cfg.seed, decoder=self.decoder)
+        self._step = make_steps(objective, self.parts, cfg.train.microbatches, seed=cfg.seed)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(self.decoder), cfg.data.seq_len)
@@ -73,15 +81,19 @@ class TorchEngine:
         return self._checkpointer.steps()
 
     def restore(self, warn: Callable[[str], None]) -> dict[str, Any]:
-        self.state, run = self._checkpointer.restore(self.decoder, self.optimizer, warn)
+        self.state, run = self._checkpointer.restore(self.parts, warn)
         return run
 
     def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Begin with these parameters, by the names of the decoder's `state_dict`."""
         self.decoder.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=True)
 
+    def freeze(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Give a frozen module its parameters, by the names of its `state_dict`."""
+        self.modules[name].load_state_dict({key: torch.tensor(array) for key, array in tensors.items()}, strict=True)
+
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        self.decoder.train()
+        self._training(True)
         self.state, metrics = self._step(self.state, self._place(batch))
         return metrics
 
@@ -89,7 +101,7 @@ class TorchEngine:
         return [plain(one) for one in metrics]
 
     def evaluate(self, batches: Iterator[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        self.decoder.eval()
+        self._training(False)
         totals: dict[str, float] = collections.defaultdict(float)
         for batch in batches:
             for name, value in self._eval(self._place(batch)).items():
@@ -105,7 +117,7 @@ class TorchEngine:
         return [one.text for one in generator.complete(prompts, sampling, **options)]
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
-        self._checkpointer.save(self.decoder, self.optimizer, self.state, run, validation_loss)
+        self._checkpointer.save(self.parts, self.state, run, validation_loss)
 
     def stops_at(self, point: int) -> bool:
         return False  # there is one process
@@ -138,8 +150,18 @@ class TorchEngine:
         """Nothing else is under way: `save` returns when all is written."""
         self.profile(None)
 
+    def _training(self, on: bool) -> None:
+        for name in self.recipe.models.trained:
+            self.modules[name].train(on)
+
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {name: torch.tensor(array, device=self.device) for name, array in batch.items()}
+
+
+def _part(name: str, tree: Trained, module: Decoder) -> Part:
+    for path, parameter in module.named_parameters():
+        parameter.requires_grad_(tree.moves is None or tree.moves(parameter_name(path)))
+    return Part(name, tree.train, make_optimizer(module, tree.train, tree.moves), module)
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from jaxlm import config
 from jaxlm.run.schedule import learning_rate
+from jaxlm.train.recipe import parameter_name
 from torch_ref.models.layers import Embed, Head, Linear
 from torch_ref.models.mamba import CausalConv, StepSize
 from torch_ref.models.moe import ExpertLinear, Router
@@ -16,10 +17,12 @@ from torch_ref.models.moe import ExpertLinear, Router
 DECAYED = (Linear, Embed, Head, ExpertLinear, Router, CausalConv, StepSize)
 
 
-def make_optimizer(decoder: nn.Module, train: config.Train) -> torch.optim.AdamW:
-    """AdamW for all parameters of a decoder, as `decay_mask` says. The step sets the learning rate."""
-    parameters = dict(decoder.named_parameters())
-    return adamw([(parameters[name], decays) for name, decays in decay_mask(decoder).items()], train)
+def make_optimizer(
+    decoder: nn.Module, train: config.Train, moves: Callable[[str], bool] | None = None
+) -> torch.optim.AdamW:
+    """AdamW for the parameters of a decoder that move, as `decay_mask` says. The step sets the learning rate."""
+    moving = {name: p for name, p in decoder.named_parameters() if moves is None or moves(parameter_name(name))}
+    return adamw([(moving[name], decays) for name, decays in decay_mask(decoder).items() if name in moving], train)
 
 
 def adamw(parameters: Iterable[tuple[nn.Parameter | Tensor, bool]], train: config.Train) -> torch.optim.AdamW:

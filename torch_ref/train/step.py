@@ -1,6 +1,6 @@
 """The training step: microbatches, gradient, clip, guard, update. It serves every objective.
 
-    step = make_step(loss_fn(decoder, config.train), make_optimizer(decoder, config.train), config.train, seed=0)
+    step = make_step(loss_fn, make_optimizer(decoder, config.train), config.train, seed=0)
     state, metrics = step(TrainState(), batch)
 
 `loss_fn(batch)` returns a sum over the targets of the batch, and sums to report beside it; `weight` among them divides
@@ -10,7 +10,8 @@ in place, in the decoder and the optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from jaxlm import config
 from torch_ref.models.decoder import Decoder
-from torch_ref.objectives.lm import lm_loss
-from torch_ref.train.expert_balance import collect, load_metrics, update_biases
+from torch_ref.train.expert_balance import load_metrics, update_biases
 from torch_ref.train.optim import set_learning_rate
 
 Batch = Mapping[str, Tensor]
@@ -38,6 +38,25 @@ class TrainState(NamedTuple):
     """Non-finite updates in a row, up to now."""
 
 
+class Part(NamedTuple):
+    """How one trained module moves."""
+
+    name: str
+    train: config.Train
+    optimizer: torch.optim.Optimizer
+    module: Decoder | None = None
+    """If it has experts, their selection biases are moved after the update by the load of the whole batch."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def balanced(self) -> Decoder | None:
+        """The module, if it has experts."""
+        return self.module if self.module is not None and self.module.config.moes else None
+
+
 def make_step(
     loss_fn: LossFn,
     optimizer: torch.optim.Optimizer,
@@ -46,48 +65,74 @@ def make_step(
     seed: int,
     decoder: Decoder | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """`make_steps` for one module, all of which moves."""
+    return make_steps(loss_fn, [Part("model", train, optimizer, decoder)], train.microbatches, seed=seed)
+
+
+def make_steps(
+    loss_fn: LossFn, parts: Sequence[Part], microbatches: int, *, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update `(state, batch) -> (state, metrics)`.
 
-    A non-finite loss or gradient changes nothing but the counters. Metrics: `loss` and the means of the other sums,
-    `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row). With a
-    `decoder` that has experts, its selection biases are moved after the update by the load of the whole batch, and
-    there are the metrics of `load_metrics`.
+    A loss, gradient or update that is not finite changes nothing but the counters. Metrics: `loss` and the means of the
+    other sums, `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row);
+    of modules other than `model` `NAME_grad_norm` and `NAME_learning_rate`. With experts, those of `load_metrics`.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:  # a parameter that takes no part has a gradient of zero, as in JAX, and decays
-        parameter.grad = torch.zeros_like(parameter)
+    for part in parts:
+        for parameter in part.parameters:  # one that takes no part has a gradient of zero, as in JAX, and decays
+            parameter.grad = torch.zeros_like(parameter)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        optimizer.zero_grad(set_to_none=False)
-        sums = _accumulate(loss_fn, batch, (seed, state.step), train.microbatches)
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for part in parts:
+            part.optimizer.zero_grad(set_to_none=False)
+        sums = _accumulate(loss_fn, batch, (seed, state.step), microbatches)
         weight = sums["weight"].clamp(min=1)
-        grad_norm = torch.nn.utils.get_total_norm(grads) / weight
         metrics = {name: value / weight for name, value in sums.items() if name not in COUNTS}
-
-        scale = 1 / weight
-        if train.clip_norm:
-            scale = scale * (train.clip_norm / (grad_norm + 1e-6)).clamp(max=1)
-        finite = bool(torch.isfinite(metrics["loss"]) & torch.isfinite(grad_norm))  # waits for the device
-        rate = set_learning_rate(optimizer, train)
+        metrics["weight"] = sums["weight"]
+        finite = bool(torch.isfinite(metrics["loss"]))  # waits for the device
+        for part in parts:
+            prefix = "" if part.name == "model" else f"{part.name}_"
+            grad_norm = torch.nn.utils.get_total_norm(_gradients(part)) / weight
+            finite = finite and bool(torch.isfinite(grad_norm))
+            rate = torch.tensor(set_learning_rate(part.optimizer, part.train), dtype=torch.float64)
+            metrics |= {f"{prefix}grad_norm": grad_norm, f"{prefix}learning_rate": rate}
         if finite:
-            for grad in grads:
-                grad.mul_(scale.to(grad.dtype))
-            optimizer.step()
-            if decoder is not None and decoder.config.moes:
+            finite = _update(parts, weight, metrics)
+        if finite:
+            for decoder in filter(None, (part.balanced for part in parts)):
                 update_biases(decoder, sums["expert_load"])
         skipped = 0 if finite else state.skipped + 1
-        metrics |= {
-            "weight": sums["weight"],
-            "grad_norm": grad_norm,
-            "learning_rate": torch.tensor(rate, dtype=torch.float64),
-            "skipped": torch.tensor(skipped),
-        }
-        if decoder is not None and decoder.config.moes:
+        metrics["skipped"] = torch.tensor(skipped)
+        for decoder in filter(None, (part.balanced for part in parts)):
             metrics |= load_metrics(decoder, sums)
         return TrainState(state.step + 1, skipped), metrics
 
     return step
+
+
+def _gradients(part: Part) -> list[Tensor]:
+    return [parameter.grad for parameter in part.parameters if parameter.grad is not None]
+
+
+def _update(parts: Sequence[Part], weight: Tensor, metrics: Sums) -> bool:
+    """Clip and update every part; if a parameter would not be finite, nothing is changed and False is returned."""
+    for part in parts:
+        scale = 1 / weight
+        if part.train.clip_norm:
+            norm = metrics["grad_norm" if part.name == "model" else f"{part.name}_grad_norm"]
+            scale = scale * (part.train.clip_norm / (norm + 1e-6)).clamp(max=1)
+        for grad in _gradients(part):
+            grad.mul_(scale.to(grad.dtype))
+    if not all(_bounded(part) for part in parts):
+        return False
+    for part in parts:
+        part.optimizer.step()
+    return True
+
+
+def _bounded(part: Part) -> bool:
+    """Whether an update is finite whatever the gradient: the rate is, and no beta makes the bias correction zero."""
+    return all(math.isfinite(group["lr"]) and max(group["betas"]) < 1 for group in part.optimizer.param_groups)
 
 
 def make_eval(loss_fn: LossFn) -> Callable[[Batch], Sums]:
@@ -100,40 +145,13 @@ def make_eval(loss_fn: LossFn) -> Callable[[Batch], Sums]:
     return evaluate
 
 
-def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
-    """The language-model objective of `decoder`, with dropout where that is in training mode."""
-    has_experts = bool(decoder.config.moes)
-
-    def compute(batch: Batch) -> tuple[Tensor, Sums]:
-        hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
-        kernel_DV, bias_V = decoder.unembedding()
-        terms = lm_loss(
-            hidden_BTD,
-            kernel_DV,
-            bias_V,
-            batch["targets"],
-            batch["weights"],
-            z_loss=train.z_loss,
-            label_smoothing=train.label_smoothing,
-            block=train.loss_block,
-        )
-        sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
-        if has_experts:
-            routed = collect(decoder)
-            sums |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
-            sums["loss"] = terms.loss + routed.loss * terms.weight
-        return sums["loss"], sums
-
-    return compute
-
-
 def _accumulate(loss_fn: LossFn, batch: Batch, entropy: tuple[int, int], microbatches: int) -> Sums:
     """Sums of the whole batch, one microbatch at a time; the gradients are added to those of the parameters."""
     total: Sums = {}
     for index in range(microbatches):
         torch.manual_seed(int(np.random.SeedSequence((*entropy, index)).generate_state(1, np.uint64)[0]))  # for dropout
         # row b goes to microbatch b mod M, as in jaxlm
-        loss, sums = loss_fn({name: x[index::microbatches] for name, x in batch.items()})
+        loss, sums = loss_fn({name: x[index::microbatches] if x.ndim else x for name, x in batch.items()})
         loss.backward()
         total = {name: total.get(name, 0) + value.detach() for name, value in sums.items()}
     return total

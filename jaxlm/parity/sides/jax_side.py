@@ -206,7 +206,7 @@ def _forward_and_gradient(decoder: Decoder, train: config.Train, gradients: bool
     objective = loss_fn(decoder, train)
 
     def mean(params: Params) -> tuple[jax.Array, Any]:
-        loss, sums = objective(params, batch, None)  # pyright: ignore[reportArgumentType]  (no dropout, no key)
+        loss, sums = objective(params, {}, batch, None)  # pyright: ignore[reportArgumentType]  (no dropout, no key)
         return loss / sums["weight"], {name: value / sums["weight"] for name, value in sums.items()}
 
     derived, means = jax.grad(mean, has_aux=True)(params) if gradients else (None, mean(params)[1])
@@ -256,9 +256,9 @@ _logits = jax.jit(lambda decoder, params, *places: decoder.apply({"params": para
 def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) -> Any:
     """The update of training without noise; jitted here, so that it is compiled once for all comparisons of a model."""
     objective = loss_fn(decoder, train)
-    still: LossFn = lambda params, batch, _: objective(params, batch, None)  # noqa: E731  # pyright: ignore
+    still: LossFn = lambda params, frozen, batch, _: objective(params, frozen, batch, None)  # noqa: E731  # pyright: ignore
     options: Any = {"seed": 0, "matmul": "highest", "model": decoder.config}
-    return make_step(still, make_optimizer(train), train, **options)(state, batch)
+    return make_step(still, make_optimizer(train), train, **options)(state, {}, batch)
 
 
 def _outputs(captured: Mapping[str, Any], prefix: str = "") -> Arrays:

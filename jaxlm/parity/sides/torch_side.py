@@ -35,8 +35,9 @@ from torch_ref.infer.generate import generate
 from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import Policy
 from torch_ref.ops.moe.router import Routing
+from torch_ref.recipes.pretrain import loss_fn
 from torch_ref.train.optim import make_optimizer
-from torch_ref.train.step import TrainState, loss_fn, make_step
+from torch_ref.train.step import TrainState, make_step
 
 
 class TorchSide:

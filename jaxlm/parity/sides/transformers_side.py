@@ -166,7 +166,7 @@ class HuggingFaceSide:
         return found.logits
 
     def _loss(self, model: PreTrainedModel, parameters: Parameters) -> Callable[[Batch], tuple[Tensor, Sums]]:
-        """The objective of `torch_ref.train.step.loss_fn` on the logits of transformers."""
+        """The objective of `torch_ref.recipes.pretrain.loss_fn` on the logits of transformers."""
         train = self._settings.train
 
         def compute(batch: Batch) -> tuple[Tensor, Sums]:

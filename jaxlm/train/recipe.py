@@ -1,0 +1,199 @@
+"""A training stage as a value: the batch, the models, the loss, the source of rows, the judge.
+
+The loop, the step, the planner, the checkpoints and the parity tool take a `Recipe` and know none by name. It imports
+neither JAX nor torch; both engines take the same value.
+
+Axes of a batch: `batch` (rows B) and `seq` (tokens T); None is an axis of `Column.size` entries that no device splits,
+such as the M documents of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxlm import config
+from jaxlm.data.rows.validation import HeldOut
+from jaxlm.text.tokenizer import Tokenizer
+
+MODEL = "model"
+"""The trained tree that is the model of the run: what `jaxlm.load` opens, and what goes to other layouts."""
+Batch = Mapping[str, np.ndarray]
+
+
+class Column(NamedTuple):
+    """One array of a batch."""
+
+    dtype: str
+    axes: tuple[str | None, ...]
+    size: int = 1
+    """Entries along an axis without a name."""
+    below: int = 2
+    """Random whole numbers of this column, as parity draws them, lie in 0 to `below` - 1."""
+
+    def shape(self, batch: int, seq: int) -> tuple[int, ...]:
+        """The shape for so many rows of so many tokens."""
+        sizes: dict[str | None, int] = {"batch": batch, "seq": seq}
+        return tuple(sizes.get(axis, self.size) for axis in self.axes)
+
+
+ROWS: tuple[str | None, ...] = ("batch", "seq")
+LM_COLUMNS = {
+    **dict.fromkeys(("tokens", "targets", "positions", "segments"), Column("int32", ROWS)),
+    "weights": Column("float32", ROWS),
+}
+"""Packed rows of next-token prediction; see `data.packing.Rows`."""
+
+
+class Trained(NamedTuple):
+    """A model whose parameters move."""
+
+    model: config.Model
+    train: config.Train
+    """Its learning rate, schedule, decay and clip; the number of steps and rows are those of the run."""
+    moves: Callable[[str], bool] | None = None
+    """Whether a parameter moves, by its `parameter_name`; None: all do. The others have no gradient and no moments."""
+
+
+def parameter_name(path: str) -> str:
+    """The name of a parameter in both frameworks, the same in all layers: `layers.mixer.q_proj.weight`.
+
+    `path` is dotted: of a Flax tree, scanned or unrolled, or of a `state_dict` of torch_ref.
+    """
+    path = re.sub(r"^layers(?:_\d+|\.slot_\d+|\.\d+)\.", "layers.", path)
+    module, _, kind = path.rpartition(".")
+    return f"{module}.{'weight' if kind in ('kernel', 'embedding', 'scale') else kind}"
+
+
+class Frozen(NamedTuple):
+    """A model that only computes: a teacher, a reference, the base under adapters."""
+
+    model: config.Model
+    path: str
+    """The run or folder that its parameters are read from; empty: they are drawn from the seed of the run."""
+    dtype: str = "float32"
+
+
+class Models(NamedTuple):
+    """The trees of a stage by name; one of the trained ones is `MODEL`."""
+
+    trained: Mapping[str, Trained]
+    frozen: Mapping[str, Frozen] = {}
+
+    @property
+    def several(self) -> bool:
+        """Whether parameters are a dict of trees; the only trained tree stands for itself."""
+        return len(self.trained) > 1
+
+
+class Objective(NamedTuple):
+    """The loss in both frameworks.
+
+    `jax(modules, cfg)` returns `loss(trained, frozen, batch, key) -> (sum, sums)`: `modules` are the Flax modules by
+    name, `trained` is the tree of parameters (or a dict of several), `frozen` a dict of trees, `key` is None where
+    nothing is random. `torch(modules, cfg)` returns its twin `loss(batch) -> (sum, sums)`.
+
+    `sum` is what is differentiated; `sums["weight"]` is the only divisor, so that no mean of means arises.
+    """
+
+    jax: Callable[..., Callable[..., tuple[Any, dict[str, Any]]]]
+    torch: Callable[..., Callable[..., tuple[Any, dict[str, Any]]]]
+
+
+def twin(module: str) -> Callable[..., Any]:
+    """`objective` of a module of torch_ref, imported when PyTorch trains or a proof is asked for."""
+
+    def objective(*args: Any) -> Any:
+        return importlib.import_module(module).objective(*args)
+
+    return objective
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An iterator over batches, whose state is a few numbers; `next_index` among them is the next batch.
+
+    It may have `count`, the number of batches until it ends, and `delivered()`, the tokens of each corpus since last.
+    """
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Rows by number, or prompts that become rows."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to the ids of the rows."""
+        ...
+
+    @property
+    def updates_per_phase(self) -> int:
+        """Updates that follow on one `begin_phase`; checkpoints fall on the ends of phases. 1: every update
+        is a phase."""
+        ...
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same when a run resumes: names, and fingerprints of what they name."""
+        ...
+
+    def batches(self, *, batch_size: int, rows: np.ndarray | None) -> Batches:
+        """Training batches, of which this process makes `rows` (None: all)."""
+        ...
+
+    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Sequence[HeldOut]:
+        """Sets of validation batches, always the same; `max_batches` of each, 0: all."""
+        ...
+
+    def begin_phase(self, number: int, engine: Any) -> None:
+        """Make what the updates of phase `number` (counted from 0) need from the model as it is: rollouts."""
+        ...
+
+
+class Judge(NamedTuple):
+    """How a stage is judged: figures of the held-out rows, of which one is the headline."""
+
+    figures: Callable[[Mapping[str, float]], dict[str, float]]
+    """Sums over the held-out rows to the figures of a validation, by their names in `metrics.jsonl`."""
+    headline: str = "validation_loss"
+    lower_is_better: bool = True
+    describe: Callable[[Mapping[str, float]], str] = lambda figures: ""
+    """One line about the figures, for the terminal."""
+    baseline: float | None = None
+    """The headline of a trivial model; plots draw it."""
+    baseline_name: str = ""
+
+    def score(self, figures: Mapping[str, float]) -> float:
+        """The headline as a number that is better when lower."""
+        return figures[self.headline] if self.lower_is_better else -figures[self.headline]
+
+
+class Recipe(NamedTuple):
+    """What a training stage is."""
+
+    columns: Mapping[str, Column]
+    models: Models
+    objective: Objective
+    data: Callable[[Tokenizer | None], DataSource]
+    """Opens the data; a run that resumes hands in its own tokenizer."""
+    judge: Callable[[DataSource], Judge]
+
+
+def digest_of(leaves: Mapping[str, Any]) -> str:
+    """The sha256 (hex) of named arrays, whatever their order: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(leaves):
+        array = np.ascontiguousarray(np.asarray(leaves[name]))
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(array.view(np.uint8).data if array.dtype.kind in "fiu" else array.tobytes())
+    return found.hexdigest()
