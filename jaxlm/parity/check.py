@@ -110,6 +110,8 @@ def check(
     with progress(show) as told:
         compared, seconds = compare_sides(sides, inputs, dtypes, told, subject.settings.model)
         findings += compared
+        if other is None and sides[1].mirrors and inputs.wants("update"):
+            findings += _of_stage(subject, told)
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
         explanations = _explained(findings, sides, subject, None if other is None else second, inputs, seconds, told)
     left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
@@ -187,6 +189,16 @@ def compare_sides(
             if any(one.level == "forward" and not one.ok for one in findings):
                 break  # of other mathematics, rounding says nothing
     return findings, dict(seconds)
+
+
+def _of_stage(subject: Subject, told: Told) -> Iterator[Finding]:
+    """The objective and the updates of the stage, where it is another than that of a plain config."""
+    if subject.settings.recipe == config.Config().recipe:
+        return
+    from jaxlm.parity.stage import compare_stage
+
+    told("both", "float64", "the training stage")
+    yield from compare_stage(subject.settings, subject.params)
 
 
 def _bisected(findings: Sequence[Finding], replayed: Replayed, seconds: dict[str, float], told: Told) -> list[Part]:

@@ -1,0 +1,142 @@
+"""The proof of a training stage: its own loss, gradients and updates by both frameworks, on rows drawn for its columns.
+
+Both frameworks get the same parameters of every tree, trained and frozen, and take `STEPS` updates in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+import torch
+
+from jaxlm import config
+from jaxlm.convert.native import to_torch
+from jaxlm.mesh import Layout
+from jaxlm.models.decoder import Params, init_params
+from jaxlm.parity.compare import Finding, relative
+from jaxlm.parity.sides.module_hooks import array_of
+from jaxlm.parity.tolerances import FLOAT64
+from jaxlm.parity.trace import STEPS, moved, numerics_of, settings_of
+from jaxlm.recipes import make_recipe
+from jaxlm.train.program import Program, training_program
+from jaxlm.train.recipe import MODEL, Recipe, parameter_name
+from jaxlm.train.step import init_states
+from torch_ref.models.decoder import Decoder as TorchDecoder
+from torch_ref.numerics import Policy as TorchPolicy
+from torch_ref.train.optim import make_optimizer
+from torch_ref.train.step import Part, TrainState, make_steps
+
+ROWS, TOKENS = 2, 32
+LOSS = "stage loss"
+Named = dict[str, np.ndarray]
+
+
+def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
+    """Compare the sums of the objective, and every trainable parameter after each number of `STEPS` updates.
+
+    Args:
+        params: of the model of the run; other trees are drawn from the seed.
+    """
+    cfg = dataclasses.replace(settings_of(settings), numerics=numerics_of("float64"), mesh=config.Mesh(data=1))
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=TOKENS), seed=settings.seed)
+    recipe = make_recipe(cfg)
+    batch = draw_batch(recipe, cfg)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        layout = Layout.from_config(cfg.mesh, jax.devices()[:1])
+        program = training_program(cfg, layout, recipe)
+        trees = _trees(program, params, cfg.seed)
+        ours = dict(_of_jax(program, trees, batch))
+    theirs = dict(_of_torch(cfg, recipe, trees, batch))
+    begin = _named({name: trees[name] for name in recipe.models.trained}, program)
+    for level in ours:
+        for name, value in ours[level].items():
+            start = begin.get(name, np.zeros(())) if level != LOSS else np.zeros(())
+            error = relative(moved(theirs[level][name], start), moved(value, start))
+            yield Finding("float64", level, name, error, FLOAT64.allowed)
+
+
+def draw_batch(recipe: Recipe, cfg: config.Config) -> Named:
+    """Random arrays for every column: two documents a row, whole numbers below the vocabulary or `Column.below`."""
+    rng, shape = np.random.default_rng(cfg.seed), (ROWS, TOKENS)
+    half = np.arange(TOKENS) % (TOKENS // 2), 1 + np.arange(TOKENS) // (TOKENS // 2)
+    known = {"positions": np.broadcast_to(half[0], shape), "segments": np.broadcast_to(half[1], shape)}
+    known |= {name: rng.integers(0, cfg.model.vocab_size, shape) for name in ("tokens", "targets")}
+    batch = {}
+    for name, column in recipe.columns.items():
+        size = column.shape(ROWS, TOKENS)
+        drawn = rng.random(size) if column.dtype.startswith("float") else rng.integers(0, column.below, size)
+        batch[name] = np.ascontiguousarray(known.get(name, drawn).astype(column.dtype))
+    return batch
+
+
+def _trees(program: Program, params: Params, seed: int) -> dict[str, Params]:
+    """Parameters of every tree in float64: those of the run's model, the others drawn."""
+    draws = {name: jax.random.key(seed + number) for number, name in enumerate(program.modules, 1)}
+    trees = {
+        name: params if name == MODEL else init_params(module, draws[name]) for name, module in program.modules.items()
+    }
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trees)
+
+
+def _of_jax(program: Program, trees: Mapping[str, Params], batch: Named) -> Iterator[tuple[str, Named]]:
+    models = program.recipe.models
+    trained = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.trained}
+    frozen = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.frozen}
+    state = init_states(trained if models.several else trained[MODEL], program.parts)
+    sums = program.loss_fn(state.params, frozen, batch, None)[1]  # pyright: ignore[reportArgumentType]
+    yield LOSS, {name: np.asarray(value) for name, value in sums.items() if value.ndim == 0}
+    for number in range(1, max(STEPS) + 1):
+        state, _ = program.step(state, frozen, batch)
+        if number in STEPS:
+            now = jax.device_get(state.params if models.several else {MODEL: state.params})
+            yield f"stage update {number}", _named(now, program)
+
+
+def _named(trees: Mapping[str, Params], program: Program) -> Named:
+    return {
+        f"{tree}: {name}": array
+        for tree, params in trees.items()
+        for name, array in to_torch(params, program.modules[tree].config)
+    }
+
+
+def _of_torch(
+    cfg: config.Config, recipe: Recipe, trees: Mapping[str, Params], batch: Named
+) -> Iterator[tuple[str, Named]]:
+    policy, models = TorchPolicy.from_config(cfg.numerics), {**recipe.models.trained, **recipe.models.frozen}
+    modules = {}
+    for name, tree in models.items():
+        modules[name] = TorchDecoder(_reference(tree.model), policy).eval()
+        tensors = {key: torch.tensor(np.asarray(x)) for key, x in to_torch(trees[name], tree.model)}
+        modules[name].load_state_dict(tensors, strict=True)
+        modules[name].requires_grad_(False)
+    parts = []
+    for name, tree in recipe.models.trained.items():
+        for path, parameter in modules[name].named_parameters():
+            parameter.requires_grad_(tree.moves is None or tree.moves(parameter_name(path)))
+        parts.append(Part(name, tree.train, make_optimizer(modules[name], tree.train, tree.moves), modules[name]))
+    loss_fn = recipe.objective.torch(modules, cfg)
+    tensors = {name: torch.tensor(array) for name, array in batch.items()}
+    sums = loss_fn(tensors)[1]
+    yield LOSS, {name: array_of(value) for name, value in sums.items() if value.ndim == 0}
+    step, state = make_steps(loss_fn, parts, cfg.train.microbatches, seed=cfg.seed), TrainState()
+    with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
+        for number in range(1, max(STEPS) + 1):
+            state, _ = step(state, tensors)
+            if number in STEPS:
+                yield (
+                    f"stage update {number}",
+                    {
+                        f"{part.name}: {name}": array_of(parameter).copy()
+                        for part in parts
+                        for name, parameter in modules[part.name].named_parameters()
+                    },
+                )
+
+
+def _reference(model: config.Model) -> config.Model:
+    """With the reference attention: PyTorch's fused kernel is tested by itself."""
+    return dataclasses.replace(model, attention_impl="xla") if model.attention_impl == "auto" else model
