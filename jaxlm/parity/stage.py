@@ -19,7 +19,7 @@ from jaxlm.models.decoder import Params, init_params
 from jaxlm.parity.compare import Finding, relative
 from jaxlm.parity.sides.module_hooks import array_of
 from jaxlm.parity.tolerances import FLOAT64
-from jaxlm.parity.trace import STEPS, moved, numerics_of, settings_of
+from jaxlm.parity.trace import STEPS, numerics_of, settings_of
 from jaxlm.recipes import make_recipe
 from jaxlm.train.program import Program, training_program
 from jaxlm.train.recipe import MODEL, Recipe, parameter_name
@@ -53,8 +53,8 @@ def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
     begin = _named({name: trees[name] for name in recipe.models.trained}, program)
     for level in ours:
         for name, value in ours[level].items():
-            start = begin.get(name, np.zeros(())) if level != LOSS else np.zeros(())
-            error = relative(moved(theirs[level][name], start), moved(value, start))
+            start = 0.0 if level == LOSS else begin[name]
+            error = relative(np.asarray(theirs[level][name] - start), np.asarray(value - start))
             yield Finding("float64", level, name, error, FLOAT64.allowed)
 
 
@@ -86,10 +86,11 @@ def _of_jax(program: Program, trees: Mapping[str, Params], batch: Named) -> Iter
     trained = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.trained}
     frozen = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.frozen}
     state = init_states(trained if models.several else trained[MODEL], program.parts)
-    sums = program.loss_fn(state.params, frozen, batch, None)[1]  # pyright: ignore[reportArgumentType]
+    rows = {name: jax.numpy.asarray(array) for name, array in batch.items()}
+    sums = program.loss_fn(state.params, frozen, rows, None)[1]  # pyright: ignore[reportArgumentType]
     yield LOSS, {name: np.asarray(value) for name, value in sums.items() if value.ndim == 0}
     for number in range(1, max(STEPS) + 1):
-        state, _ = program.step(state, frozen, batch)
+        state, _ = program.step(state, frozen, rows)
         if number in STEPS:
             now = jax.device_get(state.params if models.several else {MODEL: state.params})
             yield f"stage update {number}", _named(now, program)
