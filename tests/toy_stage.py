@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.data.rows.validation import HeldOut
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.recipe import LM_COLUMNS, Column, Frozen, Judge, Models, Objective, Recipe, Trained
 
@@ -75,7 +76,8 @@ class Pairs:
 
     def held_out(self, *, batch_size: int, rows: Any, max_batches: int) -> Any:
         share = np.arange(batch_size) if rows is None else rows
-        return (draw(self.cfg, 10**6 + number, share) for number in range(max_batches or 1))
+        make = lambda: (draw(self.cfg, 10**6 + number, share) for number in range(max_batches or 1))  # noqa: E731
+        return [HeldOut("", True, make)]
 
     def __next__(self) -> Any:
         self.next_index += 1
