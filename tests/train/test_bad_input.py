@@ -96,7 +96,7 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint(runs, trained, tmp_path):
 def test_a_mistake_waits_for_the_import(monkeypatch, tmp_path):
     """A daemon thread that Python ends within an import of C++ code aborts the process: exit code 134 instead of 2."""
     ended = threading.Event()
-    monkeypatch.setattr(pretrain, "_import_ahead", lambda backend: ended.wait(60))
+    monkeypatch.setattr(start, "_import_ahead", lambda backend: ended.wait(60))
     before = set(threading.enumerate())
     with pytest.raises(UserError):
         start.run(Config(out_dir=str(tmp_path / "run"), data=Data(source=str(tmp_path / "missing"))))

@@ -98,7 +98,7 @@ def test_only_the_load_moves_the_bias(batch):
     load = np.asarray(metrics["expert_load"])
     np.testing.assert_allclose(biases(after), 0.02 * np.sign(load.mean(axis=1, keepdims=True) - load), rtol=1e-6)
     assert metrics["bias_range"] == np.ptp(biases(after), axis=1).max()
-    skipped, _ = step(after, {**batch, "weights": np.full((B, T), np.nan, np.float32)})
+    skipped, _ = step(after, {}, {**batch, "weights": np.full((B, T), np.nan, np.float32)})
     np.testing.assert_array_equal(biases(skipped), biases(after))
     still, state, _ = setup(bias_update_rate=0.0)
     state = state._replace(params=after.params)
