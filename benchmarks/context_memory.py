@@ -77,7 +77,7 @@ def figures(program: Any) -> dict[str, Any]:
 
 def run(out: Path | None) -> None:
     """Compile all, print a table, write the JSON."""
-    from jaxlm.models import attention, mamba
+    from jaxlm.models import attention, mamba, sequence_parallel
 
     found: dict[str, Any] = {}
     for mixer in ("attention", "mamba2"):

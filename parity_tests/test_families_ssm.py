@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm import config
+from jaxlm.convert import write_model
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.rows import Row, Transform, of_each
 from jaxlm.parity.sides.jax_side import short_chunks

@@ -17,6 +17,7 @@ from jaxlm.convert.open_model import load
 from jaxlm.parity.compare import Finding
 from jaxlm.parity.inputs import make_inputs, random_params
 from jaxlm.parity.routing import compare_routing, margins
+from jaxlm.parity.sides import transformers_side
 from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.sides.torch_side import TorchSide
 from jaxlm.parity.sides.transformers_side import HuggingFaceSide

@@ -37,10 +37,8 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     cfg, first = join_processes(cfg, backend)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
-    try:
-        cfg, recipe, source = open_stage(cfg, resume=resume, tell=print if first else lambda _: None)
-    finally:
-        warm.join()
+    cfg, recipe, source = open_stage(cfg, resume=resume, tell=print if first else lambda _: None)
+    warm.join()
     if backend == "torch":
         from jaxlm.convert.native import to_torch
         from torch_ref.train.engine import TorchEngine
