@@ -55,7 +55,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{type(value).__name__}")
 def test_what_is_plain_comes_back_the_same(value: object) -> None:
     back = decode(encode(value))
     assert type(back) is type(value) and back == value and repr(back) == repr(value)
