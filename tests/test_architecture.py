@@ -43,7 +43,10 @@ RANKS = {name: rank for rank, line in enumerate(ORDER.strip().splitlines()) for 
 TORCH_SIDE = {"torch", "torch_ref", "transformers"}
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax"}
 NEUTRAL = {"errors", "config", "text", "data", "run", "report"}  # rooms in which neither framework is imported
-NEUTRAL_MODULES = {"jaxlm.counts.flops", "jaxlm.train.backend", "jaxlm.train.loop"}  # and single modules of others
+NEUTRAL_MODULES = {
+    "jaxlm.counts.flops",
+    *(f"jaxlm.train.{name}" for name in ("backend", "judges", "loop", "recipe")),
+}  # and single modules of others
 NEUTRAL_MODULES |= {
     f"jaxlm.infer.engine.{name}"
     for name in ("engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler")
