@@ -27,12 +27,12 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
 # MKL asks this function whether it runs on an Intel processor, and takes its AVX-512 path only then.
-INTEL_SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
+INTEL_SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """One program to time. `best` gives it huge pages and the widest vector units that the processor has."""
+    """One program to time. `best` gives it the malloc thresholds of jaxlm and the widest vector units that the processor has."""
 
     name: str
     best: bool = False
@@ -44,10 +44,14 @@ def threads() -> int:
 
 
 def best_environment(folder: Path) -> dict[str, str]:
-    """The settings of the honest opponent: huge pages, and on AMD a shim that shows MKL an Intel processor."""
+    """The settings of the honest opponent: the malloc thresholds that jaxlm gives itself (`freed_memory`), threads that
+    do not spin while the other works, and on AMD a shim that shows MKL an Intel processor, by both of its symbols.
+    """
     if sys.platform != "linux":
         return {}
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    tunables = {"mmap_threshold": 2**31 - 1, "trim_threshold": 2**31 - 1, "top_pad": 64 * 2**20, "arena_max": 1}
+    named = ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items())
+    environment = {"GLIBC_TUNABLES": named, "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "passive"}
     if "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         source, library = folder / "shim.c", folder / "shim.so"
         source.write_text(INTEL_SHIM, encoding="utf-8")
