@@ -32,7 +32,7 @@ INTEL_SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_inte
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """One program to time. `best` gives it the malloc thresholds of jaxlm and the widest vector units that the processor has."""
+    """One program to time. `best` gives it the malloc thresholds of jaxlm and the widest vector units there are."""
 
     name: str
     best: bool = False
