@@ -150,6 +150,8 @@ class Data:
     prefetch: PositiveInt = 8
     """Batches prepared ahead of the step."""
 
+    min_tokens: NonNegativeInt = 0
+    """Leave out training documents of fewer tokens, for a stage of long texts; 0: none."""
     packing: Literal["stream", "best_fit"] = "stream"
     """`stream`: documents end to end, cut every T tokens. `best_fit`: a document that fits into a row is never cut."""
     unit: Literal["document", "repository"] = "document"

@@ -10,6 +10,7 @@ Shapes: B rows, M pieces.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 
@@ -119,6 +120,7 @@ class BestFitRows:
         self.shard, self.seq_len, self.pad = shard, seq_len, pad
         self._seed, self._line_ends = seed, line_ends
         self._draw, self._slack = draw, slack if draw else 0
+        self._chosen = "" if documents is None else f"-{hashlib.sha256(documents.tobytes()).hexdigest()[:12]}"
         self._remember = remember or (lambda name, make: make())
         lengths = np.diff(shard.offsets)
         self._documents = np.flatnonzero(lengths) if documents is None else documents[lengths[documents] > 0]
@@ -129,7 +131,7 @@ class BestFitRows:
         self.rows_per_epoch = rows + (1 + rows // 1000 if self._slack else rows // 2000)
 
     def _name(self) -> str:
-        return f"best-fit-{self.seq_len}-{self._seed}-{self._draw:g}-{self._slack}"
+        return f"best-fit-{self.seq_len}-{self._seed}-{self._draw:g}-{self._slack}{self._chosen}"
 
     def __getitem__(self, index: np.ndarray) -> Rows:
         """The rows with these indices [B], counted through all epochs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from jaxlm import config
@@ -17,8 +19,8 @@ def initial_params(cfg: config.Config, tokenizer: Tokenizer) -> Params:
     """The parameters of the model at `train.init_from`, as the live tree of `cfg.model` in numpy arrays.
 
     Raises:
-        UserError: there is no model, it computes another function than `cfg.model`, or it was trained with another
-            tokenizer than `tokenizer`.
+        UserError: there is no model, it computes another function than `cfg.model` (but RoPE may be stretched from the
+            length that it had), or it was trained with another tokenizer than `tokenizer`.
     """
     opened = open_model(cfg.train.init_from)
     where = f"train.init_from = {cfg.train.init_from!r}"
@@ -42,7 +44,10 @@ def read_params(path: str, model: config.Model, dtype: str) -> Params:
 
 
 def _require_same_function(model: config.Model, opened: Opened, where: str) -> None:
-    mine, theirs = function_of(model), function_of(opened.config.model)
+    before = opened.config.model
+    if model.rope_scaling.original_max_seq_len == (before.max_seq_len or None):  # a stage of longer texts
+        before = dataclasses.replace(before, rope_scaling=model.rope_scaling, max_seq_len=model.max_seq_len)
+    mine, theirs = function_of(model), function_of(before)
     for name in [*dict.fromkeys([*mine, *theirs])]:
         if mine.get(name) != theirs.get(name):
             toml = opened.path / "config.toml"

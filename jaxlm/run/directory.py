@@ -18,7 +18,8 @@ from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 _SAME_ON_RESUME = (
     *("recipe", "model", "tokenizer", "numerics.params"),
-    *("seed", "data.seq_len", "data.packing", "data.fim", "data.curriculum", "data.unit"),  # the rows and their order
+    # The rows and their order.
+    *("seed", "data.seq_len", "data.packing", "data.min_tokens", "data.fim", "data.curriculum", "data.unit"),
 )
 _FREE = (  # change neither parameters nor what they mean
     "model.dropout",
@@ -106,7 +107,8 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config, tell: Cal
     """Refuse another model; speak of anything else that changed."""
     old, new = _explicit(before), _explicit(now)
     for name, was, value in _differences(old, new):
-        if name not in _FREE and (name in _SAME_ON_RESUME or name.split(".")[0] in _SAME_ON_RESUME):
+        fixed = any(f"{name}.".startswith(f"{key}.") for key in _SAME_ON_RESUME)
+        if name not in _FREE and fixed:
             raise UserError(
                 f"{run_dir}: {name} is {value!r}, the run was made with {was!r}",
                 "resume with the run's own config.toml, or choose another out_dir",

@@ -38,7 +38,7 @@ def run_rows(
     Raises:
         UserError: the tokenizer has no marks, a corpus does not fill a row, or a curriculum lacks its scores.
     """
-    packed = [source_rows(data, part.shards.train, tokenizer, seed) for part in parts]
+    packed = [source_rows(data, part.shards.train, tokenizer, seed, long_enough(data, part)) for part in parts]
     if not data.mixture:
         order = curriculum_of(data, parts[0].shards.train, packed[0], None, 0, batch_size, seed, tokenizer)
         return RunRows([Source("", packed[0], order)]), []
@@ -78,11 +78,26 @@ def source_rows(
     options: dict[str, Any] = {"seed": seed, "pad": tokenizer.pad, "draw": data.fim.rate, "slack": slack}
     options["documents"] = documents
     if data.packing == "best_fit":
-        remember = kept_beside(shard.folder) if documents is None else None
+        remember = kept_beside(shard.folder)
         rows = BestFitRows(shard, data.seq_len, line_ends=line_ends(tokenizer), remember=remember, **options)
     else:
         rows = PackedRows(shard, data.seq_len, **options)
     return with_middles(data, rows, data.fim, tokenizer, seed, slack) if data.fim.rate else rows
+
+
+def long_enough(data: Data, part: Part) -> np.ndarray | None:
+    """The training documents that have `data.min_tokens`; None: all of them.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not data.min_tokens:
+        return None
+    documents = np.flatnonzero(np.diff(part.shards.train.offsets) >= data.min_tokens)
+    if not len(documents):
+        where = f" of data.mixture.{part.name}" if part.name else ""
+        raise UserError(f"data.min_tokens = {data.min_tokens}: no training document{where} is as long")
+    return documents
 
 
 def with_middles(
