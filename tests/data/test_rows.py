@@ -17,7 +17,8 @@ from jaxlm.data.rows.difficulty import shard_digest
 from jaxlm.data.rows.inspect import inspect_corpus
 from jaxlm.data.rows.validation import check_watch, held_out_sets, measure
 from jaxlm.errors import UserError
-from jaxlm.run.directory import open_run, write_run
+from jaxlm.run.directory import compare_with_run, write_run
+from jaxlm.text.tokenizer import Tokenizer
 
 WORDS = ("def", "return", "class", "import", "for", "while", "if", "else", "print", "value", "name")
 
@@ -154,16 +155,14 @@ def test_weights_may_change_on_resume_from_the_next_step_on(tree, settings):
 def test_what_would_make_other_rows_may_not_change(tree, tmp_path, change):
     """Weights may: the corpora go on where they stand."""
     settings = toml.from_dict({**tree, "out_dir": str(tmp_path / "run")})
-    settings, corpus = open_run(settings, resume=False)
-    write_run(settings, corpus)
+    write_run(settings, Tokenizer.bytes_level())
     mixture = [{**one, "weight": 0.5} for one in tree["data"]["mixture"]]
     told: list[str] = []
-    other = dataclasses.replace(changed(tree, mixture=mixture), out_dir=settings.out_dir)
-    open_run(other, resume=True, tell=told.append)
+    compare_with_run(dataclasses.replace(changed(tree, mixture=mixture), out_dir=settings.out_dir), told.append)
     assert len(told) == 1 and "data.mixture" in told[0]
     other = dataclasses.replace(changed(tree, **change), out_dir=settings.out_dir)
     with pytest.raises(UserError, match=rf"data\.{next(iter(change))}.*the run was made with"):
-        open_run(other, resume=True, tell=told.append)
+        compare_with_run(other, told.append)
 
 
 def test_shares_are_delivered_as_planned(settings):

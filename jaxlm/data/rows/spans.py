@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -58,7 +59,7 @@ def by_nodes(language: str) -> Spans:
 def python_nodes(text: str) -> Iterator[tuple[int, int]]:
     """Characters of each statement and expression of the blocks of a text that can be read."""
     places = [match.start() for match in _BLOCK.finditer(text)]
-    for first, last in zip(places, [*places[1:], len(text)], strict=True):
+    for first, last in itertools.pairwise([*places, len(text)]):
         block = text[first:last]
         try:
             tree = ast.parse(block)
