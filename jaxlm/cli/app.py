@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxlm import __version__
-from jaxlm.cli import data, evaluate, launch, plan, train, use, weights
+from jaxlm.cli import data, evaluate, launch, plan, sandbox, train, use, weights
 from jaxlm.errors import UserError
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (train, use, weights, evaluate, plan, data):
+for group in (train, use, weights, evaluate, plan, data, sandbox):
     app.add_typer(group.commands)
 app.add_typer(launch.app, name="launch")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxlm.eval.code.problems import Problem, find_file, rows
+from jaxlm.eval.code.programs import parse
 from jaxlm.sandbox import Tests
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -14,7 +15,9 @@ FILES = ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl")
 
 def problem(row: dict) -> Problem:
     """Make a problem of a row. The tests' process runs the prompt too: HumanEval/32, 38 and 50 use its functions."""
-    tests = Tests(f"{row['test']}\ncheck(candidate)\n", (row["entry_point"],), row["prompt"])
+    # A prompt without a docstring is no whole function yet.
+    prelude = row["prompt"] if parse(row["prompt"]) else f"{row['prompt']}    pass\n"
+    tests = Tests(f"{row['test']}\ncheck(candidate)\n", (row["entry_point"],), prelude)
     return Problem(
         task_id=row["task_id"],
         prompt=row["prompt"],
