@@ -11,7 +11,8 @@ from jaxlm.errors import UserError
 from jaxlm.sandbox.backends import Interpreter
 
 _ASK = """import os, sys
-print(os.path.realpath(sys.executable), sys.base_prefix, sys.base_exec_prefix, sys.version.split()[0], sep="\n")"""
+for word in (os.path.realpath(sys.executable), sys.base_prefix, sys.base_exec_prefix, sys.version.split()[0]):
+    print(word)"""
 
 
 @functools.cache

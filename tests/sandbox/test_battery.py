@@ -108,6 +108,7 @@ def test_a_backend_that_does_not_hold_is_not_taken(monkeypatch: pytest.MonkeyPat
 def test_the_interpreter(tmp_path) -> None:
     from jaxlm.sandbox import interpreter
 
+    assert interpreter.find(sys.executable) == interpreter.find()
     with pytest.raises(UserError, match="does not run"):
         interpreter.find(str(tmp_path / "python"))
     with pytest.raises(UserError, match="is no Python for boxes"):

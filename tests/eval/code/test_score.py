@@ -14,6 +14,7 @@ from jaxlm.eval.code.problems import find_file
 from jaxlm.eval.code.samples import Sample, read_samples, records
 from jaxlm.eval.tasks import humaneval, humaneval_sh, infilling, mbpp
 from jaxlm.sandbox import Sandbox
+from tests.eval.code.bash_answers import ANSWERS
 
 ROW = {
     "task_id": "Own/0",
@@ -208,3 +209,12 @@ def test_bash_problems(shared_data: Path, sandbox: Sandbox, tmp_path: Path) -> N
     report = score.judge_samples("humaneval-sh", problems, samples, tmp_path / "v.jsonl", sandbox)
     kinds = [json.loads(line)["raw"] for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert kinds == ["passed", "passed", *["failed"] * 5] and report.passed == 2
+
+
+def test_forty_answers_in_bash(shared_data: Path, sandbox: Sandbox) -> None:
+    from jaxlm.sandbox import Limits, grade_many
+
+    problems = {problem.task_id: problem for problem in humaneval_sh.problems()}
+    pairs = [(problems[task_id], text) for task_id, both in ANSWERS.items() for text in both]
+    work = ((problem.program(text), problem.tests, Limits(cpu_seconds=10.0)) for problem, text in pairs)
+    assert [verdict.passed for verdict in grade_many(work, sandbox)] == [True, False] * 20
