@@ -52,8 +52,12 @@ class Watch:
         self.looked = self.began
         self.idle = 0.0
         self.selector = selectors.DefaultSelector()
+        self.handles: list[int] = []  # they are readable when a process ends
         for box in boxes:
             self.selector.register(box.status, selectors.EVENT_READ, box)
+            if hasattr(os, "pidfd_open"):
+                self.handles.append(os.pidfd_open(box.process.pid))
+                self.selector.register(self.handles[-1], selectors.EVENT_READ, box)
             for number in box.readers.values():
                 self.selector.register(number, selectors.EVENT_READ, box)
 
@@ -72,6 +76,8 @@ class Watch:
                 elif box is messages:
                     self.selector.unregister(box.status)
                     return Stop("verdict")
+            elif key.fd in self.handles:
+                self.selector.unregister(key.fd)
             elif stop := self._printed(key.fd, box):
                 return stop
         return self._ended() or (self._used() if time.monotonic() - self.looked > TICK else None)
@@ -120,6 +126,8 @@ class Watch:
 
     def close(self) -> None:
         self.selector.close()
+        for number in self.handles:
+            os.close(number)
 
 
 def _start(boxes: list[Box], backend: Backend, interpreter: Interpreter, job: Job, limits: Limits) -> Box:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 ANSWERS = {
     "HumanEval_3_below_zero": (
-        "    local b=0 x\n    for x in $1; do b=$((b + x)); [ $b -lt 0 ] && { echo true; return; }; done\n    echo false",
+        "    local b=0 x\n    for x in $1; do b=$((b + x)); [ $b -lt 0 ] && echo true && return; done\n    echo false",
         "    local b=0 x\n    for x in $1; do b=$((b + x)); done\n    [ $b -lt 0 ] && echo true || echo false",
     ),
     "HumanEval_5_intersperse": (
