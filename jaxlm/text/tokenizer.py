@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RESERVED = 6
 """Special tokens without a meaning yet, so that a later use does not change the vocabulary."""
 
-_SPELLINGS: dict[str, tuple[str, ...]] = {
+SPELLINGS: dict[str, tuple[str, ...]] = {
     # Ours first, then the usual spellings in other people's tokenizers.
     "eot": ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]"),
     "pad": ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>"),
@@ -39,7 +39,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "tool": ("<|tool|>", "<｜tool▁output▁begin｜>"),
     "end_of_turn": ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"),
 }
-SPECIALS = (*(spellings[0] for spellings in _SPELLINGS.values()), *(f"<|reserved_{i}|>" for i in range(RESERVED)))
+SPECIALS = (*(spellings[0] for spellings in SPELLINGS.values()), *(f"<|reserved_{i}|>" for i in range(RESERVED)))
 """Spellings of the special tokens of a tokenizer made here, in the order of their ids (the highest ones)."""
 
 # Words are cut as in Llama 3 (the cl100k rule): contractions, letters, up to three digits, symbols, line ends, spaces.
@@ -55,7 +55,7 @@ class Tokenizer:
     Tokenizers made by `train` and `bytes_level` return every text exactly: there is no normaliser and no prefix space.
 
     Attributes:
-        specials: name (`eot`, `pad`, `fim_prefix`, ..., see `_SPELLINGS`) to id, for those that the vocabulary has.
+        specials: name (`eot`, `pad`, `fim_prefix`, ..., see `SPELLINGS`) to id, for those that the vocabulary has.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
@@ -63,7 +63,7 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self.specials: dict[str, int] = {}
-        for name, spellings in _SPELLINGS.items():
+        for name, spellings in SPELLINGS.items():
             for spelling in spellings:
                 if (token := inner.token_to_id(spelling)) is not None:
                     self.specials[name] = token
@@ -182,6 +182,11 @@ class Tokenizer:
         inner = self._inner if allow_special else self._literal
         return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_offsets(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, and which characters each of them stands for, spaces in front included."""
+        encoding = self._untrimmed[allow_special].encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=skip_special)
@@ -246,6 +251,24 @@ class Tokenizer:
         copy.add_special_tokens([AddedToken(content, special=True) for content in unmarked])
         copy.encode_special_tokens = True
         return copy
+
+    @functools.cached_property
+    def _untrimmed(self) -> dict[bool, tokenizers.Tokenizer]:
+        """Copies whose offsets count every character: byte-level post-processors leave out the spaces of a token."""
+        from tokenizers import Tokenizer as Inner
+        from tokenizers import processors
+
+        copies = {False: Inner.from_str(self._literal.to_str()), True: Inner.from_str(self._inner.to_str())}
+        copies[False].encode_special_tokens = True
+        if self.is_byte_level:
+            for copy in copies.values():
+                copy.post_processor = processors.ByteLevel(trim_offsets=False)  # pyright: ignore[reportAttributeAccessIssue]
+        return copies
+
+    @functools.cached_property
+    def special_spellings(self) -> frozenset[str]:
+        """Spellings of the ids that `skip_special` leaves out."""
+        return frozenset(added.content for added in self._added.values() if added.special)
 
     def to_json(self) -> str:
         """The `tokenizer.json` as text."""

@@ -1,0 +1,214 @@
+"""Conversations to rows: whole examples, never cut to fill a row, packed by best fit.
+
+Which examples lie in row r of epoch e is a pure function of (seed, e, r): resuming is one number, and any number of
+processes sees the same batch. An example of n tokens takes n - 1 places, since each place holds a token and its
+target: the shift is made here, once.
+
+Shapes: B rows, T tokens of a row, M examples, N tokens of all examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+
+from jaxlm.data.packing import Rows
+from jaxlm.errors import UserError
+from jaxlm.text.chat import Example
+
+TooLong = Literal["drop", "truncate"]
+
+
+class Counts(NamedTuple):
+    """What became of the conversations of a source."""
+
+    kept: int
+    cut: int
+    """Kept, without their end."""
+    too_long: int
+    """Left out."""
+    untrained: int
+    """Left out: no token of them would be trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokens of many examples, one after the other."""
+
+    ids: Int32[np.ndarray, " n"]
+    weights: Float32[np.ndarray, " n"]
+    offsets: Int64[np.ndarray, " m1"]
+    """Example m is `offsets[m]` to `offsets[m + 1]`."""
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def trained(self) -> int:
+        """Tokens that count."""
+        return int(np.count_nonzero(self.weights))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides what is trained."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.weights, self.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def take(self, numbers: np.ndarray) -> Examples:
+        """Only these examples, in this order."""
+        parts = [slice(self.offsets[m], self.offsets[m + 1]) for m in numbers]
+        sizes = [part.stop - part.start for part in parts]
+        ids = np.concatenate([self.ids[part] for part in parts] or [self.ids[:0]])
+        weights = np.concatenate([self.weights[part] for part in parts] or [self.weights[:0]])
+        return Examples(ids, weights, np.cumsum([0, *sizes]).astype(np.int64), self.counts._replace(kept=len(parts)))
+
+
+def collect(examples: Iterable[Example], seq_len: int, too_long: TooLong) -> Examples:
+    """Lay examples end to end; those that do not fit into a row are left out or lose their end.
+
+    Raises:
+        UserError: none is left; says why.
+    """
+    kept: list[Example] = []
+    long = untrained = cut = 0
+    for example in examples:
+        if len(example.ids) > seq_len + 1:
+            if too_long == "drop":
+                long += 1
+                continue
+            example = Example(example.ids[: seq_len + 1], example.weights[: seq_len + 1], cut=True)
+        if not example.trained:
+            untrained += 1
+            continue
+        cut += example.cut
+        kept.append(example)
+    if not kept:
+        why = f"{long} are longer than data.seq_len = {seq_len}, {untrained} have no trained token"
+        hint = 'a larger data.seq_len, sft.too_long = "truncate", or another sft.train_on'
+        raise UserError(f"no example is left to train on: {why}", hint)
+    # The first token of an example is nobody's target.
+    weights = [np.concatenate([np.zeros(1, np.float32), one.weights[1:]]) for one in kept]
+    offsets = np.cumsum([0, *(len(one.ids) for one in kept)]).astype(np.int64)
+    counts = Counts(len(kept), cut, long, untrained)
+    return Examples(np.concatenate([one.ids for one in kept]), np.concatenate(weights), offsets, counts)
+
+
+def split(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
+    """Training and held-out examples; which is which depends on the tokens of an example alone."""
+    if not fraction:
+        return examples, examples.take(np.arange(0))
+    bound = int(fraction * 2**32)
+    held_out = np.array(
+        [
+            int.from_bytes(hashlib.sha256(examples.ids[start:stop].tobytes()).digest()[:4], "little") < bound
+            for start, stop in zip(examples.offsets[:-1], examples.offsets[1:], strict=True)
+        ]
+    )
+    if held_out.all():
+        raise UserError(f"data.validation_fraction = {fraction} leaves no example to train on", "a smaller one")
+    return examples.take(np.flatnonzero(~held_out)), examples.take(np.flatnonzero(held_out))
+
+
+class ConversationRows:
+    """The endless sequence of rows of packed examples; the rows of an epoch hold each example once.
+
+    Args:
+        pack: several examples in a row; else one a row.
+    """
+
+    def __init__(self, examples: Examples, seq_len: int, *, seed: int = 0, pad: int = 0, pack: bool = True) -> None:
+        self._examples, self._seq_len, self._seed, self._pad, self._pack = examples, seq_len, seed, pad, pack
+        self._sizes = np.diff(examples.offsets) - 1
+        self.tokens = int(self._sizes.sum())
+        # Best fit in falling order makes as many rows whatever the order of equal sizes.
+        self.rows_per_epoch = len(self._rows_of(0))
+        self._epochs: dict[int, list[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def padding(self) -> float:
+        """Share of the places of an epoch that hold nothing."""
+        return 1 - self.tokens / (self.rows_per_epoch * self._seq_len)
+
+    def __getitem__(self, index: np.ndarray) -> Rows:
+        """The rows with these indices [B], counted through all epochs."""
+        parts = [divmod(int(i), self.rows_per_epoch) for i in np.asarray(index)]
+        return self._lay([self._epoch(epoch)[row] for epoch, row in parts])
+
+    def first_epoch(self, index: np.ndarray) -> Rows:
+        """Like `[]`, but rows after the end of epoch 0 are padding (segment 0 and weight 0 throughout)."""
+        rows = self._epoch(0)
+        return self._lay([rows[i] if i < len(rows) else np.arange(0) for i in np.asarray(index).tolist()])
+
+    def _lay(self, rows: Sequence[np.ndarray]) -> Rows:
+        shape = (len(rows), self._seq_len)
+        tokens_BT, targets_BT = np.full(shape, self._pad, np.int32), np.full(shape, self._pad, np.int32)
+        positions_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weights_BT = np.zeros(shape, np.float32)
+        ids_N, weights_N = self._examples.ids, self._examples.weights
+        for row, members in enumerate(rows):
+            at = 0
+            for segment, member in enumerate(members.tolist(), 1):
+                start, stop = int(self._examples.offsets[member]), int(self._examples.offsets[member + 1])
+                here = slice(at, at + stop - start - 1)
+                tokens_BT[row, here] = ids_N[start : stop - 1]
+                targets_BT[row, here] = ids_N[start + 1 : stop]
+                weights_BT[row, here] = weights_N[start + 1 : stop]
+                positions_BT[row, here] = np.arange(stop - start - 1)
+                segments_BT[row, here] = segment
+                at = here.stop
+        return Rows(tokens_BT, targets_BT, positions_BT, segments_BT, weights_BT)
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        with self._lock:
+            if epoch not in self._epochs:
+                for old in sorted(self._epochs)[:-1]:
+                    del self._epochs[old]
+                self._epochs[epoch] = self._rows_of(epoch)
+            return self._epochs[epoch]
+
+    def _rows_of(self, epoch: int) -> list[np.ndarray]:
+        """The examples of each row of an epoch."""
+        random = np.random.default_rng([self._seed, epoch])
+        order_M = random.permutation(len(self._sizes))
+        if not self._pack:
+            return [order_M[m : m + 1] for m in range(len(order_M))]
+        order_M = order_M[np.argsort(-self._sizes[order_M], kind="stable")]
+        row_M = best_fit(self._sizes[order_M], self._seq_len)
+        count = int(row_M.max()) + 1
+        by_row = np.argsort(row_M, kind="stable")
+        bounds = np.searchsorted(row_M[by_row], np.arange(count + 1))
+        rows = [order_M[by_row[bounds[r] : bounds[r + 1]]] for r in range(count)]
+        return [random.permutation(rows[r]) for r in random.permutation(count)]
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each example [M], put in this order into the fullest row with room for it, or into a new one.
+
+    Which amounts of free space occur are the bits of one integer, so that an example costs one shift.
+    """
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    occurring = rows = 0
+    row_M: list[int] = []
+    for size in sizes.tolist():
+        if fitting := occurring >> size:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = by_space[space].pop()
+            if not by_space[space]:
+                occurring ^= 1 << space
+        else:
+            space, row, rows = capacity, rows, rows + 1
+        if left := space - size:
+            by_space[left].append(row)
+            occurring |= 1 << left
+        row_M.append(row)
+    return np.asarray(row_M, np.int64)
