@@ -21,9 +21,11 @@ from jaxlm.config.run import (
     Tokenizer,
     Train,
 )
+from jaxlm.config.stages import SFT, LoRA
 
 __all__ = [
     "AXES",
+    "SFT",
     "Backend",
     "Checkpoint",
     "Config",
@@ -33,6 +35,7 @@ __all__ = [
     "Distributed",
     "Eval",
     "Fim",
+    "LoRA",
     "Log",
     "Mamba",
     "Mesh",

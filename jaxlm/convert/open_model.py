@@ -1,4 +1,4 @@
-"""Open anything that holds a model: a run, a torch_ref folder, a Hugging Face folder, a `model.bin` of llama2.c."""
+"""Open anything that holds a model: a run, a torch_ref or Hugging Face folder, llama2.c's `model.bin`, a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config
 from jaxlm.config import toml
-from jaxlm.convert import native
+from jaxlm.convert import gguf, native
 from jaxlm.convert.canonical import canonical, fill
 from jaxlm.convert.families import FAMILIES, REFUSED
 from jaxlm.convert.files import hub, storage
@@ -51,7 +51,7 @@ class Opened:
     kind: str
     """`run`, `torch`, or the name of a family."""
     tokenizer: Path | None = None
-    """Of a tokenizer.json or a tokenizer.bin that does not lie in `path`."""
+    """Of a tokenizer.json, tokenizer.bin or GGUF file that does not lie in `path`."""
     kept: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     """Files to write beside the weights, by name."""
 
@@ -103,6 +103,8 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Pa
 def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
     if path.suffix == ".bin" and path.is_file():
         return _open_llama2c(path)
+    if path.suffix == gguf.SUFFIX and path.is_file():
+        return _open_gguf(path)
     path = hub.local(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}", _WANTED)
@@ -125,6 +127,14 @@ def _open_llama2c(path: Path) -> Opened:
     tokenizer = model_bin.find_tokenizer(path, found.model.vocab_size)
     settings = model_bin.settings(found.model, tokenizer)
     return Opened(path, settings, found.parameters, model_bin.NAME, tokenizer, found.kept)
+
+
+def _open_gguf(path: Path) -> Opened:
+    found = gguf.read(path)
+    tokenizer = config.Tokenizer(kind="file", path=str(path))
+    data = config.Data(seq_len=min(config.Data().seq_len, found.model.max_seq_len))
+    settings = dataclasses.replace(config.Config(), model=found.model, tokenizer=tokenizer, data=data)
+    return Opened(path, settings, found.parameters, gguf.NAME, path, found.kept)
 
 
 def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
@@ -209,5 +219,5 @@ def _settings(path: Path, out_dir: str) -> config.Config:
 
 _WANTED = (
     "looked for config.toml and checkpoints/ (a run), config.toml and model.safetensors (torch_ref), "
-    "config.json and model.safetensors (Hugging Face), model.bin (llama2.c)"
+    "config.json and model.safetensors (Hugging Face), model.bin (llama2.c), a file that ends in .gguf"
 )

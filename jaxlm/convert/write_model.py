@@ -169,7 +169,7 @@ def _tokenizer_files(model: Opened) -> dict[str, bytes]:
     path, own = model.tokenizer_path, dict(model.kept)
     if path is None:
         return own
-    if path.suffix == ".bin":
+    if path.suffix in (".bin", ".gguf"):
         return {TOKENIZER: Tokenizer.from_file(path).to_json().encode(), **own}
     return {TOKENIZER: content(path), **own}
 

@@ -113,7 +113,7 @@ def _separated(path: Path, text: str, separator: str) -> Iterator[Record]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoted, restkey="")
     for row, fields in enumerate(reader, 2):
         if "" in fields or None in fields.values():
-            given = sum(value is not None for value in fields.values()) + len(fields.get("") or [])
+            given = sum(value is not None for key, value in fields.items() if key) + len(fields.get("") or [])
             raise UserError(f"{path}, row {row}: {given} fields, the header has {len(reader.fieldnames or [])}")
         yield Record(f"{path}, row {row}", dict(fields))
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm import config
 from jaxlm.mesh import Axes, constrain
+from jaxlm.models import adapted
 from jaxlm.models.block import Repeat, Tables, empty_cache, rematerialised
 from jaxlm.models.layers import Embed, Head, Norm
 from jaxlm.numerics import Policy, wide
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
         if cfg.scanned:
             scanned = nn.scan(
                 Repeat,
-                variable_axes={"params": 0, "intermediates": 0, "routing": 0},
+                variable_axes={"params": 0, "intermediates": 0, "routing": 0, **adapted.VARIABLE_AXES},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.repeats,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.mesh import constrain, unsplit
+from jaxlm.models import adapted
 from jaxlm.numerics import Policy, wide
 from jaxlm.ops import norm
 
@@ -35,11 +36,17 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         shape = x.shape[x.ndim - self.n_in :] + self.features
-        kernel = self.param("kernel", logical(nn.initializers.normal(self.std), *self.axes), shape, self.policy.params)
+        compute = self.policy.compute
+        kernel = adapted.stored_kernel(self, shape, self.n_in)
+        if kernel is None:
+            init = logical(nn.initializers.normal(self.std), *self.axes)
+            kernel = self.param("kernel", init, shape, self.policy.params)
+        kernel = kernel.astype(compute)
         leading = x.shape[: x.ndim - self.n_in]
         if unsplit():  # one axis of tokens: XLA:CPU copies and transposes the operands of a gradient that sums over two
             x = x.reshape(-1, *x.shape[x.ndim - self.n_in :])
-        y = jnp.tensordot(x.astype(self.policy.compute), kernel.astype(self.policy.compute), axes=self.n_in)
+        y = jnp.tensordot(x.astype(compute), kernel, axes=self.n_in)
+        y = adapted.adapted(self, x, y, kernel, inputs=self.n_in, compute=compute)
         y = y.reshape(*leading, *self.features)
         if self.use_bias:
             zeros = logical(nn.initializers.zeros, *self.axes[self.n_in :])

@@ -1,17 +1,17 @@
-"""Adapters: low-rank updates of frozen linear maps, as functions of trees and one call in `Linear`.
+"""Adapters as trees: which linear maps have one, their first values, their scales, and the merged base.
 
-    y = x W + s (x A) B        LoRA (Hu et al. 2021, eq. 3), s = alpha / r; rsLoRA: s = alpha / sqrt(r) (Kalajdzievski 2023)
-    y = m / |W + s A B| * (x W + s (x A) B)      DoRA (Liu et al. 2024, eq. 5), the norm of each output detached (4.3)
+The formulas stand in `models/adapted.py`. Scale: alpha / r (LoRA), alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
 
-An adapter lives in the collection `adapters` under the path of the kernel that it adapts: `a` [in..., r], `b` [r, out...]
-and, for DoRA, `magnitude` [out...]. Its scale lies beside it in the collection `adapter_scale`, which is not trained.
-B is zero at first, so that the first forward pass is the base's bit for bit.
+An adapter lives in the collection `adapters` under the path of the kernel that it adapts: `a` [in..., r], `b`
+[r, out...] and, for DoRA, `magnitude` [out...]. Its scale lies beside it in the collection `adapter_scale`, which is
+not trained. B is zero at first, so that the first forward pass is the base's bit for bit.
 
 Shapes: r rank, R repeats of a scanned pattern, E experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 import zlib
@@ -20,17 +20,14 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxlm import config
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.mesh import Axes
-from jaxlm.numerics import wide
-
-ADAPTERS, SCALES, NF4 = "adapters", "adapter_scale", "nf4"
-"""Collections: what is trained, what scales it, and frozen kernels in four bits."""
+from jaxlm.models.decoder import Decoder, abstract_params
+from jaxlm.models.layers import Linear
+from jaxlm.models.moe import ExpertLinear
 
 Tree = dict[str, Any]
 
@@ -70,66 +67,49 @@ class Site(NamedTuple):
         lead, rest = self.axes[: self.stacked], self.axes[self.stacked :]
         ins, outs = rest[: self.inputs], rest[self.inputs :]
         repeats = tuple(axis for axis in lead if axis == "layers")
-        return {"a": (*lead, *ins, None), "b": (*lead, None, *outs), "magnitude": (*lead, *outs), "scale": repeats}[name]
+        return {"a": (*lead, *ins, None), "b": (*lead, None, *outs), "magnitude": (*lead, *outs), "scale": repeats}[
+            name
+        ]
 
 
-def adapted(
-    module: nn.Module, x: Array, y: Array, kernel: Array, *, inputs: int, compute: Any
-) -> Float[Array, "..."]:
-    """What a linear map gives with its adapter, if it has one.
-
-    Args:
-        x: its input, the last `inputs` axes of which the kernel takes.
-        y: what the frozen kernel makes of it, without a bias.
-        kernel: in the compute dtype.
-    """
-    if not module.has_variable(ADAPTERS, "a"):
-        return y
-    a, b = (module.get_variable(ADAPTERS, name).astype(compute) for name in ("a", "b"))
-    scale = module.get_variable(SCALES, "scale").astype(compute)
-    if module.has_variable(SCALES, "dropout") and module.has_rng("dropout"):
-        rate = module.get_variable(SCALES, "dropout")
-        kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-        x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
-    y = y + scale * jnp.tensordot(jnp.tensordot(x.astype(compute), a, axes=inputs), b, axes=1)
-    if not module.has_variable(ADAPTERS, "magnitude"):
-        return y
-    magnitude = module.get_variable(ADAPTERS, "magnitude")
-    norm = column_norm(kernel, a, b, scale, inputs)
-    return (magnitude.astype(norm.dtype) / jax.lax.stop_gradient(norm)).astype(compute) * y
-
-
-def adapted_kernel(module: nn.Module, kernel: Float[Array, "e i o"], *, compute: Any) -> Float[Array, "e i o"]:
-    """The kernels of all experts with their adapters: which tokens an expert gets is known only inside the op."""
-    if not module.has_variable(ADAPTERS, "a"):
-        return kernel
-    a, b = (module.get_variable(ADAPTERS, name).astype(compute) for name in ("a", "b"))
-    scale = module.get_variable(SCALES, "scale").astype(compute)
-    whole = kernel + scale * jnp.einsum("eir,ero->eio", a, b)
-    if not module.has_variable(ADAPTERS, "magnitude"):
-        return whole
-    width = wide(compute)
-    norm_EO = jnp.sqrt(jnp.sum(jnp.square(whole.astype(width)), axis=1))
-    magnitude_EO = module.get_variable(ADAPTERS, "magnitude").astype(width)
-    return whole * (magnitude_EO / jax.lax.stop_gradient(norm_EO)).astype(compute)[:, None]
-
-
-def column_norm(kernel: Array, a: Array, b: Array, scale: Array, inputs: int) -> Array:
-    """Norm over the inputs of each output of `W + s A B`, in float32 or wider."""
-    width = wide(kernel.dtype)
-    whole = kernel.astype(width) + scale.astype(width) * jnp.tensordot(a.astype(width), b.astype(width), axes=1)
-    return jnp.sqrt(jnp.sum(jnp.square(whole), axis=tuple(range(inputs))))
-
-
-def sites(decoder: Any, shapes: Tree, axes: Tree) -> list[Site]:
-    """Every linear map of a model, in the order of its live tree. `shapes`, `axes`: of `abstract_params(decoder)`."""
-    cfg, found = decoder.config, {}
-    for path, inputs in decoder.linear_maps().items():
-        shape = _leaf(shapes, path)["kernel"].shape
-        named = _leaf(axes, path)["kernel"]
+def sites(decoder: Decoder) -> list[Site]:
+    """Every linear map of a model, in the order of its live tree."""
+    cfg, inputs = decoder.config, _inputs(decoder)
+    shapes, axes = abstract_params(decoder)
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        keys = tuple(key.key for key in path)
+        name = _canonical(keys[:-1], cfg)
+        if keys[-1] != "kernel" or _slot(name[0], cfg) not in inputs:
+            continue
+        named = _leaf(axes, keys[:-1])["kernel"]
         stacked = sum(axis in ("layers", "experts") for axis in named)
-        found[path] = Site(path, _canonical(path, cfg), shape, named, stacked, inputs)
-    return [found[path] for path in sorted(found)]
+        found.append(Site(keys[:-1], name, leaf.shape, named, stacked, inputs[_slot(name[0], cfg)]))
+    return found
+
+
+def _inputs(decoder: Decoder) -> dict[str, int]:
+    """Axes of the input of each linear map, by slot of the pattern and path within a block: one repeat is traced."""
+    found: dict[str, int] = {}
+
+    def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, Linear):
+            found[".".join(module.path[1:]).removeprefix("slot_")] = module.n_in
+        elif isinstance(module, ExpertLinear):
+            found[".".join(module.path[1:]).removeprefix("slot_")] = 1
+        return call(*args, **kwargs)
+
+    scanned = dataclasses.replace(decoder.config, layer_loop="scan")
+    with nn.intercept_methods(look):
+        abstract_params(decoder.clone(config=scanned))
+    return found
+
+
+def _slot(name: str, cfg: config.Model) -> str:
+    """`layers.7.mixer.q_proj` as `1.mixer.q_proj`, for a pattern of two blocks."""
+    first, _, inside = name.removeprefix("layers.").partition(".")
+    return f"{int(first) % len(cfg.pattern)}.{inside}" if first.isdecimal() else name
 
 
 def chosen(all_sites: Sequence[Site], lora: config.LoRA) -> list[Site]:
@@ -145,7 +125,9 @@ def chosen(all_sites: Sequence[Site], lora: config.LoRA) -> list[Site]:
         hits = [any(matches(pattern, name) for pattern in lora.targets) for name in site.names]
         if any(hits) and not all(hits):
             where = site.names[hits.index(False)]
-            raise UserError(f"lora.targets leave out {where} of a stack", 'model.layer_loop = "unroll" takes any layers')
+            raise UserError(
+                f"lora.targets leave out {where} of a stack", 'model.layer_loop = "unroll" takes any layers'
+            )
         if any(hits):
             found.append(site)
     return found
@@ -289,5 +271,3 @@ def _put(tree: Tree, path: tuple[str, ...], leaves: Mapping[str, Any]) -> None:
     for key in path:
         tree = tree.setdefault(key, {})
     tree.update(leaves)
-
-

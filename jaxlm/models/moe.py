@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlm import config
 from jaxlm.mesh import Layout, split_layout
+from jaxlm.models import adapted
 from jaxlm.models.ffn import MLP
 from jaxlm.models.layers import Linear, logical
 from jaxlm.numerics import Policy, wide
@@ -148,6 +149,7 @@ class ExpertLinear(nn.Module):
         params, compute = self.policy.params, self.policy.compute
         normal = logical(nn.initializers.normal(self.std), "experts", *self.axes)
         kernel = self.param("kernel", normal, self.shape, params).astype(compute)
+        kernel = adapted.adapted_kernel(self, kernel, compute=compute)
         if not self.use_bias:
             return kernel, None
         zeros = logical(nn.initializers.zeros, "experts", self.axes[1])

@@ -23,7 +23,7 @@ from jinja2.utils import Namespace
 
 from jaxlm.errors import UserError
 
-MAX_STEPS = 100_000
+MAX_STEPS = 50_000
 """Turns of loops and calls of macros of one rendering: well under a second."""
 MAX_SIZE = 8_000_000
 """Characters or entries of any value of a template, and of the text."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError, did_you_mean
+from jaxlm.text import tokenizer_bin
 from jaxlm.text.gguf_file import Head, read_head
 
 KEY = "tokenizer.ggml"
@@ -168,13 +169,11 @@ def _begin(head: Head, tokens: list[str]) -> dict[str, Any]:
 
 def _sentencepiece(head: Head, tokens: list[str]) -> str:
     """A SentencePiece BPE vocabulary with scores, laid out as Llama's."""
-    from jaxlm.text import tokenizer_bin
-
     scores = head.get(f"{KEY}.scores", list)
     if len(scores) != len(tokens):
         raise UserError(f"{head.path}: {len(tokens)} tokens and {len(scores)} scores")
     pieces = [tokenizer_bin.Piece(text, float(score)) for text, score in zip(tokens, scores, strict=True)]
-    tokenizer_bin.check(str(head.path), pieces)
+    tokenizer_bin.check(head.path, pieces)
     return json.dumps(tokenizer_bin.to_json(pieces), ensure_ascii=False)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.errors import UserError
-from jaxlm.text import tokenizer_bin
+from jaxlm.text import gguf_tokenizer, tokenizer_bin
 
 if TYPE_CHECKING:
     import tokenizers
@@ -103,7 +103,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read any `tokenizer.json` of the `tokenizers` library, or a `tokenizer.bin` of llama2.c.
+        """Read any `tokenizer.json` of the `tokenizers` library, a `tokenizer.bin` of llama2.c, or that of a GGUF file.
 
         Raises:
             UserError: the file is missing or no tokenizer.
@@ -114,6 +114,8 @@ class Tokenizer:
             raise UserError(f"{path}: no such tokenizer file", "tokenizer.path names a tokenizer.json")
         if Path(path).suffix == ".bin":
             return cls(Inner.from_str(tokenizer_bin.as_text(path)))
+        if Path(path).suffix == ".gguf":
+            return cls(Inner.from_str(gguf_tokenizer.as_text(path)))
         try:
             return cls(Inner.from_file(str(path)))
         except Exception as error:  # the library raises plain Exception
@@ -258,11 +260,12 @@ class Tokenizer:
         from tokenizers import Tokenizer as Inner
         from tokenizers import processors
 
-        copies = {False: Inner.from_str(self._literal.to_str()), True: Inner.from_str(self._inner.to_str())}
+        copies = {
+            special: Inner.from_str(one.to_str()) for special, one in ((True, self._inner), (False, self._literal))
+        }
         copies[False].encode_special_tokens = True
-        if self.is_byte_level:
-            for copy in copies.values():
-                copy.post_processor = processors.ByteLevel(trim_offsets=False)  # pyright: ignore[reportAttributeAccessIssue]
+        for copy in copies.values() if self.is_byte_level else ():
+            copy.post_processor = processors.ByteLevel(trim_offsets=False)  # pyright: ignore[reportAttributeAccessIssue]
         return copies
 
     @functools.cached_property

@@ -79,7 +79,7 @@ def read(path: str | Path) -> list[Piece]:
             what = f"piece {len(pieces)} has {length} bytes, the longest {longest}, the file ends after {len(content)}"
             raise UserError(f"{path}: {what}", "truncated, or no tokenizer.bin of llama2.c")
         pieces.append(Piece(_spelling(path, len(pieces), content[begin:at]), score))
-    _check(path, pieces)
+    check(path, pieces)
     return pieces
 
 
@@ -95,7 +95,12 @@ def _spelling(path: Path, number: int, stored: bytes) -> str:
     return text.replace(" ", SPACE)
 
 
-def _check(path: Path, pieces: Sequence[Piece]) -> None:
+def check(path: Path, pieces: Sequence[Piece]) -> None:
+    """Refuse pieces that are no vocabulary of SentencePiece BPE, laid out as Llama's.
+
+    Raises:
+        UserError: other special tokens, a piece that is there twice, equal scores of two pieces.
+    """
     texts = [piece.text for piece in pieces]
     for number, wanted in enumerate((*SPECIALS, *_BYTES)):
         if number >= len(texts) or texts[number] != wanted:

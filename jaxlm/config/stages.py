@@ -1,0 +1,73 @@
+"""Options of the training stages after pretraining: `[sft]` conversations, `[lora]` adapters, `[distill]` a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from jaxlm.config.model_parts import STRICT, require
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SFT:
+    """Conversations, and what of them is trained. `data.source` names the file, the folder or the dataset."""
+
+    format: str = ""
+    """A name of `data.conversations.FORMATS`, such as `alpaca`; empty: by the keys of each record."""
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Our key = the key of the source, where it has another: `prompt = "question"`."""
+    system: str = ""
+    """A system message for conversations that have none."""
+    template: str = "auto"
+    """`jaxlm`, `chatml`, `llama2`, `vicuna`, `alpaca`, `plain`, a Jinja file, or `auto`: the model's own, else ours."""
+    train_on: Literal["assistant", "last", "completion", "all"] = "assistant"
+    """Every assistant's turn, the last one, all that follows the first prompt, or everything."""
+    prompt_weight: NonNegativeFloat = 0.0
+    """Weight of the tokens that are not trained on otherwise; 0: none."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What becomes of a conversation of more than `data.seq_len` tokens; one that is cut has no end."""
+    pack: bool = True
+    """Several conversations in a row, which do not see each other; else one a row."""
+    max_examples: NonNegativeInt = 0
+    """Take this many conversations, chosen by chance; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoRA:
+    """Adapters: low-rank updates that are trained while the base is frozen."""
+
+    rank: NonNegativeInt = 0
+    """Of each adapter; 0: there are none, all parameters are trained."""
+    alpha: PositiveFloat = 16.0
+    """The update is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the magnitude of each output besides (DoRA, Liu et al. 2024)."""
+    dropout: NonNegativeFloat = 0.0
+    """Share of the adapter's inputs that are dropped while training."""
+    targets: tuple[str, ...] = ("mixer.*", "ffn.*")
+    """Patterns of the linear maps that have one: `q_proj`, `mixer.*`, `ffn.down`, `layers.3.*`."""
+    rank_pattern: dict[str, PositiveInt] = dataclasses.field(default_factory=dict)
+    """Other ranks, by pattern; the first that matches."""
+    alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
+    """Other alphas, by pattern."""
+    modules_to_save: tuple[str, ...] = ()
+    """Patterns of parameters that are trained whole and saved beside the adapters, such as `head` or `*_norm`."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: the frozen linear maps lie in memory in four bits (QLoRA, Dettmers et al. 2023)."""
+    double_quantize: bool = True
+    """Their scales in eight bits."""
+
+    def __post_init__(self) -> None:
+        require(self.dropout < 1, f"lora.dropout = {self.dropout} must be below 1")
+        require(
+            self.quantize == "none" or self.rank > 0,
+            f"lora.quantize = {self.quantize!r} needs adapters: lora.rank = 16",
+        )
+
+
+__all__ = ["SFT", "LoRA"]
