@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from jaxlm.config.model_parts import STRICT, require
+from jaxlm.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -69,5 +73,42 @@ class LoRA:
             f"lora.quantize = {self.quantize!r} needs adapters: lora.rank = 16",
         )
 
+    def adapted(self, names: Iterable[str]) -> set[str]:
+        """Those of these linear maps, by canonical names, that have an adapter.
 
-__all__ = ["SFT", "LoRA"]
+        Raises:
+            UserError: a pattern of `targets` matches none.
+        """
+        known = list(names)
+        for key, patterns in (("targets", self.targets), ("rank_pattern", self.rank_pattern)):
+            for pattern in patterns:
+                if not any(matches(pattern, name) for name in known):
+                    short = sorted({_inside(name) for name in known})
+                    raise UserError(f"lora.{key}: {pattern!r} matches no linear map", did_you_mean(pattern, short))
+        return {name for name in known if any(matches(pattern, name) for pattern in self.targets)}
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapter of a linear map, by its canonical name."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if matches(pattern, name)), self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """What the update is multiplied by: alpha / r, or alpha / sqrt(r)."""
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(pattern, name)), self.alpha)
+        rank = self.rank_of(name)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a linear map: by its whole path, its path within a block, or its last name.
+
+    `mixer.*`, `ffn.down`, `q_proj` and `layers.3.*` are patterns; `_proj` at the end may be left out.
+    """
+    names = (name, _inside(name), name.rsplit(".", 1)[-1])
+    return any(fnmatch.fnmatchcase(one, pattern) for one in (*names, *(n.removesuffix("_proj") for n in names)))
+
+
+def _inside(name: str) -> str:
+    return name.split(".", 2)[2] if name.startswith("layers.") and name.count(".") > 1 else name
+
+
+__all__ = ["SFT", "LoRA", "matches"]

@@ -12,7 +12,6 @@ Shapes: r rank, R repeats of a scanned pattern, E experts.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxlm import config
-from jaxlm.errors import UserError, did_you_mean
+from jaxlm.errors import UserError
 from jaxlm.mesh import Axes
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.models.layers import Linear
@@ -118,11 +117,9 @@ def chosen(all_sites: Sequence[Site], lora: config.LoRA) -> list[Site]:
     Raises:
         UserError: a pattern matches nothing, or only some of the layers of a stack.
     """
-    for pattern in lora.targets:
-        _require_match(pattern, all_sites, "lora.targets")
-    found = []
+    adapted, found = lora.adapted(name for site in all_sites for name in site.names), []
     for site in all_sites:
-        hits = [any(matches(pattern, name) for pattern in lora.targets) for name in site.names]
+        hits = [name in adapted for name in site.names]
         if any(hits) and not all(hits):
             where = site.names[hits.index(False)]
             raise UserError(
@@ -131,24 +128,6 @@ def chosen(all_sites: Sequence[Site], lora: config.LoRA) -> list[Site]:
         if any(hits):
             found.append(site)
     return found
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a linear map: by its whole path, its path within a block, or its last name.
-
-    `mixer.*`, `ffn.down`, `q_proj` and `layers.3.*` are patterns; `_proj` at the end may be left out.
-    """
-    inside = name.split(".", 2)[2] if name.startswith("layers.") else name
-    names = (name, inside, name.rsplit(".", 1)[-1])
-    spelled = (*names, *(one.removesuffix("_proj") for one in names))
-    return any(fnmatch.fnmatchcase(one, pattern) for one in spelled)
-
-
-def _require_match(pattern: str, all_sites: Sequence[Site], key: str) -> None:
-    names = [name for site in all_sites for name in site.names]
-    if not any(matches(pattern, name) for name in names):
-        short = sorted({name.split(".", 2)[2] if name.startswith("layers.") else name for name in names})
-        raise UserError(f"{key}: {pattern!r} matches no linear map", did_you_mean(pattern, short))
 
 
 def init(targets: Sequence[Site], lora: config.LoRA, seed: int, dtype: Any, params: Tree | None = None) -> Tree:
@@ -182,8 +161,7 @@ def scales(targets: Sequence[Site], lora: config.LoRA, dtype: Any) -> Tree:
     """The collection `adapter_scale`: one number for each linear map, or for each of its repeats."""
     tree: Tree = {}
     for site in targets:
-        rank = _rank(site, lora)
-        each = [alpha_of(name, lora) / (math.sqrt(rank) if lora.rslora else rank) for name in site.names]
+        each = [lora.scale_of(name) for name in site.names]
         stacked = site.axes[0] == "layers"
         leaves = {"scale": np.array(each if stacked else each[0], dtype)}
         if lora.dropout:
@@ -206,18 +184,8 @@ def abstract(targets: Sequence[Site], lora: config.LoRA, dtype: Any) -> tuple[Tr
     return shapes, axes
 
 
-def rank_of(name: str, lora: config.LoRA) -> int:
-    """The rank of the adapter of a linear map, by its canonical name."""
-    return next((rank for pattern, rank in lora.rank_pattern.items() if matches(pattern, name)), lora.rank)
-
-
-def alpha_of(name: str, lora: config.LoRA) -> float:
-    """The same for alpha."""
-    return next((alpha for pattern, alpha in lora.alpha_pattern.items() if matches(pattern, name)), lora.alpha)
-
-
 def _rank(site: Site, lora: config.LoRA) -> int:
-    ranks = {rank_of(name, lora) for name in site.names}
+    ranks = {lora.rank_of(name) for name in site.names}
     if len(ranks) > 1:
         raise UserError(
             f"lora.rank_pattern gives {site.names[0]} and other layers of its stack different ranks",

@@ -256,17 +256,15 @@ class Tokenizer:
 
     @functools.cached_property
     def _untrimmed(self) -> dict[bool, tokenizers.Tokenizer]:
-        """Copies whose offsets count every character: byte-level post-processors leave out the spaces of a token."""
+        """Copies whose offsets count the spaces of a token too."""
         from tokenizers import Tokenizer as Inner
         from tokenizers import processors
 
-        copies = {
-            special: Inner.from_str(one.to_str()) for special, one in ((True, self._inner), (False, self._literal))
-        }
-        copies[False].encode_special_tokens = True
-        for copy in copies.values() if self.is_byte_level else ():
+        literal, whole = (Inner.from_str(one.to_str()) for one in (self._literal, self._inner))
+        literal.encode_special_tokens = True
+        for copy in (literal, whole) if self.is_byte_level else ():
             copy.post_processor = processors.ByteLevel(trim_offsets=False)  # pyright: ignore[reportAttributeAccessIssue]
-        return copies
+        return {False: literal, True: whole}
 
     @functools.cached_property
     def special_spellings(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jaxlm.config.model import Rope
+from torch_ref.models.adapted import Adapter, FourBits, adapted
 from torch_ref.numerics import Policy, wide
 from torch_ref.ops import norm
 from torch_ref.ops.rope import rope_frequencies, rope_table, rope_temperature
@@ -31,6 +32,8 @@ class Linear(nn.Module):
         self.inputs, self.features, self.std, self.policy = inputs, features, std, policy
         self.weight = nn.Parameter(torch.empty(math.prod(features), math.prod(inputs), dtype=policy.params))
         self.bias = nn.Parameter(torch.empty(math.prod(features), dtype=policy.params)) if use_bias else None
+        self.adapter: Adapter | None = None
+        self.stored: FourBits | None = None
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal weight, zero bias."""
@@ -41,8 +44,12 @@ class Linear(nn.Module):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         compute = self.policy.compute
         bias = None if self.bias is None else self.bias.to(compute)
-        y = F.linear(x.flatten(-len(self.inputs)).to(compute), self.weight.to(compute), bias)
-        return y.unflatten(-1, self.features)
+        weight = (self.weight if self.stored is None else self.stored.weight()).to(compute)
+        x = x.flatten(-len(self.inputs)).to(compute)
+        if self.adapter is None:
+            return F.linear(x, weight, bias).unflatten(-1, self.features)
+        y = adapted(self.adapter, x, F.linear(x, weight), weight)
+        return (y if bias is None else y + bias).unflatten(-1, self.features)
 
 
 class Embed(nn.Module):

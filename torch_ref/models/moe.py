@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from jaxlm import config
+from torch_ref.models.adapted import Adapter, FourBits, adapted_kernel
 from torch_ref.models.ffn import MLP
 from torch_ref.models.layers import Linear, normal_
 from torch_ref.numerics import Policy, wide
@@ -126,6 +127,8 @@ class ExpertLinear(nn.Module):
         self.std, self.policy = std, policy
         self.weight = nn.Parameter(torch.empty(n_experts, features, inputs, dtype=policy.params))
         self.bias = nn.Parameter(torch.empty(n_experts, features, dtype=policy.params)) if use_bias else None
+        self.adapter: Adapter | None = None
+        self.stored: FourBits | None = None
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal weight, zero bias."""
@@ -136,4 +139,5 @@ class ExpertLinear(nn.Module):
     def weights(self) -> tuple[Float[Tensor, "e i o"], Float[Tensor, "e o"] | None]:
         """The kernels [E, in, out] of jaxlm and the biases, in the compute dtype."""
         compute = self.policy.compute
-        return self.weight.transpose(1, 2).to(compute), None if self.bias is None else self.bias.to(compute)
+        kernel = adapted_kernel(self.adapter, self.weight.transpose(1, 2).to(compute))
+        return kernel, None if self.bias is None else self.bias.to(compute)

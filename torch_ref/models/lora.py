@@ -1,0 +1,77 @@
+"""Adapters of a decoder: put beside its linear maps, loaded and saved by canonical names, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from jaxlm import config
+from torch_ref.models.adapted import Adapter, FourBits
+from torch_ref.models.decoder import Decoder
+from torch_ref.models.layers import Linear
+from torch_ref.models.moe import ExpertLinear
+
+BLOCK = 64
+
+
+def sites(decoder: Decoder) -> dict[str, Linear | ExpertLinear]:
+    """Every linear map of a model by its canonical name."""
+    return {name: part for name, part in decoder.named_modules() if isinstance(part, Linear | ExpertLinear)}
+
+
+def attach(decoder: Decoder, lora: config.LoRA) -> dict[str, nn.Parameter]:
+    """Give the linear maps that `lora` names an adapter, and freeze everything else.
+
+    Returns:
+        What is trained, by name: `layers.0.mixer.q_proj.adapter.a`.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    decoder.requires_grad_(False)
+    maps = sites(decoder)
+    adapted = lora.adapted(maps)
+    for name, part in maps.items():
+        if name in adapted:
+            *lead, outputs, inputs = part.weight.shape
+            scale, rank = lora.scale_of(name), lora.rank_of(name)
+            part.adapter = Adapter(tuple(lead), inputs, outputs, rank, scale, part.weight.dtype)
+            part.adapter.dropout = lora.dropout
+            if lora.dora:
+                norm = part.weight.detach().double().square().sum(-1).sqrt()
+                part.adapter.magnitude = nn.Parameter(norm.to(part.weight.dtype))
+    return {name: value for name, value in decoder.named_parameters() if ".adapter." in name}
+
+
+def quantize(decoder: Decoder, *, double: bool) -> None:
+    """Store the frozen weight of every linear map in four bits where its inputs fill blocks; experts stay."""
+    for part in sites(decoder).values():
+        if isinstance(part, Linear) and part.weight.shape[1] % BLOCK == 0:
+            part.stored = FourBits(part.weight.detach().float(), double=double)
+            del part.weight
+            part.register_parameter("weight", None)
+
+
+def load(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
+    """Copy adapters, by the names of `attach`."""
+    own = {name: value for name, value in decoder.named_parameters() if ".adapter." in name}
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+@torch.no_grad()
+def merge(decoder: Decoder) -> None:
+    """Add every adapter to its weight, computed in float64 and rounded once, and take it away."""
+    for part in sites(decoder).values():
+        adapter = part.adapter
+        if adapter is None:
+            continue
+        weight = part.weight if part.weight is not None else part.stored.weight()
+        whole = weight.double() + adapter.scale * (adapter.b.double() @ adapter.a.double())
+        if adapter.magnitude is not None:
+            whole = whole * (adapter.magnitude.double() / whole.square().sum(-1).sqrt()).unsqueeze(-1)
+        part.weight = nn.Parameter(whole.to(weight.dtype), requires_grad=False)
+        part.adapter = part.stored = None
