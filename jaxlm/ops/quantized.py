@@ -107,7 +107,7 @@ def dequantize_scales(stored: Scales8) -> Float32[Array, "... g"]:
     """The scales that eight bits each stand for."""
     values = jnp.asarray(dynamic_levels())[stored.codes.reshape(-1)]
     repeated = jnp.repeat(stored.scales, SCALE_BLOCK)[: len(values)]
-    # A bound that is never reached keeps the compiler from fusing product and sum, which would round once instead of twice.
+    # A bound that is never reached keeps the compiler from fusing product and sum, which would round once, not twice.
     largest = jnp.finfo(jnp.float32).max
     product = jax.lax.clamp(-largest, values * repeated, largest)
     return product.reshape(stored.codes.shape) + stored.offset
