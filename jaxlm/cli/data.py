@@ -34,7 +34,7 @@ def tokenizer_inspect(
     path: Annotated[Path, typer.Argument(help="A tokenizer.json, or a run.")], text: str = ""
 ) -> None:
     """Show a tokenizer's size and special tokens, and how it cuts TEXT."""
-    from jaxlm.text.tokenizer import inspect
+    from jaxlm.text.inspection import inspect
 
     show(inspect(path / "tokenizer.json" if path.is_dir() else path, text))
 

@@ -23,8 +23,6 @@ from jaxlm.config.model_parts import STRICT, require
 from jaxlm.config.model_parts import Mamba as Mamba
 from jaxlm.config.model_parts import MoE as MoE
 from jaxlm.config.model_parts import RopeScaling as RopeScaling
-from jaxlm.config.stages import SFT as SFT
-from jaxlm.config.stages import LoRA as LoRA
 
 Backend = Literal["jax", "torch"]
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -303,8 +301,6 @@ class Config:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     torch: Torch = dataclasses.field(default_factory=Torch)
-    sft: SFT = dataclasses.field(default_factory=SFT)
-    lora: LoRA = dataclasses.field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
         self.data.check_steps(self.train.steps)

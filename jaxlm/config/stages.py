@@ -20,7 +20,7 @@ class SFT:
     """Conversations, and what of them is trained. `data.source` names the file, the folder or the dataset."""
 
     format: str = ""
-    """A name of `data.conversations.FORMATS`, such as `alpaca`; empty: by the keys of each record."""
+    """A name of `data.turns.formats.FORMATS`, such as `alpaca`; empty: by the keys of each record."""
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
     """Our key = the key of the source, where it has another: `prompt = "question"`."""
     system: str = ""

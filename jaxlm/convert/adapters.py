@@ -20,7 +20,7 @@ from jaxlm import config
 from jaxlm.convert.canonical import Leaf, leaves
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
-from jaxlm.convert.files.storage import read_folder
+from jaxlm.convert.files.safetensors_file import MappedFile
 from jaxlm.convert.rows import Row, expand, inputs, matrix
 from jaxlm.errors import UserError
 from jaxlm.models.lora import Site, Tree
@@ -119,11 +119,12 @@ def to_peft(
         names = [name.removesuffix(".kernel") for name in row.ours]
         if not any(name in adapters for name in names):
             continue
-        if len(row.theirs) > 1 or any("experts" in adapters[n].site.axes for n in names if n in adapters):
+        stored, *others = row.theirs
+        if others or any("experts" in adapters[n].site.axes for n in names if n in adapters):
             raise UserError(
                 f"PEFT has no adapter of stacked experts: {names[0]}", 'lora.targets = ["mixer.*"] or merge'
             )
-        module = row.theirs[0].removesuffix(".weight")
+        module = stored.removesuffix(".weight")
         parts = _joined(row, names, adapters, leaves(cfg), lora)
         tensors |= {f"{PREFIX}{module}.{_NAMES[key]}": value for key, value in parts.items()}
         scale = lora.scale_of(next(name for name in names if name in adapters))
@@ -203,7 +204,8 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
         raise UserError(f"{folder / CONFIG}: peft_type {stated.get('peft_type')!r}: jaxlm reads LORA")
     if used := next((name for name in _REFUSED if stated.get(name)), None):
         raise UserError(f"{folder / CONFIG}: {used} = {stated[used]!r}: jaxlm has no such adapters")
-    stored = dict(read_folder(folder).items())
+    file = MappedFile(folder / WEIGHTS)
+    stored = {name: file.read(name) for name in file.entries}
     family = next((one for one in FAMILIES.values() if _holds(one, cfg, stored)), None)
     if family is None:
         raise UserError(f"{folder}: its modules are in no layout of this base", "is it an adapter of another model?")
@@ -214,9 +216,10 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
         key = PREFIX + row.theirs[0].removesuffix(".weight")
         if f"{key}.lora_A.weight" not in stored:
             continue
-        if len(row.ours) > 1:
+        mine, *others = row.ours
+        if others:
             raise UserError(f"{key}: one adapter of several linear maps", "jaxlm trains one for each; merge it in PEFT")
-        name = row.ours[0].removesuffix(".kernel")
+        name = mine.removesuffix(".kernel")
         adapters[name] = _from_row(row, key, stored, sites[name])
         used |= {f"{key}.{suffix}" for suffix in _NAMES.values()}
     if unused := sorted(stored.keys() - used):

@@ -118,5 +118,5 @@ def _stacked(kernel: Array, site: Site, double: bool) -> Tree:
 
 def _without_empty(tree: Tree) -> Tree:
     """A tree without modules that have no parameter left."""
-    kept = {key: _without_empty(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-    return {key: value for key, value in kept.items() if not isinstance(value, Mapping) or value}
+    kept = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    return {key: value for key, value in kept.items() if not isinstance(value, dict) or value}

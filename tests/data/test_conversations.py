@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm.data.conversation_rows import ConversationRows, Examples, best_fit, collect, split
-from jaxlm.data.conversations import conversations
+from jaxlm.data.turns.formats import conversations
+from jaxlm.data.turns.rows import ConversationRows, Examples, best_fit, collect, split
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat, Example, encode
 from jaxlm.text.tokenizer import Tokenizer

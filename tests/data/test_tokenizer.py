@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
-from jaxlm.text.tokenizer import SPECIALS, Tokenizer, check_fits, inspect
+from jaxlm.text.inspection import inspect
+from jaxlm.text.tokenizer import SPECIALS, Tokenizer, check_fits
 
 SHARED = Path(os.environ.get("JAXLM_DATA", Path(__file__).parents[3] / "shared" / "data"))
 TEXTS = ["def f(x):\n    return x + 1\n", "Ein Löwe, 1234567 Tage.\r\n\t\t", "日本語 🎉\x00\x7f\ufeff"] * 20

@@ -69,7 +69,7 @@ def merge(decoder: Decoder) -> None:
         adapter = part.adapter
         if adapter is None:
             continue
-        weight = part.weight if part.weight is not None else part.stored.weight()
+        weight = part.weight if part.stored is None else part.stored.weight()
         whole = weight.double() + adapter.scale * (adapter.b.double() @ adapter.a.double())
         if adapter.magnitude is not None:
             whole = whole * (adapter.magnitude.double() / whole.square().sum(-1).sqrt()).unsqueeze(-1)

@@ -66,7 +66,7 @@ class Examples:
     def take(self, numbers: np.ndarray) -> Examples:
         """Only these examples, in this order."""
         parts = [slice(self.offsets[m], self.offsets[m + 1]) for m in numbers]
-        sizes = [part.stop - part.start for part in parts]
+        sizes = [int(part.stop - part.start) for part in parts]
         ids = np.concatenate([self.ids[part] for part in parts] or [self.ids[:0]])
         weights = np.concatenate([self.weights[part] for part in parts] or [self.weights[:0]])
         return Examples(ids, weights, np.cumsum([0, *sizes]).astype(np.int64), self.counts._replace(kept=len(parts)))
@@ -121,9 +121,13 @@ def split(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
 class ConversationRows:
     """The endless sequence of rows of packed examples; the rows of an epoch hold each example once.
 
+    `mixture` is None: there is one source.
+
     Args:
         pack: several examples in a row; else one a row.
     """
+
+    mixture = None
 
     def __init__(self, examples: Examples, seq_len: int, *, seed: int = 0, pad: int = 0, pack: bool = True) -> None:
         self._examples, self._seq_len, self._seed, self._pad, self._pack = examples, seq_len, seed, pad, pack
@@ -180,7 +184,7 @@ class ConversationRows:
         """The examples of each row of an epoch."""
         random = np.random.default_rng([self._seed, epoch])
         order_M = random.permutation(len(self._sizes))
-        if not self._pack:
+        if not self._pack or not len(order_M):
             return [order_M[m : m + 1] for m in range(len(order_M))]
         order_M = order_M[np.argsort(-self._sizes[order_M], kind="stable")]
         row_M = best_fit(self._sizes[order_M], self._seq_len)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxlm.data.records import Record, records
+from jaxlm.data.turns.records import Record, records
 from jaxlm.errors import UserError, did_you_mean
 
 Messages = list[dict[str, Any]]

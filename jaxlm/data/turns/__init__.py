@@ -1,0 +1,1 @@
+"""Conversations: read from tables, packed into rows."""
