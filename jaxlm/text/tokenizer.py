@@ -171,7 +171,7 @@ class Tokenizer:
 
         inner = Inner.from_str(self._inner.to_str())
         names = ("eot", "fim_prefix", "fim_middle", "fim_suffix")
-        inner.add_special_tokens([_SPELLINGS[name][0] for name in names if name not in self.specials])
+        inner.add_special_tokens([SPELLINGS[name][0] for name in names if name not in self.specials])
         return Tokenizer(inner)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
