@@ -28,8 +28,8 @@ from jaxlm.ops import quantized as jax_quantized
 from jaxlm.parity.sides.float64_mode import Lifted
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
+from torch_ref.models import attach_lora as torch_lora
 from torch_ref.models import decoder as torch_decoder
-from torch_ref.models import lora as torch_lora
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.ops import quantized as torch_quantized
 

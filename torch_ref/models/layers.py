@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jaxlm.config.model import Rope
-from torch_ref.models.adapted import Adapter, FourBits, adapted
+from torch_ref.models.adapter import Adapter, FourBits, adapted
 from torch_ref.numerics import Policy, wide
 from torch_ref.ops import norm
 from torch_ref.ops.rope import rope_frequencies, rope_table, rope_temperature

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from jaxlm import config
-from torch_ref.models.adapted import Adapter, FourBits, adapted_kernel
+from torch_ref.models.adapter import Adapter, FourBits, adapted_kernel
 from torch_ref.models.ffn import MLP
 from torch_ref.models.layers import Linear, normal_
 from torch_ref.numerics import Policy, wide

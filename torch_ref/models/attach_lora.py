@@ -1,4 +1,4 @@
-"""Adapters of a decoder: put beside its linear maps, loaded and saved by canonical names, merged."""
+"""Adapters of a decoder: put beside its linear maps, loaded and saved by canonical names, merged. jaxlm keeps them as trees (models/lora.py), PyTorch as modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jaxlm import config
-from torch_ref.models.adapted import Adapter, FourBits
+from torch_ref.models.adapter import Adapter, FourBits
 from torch_ref.models.decoder import Decoder
 from torch_ref.models.layers import Linear
 from torch_ref.models.moe import ExpertLinear
