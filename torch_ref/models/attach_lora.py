@@ -1,4 +1,4 @@
-"""Adapters of a decoder: put beside its linear maps, loaded and saved by canonical names, merged. jaxlm keeps them as trees (models/lora.py), PyTorch as modules."""
+"""Adapters of a decoder: put beside its linear maps, loaded by canonical names, merged. jaxlm has them as trees."""
 
 from __future__ import annotations
 
