@@ -49,7 +49,7 @@ NEUTRAL_MODULES = {
 }  # and single modules of others
 NEUTRAL_MODULES |= {
     f"jaxlm.infer.engine.{name}"
-    for name in ("engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler")
+    for name in ("engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler", "structured")
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400

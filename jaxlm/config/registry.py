@@ -17,6 +17,7 @@ from jaxlm.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parents[2] / "configs" / "models"
 MESHES = FOLDER.with_name("mesh")
+SAMPLING = FOLDER.with_name("sampling")
 
 
 def find(name: str | Path) -> Path:
@@ -63,3 +64,16 @@ def mesh(name: str) -> dict[str, Any]:
     if name not in names:
         raise UserError(f"mesh = {name!r}: no such preset", did_you_mean(name, names) if names else f"see {MESHES}")
     return tomllib.loads(path.read_text(encoding="utf-8"))["mesh"]
+
+
+def sampling(name: str) -> dict[str, float]:
+    """The options of a preset of sampling, `configs/sampling/NAME.toml`.
+
+    Raises:
+        UserError: there is no preset of that name.
+    """
+    path = SAMPLING / f"{name}.toml"
+    names = sorted(file.stem for file in SAMPLING.glob("*.toml"))
+    if name not in names:
+        raise UserError(f"{name!r}: no such preset of sampling", did_you_mean(name, names))
+    return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """A file of prompts to a file of texts: `jaxlm generate RUN --prompts in.jsonl --out out.jsonl`.
 
-Each line of the first is an object with `prompt` and any option of `Request`; `sampling` is an object of its options.
+Each line of the first is an object with `prompt` and any option of `Request`; `sampling` is the name of
+a preset or an object of its options.
 Each line of the second answers the line of the same number. What stands there is kept, so a killed command goes on.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.infer.engine import Engine, Grammar, Reply, Request, Result
+from jaxlm.text.sampling import preset
 
 AHEAD = 4
 """Requests under way for each row."""
@@ -66,7 +68,10 @@ def request_of(fields: Mapping[str, Any], defaults: Request) -> Request:
             raise UserError(f"unknown option {name!r}", did_you_mean(name, names))
     try:
         if "sampling" in given:
-            given["sampling"] = dataclasses.replace(defaults.sampling, **given["sampling"])
+            named = given["sampling"]
+            given["sampling"] = (
+                preset(named) if isinstance(named, str) else dataclasses.replace(defaults.sampling, **named)
+            )
         if given.get("grammar") is not None:
             given["grammar"] = Grammar(**given["grammar"])
         if "logit_bias" in given:

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxlm.config import registry
 from jaxlm.errors import UserError
 
 
@@ -52,6 +53,15 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
+
+
+def preset(name: str) -> Sampling:
+    """The options of `configs/sampling/NAME.toml`: greedy, balanced, creative, precise, natural or fim.
+
+    Raises:
+        UserError: there is no preset of that name.
+    """
+    return Sampling(**registry.sampling(name))  # pyright: ignore[reportArgumentType]
 
 
 def uniforms(seed: int, rows: int, length: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.infer.engine import runner_jax
 from jaxlm.infer.engine.engine import Engine
 from jaxlm.infer.engine.reply import Reply
-from jaxlm.infer.engine.request import LogProb, Request, Result
+from jaxlm.infer.engine.request import Grammar, LogProb, Request, Result
 from jaxlm.infer.engine.runner_jax import JaxRunner
 from jaxlm.infer.generate import generate
 from jaxlm.models.decoder import Decoder, Params, abstract_params
@@ -259,7 +259,7 @@ def test_a_row_that_is_not_finite(engine: Engine, runner: JaxRunner) -> None:
         after = run(engine, [Request(p, **forbidden) for p in PROMPTS[1:4]])
     finally:
         runner.params = whole
-    assert results[0].finish == "error" and results[0].ids == () and "finite" in str(results[0].choices[0].ended_by)
+    assert results[0].finish == "error" and results[0].ids == () and "not finite" in str(results[0].choices[0].ended_by)
     for one, two, three in zip(results[1:], after, clean, strict=True):
         if one.finish == "length":  # tied embeddings make every logit of the poisoned id none
             assert one.choices == two.choices == three.choices
@@ -334,6 +334,18 @@ def test_threads_and_asyncio(runner: JaxRunner) -> None:
     assert last.result().finish in ("cancelled", "length")
     with pytest.raises(UserError, match="closed"):
         engine.submit(requests[0])
+
+
+def test_grammars_among_neighbours(engine: Engine) -> None:
+    """A text follows its grammar; one of which every token is forbidden ends with an error, and never draws token 0."""
+    pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
+    engine.ends, options = (256,), {"sampling": Sampling(temperature=1.5), "max_new_tokens": 5}
+    grammars = [Grammar(choices=("yes", "no")), None, Grammar(choices=("q",))]
+    asked = [Request("a", grammar=one, forbidden=(ord("q"),), **options) for one in grammars]  # pyright: ignore
+    results = run(engine, asked)
+    assert results[0].text in ("yes", "no") and results[0].finish == "stop"
+    assert (results[1].finish, results[2].finish, results[2].ids) == ("length", "error", ())
+    assert results[0].choices == engine.submit(asked[0]).result().choices
 
 
 @pytest.mark.parametrize(

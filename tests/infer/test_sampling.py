@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.ops import sampling as ops
-from jaxlm.text.sampling import Sampling
+from jaxlm.text.sampling import Sampling, preset
 
 B, V = 3, 23
 OPTIONS = [
@@ -86,6 +86,16 @@ def test_the_draw_has_the_distribution(options: dict[str, float], rng: np.random
         np.testing.assert_allclose(frequency, probabilities, atol=2 / count)
         assert not frequency[probabilities == 0].any()
         np.testing.assert_allclose(by_rows[row], probabilities, atol=1e-6)
+
+
+def test_presets() -> None:
+    names = ["greedy", "balanced", "creative", "precise", "natural", "fim"]
+    assert [preset(name).temperature for name in names] == [0.0, 0.8, 1.0, 0.6, 0.9, 0.7]
+    assert preset("fim") == Sampling(
+        temperature=0.7, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.15
+    )
+    with pytest.raises(UserError, match=r"fimm.*fim"):
+        preset("fimm")
 
 
 def test_ties_go_to_the_lower_token() -> None:

@@ -28,6 +28,7 @@ from jaxlm.infer.engine.reply import Reply
 from jaxlm.infer.engine.request import ENDS, Finish, LogProb, Request
 from jaxlm.infer.engine.runner import BURST, Drawn, Runner, Scored
 from jaxlm.infer.engine.scheduler import Piece, Scheduler
+from jaxlm.infer.engine.structured import Grammars
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -68,6 +69,7 @@ class Engine:
         self._deadlines: dict[int, float] = {}
         self._inbox: collections.deque[tuple[int, Reply, Growing, int | None]] = collections.deque()
         self._keys = itertools.count()
+        self._grammars: Grammars | None = None
         self._work, self._lock = threading.Condition(), threading.RLock()
         self._closed, self._failures = "", 0
         self._thread: threading.Thread | None = None
@@ -184,10 +186,19 @@ class Engine:
 
     def _growing(self, request: Request, index: int, ids: list[int]) -> Growing:
         ends = (*(() if request.ignore_eos else self.ends), *request.stop_ids)
+        guide = None if request.grammar is None else self._grammar_rules().follow(request.grammar)
         room, wanted = self.runner.length - len(ids), request.max_new_tokens
         full: Finish = "context" if wanted is None or wanted > room else "length"
         limit = room if wanted is None else min(wanted, room)
-        return Growing(request, index, ids, limit=limit, full=full, ends=ends, tokenizer=self.tokenizer)
+        options: Any = {"limit": limit, "full": full, "ends": ends, "tokenizer": self.tokenizer, "guide": guide}
+        return Growing(request, index, ids, **options)
+
+    def _grammar_rules(self) -> Grammars:
+        if self._grammars is None:
+            if self.tokenizer is None:
+                raise UserError("a grammar needs a tokenizer", "the engine has none")
+            self._grammars = Grammars(self.tokenizer, self.runner.vocab, self.ends)
+        return self._grammars
 
     def _step(self) -> bool:
         self._take_inbox()
@@ -265,6 +276,9 @@ class Engine:
 
     def _draw(self, draws: Sequence[tuple[int, int]], burst: int) -> None:
         """Let rows draw, and hand on what they drew."""
+        draws = [(key, row) for key, row in draws if self._ruled(key, row)]
+        if not draws:
+            return
         growing = {row: self._texts[key][1] for key, row in draws}
         orders, steps = self._orders.make(growing, burst)
         drawn = self.runner.decode(orders._replace(until=np.asarray(steps, np.int32)))
@@ -272,7 +286,7 @@ class Engine:
             reply, one = self._texts[key]
             for step in range(int(drawn.steps)):
                 if drawn.bad[step, row]:
-                    one.end("error", "the logits of this text are not finite")
+                    one.end("error", "no token can be drawn: the logits are not finite, or all are forbidden")
                 elif one.finish is None:
                     token = int(drawn.tokens[step, row])
                     one.push(token, _log_prob(drawn, step, row, one.request))
@@ -281,6 +295,14 @@ class Engine:
                 self._end(key, one.finish, scrub=one.finish == "error")
             else:
                 reply.deliver(one)
+
+    def _ruled(self, key: int, row: int) -> bool:
+        """Tell the row what its grammar allows; a grammar that cannot be followed ends its text alone."""
+        _, growing = self._texts[key]
+        if growing.guide is not None and (why := self._orders.rule(row, growing.guide)):
+            self._end(key, "error", why=why)
+            return False
+        return True
 
     def _end(self, key: int, finish: Finish, *, scrub: bool = False, why: str = "") -> None:
         """Free the row of a text and end its choice, unless it has ended by itself."""

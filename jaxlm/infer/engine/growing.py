@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxlm.infer.engine.request import Choice, Finish, LogProb, Part, Request
+from jaxlm.infer.engine.structured import Guide
 from jaxlm.text.completion import StopStrings
 from jaxlm.text.tokenizer import TextStream, Tokenizer
 
@@ -21,6 +22,7 @@ class Growing:
         limit: tokens that the text may have.
         full: why a text of that length ends, `length` or `context`.
         ends: ids that end it.
+        guide: what it must look like.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Growing:
         full: Finish,
         ends: Sequence[int],
         tokenizer: Tokenizer | None,
+        guide: Guide | None = None,
     ) -> None:
         self.request, self.index, self.prompt_ids = request, index, prompt_ids
         self.limit, self.ends = limit, frozenset(ends)
@@ -42,6 +45,7 @@ class Growing:
         self.finish: Finish | None = None
         self.ended_by: str | int | None = None
         self.cancelled = False
+        self.guide = guide
         self.reused = 0
         self._full: Finish = full
         self._stream = TextStream(tokenizer, skip_special=True, after=prompt_ids) if tokenizer else None
@@ -68,6 +72,8 @@ class Growing:
         self.ids.append(token)
         if log_prob is not None:
             self.log_probs.append(log_prob)
+        if self.guide is not None:
+            self.guide.push(token)
         if token in self.ends:
             self.end("stop", token)
             return
@@ -76,7 +82,9 @@ class Growing:
             if self._stop.found:
                 self.finish, self.ended_by = "stop", self._stop.string
                 return
-        if len(self.ids) >= self.limit:
+        if self.guide is not None and self.guide.over:
+            self.end("stop", "grammar")
+        elif len(self.ids) >= self.limit:
             self.end(self._full)
 
     def end(self, finish: Finish, by: str | int | None = None) -> None:

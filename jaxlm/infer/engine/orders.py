@@ -9,6 +9,7 @@ import numpy as np
 from jaxlm.infer.engine.growing import Growing
 from jaxlm.infer.engine.request import ENDS
 from jaxlm.infer.engine.runner import BURST, Orders, Runner
+from jaxlm.infer.engine.structured import Guide
 from jaxlm.text.sampling import Sampling
 
 KNOBS = (
@@ -63,10 +64,16 @@ class RowOrders:
         for values, name in zip(self._orders.knobs, KNOBS, strict=True):
             values[row] = getattr(Sampling(temperature=0.0), name)
 
+    def rule(self, row: int, guide: Guide) -> str:
+        """Allow in a row what its grammar does; returns what is wrong, or nothing."""
+        self._orders.ruled[row] = 1
+        return guide.allow(self._orders.mask, row)
+
     def make(self, growing: Mapping[int, Growing], burst: int) -> tuple[Orders, int]:
         """The orders of a call in which these rows draw, and how many tokens at most."""
         orders = self._orders
         orders.active[:] = 0
+        burst = 1 if any(one.guide for one in growing.values()) else burst
         orders.forced[:] = -1
         steps = min(burst, BURST, *(one.limit - len(one.ids) for one in growing.values()))
         for row, one in growing.items():

@@ -183,7 +183,7 @@ class Choice:
     ids: tuple[int, ...]
     finish: Finish
     ended_by: str | int | None = None
-    """The stop string or end id; the error's line."""
+    """The stop string, the end id or `grammar`; the error's line."""
     log_probs: tuple[LogProb, ...] = ()
 
 

@@ -237,9 +237,10 @@ def _decode(decoder: Decoder, params: Params, state: State, orders: Orders) -> t
         cache, step = loop.state.cache, loop.step
         hidden_R1D, cache = _hidden(decoder, params, token_R1, position_R1, active_R1, cache)
         logits_RV = _unembed(decoder, params, hidden_R1D)[:, 0]
-        bad_R = active_R & ~jnp.isfinite(jnp.max(logits_RV, axis=-1))
-
         token_R, kept_RV = _draw(logits_RV, loop.state, orders, knobs, step)
+        top_R = jnp.minimum(jnp.max(logits_RV, axis=-1), jnp.max(kept_RV, axis=-1))  # -inf where nothing may be drawn
+        bad_R = active_R & ~jnp.isfinite(top_R)
+
         counts_RV = loop.state.counts_RV.at[jnp.arange(r), token_R].add(active_R.astype(jnp.int32))
         state = loop.state._replace(cache=cache, counts_RV=counts_RV)
         scored = _scored(logits_RV, kept_RV, token_R, orders)
