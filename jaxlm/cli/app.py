@@ -1,11 +1,15 @@
 """The command line: verbs of a few lines that call the library. A user's mistake is one line and exit code 2.
 
+Any other exception is one line and exit code 1; with JAXLM_TRACEBACK=1 in the environment it comes with its traceback.
+
 jaxlm train configs/quickstart.toml train.steps=100
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,6 +18,8 @@ import typer
 from jaxlm import __version__
 from jaxlm.cli import data, evaluate, launch, plan, sandbox, train, use, weights
 from jaxlm.errors import UserError
+
+TRACEBACK = "JAXLM_TRACEBACK"
 
 app = typer.Typer(
     name="jaxlm",
@@ -36,6 +42,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")  # a terminal of few characters shows \u00e9
     code = _guarded(lambda: app(standalone_mode=True))
     if code and "jaxlm.processes.meet" in sys.modules:
         sys.modules["jaxlm.processes.meet"].leave(code)
@@ -50,6 +59,25 @@ def _guarded(command: Callable[[], Any]) -> int:
         return error.exit_code
     except BrokenPipeError:
         return 141
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 0
+    except Exception as error:  # the one boundary: whatever a library raises is told in a line
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        print(f"error: {_in_a_line(error)} ({TRACEBACK}=1 shows where)", file=sys.stderr)
+        return 1
     return 0
+
+
+def _in_a_line(error: Exception) -> str:
+    """What happened and where, of an exception that is not ours."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    kind = type(error).__name__
+    first = next(iter(str(error).strip().splitlines()), "")[:300]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "jaxlm" in frame.filename]
+    where = f" in {frames[-1].name}" if frames else ""
+    return f"{kind}{where}: {first}".encode(errors="backslashreplace").decode()

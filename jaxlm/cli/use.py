@@ -31,7 +31,7 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="Taken from a token's logit for each time it came.")] = 0.0,
     presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of tokens that came.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seeds the sampling.")] = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
     as_json: JsonFlag = False,
     backend: BackendOption = Backend.jax,
@@ -62,8 +62,12 @@ def generate(
         _answer_file(run, prompt, prompts, out, rows, {"sampling": sampling, **options})
         return
     streaming = not as_json and num_samples == 1
-    if streaming:
-        write(prompt)
+    shown: list[str] = []
+
+    def stream(_: int, text: str) -> None:
+        write(text if shown else prompt + text)  # nothing is printed before the model is open
+        shown.append(text)
+
     completions = generate_text(
         run,
         [prompt],
@@ -73,10 +77,10 @@ def generate(
         seed=seed,
         num_samples=num_samples,
         backend=backend.value,
-        stream=(lambda _, text: write(text)) if streaming else None,
+        stream=stream if streaming else None,
     )
     if streaming:
-        write("\n")
+        write("\n" if shown else prompt + "\n")
     for completion in completions if not streaming else ():
         print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
 

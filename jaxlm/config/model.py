@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from jaxlm.config.model_parts import STRICT, Mamba, MoE, RopeScaling, require
+from jaxlm.config.model_parts import FLOAT32_TINY, STRICT, Mamba, MoE, RopeScaling, require
 from jaxlm.config.pattern import FIELDS, parse_block
 
 
@@ -134,6 +134,7 @@ class Model:
             f"{scaling.original_max_seq_len}",
         )
         require(self.dropout < 1, f"model.dropout = {self.dropout} must be below 1")
+        require(self.norm_eps >= FLOAT32_TINY, f"model.norm_eps = {self.norm_eps} is zero in float32, of all norms")
         require(
             not (self.tie_embeddings and "head" in self.biases),
             "model.biases has 'head', which a tied head does not have",

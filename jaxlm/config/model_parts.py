@@ -11,7 +11,9 @@ from typing import Literal
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+FLOAT32_TINY = 1.1754944e-38
+"""The smallest number that float32 does not take for zero."""
 
 
 def require(condition: bool, message: str, hint: str = "") -> None:

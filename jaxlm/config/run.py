@@ -19,12 +19,13 @@ from pydantic.dataclasses import dataclass
 
 from jaxlm.config.data import Data as Data
 from jaxlm.config.model import Model as Model
-from jaxlm.config.model_parts import STRICT, require
+from jaxlm.config.model_parts import FLOAT32_TINY, STRICT, require
 from jaxlm.config.model_parts import Mamba as Mamba
 from jaxlm.config.model_parts import MoE as MoE
 from jaxlm.config.model_parts import RopeScaling as RopeScaling
 
 Backend = Literal["jax", "torch"]
+LARGEST_SEED = 2**63 - 1
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Axes of the mesh, the fastest links last."""
 
@@ -102,6 +103,11 @@ class Train:
             not self.profile_steps or (window is not None and 1 <= window[0] <= window[1]),
             f"train.profile_steps = {self.profile_steps!r} is not FIRST:LAST, such as 10:13",
         )
+        for name in ("beta1", "beta2", "label_smoothing"):
+            most = 1 - 2**-24  # the last float32 below 1
+            require(getattr(self, name) <= most, f"train.{name} = {getattr(self, name)} must lie in [0, 1), in float32")
+        require(self.decay_fraction <= 1, f"train.decay_fraction = {self.decay_fraction} must lie in (0, 1]")
+        require(self.eps >= FLOAT32_TINY, f"train.eps = {self.eps} is zero in float32: at least {FLOAT32_TINY}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -309,6 +315,9 @@ class Config:
             f"train.microbatches = {self.train.microbatches} does not divide "
             f"train.batch_size = {self.train.batch_size}",
         )
+        require(self.seed <= LARGEST_SEED, f"seed = {self.seed} is above {LARGEST_SEED}")
+        require(bool(self.data.source), "data.source is empty", "name a file, a folder or a data set")
+        require(bool(self.data.cache_dir), "data.cache_dir is empty", "name a folder")
         if not self.model.max_seq_len:
             object.__setattr__(self, "model", dataclasses.replace(self.model, max_seq_len=self.data.seq_len))
         require(

@@ -21,7 +21,7 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from jaxlm.config import Config, registry
+from jaxlm.config import Config, paths, registry
 from jaxlm.errors import UserError, did_you_mean
 
 
@@ -36,17 +36,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = registry.find(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file", _near_files(path)) from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder", "name a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number of thousands of digits
         raise UserError(f"{path}: not valid TOML: {error}") from None
     _fill_in_mesh(tree)
+    paths.resolve_tree(tree, path)
     for override in overrides:
         _apply(tree, override)
         _fill_in_mesh(tree)
+    paths.resolve_tree(tree)
     config = from_dict(tree, where=str(path))
     return config if config.out_dir else dataclasses.replace(config, out_dir=f"runs/{path.stem}")
 
@@ -85,9 +89,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)*", dotted):
         raise UserError(f"override {override!r} is not of the form section.key=value")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"override {override!r} is not UTF-8")
+    paths.refuse_empty(dotted, text)
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
+        value = text
+    if _is_text(dotted) and not isinstance(value, str):  # 2024 and true are names too, as they are written
         value = text
     *sections, key = dotted.split(".")
     node: Any = tree
@@ -106,6 +115,14 @@ def _named(tables: list[Any], name: str, override: str) -> dict[str, Any]:
     if name not in by_name:
         raise UserError(f"override {override!r}: there is no {name!r}", did_you_mean(name, filter(None, by_name)))
     return by_name[name]
+
+
+def _is_text(dotted: str) -> bool:
+    """Whether the option takes a text and nothing else."""
+    hint: Any = Config
+    for name in dotted.split("."):
+        hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return hint is str
 
 
 def _fill_in_mesh(tree: dict[str, Any]) -> None:

@@ -119,6 +119,12 @@ def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
         return _open_family(path)
     if (path / model_bin.MODEL).is_file():
         return _open_llama2c(path / model_bin.MODEL)
+    if (path / "adapter_config.json").is_file():
+        base = storage.read_json(path / "adapter_config.json").get("base_model_name_or_path") or "a base model"
+        hint = (
+            f"merge it: PeftModel.from_pretrained({str(base)!r}, {str(path)!r}).merge_and_unload().save_pretrained(DIR)"
+        )
+        raise UserError(f"{path}: an adapter (LoRA) of {base}, not a whole model", hint)
     raise UserError(f"{path}: not a model", _WANTED)
 
 
@@ -140,7 +146,10 @@ def _open_gguf(path: Path) -> Opened:
 def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
     settings = _settings(path, str(path))
     checkpoints = path / "checkpoints"
-    steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
+    try:
+        steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
+    except OSError as error:
+        raise UserError(f"{checkpoints}: cannot be read: {error.strerror}") from None
     if not steps or (step is not None and step not in steps):
         wanted = "no checkpoint" if step is None else f"no step {step}"
         raise UserError(f"{checkpoints}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")

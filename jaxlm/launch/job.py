@@ -45,8 +45,7 @@ class Job:
     def __post_init__(self) -> None:
         if self.config.startswith("-"):
             raise UserError(f"{self.config}: no such config file", "options come before or after CONFIG")
-        name = self.name or re.sub(r"[^a-z0-9]+", "-", Path(self.config).stem.lower()).strip("-")[:40].strip("-")
-        object.__setattr__(self, "name", checked("--name", name, NAME))
+        object.__setattr__(self, "name", checked("--name", self.name or name_of(self.config), NAME))
         if self.storage:
             checked("--storage", self.storage, FOLDER_PATH)
 
@@ -77,6 +76,18 @@ class Job:
         """
         if registry.find(self.config).exists():
             toml.load(self.config, self.arguments[1:])
+
+
+def name_of(config: str) -> str:
+    """A name for the run of a config file: its own, in small ASCII letters, digits and dashes, from a letter on.
+
+    Raises:
+        UserError: the file's name has no letter or digit of ASCII.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", Path(config).stem.lower()).strip("-")
+    if not name:
+        raise UserError(f"{config}: no name of a job can be made of this", "give one with --name, such as --name run-1")
+    return (name if name[0].isalpha() else f"run-{name}")[:40].strip("-")
 
 
 def checked(option: str, value: str, pattern: str) -> str:

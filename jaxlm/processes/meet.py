@@ -204,6 +204,15 @@ def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Pl
         return None
     if options.cluster == "auto" and not any(name in environment for name in _CLUSTERS) and not _tpu_vm():
         return None
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 0)  # of this step; SLURM_NTASKS is of the allocation
+    if options.cluster in ("auto", "slurm") and tasks == 1:
+        if _number(environment, "SLURM_NTASKS", 1) > 1:
+            print(
+                "training alone: SLURM_STEP_NUM_TASKS=1, though SLURM_NTASKS="
+                f"{environment['SLURM_NTASKS']}; srun starts a process for each task",
+                file=sys.stderr,
+            )
+        return None
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() calls; there is no public name
 
     method = None if options.cluster == "auto" else options.cluster
@@ -221,6 +230,8 @@ def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Pl
             message = f"Open MPI started {count} processes, and JAX does not find out which one this is"
             raise UserError(message, "pip install mpi4py and set distributed.cluster=mpi4py: Open MPI 5 needs it")
         return None
+    if tasks and environment.get("SLURM_NTASKS") == str(processes):
+        processes = tasks
     return Place(coordinator, processes, process_id, tuple(devices) if devices is not None else None)
 
 

@@ -77,14 +77,29 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
     empty prompt is the end of text of the document before.
 
     Raises:
-        UserError: a prompt is empty and the tokenizer has neither begin nor end of text.
+        UserError: a prompt is no UTF-8, or is empty and the tokenizer has neither begin nor end of text.
     """
+    for prompt in prompts:
+        check_text(prompt, "the prompt")
     encoded = tokenizer.encode_batch(list(prompts), allow_special=True)
     if (bos := tokenizer.bos) is not None:
         return [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
     if not all(encoded) and tokenizer.eot is None:
         raise UserError("the prompt is empty and the tokenizer has no end-of-text token", "give a prompt")
     return [ids or [tokenizer.special("eot")] for ids in encoded]
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse a text that no tokenizer takes, such as an argument of the command line in Latin-1.
+
+    Raises:
+        UserError: it has half a surrogate pair, which stands for a byte that is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise UserError(f"{name} is not UTF-8 (byte {byte:#04x} at {error.start})", "convert it with iconv") from None
 
 
 def complete(
@@ -125,6 +140,8 @@ class StopStrings:
     def __init__(self, stop: Sequence[str]) -> None:
         if "" in stop:
             raise UserError("a stop string is empty")
+        for string in stop:
+            check_text(string, "a stop string")
         self._stop, self._held, self.found = stop, "", False
         self.string = ""
         """The string that was found."""

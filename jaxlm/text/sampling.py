@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from jaxlm.config import registry
+from jaxlm.config.run import LARGEST_SEED
 from jaxlm.errors import UserError
 
 
@@ -64,9 +65,23 @@ def preset(name: str) -> Sampling:
     return Sampling(**registry.sampling(name))  # pyright: ignore[reportArgumentType]
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a framework does not take.
+
+    Raises:
+        UserError: it is negative or above `LARGEST_SEED`.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed = {seed} must lie between 0 and {LARGEST_SEED}")
+
+
 def uniforms(seed: int, rows: int, length: int) -> np.ndarray:
     """The random numbers of a generation, float32 [rows, length] in [0, 1).
 
     A row's numbers depend on the seed and its index alone, and a longer row begins with the shorter one.
+
+    Raises:
+        UserError: the seed is negative or too large for the frameworks.
     """
+    check_seed(seed)
     return np.stack([np.random.default_rng([seed, row]).random(length, np.float32) for row in range(rows)])

@@ -60,4 +60,7 @@ def content(path: Path) -> bytes:
         raise UserError(f"{path}: a link to {real}, outside of the model", "put a copy in its place")
     if (size := path.stat().st_size) > LARGEST:
         raise UserError(f"{path}: {size:,} bytes are no file of a tokenizer")
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

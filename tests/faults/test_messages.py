@@ -1,0 +1,66 @@
+"""Refusals that say what a thing is and what to do about it."""
+
+import json
+
+import pytest
+
+from jaxlm.config.run import Distributed
+from jaxlm.convert.files.side_files import content
+from jaxlm.convert.open_model import open_model
+from jaxlm.errors import UserError
+from jaxlm.launch.job import Job
+from jaxlm.processes.meet import find_place
+
+INTERACTIVE = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_NUM_NODES": "1",
+}
+
+
+def test_a_step_of_one_task_trains_alone(capsys, monkeypatch):
+    for name, value in INTERACTIVE.items():
+        monkeypatch.setenv(name, value)
+    assert find_place(Distributed(), INTERACTIVE) is None
+    told = capsys.readouterr().err
+    assert "SLURM_STEP_NUM_TASKS=1" in told and "SLURM_NTASKS=4" in told
+    place = find_place(Distributed(), {**INTERACTIVE, "SLURM_STEP_NUM_TASKS": "4"})
+    assert place is not None and place.processes == 4
+    place = find_place(Distributed(), {**INTERACTIVE, "SLURM_STEP_NUM_TASKS": "2"})
+    assert place is not None and place.processes == 2, "the step's, not the allocation's"
+
+
+@pytest.mark.parametrize(
+    "config, name",
+    [("2024_run.toml", "run-2024-run"), ("a/B c.toml", "b-c"), ("7.toml", "run-7"), ("x" * 60 + ".toml", "x" * 40)],
+)
+def test_the_name_of_a_job_is_made_to_fit(config, name):
+    assert Job(config).name == name
+
+
+def test_a_file_without_ascii_needs_a_name():
+    with pytest.raises(UserError, match="--name"):
+        Job("実験.toml")
+    assert Job("実験.toml", name="trial").name == "trial"
+
+
+def test_an_adapter_is_called_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    with pytest.raises(UserError, match=r"adapter.*org/base.*merge"):
+        open_model(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "generation_config.json"
+    path.write_text("{}")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"generation_config.json: cannot be read: Permission denied"):
+        content(path)
