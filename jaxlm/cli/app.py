@@ -7,6 +7,7 @@ jaxlm train configs/quickstart.toml train.steps=100
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -43,7 +44,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 def main() -> int:
     """Run the command line; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="backslashreplace")  # a terminal of few characters shows \u00e9
     code = _guarded(lambda: app(standalone_mode=True))
     if code and "jaxlm.processes.meet" in sys.modules:

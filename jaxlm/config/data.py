@@ -135,6 +135,8 @@ class Data:
     """The text of a row as a pattern over its fields, `"{question}\\n{answer}"`; empty: the field `text_key`."""
     row_files: tuple[str, ...] = ()
     """Endings of further files whose rows are documents: `.csv`, `.tsv`, `.json` (an array); else they are text."""
+    max_bad_rows: NonNegativeInt = 100
+    """How many rows may be no JSON, no UTF-8 or without a text: they are skipped and named; 0: none."""
     gitignore: bool = False
     """`source` is a git working tree: leave out what its `.gitignore` files name."""
     validation_fraction: float = 0.05

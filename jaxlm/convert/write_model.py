@@ -22,7 +22,8 @@ from jaxlm.convert.llama2c import model_bin
 from jaxlm.convert.open_model import TOKENIZER, Opened, open_model
 from jaxlm.convert.rows import plan
 from jaxlm.errors import UserError, did_you_mean
-from jaxlm.text.tokenizer import Tokenizer, check_fits
+from jaxlm.text.beside import end_ids
+from jaxlm.text.tokenizer import Tokenizer, check_usable
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file of a run and of a public layout, as `save_pretrained` has it."""
@@ -83,7 +84,7 @@ def convert(
     cfg = model.config.model
     to = resolve(to, cfg)
     if model.tokenizer_path:
-        check_fits(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
+        check_usable(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
     elif model.kind == model_bin.NAME or SENTENCEPIECE in model.kept:
         print(f"the weights go alone: {no_tokenizer(model.path)}", file=sys.stderr)
     if to == model_bin.NAME:
@@ -182,6 +183,8 @@ def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
     special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if special_ids["bos_token_id"] not in (None, special_ids["eos_token_id"]):  # which ends a text as well
         special_ids["eos_token_id"] = [hf[key] for key in ("eos_token_id", "bos_token_id") if hf[key] is not None]
+    if kept := end_ids(_settings(model.kept.get("generation_config.json", b"{}"))):
+        hf["eos_token_id"] = special_ids["eos_token_id"] = kept[0] if len(kept) == 1 else list(kept)
     files: dict[str, str | bytes] = {"config.json": _json(hf), "generation_config.json": _json(special_ids)}
     if tokenizer:
         spellings = {
@@ -208,6 +211,14 @@ def _progress(tensors: Sequence[storage.Planned], dst: Path) -> Iterator[Callabl
     with Progress(console=Console(stderr=True), transient=True, disable=size < _LONG) as progress:
         task = progress.add_task(f"writing {dst.name}", total=size)
         yield lambda size: progress.advance(task, size)
+
+
+def _settings(content: bytes) -> dict[str, Any]:
+    try:
+        settings = json.loads(content)
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _json(content: Any) -> str:

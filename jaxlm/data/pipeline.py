@@ -120,6 +120,9 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     """
     corpora = _corpora(config.data)
     tokenizer = tokenizer or _make_tokenizer(config, corpora)
+    if tokenizer.eot is None and config.tokenizer.kind == "file":
+        told = "no document ends, nor does a generation; eos_token in a tokenizer_config.json beside it names one"
+        print(f"warning: {config.tokenizer.path}: no end-of-text token: {told}", file=sys.stderr)
     if config.model.vocab_size:
         check_fits(tokenizer, config.model.vocab_size)
     data = config.data
@@ -130,6 +133,11 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
         shards = open_shards(documents, tokenizer, data.cache_dir, data.workers, **options)
         if shards.skipped and not shards.reused and "stdlib" not in documents.where:
             print(f"{', '.join(documents.where)}: {describe_skipped(shards.skipped)}", file=sys.stderr)
+        if not shards.train.trained_tokens:
+            message = f"data.source = {', '.join(documents.where)!r}: every document has one token, so none is a target"
+            raise UserError(
+                message, "nothing can be learned from it: take longer texts, or a tokenizer with an end of text"
+            )
         parts.append(Part(name, shards))
     return _corpus(tokenizer, parts, [", ".join(documents.where) for _, documents in corpora])
 

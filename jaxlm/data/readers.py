@@ -1,24 +1,26 @@
-"""Reading one source: a text file is a document, a row of `.jsonl`, `.parquet`, `.csv`, `.json` or the hub is one."""
+"""Reading one source: a text file is a document, a row of `.jsonl`, `.parquet`, `.csv`, `.json` or the hub is one.
+
+A bad row is skipped and named, until there are more than `data.max_bad_rows` or no row is good.
+"""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import gzip
 import importlib.util
 import json
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.data import contents
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.text.languages import language
 
-RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
-"""Endings of files whose rows are documents."""
+RECORDS = (".jsonl", ".ndjson", ".json", ".gz", ".bz2", ".xz", ".zst", ".parquet")
+"""Endings of files, which no name of a data set has."""
 MAX_LINE_BYTES = 64 << 20
 MAX_EXPANSION = 250
 """How many times its size a compressed file may grow to; text reaches 20, a decompression bomb 1000."""
@@ -60,6 +62,7 @@ class Reading(NamedTuple):
         row_files: endings of further files whose rows are documents: `.csv`, `.json`.
         languages: leave out files of other languages; empty: none.
         value_key: field of a row that holds a number for a curriculum.
+        max_bad_rows: how many rows without text are skipped.
     """
 
     text_key: str = "text"
@@ -67,6 +70,7 @@ class Reading(NamedTuple):
     row_files: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
     value_key: str = ""
+    max_bad_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Source:
     Attributes:
         alone: the user named this very file, so that a bad one is an error; in a folder it is skipped.
         skipped: name to reason of what was left out; grows while `documents` runs.
+        bad: the rows among them.
     """
 
     where: str
@@ -84,6 +89,7 @@ class Source:
     alone: bool = False
     dataset: Any = None
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    bad: dict[str, UserError] = dataclasses.field(default_factory=dict)
 
     def identity(self) -> list[Any]:
         """What must be equal for the content to be taken as unchanged, without reading it.
@@ -100,8 +106,17 @@ class Source:
         """All documents with text, in the order of the files' names.
 
         Raises:
-            UserError: a row is no JSON, has no `text_key`, or (when `alone`) the file is not UTF-8 text.
+            UserError: too many rows or all of them are no JSON or have no text under `text_key`, or (when `alone`) the
+                file is not UTF-8 text.
         """
+        good = False
+        for document in self._documents():
+            good = True
+            yield document
+        if not good and self.bad:
+            raise next(iter(self.bad.values()))
+
+    def _documents(self) -> Iterator[Document]:
         if self.dataset is not None:
             yield from self._rows(self.where, self._hub())
         for file in self.files:
@@ -115,24 +130,72 @@ class Source:
                     yield Document(file.name, text, file.name, spoken)
 
     def _row_reader(self, file: File) -> Callable[[File], Iterator[tuple[int, Mapping[str, Any]]]] | None:
-        if file.name.endswith(".parquet"):
+        kind = contents.kind_of(file.name)
+        if kind == "parquet":
             return self._parquet
-        if file.name.endswith(RECORDS):
+        if kind == "lines":
             return self._jsonl
-        if file.name.endswith(self.reading.row_files or "\0"):
-            return self._csv if file.name.endswith((".csv", ".tsv")) else self._json
+        if file.name.lower().endswith(self.reading.row_files or "\0"):
+            return self._csv if kind == "table" else self._json
+        return self._json_reader(file) if kind == "json" else None
+
+    def _json_reader(self, file: File) -> Callable[[File], Iterator[tuple[int, Mapping[str, Any]]]] | None:
+        """How a file `.json` is read by its content; None: it is a text, such as the settings of a program."""
+        try:
+            with contents.unpacked(file.path) as stream:
+                head = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf").strip()
+                more = bool(stream.read(1024).strip())
+            if head.startswith(b"["):
+                rows = _loads(self._whole(file))
+                if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+                    return self._json if self._has_text(file, rows) else _nothing
+            elif isinstance(row := _loads(head.decode()), dict) and (more or self.reading.text_key in row):
+                return self._jsonl if self._has_text(file, [row]) else _nothing
+        except (*contents.DAMAGED, ValueError, RecursionError):  # the readers say what is wrong
+            pass
+        if self.alone:
+            message = f"{file.path}: neither an array of JSON objects nor one in each line"
+            raise UserError(message, "give it another ending, such as .txt, to read it as a text")
         return None
+
+    def _has_text(self, file: File, rows: list[dict[str, Any]]) -> bool:
+        """Whether rows have the field of the text; a file of a folder that has none is skipped."""
+        key = self.reading.text_key
+        if self.alone or self.reading.template or any(key in row for row in rows):
+            return True
+        self._refuse(file.name, f"has rows without the field {key!r} (data.text_key)")
+        return False
+
+    def _whole(self, file: File) -> str:
+        """The text of a file that cannot be read in parts."""
+        with contents.unpacked(file.path) as stream:
+            content = stream.read(MAX_LINE_BYTES + 1)
+        if len(content) > MAX_LINE_BYTES:
+            raise UserError(f"{file.path}: longer than {MAX_LINE_BYTES >> 20} MiB", "write one row a line, as .jsonl")
+        return content.decode("utf-8-sig")
+
+    def _bad_row(self, where: str, error: UserError) -> None:
+        """Note a row that is skipped; raise when there are too many."""
+        self.bad.setdefault(where, error)
+        self.skipped[where] = error.message.partition(where.rpartition(", ")[2])[2].lstrip(": ")
+        if len(self.bad) > self.reading.max_bad_rows > 0:
+            more = f"more than data.max_bad_rows = {self.reading.max_bad_rows} rows are bad"
+            raise UserError(f"{error.message}; {more}", error.hint)
+        if not self.reading.max_bad_rows:
+            raise error
 
     def _rows(self, name: str, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> Iterator[Document]:
         for row, record in rows:
+            where = f"{name}, row {row}"
             text = self._text_of(name, row, record)
             if not isinstance(text, str):
                 key = self.reading.text_key
-                raise UserError(f"{name}, row {row}: {key!r} is not text", "data.text_key names the field")
+                self._bad_row(where, UserError(f"{where}: {key!r} is not text", "data.text_key names the field"))
+                continue
             try:
                 text.encode()
             except UnicodeEncodeError:
-                self._refuse(f"{name}, row {row}", "has half a surrogate pair, which is not UTF-8")
+                self._bad_row(where, UserError(f"{where} has half a surrogate pair, which is not UTF-8"))
                 continue
             spoken = record.get("language")
             spoken = spoken.lower() if isinstance(spoken, str) else ""
@@ -179,28 +242,34 @@ class Source:
 
     def _text(self, file: File) -> str:
         try:
-            with file.path.open("rb") as stream:
+            with contents.unpacked(file.path) as stream:
                 content = stream.read(8192)
                 if b"\0" not in content:
-                    content += stream.read()
-        except OSError as error:
-            self._refuse(file.name, f"cannot be read: {error.strerror}")
+                    most = self._most(file) if contents.packed(file.name) else file.size + MAX_LINE_BYTES
+                    content += stream.read(most)
+                    if stream.read(1):
+                        raise UserError(f"{file.path}: expands to more than {MAX_EXPANSION} times its size")
+        except contents.DAMAGED as error:
+            self._refuse(file.name, f"cannot be read: {getattr(error, 'strerror', None) or error}")
             return ""
         if b"\0" in content:
-            self._refuse(file.name, "is binary, not text")
+            self._refuse(file.name, contents.why_not_text(content))
             return ""
         try:
-            return content.decode("utf-8")
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            self._refuse(file.name, f"is not UTF-8 (byte {error.start})")
+            self._refuse(file.name, contents.why_not_text(content) or f"is not UTF-8 (byte {error.start})")
             return ""
 
+    def _most(self, file: File) -> int:
+        """Bytes that a compressed file may hold."""
+        return max(MAX_LINE_BYTES, MAX_EXPANSION * file.size)
+
     def _jsonl(self, file: File) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        zipped = file.name.endswith(".gz")
-        most = max(MAX_LINE_BYTES, MAX_EXPANSION * file.size)
-        read = 0
+        zipped = contents.packed(file.name)
+        most, read = self._most(file), 0
         try:
-            with gzip.open(file.path) if zipped else file.path.open("rb") as lines:
+            with contents.unpacked(file.path) as lines:
                 row = 0
                 while line := lines.readline(MAX_LINE_BYTES + 1):
                     row, read = row + 1, read + len(line)
@@ -211,47 +280,55 @@ class Source:
                     try:
                         text = line.decode("utf-8-sig" if row == 1 else "utf-8")
                     except UnicodeDecodeError:
-                        self._refuse(f"{file.name}, row {row}", "is not UTF-8")
+                        where = f"{file.name}, row {row}"
+                        self._bad_row(where, UserError(f"{where} is not UTF-8"))
                         continue
-                    if text.strip():
-                        yield row, self._record(file, row, text)
-        except (OSError, EOFError, zlib.error) as error:
+                    if text.strip() and (record := self._record(file, row, text)) is not None:
+                        yield row, record
+        except contents.DAMAGED as error:
             raise UserError(f"{file.path}: cannot be read: {error}") from None
 
-    def _record(self, file: File, row: int, line: str) -> Mapping[str, Any]:
+    def _record(self, file: File, row: int, line: str) -> Mapping[str, Any] | None:
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{file.path}, row {row}: not JSON: {error}") from None
+            record = _loads(line)
+        except (ValueError, RecursionError) as error:
+            self._bad_row(f"{file.name}, row {row}", UserError(f"{file.path}, row {row}: not JSON: {error}"))
+            return None
         return self._with_text(file, row, record)
 
-    def _with_text(self, file: File, row: int, record: Any) -> Mapping[str, Any]:
+    def _with_text(self, file: File, row: int, record: Any) -> Mapping[str, Any] | None:
+        """The record, or None for one that is skipped."""
+        where, key = f"{file.path}, row {row}", self.reading.text_key
         if not isinstance(record, dict):
-            raise UserError(f"{file.path}, row {row}: not a JSON object")
-        key = self.reading.text_key
+            self._bad_row(f"{file.name}, row {row}", UserError(f"{where}: not a JSON object"))
+            return None
         if not self.reading.template and key not in record:
-            raise UserError(f"{file.path}, row {row}: no field {key!r} (data.text_key)", did_you_mean(key, record))
+            error = UserError(f"{where}: no field {key!r} (data.text_key)", did_you_mean(key, record))
+            self._bad_row(f"{file.name}, row {row}", error)
+            return None
         return record
 
     def _json(self, file: File) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        if file.size > MAX_LINE_BYTES:
-            raise UserError(f"{file.path}: longer than {MAX_LINE_BYTES >> 20} MiB", "write one row a line, as .jsonl")
         try:
-            rows = json.loads(file.path.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            rows = _loads(self._whole(file))
+        except (*contents.DAMAGED, ValueError, RecursionError) as error:
             raise UserError(f"{file.path}: not JSON: {error}") from None
         if not isinstance(rows, list):
             raise UserError(f"{file.path}: not an array of rows", "remove .json from data.row_files")
         for row, record in enumerate(rows, start=1):
-            yield row, self._with_text(file, row, record)
+            if (good := self._with_text(file, row, record)) is not None:
+                yield row, good
 
     def _csv(self, file: File) -> Iterator[tuple[int, Mapping[str, Any]]]:
         csv.field_size_limit(MAX_LINE_BYTES)
         try:
             with file.path.open(encoding="utf-8-sig", newline="") as lines:
-                rows = csv.DictReader(lines, delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
+                delimiter = "\t" if file.name.lower().endswith(".tsv") else ","
+                rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
                 for row, record in enumerate(rows, start=2):  # the first line names the fields
-                    yield row, self._with_text(file, row, {str(name): text for name, text in record.items()})
+                    good = self._with_text(file, row, {str(name): text for name, text in record.items()})
+                    if good is not None:
+                        yield row, good
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file.path}: cannot be read: {error}") from None
 
@@ -290,3 +367,17 @@ class Source:
         if self.alone:
             raise UserError(f"{self.where}: {name} {reason}" if name not in self.where else f"{self.where} {reason}")
         self.skipped[name] = reason
+
+
+def _nothing(file: File) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    yield from ()
+
+
+def _loads(text: str | bytes) -> Any:
+    """A JSON value; a number of more digits than Python takes for one comes as its digits."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, parse_int=str)

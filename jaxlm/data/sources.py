@@ -45,19 +45,24 @@ def open_source(where: str, data: Data) -> Source:
         if spoken not in LANGUAGES:
             raise UserError(f"data.languages: {spoken!r} is unknown", did_you_mean(spoken, LANGUAGES))
     value = data.curriculum.by if data.curriculum.by not in ("", "length", "compression", "loss") else ""
-    reading = Reading(data.text_key, data.template, data.row_files, data.languages, value)
+    reading = Reading(data.text_key, data.template, data.row_files, data.languages, value, data.max_bad_rows)
+    if not where.strip():
+        raise UserError("data.source is empty", "name a file, a folder or a data set")
+    skipped: dict[str, str] = {}
     if where == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return Source(where, tuple(_walk(root, (".py",), _NOT_STDLIB)), reading)
+        return Source(where, tuple(_walk(root, (".py",), skipped, _NOT_STDLIB)), reading)
     path = Path(where).expanduser()
     if path.is_dir():
-        files = tuple(_tracked(path, data.extensions) if data.gitignore else _walk(path, data.extensions))
+        how = (path, data.extensions, skipped)
+        files = tuple(_tracked(*how) if data.gitignore else _walk(*how))
         if not files:
             endings = f" that ends in {', '.join(data.extensions)}" if data.extensions else ""
+            links = ", links are not followed" if any(one.is_symlink() for one in path.iterdir()) else ""
             raise UserError(
-                f"{where}: the folder has no file{endings}", "data.source and data.extensions choose the files"
+                f"{where}: the folder has no file{endings}{links}", "data.source and data.extensions choose the files"
             )
-        return Source(where, files, reading)
+        return Source(where, files, reading, skipped=skipped)
     if path.is_file():
         return Source(where, (_file(path.name, path, path.stat()),), reading, alone=True)
     if glob.has_magic(where):
@@ -68,7 +73,7 @@ def open_source(where: str, data: Data) -> Source:
     return _hugging_face(where, reading)
 
 
-def _tracked(root: Path, extensions: tuple[str, ...]) -> list[File]:
+def _tracked(root: Path, extensions: tuple[str, ...], skipped: dict[str, str]) -> list[File]:
     """The files of a git working tree, without those that `.gitignore` leaves out."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
@@ -77,10 +82,13 @@ def _tracked(root: Path, extensions: tuple[str, ...]) -> list[File]:
         said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip() or str(error)
         raise UserError(f"{root}: git cannot list it: {said.splitlines()[0]}", "data.gitignore = false") from None
     names = {name for name in os.fsdecode(listed).split("\0") if name}
-    return [file for file in _walk(root, extensions, frozenset({"__pycache__"})) if file.name in names]
+    return [file for file in _walk(root, extensions, skipped, frozenset({"__pycache__"})) if file.name in names]
 
 
-def _walk(root: Path, extensions: tuple[str, ...], without: frozenset[str] = _NOT_CORPUS) -> list[File]:
+def _walk(
+    root: Path, extensions: tuple[str, ...], skipped: dict[str, str], without: frozenset[str] = _NOT_CORPUS
+) -> list[File]:
+    """The files below a folder, by name; a folder in it that cannot be listed goes into `skipped`."""
     found: list[File] = []
     folders = [("", str(root))]
     while folders:
@@ -95,7 +103,9 @@ def _walk(root: Path, extensions: tuple[str, ...], without: frozenset[str] = _NO
                     elif entry.name.endswith(extensions or "") and stat.S_ISREG((info := entry.stat()).st_mode):
                         found.append(_file(prefix + entry.name, Path(entry.path), info))
         except OSError as error:
-            raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
+            if not prefix:
+                raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
+            skipped[prefix] = f"cannot be listed: {error.strerror}"
     return sorted(found)
 
 
@@ -157,10 +167,10 @@ class Documents:
         """sha256 of the sources' identities and the options that choose and cut documents."""
         data = self._data
         options: list[Any] = [data.text_key, data.validation_fraction, bool(data.validation_source), data.max_bytes]
-        reading = self._main[0].reading._replace(text_key="text")
+        reading = self._main[0].reading._replace(text_key="text", max_bad_rows=0)
         if reading != Reading() or data.unit != "document":
             options += [*reading, data.unit, data.repository.without_name]
-        content = json.dumps([options, *(source.identity() for source in self._sources)])
+        content = json.dumps([2, options, *(source.identity() for source in self._sources)])
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     def __iter__(self) -> Iterator[tuple[Side, Document]]:

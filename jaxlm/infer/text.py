@@ -25,7 +25,7 @@ from jaxlm.numerics import Policy
 from jaxlm.processes.compile_cache import enable_compilation_cache
 from jaxlm.text.completion import Completion, check_prompts, encode_prompts
 from jaxlm.text.sampling import Sampling
-from jaxlm.text.tokenizer import Tokenizer, check_fits
+from jaxlm.text.tokenizer import Tokenizer, check_usable
 
 if TYPE_CHECKING:
     from jaxlm.convert.open_model import Model
@@ -43,11 +43,10 @@ class Generator:
     """
 
     def __init__(self, decoder: Decoder, params: Params, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> None:
-        check_fits(tokenizer, decoder.config.vocab_size)
+        check_usable(tokenizer, decoder.config.vocab_size)
         self.tokenizer = tokenizer
         self.decoder, self.params = unrolled_for_decoding(decoder, params)
-        own = (tokenizer.eot, tokenizer.bos)  # some models know no end, only that another text begins
-        self.ends = tuple(dict.fromkeys([*(token for token in own if token is not None), *ends]))
+        self.ends = tuple(dict.fromkeys([*sorted(tokenizer.ends), *ends]))
 
     def engine(
         self,

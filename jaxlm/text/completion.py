@@ -170,7 +170,7 @@ class _Row:
     """The completion of one prompt while it grows."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], after: Sequence[int]) -> None:
-        self._ends = (tokenizer.eot, tokenizer.bos)  # some models know no end, only that another text begins
+        self._ends = tokenizer.ends  # some models know no end, only that another text begins
         self._characters = TextStream(tokenizer, skip_special=True, after=after)
         self._stop = StopStrings(stop)
         self.tokens: list[int] = []

@@ -1,4 +1,4 @@
-"""What `jaxlm tokenizer inspect` shows of a tokenizer and a text."""
+"""`jaxlm tokenizer inspect`: what a tokenizer is, and what it makes of a text."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ never as the special id.
 
 from __future__ import annotations
 
-import codecs
 import functools
 import hashlib
+import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.errors import UserError
 from jaxlm.text import gguf_tokenizer, tokenizer_bin
+from jaxlm.text.beside import Beside, read_beside
+from jaxlm.text.stream import TextStream as TextStream
 
 if TYPE_CHECKING:
     import tokenizers
+
+_log = logging.getLogger(__name__)
 
 RESERVED = 6
 """Special tokens without a meaning yet, so that a later use does not change the vocabulary."""
@@ -57,16 +62,22 @@ class Tokenizer:
         specials: name (`eot`, `pad`, `fim_prefix`, ..., see `SPELLINGS`) to id, for those that the vocabulary has.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, beside: Beside | None = None) -> None:
         inner.no_truncation()
         inner.no_padding()
-        self._inner = inner
+        beside = beside or Beside()
+        _add(inner, beside)
+        self._inner, self._beside = inner, beside
         self.specials: dict[str, int] = {}
         for name, spellings in SPELLINGS.items():
             for spelling in spellings:
                 if (token := inner.token_to_id(spelling)) is not None:
                     self.specials[name] = token
                     break
+        self._by_spelling = dict(self.specials)
+        for name, spelling in (("eot", beside.eos), ("pad", beside.pad)):
+            if spelling and (token := inner.token_to_id(spelling)) is not None:
+                self.specials[name] = token
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, specials: bool = True) -> Tokenizer:
@@ -102,7 +113,8 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read any `tokenizer.json` of the `tokenizers` library, a `tokenizer.bin` of llama2.c, or that of a GGUF file.
+        """Read any `tokenizer.json` of the `tokenizers` library and what lies beside it, a `tokenizer.bin` of llama2.c, or
+        that of a GGUF file.
 
         Raises:
             UserError: the file is missing or no tokenizer.
@@ -115,8 +127,9 @@ class Tokenizer:
             return cls(Inner.from_str(tokenizer_bin.as_text(path)))
         if Path(path).suffix == ".gguf":
             return cls(Inner.from_str(gguf_tokenizer.as_text(path)))
+        beside = read_beside(Path(path).parent) if Path(path).name == "tokenizer.json" else None
         try:
-            return cls(Inner.from_file(str(path)))
+            return cls(Inner.from_file(str(path)), beside)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
 
@@ -135,6 +148,11 @@ class Tokenizer:
     def eot(self) -> int | None:
         """Id of end of text, which follows every document; None when the tokenizer has none."""
         return self.specials.get("eot")
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end a generated text: end of text, begin of another one, and those of `generation_config.json`."""
+        return frozenset(token for token in (self.eot, self.bos, *self._beside.ends) if token is not None)
 
     @functools.cached_property
     def bos(self) -> int | None:
@@ -236,6 +254,10 @@ class Tokenizer:
         """Ids that `skip_special` leaves out."""
         return frozenset(i for i, added in self._added.items() if added.special)
 
+    def added_beyond(self, vocab_size: int) -> list[str]:
+        """Added tokens whose ids are `vocab_size` or more."""
+        return [added.content for number, added in sorted(self._added.items()) if number >= vocab_size]
+
     @functools.cached_property
     def _added(self) -> dict[int, Any]:
         return self._inner.get_added_tokens_decoder()
@@ -281,53 +303,28 @@ class Tokenizer:
         try:
             temporary.write_text(self.to_json(), encoding="utf-8")
             temporary.replace(path)
+            if path.name == "tokenizer.json" and self.specials != self._by_spelling:
+                words = {"eot": "eos_token", "pad": "pad_token"}
+                named = {
+                    words[name]: self._inner.id_to_token(self.specials[name]) for name in words if name in self.specials
+                }
+                settings = {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "clean_up_tokenization_spaces": False,
+                    **named,
+                }
+                path.with_name("tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
         finally:
             temporary.unlink(missing_ok=True)
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+        named = json.dumps(self.specials) if self.specials != self._by_spelling else ""
+        return hashlib.sha256((self._inner.to_str() + named).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 (hex) of everything that decides the ids."""
         return self._fingerprint
-
-
-class TextStream:
-    """Ids in, text out as soon as its characters are complete; together the parts are what `decode` adds to `after`.
-
-    Args:
-        after: ids that stand before. SentencePiece drops a space at the beginning of a text, and only there.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, after: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids = [] if tokenizer.is_byte_level else [token for token in after if token not in self._skip]
-        self._emitted = len(tokenizer.decode(self._ids))
-
-    def push(self, token: int) -> str:
-        """Take one id; return the text that has become complete, perhaps empty."""
-        if token in self._skip:
-            return ""
-        if self._tokenizer.is_byte_level:
-            return self._utf8.decode(self._tokenizer.token_bytes(token))
-        self._ids.append(token)
-        if token in self._tokenizer.fallback_ids:  # a run of bytes is decoded as a whole
-            return ""
-        text = self._tokenizer.decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._rest(text)
-
-    def flush(self) -> str:
-        """What is left when no more ids come; an incomplete character becomes U+FFFD."""
-        if self._tokenizer.is_byte_level:
-            return self._utf8.decode(b"", final=True)
-        return self._rest(self._tokenizer.decode(self._ids))
-
-    def _rest(self, text: str) -> str:
-        part, self._emitted = text[self._emitted :], max(self._emitted, len(text))
-        return part
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -337,6 +334,32 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only model.vocab_size = {vocab_size}",
             "use the tokenizer that the model was trained with, or a larger model.vocab_size",
         )
+
+
+def check_usable(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """As `check_fits`, but added tokens may have no row in the model: a warning, and a text that has one is refused.
+
+    Raises:
+        UserError: ordinary tokens have no row either.
+    """
+    beyond = tokenizer.added_beyond(vocab_size)
+    if tokenizer.vocab_size - len(beyond) > vocab_size:
+        check_fits(tokenizer, vocab_size)
+    if beyond:
+        words, rows = ", ".join(beyond[:3]), f"the model has model.vocab_size = {vocab_size} rows"
+        _log.warning("warning: %d added tokens (%s) are beyond: %s", len(beyond), words, rows)
+        tokenizer.specials = {name: token for name, token in tokenizer.specials.items() if token < vocab_size}
+
+
+def _add(inner: tokenizers.Tokenizer, beside: Beside) -> None:
+    """Add the tokens that only the files beside a tokenizer.json name, in the order of their ids."""
+    from tokenizers import AddedToken
+
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    for content, flags in beside.added:
+        if content not in known:
+            added = AddedToken(content, **{**flags, "special": bool(flags.get("special"))})
+            (inner.add_special_tokens if flags.get("special") else inner.add_tokens)([added])
 
 
 def _byte_level(model: Any, *, words: bool = True) -> tokenizers.Tokenizer:

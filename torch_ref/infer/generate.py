@@ -25,7 +25,7 @@ from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.text.completion import STREAM_BLOCK, Completion, check_prompts, complete, encode_prompts, right_padded
 from jaxlm.text.sampling import Sampling, uniforms
-from jaxlm.text.tokenizer import Tokenizer, check_fits
+from jaxlm.text.tokenizer import Tokenizer, check_usable
 from torch_ref.models.decoder import Decoder, init_cache
 from torch_ref.numerics import Policy
 from torch_ref.ops.sampling import sample
@@ -110,7 +110,7 @@ class Generator:
     """A decoder with its tokenizer, ready to complete many prompts."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
-        check_fits(tokenizer, decoder.config.vocab_size)
+        check_usable(tokenizer, decoder.config.vocab_size)
         self.decoder, self.tokenizer = decoder, tokenizer
 
     def complete(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from jaxlm.convert.files.storage import read_json
 from jaxlm.convert.llama2c.model_bin import MODEL, ROPE_TABLES
 from jaxlm.errors import UserError
+from jaxlm.text.beside import end_ids
 
 SENTENCEPIECE = "tokenizer.model"
 PUBLIC = (
@@ -32,7 +35,13 @@ def carried(folder: Path) -> dict[str, bytes]:
         UserError: a file is too large to be what its name says, or a link that leads out of the model.
     """
     names = (*PUBLIC, ROPE_TABLES)
-    return {name: content(folder / name) for name in names if (folder / name).is_file()}
+    kept = {name: content(folder / name) for name in names if (folder / name).is_file()}
+    if "generation_config.json" not in kept and (folder / "config.json").is_file():
+        settings = read_json(folder / "config.json")
+        if len(end_ids(settings)) > 1:  # which a tokenizer alone cannot say
+            ids = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            kept["generation_config.json"] = json.dumps(ids, indent=2).encode() + b"\n"
+    return kept
 
 
 def no_tokenizer(path: Path) -> UserError:
