@@ -126,16 +126,11 @@ def fill(tensors: Mapping[str, Any], cfg: config.Model, where: str) -> Params:
     """A live tree of sound tensors by canonical names, each read once.
 
     Raises:
-        UserError: the layers of a stack have several dtypes, or a tensor turns out to be damaged.
+        UserError: a tensor turns out to be damaged.
     """
-    problems = Problems()
     params: Params = {}
-    stored = getattr(tensors, "stored", lambda name: name)
     for name in leaves(cfg):
-        tensor = np.asarray(tensors[name])
-        if not _insert(params, name, tensor, cfg):
-            problems.add("in another dtype than the layer before", [f"{stored(name)} {tensor.dtype}"])
-    problems.refuse(where, "does the config belong to these weights?")
+        _insert(params, name, np.asarray(tensors[name]), cfg)
     return params
 
 
@@ -172,20 +167,26 @@ def locate(name: str, cfg: config.Model) -> tuple[tuple[str, ...], int | None]:
     return ("layers", f"slot_{slot}", *inside), repeat
 
 
-def _insert(params: Params, name: str, tensor: np.ndarray, cfg: config.Model) -> bool:
-    """Put a tensor into its place; False when the stack that it belongs to has another dtype."""
+def _insert(params: Params, name: str, tensor: np.ndarray, cfg: config.Model) -> None:
+    """Put a tensor into its place; a stack whose layers differ in dtype takes one that holds all of them exactly."""
     (*parents, last), index = locate(name, cfg)
     for key in parents:
         params = params.setdefault(key, {})
     if index is None:
         params[last] = np.require(tensor, requirements=["C", "W"])  # nothing that a file is mapped to
-        return True
+        return
     if last not in params:
         params[last] = np.empty((cfg.repeats, *tensor.shape), tensor.dtype)
     if params[last].dtype != tensor.dtype:
-        return False
+        params[last] = params[last].astype(_wider(params[last].dtype, tensor.dtype), copy=False)
     params[last][index] = tensor
-    return True
+
+
+def _wider(one: np.dtype, other: np.dtype) -> np.dtype:
+    """The dtype that holds both: float16 and bfloat16 together need float32."""
+    if one.itemsize != other.itemsize:
+        return max(one, other, key=lambda dtype: dtype.itemsize)
+    return one if one == other else np.dtype(np.float32)
 
 
 def fault(tensor: np.ndarray, shape: tuple[int, ...]) -> tuple[str, str] | None:

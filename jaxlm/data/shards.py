@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -37,6 +36,7 @@ from jaxlm.data import repository
 from jaxlm.data.readers import Document
 from jaxlm.data.sources import Documents, Side, pieces
 from jaxlm.errors import UserError
+from jaxlm.processes.file_lock import hold
 from jaxlm.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -193,8 +193,7 @@ def exclusive(target: Path) -> Iterator[None]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold(target.with_suffix(".lock")):
             yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

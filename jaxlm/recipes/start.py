@@ -5,16 +5,19 @@ run(toml.load("configs/quickstart.toml"))
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.processes import meet
+from jaxlm.processes.file_lock import only_trainer
 from jaxlm.processes.freed_memory import keep_freed_memory
 from jaxlm.recipes import make_recipe
 from jaxlm.run.directory import compare_with_run, shared_facts, tokenizer_of_run, with_vocabulary
@@ -39,6 +42,13 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     warm.start()
     cfg, recipe, source = open_stage(cfg, resume=resume, tell=print if first else lambda _: None)
     warm.join()
+    with only_trainer(Path(cfg.out_dir)) if first else contextlib.nullcontext():
+        return _train(cfg, recipe, source, resume, backend)
+
+
+def _train(
+    cfg: config.Config, recipe: Recipe, source: DataSource, resume: bool, backend: config.Backend
+) -> Progress:
     if backend == "torch":
         from jaxlm.convert.native import to_torch
         from torch_ref.train.engine import TorchEngine

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import inspect
 import json
 import logging
 import math
+import shutil
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ from jaxlm.train.step import TrainState
 FORMAT = 1
 _TREES = ("params", "optimizer", "trained")
 _LIMIT_GB = 96  # Orbax's own
+_TRIES = 5
+_REPLACED = "the run goes on saving: try again, or let it keep more with checkpoint.keep"
 _OTHER_STEP = "--step names an earlier one"
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
 
@@ -65,11 +70,13 @@ class Checkpointer:
             read_only=read_only,
         )
         self.folder = Path(run_dir).absolute() / "checkpoints"
+        self._read_only = read_only
+        self._plain = self._without_brackets()
         # Weights hardly compress: 8 % smaller for twice the time to read them.
         limits: Any = {"save_concurrent_gb": under_way_gb, "restore_concurrent_gb": under_way_gb}
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False, **limits) for name in _TREES}
         self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()}
+            self._plain, options=options, item_handlers={**handlers, "run": ocp.JsonCheckpointHandler()}
         )
 
     def steps(self) -> list[int]:
@@ -125,7 +132,15 @@ class Checkpointer:
         Raises:
             UserError: there is no such checkpoint, or it is damaged or of another architecture.
         """
-        return self._first_intact(reversed(self._asked(step)), {"params": like}, warn)[0]["params"]
+        for _ in range(_TRIES):
+            asked = self._asked(step)
+            try:
+                return self._first_intact(reversed(asked), {"params": like}, warn)[0]["params"]
+            except UserError:
+                if not self._read_only or (set(asked) <= (there := self._on_disk()) and max(there) == max(asked)):
+                    raise
+                self._manager.reload()  # the run went on and replaced what was being read
+        raise UserError(f"{self.folder}: every checkpoint was replaced while it was read", _REPLACED)
 
     def stored_params(self, like: Any, step: int | None = None) -> Any:
         """As `restore_params`, but each leaf is a `StoredLeaf`, and damage is noticed when a leaf is read."""
@@ -135,7 +150,7 @@ class Checkpointer:
         except (ValueError, OSError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / str(step)} is damaged: {_first_line(error)}", _OTHER_STEP) from error
         limit = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        shelf = _Shelf(self.folder / str(step), record["checksums"], limit)
+        shelf = _Shelf(self._plain / str(step), record["checksums"], limit)
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: StoredLeaf(tuple(key.key for key in path), leaf.shape, np.dtype(leaf.dtype), shelf), like
         )
@@ -164,6 +179,21 @@ class Checkpointer:
         params = {MODEL: items["params"], **items["trained"]} if self._several else items["params"]
         return TrainState(params=params, **items["optimizer"])
 
+    def _without_brackets(self) -> Path:
+        """The folder by a path that is no pattern, for Orbax looks for its files by patterns."""
+        if not glob.has_magic(str(self.folder)):
+            return self.folder
+        if not self._read_only:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        links = tempfile.mkdtemp(prefix="jaxlm-")
+        weakref.finalize(self, shutil.rmtree, links, ignore_errors=True)
+        (Path(links) / "run").symlink_to(self.folder.parent, target_is_directory=True)
+        return Path(links) / "run" / "checkpoints"
+
+    def _on_disk(self) -> set[int]:
+        """The steps that the folder has now."""
+        return {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()}
+
     def _save(self, step: int, items: dict[str, Any], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
         if step in self._manager.all_steps():
             self.wait()
@@ -188,7 +218,8 @@ class Checkpointer:
             except UserError:
                 raise
             except Exception as error:  # Orbax raises plain ones for what it cannot read
-                warn(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
+                if not self._read_only or step in self._on_disk():
+                    warn(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
                 cause = error
             if _everywhere(found is not None) and found:
                 return found
@@ -280,6 +311,8 @@ class _Shelf:
             if _host_word_sum(values) != self._checksums[name]:
                 raise ValueError(f"the checksum of {name} differs")
         except Exception as error:  # Orbax raises plain ones for what it cannot read
+            if not self._step.is_dir():
+                raise UserError(f"{self._step} was replaced while it was read", _REPLACED) from error
             raise UserError(f"{self._step} is damaged: {_first_line(error)}", _OTHER_STEP) from error
         return values
 

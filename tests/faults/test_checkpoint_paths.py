@@ -1,0 +1,48 @@
+"""A whole checkpoint is never called damaged: whatever the path, and while the run goes on saving."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import config
+from jaxlm.errors import UserError
+from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.optim import make_optimizer
+from jaxlm.train.step import init_state
+
+
+def make_state(step: int):
+    params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3) + step}}
+    return init_state(params, make_optimizer(config.Train()))._replace(step=jnp.asarray(step, jnp.int32))
+
+
+@pytest.mark.parametrize("name", ["x[1]", "[lr=3e-4]run", "a*b?", "-dash é 実"])
+def test_any_legal_path(tmp_path, name):
+    run = tmp_path / name
+    checkpointer = Checkpointer(run)
+    checkpointer.save(make_state(1), {"data": 1})
+    checkpointer.close()
+    assert (run / "checkpoints" / "1").is_dir()
+    state, record = Checkpointer(run).restore(make_state(0), pytest.fail)
+    assert record["data"] == 1
+    np.testing.assert_array_equal(state.params["a"]["kernel"], make_state(1).params["a"]["kernel"])
+    reader = Checkpointer(run, read_only=True)
+    like = {"a": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
+    np.testing.assert_array_equal(np.asarray(reader.stored_params(like)["a"]["kernel"])[0], [1, 2, 3])
+
+
+def test_a_reader_takes_the_next_one_when_its_own_was_replaced(tmp_path):
+    writer = Checkpointer(tmp_path, keep=1)
+    writer.save(make_state(1), {})
+    writer.wait()
+    reader = Checkpointer(tmp_path, read_only=True)
+    stored = Checkpointer(tmp_path, read_only=True).stored_params(make_state(0).params)
+    assert reader.steps() == [1]
+    writer.save(make_state(2), {})
+    writer.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()] == ["2"]
+    params = reader.restore_params(make_state(0).params, pytest.fail)
+    np.testing.assert_array_equal(params["a"]["kernel"], make_state(2).params["a"]["kernel"])
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        np.asarray(stored["a"]["kernel"])
