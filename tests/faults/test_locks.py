@@ -31,9 +31,9 @@ def file_system(request, monkeypatch):
 def test_the_second_trainer_is_refused_by_the_name_of_the_first(tmp_path, file_system):
     run = tmp_path / "a b[1]" / "run"
     with only_trainer(run):
-        with pytest.raises(UserError, match=rf"process {os.getpid()} on {socket.gethostname()} has this run"):
-            with only_trainer(run):
-                pass
+        me = rf"process {os.getpid()} on {socket.gethostname()} has this run"
+        with pytest.raises(UserError, match=me), only_trainer(run):
+            pass
     with only_trainer(run):
         pass
 
