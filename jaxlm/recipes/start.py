@@ -46,9 +46,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         return _train(cfg, recipe, source, resume, backend)
 
 
-def _train(
-    cfg: config.Config, recipe: Recipe, source: DataSource, resume: bool, backend: config.Backend
-) -> Progress:
+def _train(cfg: config.Config, recipe: Recipe, source: DataSource, resume: bool, backend: config.Backend) -> Progress:
     if backend == "torch":
         from jaxlm.convert.native import to_torch
         from torch_ref.train.engine import TorchEngine

@@ -38,7 +38,6 @@ from jaxlm.train.step import TrainState
 FORMAT = 1
 _TREES = ("params", "optimizer", "trained")
 _LIMIT_GB = 96  # Orbax's own
-_TRIES = 5
 _REPLACED = "the run goes on saving: try again, or let it keep more with checkpoint.keep"
 _OTHER_STEP = "--step names an earlier one"
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
@@ -132,7 +131,7 @@ class Checkpointer:
         Raises:
             UserError: there is no such checkpoint, or it is damaged or of another architecture.
         """
-        for _ in range(_TRIES):
+        for _ in range(5):
             asked = self._asked(step)
             try:
                 return self._first_intact(reversed(asked), {"params": like}, warn)[0]["params"]
@@ -191,7 +190,6 @@ class Checkpointer:
         return Path(links) / "run" / "checkpoints"
 
     def _on_disk(self) -> set[int]:
-        """The steps that the folder has now."""
         return {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()}
 
     def _save(self, step: int, items: dict[str, Any], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
