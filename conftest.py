@@ -31,6 +31,15 @@ settings.register_profile("jaxlm", deadline=None, derandomize=True)
 settings.load_profile("jaxlm")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def speaking() -> Iterator[None]:
+    """The library shows what it does, as it does for the command line."""
+    from jaxlm.cli.app import speaking
+
+    with speaking():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def few_mappings() -> Iterator[None]:
     """Forget compiled programs before their memory mappings reach Linux's 65530 a process, where XLA crashes."""

@@ -1,9 +1,11 @@
-"""Dtypes and matrix-product precision: one policy object, and the rule for what stays wide."""
+"""Dtypes and matrix-product precision: one policy object, the rule for what stays wide, the context of float64."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -30,3 +32,11 @@ class Policy:
 def wide(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of statistics, softmax and loss for inputs of `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def precision(numerics: config.Numerics) -> contextlib.AbstractContextManager[None]:
+    """A context in which arrays keep float64 if `numerics` ask for it or the process has it on; else JAX narrows them.
+
+    Only this thread sees it, and `jax.config` is as before when it ends.
+    """
+    return jax.enable_x64("float64" in (numerics.params, numerics.compute) or bool(jax.config.read("jax_enable_x64")))

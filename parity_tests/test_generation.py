@@ -14,7 +14,7 @@ import torch
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.infer import generate as jax_generate
-from jaxlm.infer.text import generate_text
+from jaxlm.infer.model import load
 from jaxlm.models import decoder as jax_decoder
 from jaxlm.text.completion import right_padded
 from jaxlm.text.sampling import GREEDY, Sampling
@@ -175,9 +175,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_texts_of_both_backends_and_of_the_command(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 40, "seed": 2}
-    ours = generate_text(folder, ["def add", ""], WARM, num_samples=2, stop=["z"], **options)
-    assert generate_text(folder, ["def add", ""], WARM, num_samples=2, stop=["z"], backend="torch", **options) == ours
+    model, options = load(folder), {"max_new_tokens": 40, "seed": 2, "num_samples": 2, "stop": ["z"]}
+    ours = model.generate(["def add", ""], sampling=WARM, **options)
+    assert model.generate(["def add", ""], sampling=WARM, backend="torch", **options) == ours
     assert [done.prompt for done in ours] == ["def add", "def add", "", ""]
     assert ours[0].tokens != ours[1].tokens
 

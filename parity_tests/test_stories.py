@@ -17,8 +17,7 @@ from jaxlm.convert.canonical import leaves
 from jaxlm.convert.native import to_torch
 from jaxlm.convert.open_model import load
 from jaxlm.convert.write_model import convert
-from jaxlm.infer.text import generate_text
-from jaxlm.text.sampling import GREEDY
+from jaxlm.infer import model as use
 from jaxlm.text.tokenizer import Tokenizer
 from parity_tests.families import our_logits, prompt, strictly, their_logits, torch_folder
 from parity_tests.pairs import error, model, random_params
@@ -73,8 +72,8 @@ def _made(folder: Path) -> Path:
 
 
 def test_the_same_story_token_for_token(converted: Converted) -> None:
-    ours = generate_text(converted.run, PROMPTS, GREEDY, max_new_tokens=NEW)
-    assert generate_text(converted.source, PROMPTS, GREEDY, max_new_tokens=NEW, backend="torch") == ours
+    ours = use.load(converted.run).generate(PROMPTS, max_new_tokens=NEW)
+    assert use.load(converted.source).generate(PROMPTS, max_new_tokens=NEW, backend="torch") == ours
     hf, tokenizer = strictly(converted.llama), AutoTokenizer.from_pretrained(converted.llama)
     for text, done in zip(PROMPTS, ours, strict=True):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not text.startswith("<s>"))

@@ -7,11 +7,13 @@ jaxlm train configs/quickstart.toml train.steps=100
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -46,10 +48,40 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="backslashreplace")  # a terminal of few characters shows \u00e9
-    code = _guarded(lambda: app(standalone_mode=True))
+    with speaking():
+        code = _guarded(lambda: app(standalone_mode=True))
     if code and "jaxlm.processes.meet" in sys.modules:
         sys.modules["jaxlm.processes.meet"].leave(code)
     return code
+
+
+@contextlib.contextmanager
+def speaking() -> Iterator[None]:
+    """Show what the library does: its notes are lines on stderr, and INFO also shows progress.
+
+    Orbax and asyncio are silent: jaxlm says in one line what is wrong with a checkpoint.
+    """
+    ours, handler = logging.getLogger("jaxlm"), _Lines()
+    if any(isinstance(known, _Lines) for known in ours.handlers):  # a verb within one that speaks already
+        yield
+        return
+    levels = {logger: logger.level for logger in (ours, *map(logging.getLogger, ("absl", "asyncio")))}
+    ours.addHandler(handler)
+    for logger in levels:
+        logger.setLevel(logging.INFO if logger is ours else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+class _Lines(logging.Handler):
+    """A line on stderr for each record, wherever stderr is now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _guarded(command: Callable[[], Any]) -> int:

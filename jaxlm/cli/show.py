@@ -23,6 +23,16 @@ def write(text: str) -> None:
         sys.stdout.flush()
 
 
+def open_model(path: Path) -> Any:
+    """`jaxlm.load`; compiled programs are kept on disk, for the process is the command line's own."""
+    import jaxlm
+    from jaxlm.processes.compile_cache import enable_compilation_cache
+
+    model = jaxlm.load(path)
+    enable_compilation_cache(model.config.data.cache_dir)
+    return model
+
+
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -19,11 +19,11 @@ def train(
     backend: BackendOption = Backend.jax,
 ) -> None:
     """Train the model of CONFIG. The run directory is `out_dir`."""
-    from jaxlm.config import paths, registry, toml
-    from jaxlm.recipes import start
+    import jaxlm
+    from jaxlm.config import paths, registry
 
-    config = toml.load(path, overrides or ())
+    config = jaxlm.load_config(path, overrides or ())
     if resume:
         named = {override.partition("=")[0] for override in overrides or ()}
         config = paths.of_moved_run(config, registry.find(path), named)
-    start.run(config, resume=resume, backend=backend.value)
+    jaxlm.train(config, resume=resume, backend=backend.value)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxlm.cli.arguments import Backend, BackendOption, JsonFlag, ModelPath
-from jaxlm.cli.show import write
+from jaxlm.cli.show import open_model, write
 from jaxlm.errors import UserError
 
 commands = typer.Typer()
@@ -44,7 +44,6 @@ def generate(
     With --prompts, continue every line of a file: {"prompt": "...", "max_new_tokens": 64, "sampling": {"top_p": 0.9}}.
     A command that was killed goes on where it stopped.
     """
-    from jaxlm.infer.text import generate_text
     from jaxlm.text.sampling import Sampling
 
     sampling = Sampling(
@@ -68,10 +67,9 @@ def generate(
         write(text if shown else prompt + text)  # nothing is printed before the model is open
         shown.append(text)
 
-    completions = generate_text(
-        run,
+    completions = open_model(run).generate(
         [prompt],
-        sampling,
+        sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop=stop or (),
         seed=seed,
@@ -89,11 +87,10 @@ def _answer_file(
     run: Path, prompt: str | None, prompts: Path | None, out: Path | None, rows: int, options: dict[str, Any]
 ) -> None:
     from jaxlm.infer.engine import Request
-    from jaxlm.infer.text import generate_file
 
     if prompt is not None or prompts is None or out is None:
         raise UserError("give a PROMPT, or --prompts IN.jsonl and --out OUT.jsonl")
     done = 0
-    for done in generate_file(run, prompts, out, Request((), **options), rows=rows):
+    for done in open_model(run).answer_file(prompts, out, Request((), **options), rows=rows):
         write(f"\r{done} texts")
     write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")

@@ -43,9 +43,9 @@ def convert(
             raise UserError(f"--backend with --to {to}: only a run has an optimiser", "--to jaxlm")
         print(convert_state(src, dst, backend.value, step=step, overwrite=overwrite))
         return
-    from jaxlm.convert.write_model import convert
+    import jaxlm
 
-    print(convert(src, dst, to, step=step, overwrite=overwrite, tokenizer=tokenizer))
+    print(jaxlm.convert(src, dst, to, step=step, overwrite=overwrite, tokenizer=tokenizer))
 
 
 @commands.command()
@@ -73,12 +73,12 @@ def parity(
     if golden is not None:
         _golden(run, *golden, other=other, out=out, computed_by=computed_by or "jaxlm")
         return
-    from jaxlm.parity import check
+    import jaxlm
 
     options: dict[str, Any] = {"levels": levels.split(",")} if levels else {}
     options |= {"dtypes": dtypes.split(",")} if dtypes else {}
     options |= {"text": read_text(text)} if text else {}
-    if not check(run, other, out=out, show=True, computed_by=computed_by, prompt=prompt, **options).same:
+    if not jaxlm.check_parity(run, other, out=out, show=True, computed_by=computed_by, prompt=prompt, **options).same:
         raise typer.Exit(1)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +34,8 @@ class Unquantised:
             raise ValueError(f"quantization_config = {found!r}: jaxlm reads no quantised weights", hint)
         return {}
 
+
+_log = logging.getLogger(__name__)
 
 COMMON: tuple[Setting, ...] = (Unquantised(),)
 """Settings of every layout."""
@@ -113,7 +115,7 @@ class Family:
                 raise UserError(f"{where}: ill-formed: {values}") from None
         silent = asked.ever | {*self.inert}
         if unknown := sorted(key for key in hf.keys() - silent if not INERT.fullmatch(key)):
-            print(f"{where}: unknown keys {', '.join(unknown)} are ignored", file=sys.stderr)
+            _log.warning("%s: unknown keys %s are ignored", where, ", ".join(unknown))
         model = tree(options)
         learned = {"data": {"seq_len": model["max_seq_len"]}} if model.get("positions") == "learned" else {}
         return toml.from_dict({"model": model, **learned}, where).model

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
-import sys
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,11 @@ from jaxlm.convert.rows import Parameters
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import Policy
+from jaxlm.run.checkpoints import checkpoint_folder
 
 TOKENIZER = "tokenizer.json"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +146,7 @@ def _open_gguf(path: Path) -> Opened:
 
 def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
     settings = _settings(path, str(path))
-    checkpoints = path / "checkpoints"
-    try:
-        steps = sorted(int(child.name) for child in checkpoints.iterdir() if re.fullmatch(r"\d+", child.name))
-    except OSError as error:
-        raise UserError(f"{checkpoints}: cannot be read: {error.strerror}") from None
-    if not steps or (step is not None and step not in steps):
-        wanted = "no checkpoint" if step is None else f"no step {step}"
-        raise UserError(f"{checkpoints}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")
-    newest = checkpoints / str(steps[-1] if step is None else step)
+    newest = checkpoint_folder(path, step)
     if any(newest.glob("model.safetensors*")):  # of `--backend torch`, or of a conversion
         parameters = _torch_parameters(newest, settings)
     else:
@@ -167,7 +160,7 @@ _Reader = Callable[[Any, Any, int | None], Params]
 
 def _restored(checkpoints: Any, like: Params, step: int | None) -> Params:
     """All at once, which is quicker than one by one."""
-    return jax.tree.map(np.asarray, checkpoints.restore_params(like, functools.partial(print, file=sys.stderr), step))
+    return jax.tree.map(np.asarray, checkpoints.restore_params(like, _log.warning, step))
 
 
 def _stored(checkpoints: Any, like: Params, step: int | None) -> Params:

@@ -7,7 +7,6 @@ loop, with its place in the data, is one and the same on both sides. Selection b
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from jaxlm.convert.write_model import Summary, require_apart
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import Policy
+from jaxlm.run.checkpoints import checkpoint_folder
 from jaxlm.run.torch_checkpoint import COUNT, MODEL, MOMENTS, OPTIMIZER, RUN, read_record, write_record
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import TrainState, init_state
@@ -75,7 +75,7 @@ def convert_state(
     if not (src / "config.toml").is_file() or not (src / "checkpoints").is_dir():
         raise UserError(f"{src}: not a run", "only a run, with config.toml and checkpoints/, has an optimiser to carry")
     settings = toml.load(src / "config.toml")
-    where = _checkpoint(src / "checkpoints", step)
+    where = checkpoint_folder(src, step)
     source = _backend_of(where)
     if source == backend:
         raise UserError(f"{where} is a checkpoint of the {backend} backend already", "copy the run as it is")
@@ -91,14 +91,6 @@ def convert_state(
     arrays = jax.tree.leaves((training.params, training.moments))
     size = sum(x.nbytes for x in arrays)
     return Summary(dst, f"step {training.step} for --backend {backend}", len(arrays), size, time.perf_counter() - began)
-
-
-def _checkpoint(folder: Path, step: int | None) -> Path:
-    steps = sorted(int(path.name) for path in folder.iterdir() if re.fullmatch(r"\d+", path.name))
-    if not steps or (step is not None and step not in steps):
-        wanted = "no checkpoint" if step is None else f"no step {step}"
-        raise UserError(f"{folder}: {wanted}", f"there are: {', '.join(map(str, steps)) or 'none'}")
-    return folder / str(steps[-1] if step is None else step)
 
 
 def _backend_of(where: Path) -> config.Backend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +24,8 @@ from jaxlm.convert.rows import plan
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.text.beside import end_ids
 from jaxlm.text.tokenizer import Tokenizer, check_usable
+
+_log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file of a run and of a public layout, as `save_pretrained` has it."""
@@ -74,19 +76,29 @@ def convert(
     Raises:
         UserError: what `load` and `storage.write_folder` refuse, an unknown `to`, a model that the layout cannot hold.
     """
-    began = time.perf_counter()
     src, dst = Path(src), Path(dst)
-    targets = ("jaxlm", "torch", "hf", model_bin.NAME, *FAMILIES)
-    if to not in targets:
-        raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
+    _require_layout(to)
     require_apart(src, dst)
     model = open_model(src, step=step, tokenizer=tokenizer)
+    return write_model(model, dst, to, overwrite=overwrite, shard_bytes=shard_bytes)
+
+
+def write_model(
+    model: Opened, dst: Path, to: str, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+) -> Summary:
+    """Write an open model; see `convert`.
+
+    Raises:
+        UserError: what `storage.write_folder` refuses, an unknown `to`, a model that the layout cannot hold.
+    """
+    began = time.perf_counter()
+    _require_layout(to)
     cfg = model.config.model
     to = resolve(to, cfg)
     if model.tokenizer_path:
         check_usable(Tokenizer.from_file(model.tokenizer_path), cfg.vocab_size)
     elif model.kind == model_bin.NAME or SENTENCEPIECE in model.kept:
-        print(f"the weights go alone: {no_tokenizer(model.path)}", file=sys.stderr)
+        _log.warning("the weights go alone: %s", no_tokenizer(model.path))
     if to == model_bin.NAME:
         return Summary(dst, to, *_write_llama2c(model, dst, overwrite), time.perf_counter() - began)
     files = _public_files(model, FAMILIES[to]) if to in FAMILIES else _own_files(model, dst if to == "jaxlm" else "")
@@ -100,6 +112,12 @@ def convert(
                 dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
             )
     return Summary(dst, to, *written, time.perf_counter() - began)
+
+
+def _require_layout(to: str) -> None:
+    targets = ("jaxlm", "torch", "hf", model_bin.NAME, *FAMILIES)
+    if to not in targets:
+        raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
 
 
 def require_apart(src: Path, dst: Path) -> None:
@@ -123,7 +141,7 @@ def resolve(to: str, cfg: config.Model) -> str:
         except UserError as error:
             refusals.append(f"{name}: {error.message.partition('has no place for ')[2]}")
         else:
-            print(f"--to hf: {name} can hold this model", file=sys.stderr)
+            _log.info("--to hf: %s can hold this model", name)
             return name
     hint = f"--to torch takes every model; there is no place for: {'; '.join(refusals)}"
     raise UserError("--to hf: no public layout can hold this model", hint)
@@ -208,7 +226,9 @@ def _progress(tensors: Sequence[storage.Planned], dst: Path) -> Iterator[Callabl
     from rich.progress import Progress
 
     size = sum(one.nbytes for one in tensors)
-    with Progress(console=Console(stderr=True), transient=True, disable=size < _LONG) as progress:
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=size < _LONG or not _log.isEnabledFor(logging.INFO)
+    ) as progress:
         task = progress.add_task(f"writing {dst.name}", total=size)
         yield lambda size: progress.advance(task, size)
 

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from jaxlm.text.tokenizer import Tokenizer, check_fits
 Batch = dict[str, np.ndarray]
 """`tokens, targets, positions, segments` int32 and `weights` float32, each [B, T]; see `packing.Rows`."""
 
+_log = logging.getLogger(__name__)
 _SAMPLE_CHARS = 1 << 13
 _VALIDATION_SEED = 0  # not the run's seed: runs that differ in it are judged on the same rows
 
@@ -132,7 +133,7 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     for name, documents in corpora:
         shards = open_shards(documents, tokenizer, data.cache_dir, data.workers, **options)
         if shards.skipped and not shards.reused and "stdlib" not in documents.where:
-            print(f"{', '.join(documents.where)}: {describe_skipped(shards.skipped)}", file=sys.stderr)
+            _log.warning("%s: %s", ", ".join(documents.where), describe_skipped(shards.skipped))
         if not shards.train.trained_tokens:
             message = f"data.source = {', '.join(documents.where)!r}: every document has one token, so none is a target"
             raise UserError(

@@ -19,6 +19,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -383,7 +384,8 @@ class Progress:
     def advance(self, count: int) -> None:
         """Add finished bytes."""
         self._done += count
-        if self._bar is None and time.monotonic() - self._start > 1 and sys.stderr.isatty():
+        shown = sys.stderr.isatty() and logging.getLogger(__name__).isEnabledFor(logging.INFO)  # a library is quiet
+        if self._bar is None and time.monotonic() - self._start > 1 and shown:
             from rich import progress
             from rich.console import Console
 

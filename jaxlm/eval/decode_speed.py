@@ -24,21 +24,16 @@ def decode_speed(run: Path) -> dict[str, Any]:
     Raises:
         UserError: `run` holds no model, or one that has too few positions.
     """
-    import jax
-
-    from jaxlm.convert.open_model import load
     from jaxlm.counts.parameters import account
     from jaxlm.infer.generate import generate, unrolled_for_decoding
-    from jaxlm.models.decoder import Decoder
-    from jaxlm.numerics import Policy
+    from jaxlm.infer.model import load
     from jaxlm.processes.compile_cache import enable_compilation_cache
     from jaxlm.text.sampling import GREEDY
 
     model = load(run)
     cfg = model.config
     enable_compilation_cache(cfg.data.cache_dir)
-    decoder = Decoder(cfg.model, Policy.from_config(cfg.numerics))
-    decoder, params = unrolled_for_decoding(decoder, jax.device_put(model.params))
+    decoder, params = unrolled_for_decoding(model.decoder, model.params)
     new = min(NEW, cfg.model.max_seq_len - PROMPT)
     prompt = [token % cfg.model.vocab_size for token in range(1, PROMPT + 1)]
     seconds = []

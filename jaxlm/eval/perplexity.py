@@ -25,14 +25,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm import config
-from jaxlm.convert.open_model import load
+from jaxlm.convert.files.side_files import no_tokenizer
 from jaxlm.data.pipeline import prepare
 from jaxlm.errors import UserError
 from jaxlm.infer.generate import unrolled_for_decoding
+from jaxlm.infer.model import load
 from jaxlm.models.decoder import Decoder, Params, init_cache
-from jaxlm.numerics import Policy
+from jaxlm.numerics import Policy, precision
 from jaxlm.processes.compile_cache import enable_compilation_cache
-from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.processes.settings import settings_restored
+from jaxlm.run.progress import shown
 
 CHUNK = 128
 """Tokens that go through the model at once."""
@@ -126,25 +128,23 @@ def position(
             end before it, or the window cannot be put on the model.
     """
     model = load(path)
-    if model.tokenizer_path is None:
-        raise UserError(f"{path}: there is no tokenizer.json", "copy the one the model was trained with into it")
+    if model.tokenizer is None:
+        raise no_tokenizer(Path(path))
     settings, trained = model.config, model.config.data.seq_len
     length = length or 8 * trained
     for name, value in (("length", length), ("texts", texts), ("buckets", buckets)):
         if value < 1:
             raise UserError(f"{name} = {value} must be positive")
     _check(settings.model, length, window)
-    corpus = prepare(settings, Tokenizer.from_file(model.tokenizer_path))
+    corpus = prepare(settings, model.tokenizer)
     rows_BT = _texts(corpus.validation.tokens, length, texts, str(corpus.source))
     numerics = settings.numerics
-    x64 = "float64" in (numerics.params, numerics.compute) or bool(jax.config.read("jax_enable_x64"))
-    with jax.enable_x64(x64):
+    with precision(numerics), settings_restored():
         enable_compilation_cache(settings.data.cache_dir)
-        params = jax.device_put(model.params)
         measured = []
         for name, cfg in _variants(settings.model, window, keep_first):
             decoder = Decoder(cfg, Policy.from_config(numerics))
-            nll_T, cache_bytes = losses(decoder, params, rows_BT, f"perplexity, {name}")
+            nll_T, cache_bytes = losses(decoder, model.params, rows_BT, f"perplexity, {name}")
             measured.append(Variant(name, cfg.window, cfg.keep_first, cache_bytes, _buckets(nll_T, buckets)))
     report = PositionReport(trained, length, len(rows_BT), tuple(measured))
     _write(report, Path(path) / "eval")
@@ -164,7 +164,9 @@ def losses(
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     found = []
     console = Console(stderr=True)
-    for start in track(range(0, n, CHUNK), told, console=console, transient=True, disable=not console.is_terminal):
+    for start in track(
+        range(0, n, CHUNK), told, console=console, transient=True, disable=not (console.is_terminal and shown())
+    ):
         width = min(CHUNK, n - start)
         padded = np.zeros((b, CHUNK + 1), np.int32)
         padded[:, : width + 1] = rows_BT[:, start : start + width + 1]
@@ -243,13 +245,11 @@ def _write(report: PositionReport, folder: Path) -> None:
 
 def _plot(variants: Sequence[Variant], trained_length: int, path: Path) -> None:
     """Perplexity, on a logarithmic axis, against the tokens before it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=144)
+    figure = Figure(figsize=(7, 4), dpi=144)
+    axes = figure.subplots()
     for variant in variants:
         middles = [(bucket.begin + bucket.end - 1) / 2 for bucket in variant.buckets]
         axes.plot(middles, [bucket.perplexity for bucket in variant.buckets], marker="o", ms=3, label=variant.name)
@@ -261,4 +261,3 @@ def _plot(variants: Sequence[Variant], trained_length: int, path: Path) -> None:
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)

@@ -1,34 +1,26 @@
-"""Text in, text out: open a model, complete prompts, on either backend.
+"""Text in, text out: a decoder with its tokenizer completes prompts. `jaxlm.load` opens one: see `infer.model`.
 
-for completion in generate_text("runs/quickstart", ["def add(a, b):"], GREEDY, max_new_tokens=64):
+for completion in Generator(decoder, params, tokenizer).complete(["def add(a, b):"], GREEDY, max_new_tokens=64):
     print(completion.text)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import Any
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.infer.batch import answer_file
 from jaxlm.infer.engine import Engine, Reply, Request
 from jaxlm.infer.engine.memory import bytes_of, context_of, rows_within
 from jaxlm.infer.engine.runner_jax import JaxRunner, row_bytes
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.models.decoder import Decoder, Params
-from jaxlm.numerics import Policy
-from jaxlm.processes.compile_cache import enable_compilation_cache
 from jaxlm.text.completion import Completion, check_prompts, encode_prompts
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer, check_usable
-
-if TYPE_CHECKING:
-    from jaxlm.convert.open_model import Model
 
 ROWS = 8
 """Texts that are decoded side by side, when there are so many."""
@@ -147,82 +139,6 @@ def slots_for(cfg: config.Model, tokens: int) -> int:
     return min(room, cfg.max_seq_len) if fits and cfg.positions in ("learned", "sinusoidal") else room
 
 
-def generate_text(
-    path: str | Path,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    num_samples: int = 1,
-    backend: config.Backend = "jax",
-    stream: Callable[[int, str], None] | None = None,
-) -> list[Completion]:
-    """Open the model at `path` (a run, a torch_ref or Hugging Face folder, a `model.bin`) and complete prompts.
-
-    Args:
-        num_samples: completions of each prompt, side by side in the result.
-        stream: called with the index in the result and each piece of its text, as soon as it is final.
-
-    Raises:
-        UserError: `path` holds no model or no tokenizer, or see `Generator.complete`.
-    """
-    model, tokenizer = open_with_tokenizer(path)
-    options: Any = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "stream": stream}
-    with numbers_of(model):
-        if backend == "torch":
-            repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-            return _torch_generator(model, tokenizer).complete(repeated, sampling, **options)
-        generator = generator_of(model, tokenizer, end_ids(path))
-        return generator.complete(prompts, sampling, num_samples=num_samples, **options)
-
-
-def generate_file(
-    path: str | Path, prompts: str | Path, out: str | Path, defaults: Request, *, rows: int = 16, context: int = 0
-) -> Iterator[int]:
-    """Answer a file of prompts with the model at `path`; see `batch.answer_file`. Yields the lines done.
-
-    Raises:
-        UserError: `path` holds no model or no tokenizer, or a file is not what it should be.
-    """
-    model, tokenizer = open_with_tokenizer(path)
-    with numbers_of(model):
-        generator = generator_of(model, tokenizer, end_ids(path))
-        engine = generator.engine(rows=rows, context=context, prefix_memory="256M", threaded=False, warm_up=False)
-    name = f"{Path(path).resolve()}\0{engine.prefixes.fingerprint}"
-    with engine:
-        yield from answer_file(engine, Path(prompts), Path(out), defaults, name)
-
-
-def open_with_tokenizer(path: str | Path) -> tuple[Model, Tokenizer]:
-    """The model at `path`, read, with its tokenizer.
-
-    Raises:
-        UserError: `path` holds no model or no tokenizer.
-    """
-    from jaxlm.convert.files.side_files import no_tokenizer
-    from jaxlm.convert.open_model import load
-
-    model = load(path)
-    if model.tokenizer_path is None:
-        raise no_tokenizer(Path(path))
-    return model, Tokenizer.from_file(model.tokenizer_path)
-
-
-def numbers_of(model: Model) -> Any:
-    """The context in which a float64 model keeps its numbers."""
-    numerics = model.config.numerics
-    return jax.enable_x64("float64" in (numerics.params, numerics.compute) or jax.config.read("jax_enable_x64"))
-
-
-def generator_of(model: Model, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> Generator:
-    """The model on the default device, ready to complete prompts."""
-    enable_compilation_cache(model.config.data.cache_dir)
-    decoder = Decoder(model.config.model, Policy.from_config(model.config.numerics))
-    return Generator(decoder, jax.device_put(model.params), tokenizer, ends)
-
-
 def end_ids(path: str | Path) -> tuple[int, ...]:
     """Ids that end a text by `generation_config.json`, where the folder has one."""
     file = Path(path) / "generation_config.json"
@@ -234,11 +150,3 @@ def end_ids(path: str | Path) -> tuple[int, ...]:
         raise UserError(f"{file}: {error}", "it must be a JSON object") from None
     listed = ids if isinstance(ids, list) else [ids]
     return tuple(token for token in listed if isinstance(token, int))
-
-
-def _torch_generator(model: Model, tokenizer: Tokenizer) -> Any:
-    from jaxlm.convert.native import to_torch
-    from torch_ref.infer import generate as torch_generate
-
-    tensors = dict(to_torch(model.params, model.config.model))
-    return torch_generate.Generator(torch_generate.decoder_of(model.config, tensors), tokenizer)

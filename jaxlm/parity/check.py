@@ -12,11 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxlm import config
 from jaxlm.config import registry, toml
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.open_model import Model, load
+from jaxlm.convert.open_model import Model as LoadedModel
+from jaxlm.convert.open_model import load
 from jaxlm.errors import UserError, did_you_mean
+from jaxlm.infer.model import Model
 from jaxlm.models.decoder import Params
 from jaxlm.parity.bisect import Part, Replayed
 from jaxlm.parity.compare import (
@@ -36,6 +41,7 @@ from jaxlm.parity.routing import compare_routing
 from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.trace import DTYPES, Side, Trace, without_balancing
 from jaxlm.processes.compile_cache import enable_compilation_cache
+from jaxlm.processes.settings import settings_restored
 
 PARTS = 3
 """How often a side tells what it is doing in one dtype."""
@@ -58,9 +64,10 @@ class Subject:
     """The folder, when it is one of Hugging Face."""
 
 
+@settings_restored()
 def check(
-    model: str | Path | Model,
-    other: str | Path | Model | None = None,
+    model: str | Path | Model | LoadedModel,
+    other: str | Path | Model | LoadedModel | None = None,
     *,
     out: str | Path | None = None,
     show: bool = False,
@@ -140,7 +147,9 @@ def check(
     return report
 
 
-def assert_parity(model: str | Path | Model, other: str | Path | Model | None = None) -> None:
+def assert_parity(
+    model: str | Path | Model | LoadedModel, other: str | Path | Model | LoadedModel | None = None
+) -> None:
     """Raise AssertionError with the first differing tensor unless both frameworks compute the same model: for tests."""
     report = check(model, other)
     if not report.same:
@@ -314,9 +323,10 @@ def _who(subject: Subject, second: Subject, names: Sequence[str]) -> str:
     return f"A: {subject.name}, computed by {names[0]}; B: {second.name}, computed by {names[1].partition(' ')[0]}"
 
 
-def open_subject(model: str | Path | Model) -> Subject:
-    if isinstance(model, Model):
-        return Subject(f"{model.kind} in memory", model.config, model.params, model.tokenizer_path, None)
+def open_subject(model: str | Path | Model | LoadedModel) -> Subject:
+    if isinstance(model, Model | LoadedModel):
+        params = jax.tree.map(np.asarray, model.params)
+        return Subject(f"{model.kind} in memory", model.config, params, model.tokenizer_path, None)
     path = Path(model) if Path(model).exists() else registry.find(model)
     if path.suffix == ".toml":
         settings = toml.load(path)

@@ -20,7 +20,7 @@ import optax
 from jaxlm import config
 from jaxlm.mesh import Axes, Layout
 from jaxlm.models.decoder import Decoder, abstract_params
-from jaxlm.numerics import Policy
+from jaxlm.numerics import Policy, precision
 from jaxlm.train.optim import make_optimizer
 
 
@@ -142,7 +142,7 @@ def _state(
 ) -> tuple[tuple[_Array, ...], tuple[_Array, ...]]:
     """The parameters and the leaves of the optimiser, on no mesh."""
     optimizer = make_optimizer(train)
-    with jax.enable_x64(numerics.params == "float64"):
+    with precision(numerics):
         shapes, axes = abstract_params(Decoder(model, Policy.from_config(numerics)))
         moments = jax.eval_shape(optimizer.init, shapes)
     owners: Any = jax.tree_util.tree_map_with_path(lambda path, _, at: _Owner(_dotted(path), at), shapes, axes)

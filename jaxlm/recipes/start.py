@@ -21,6 +21,7 @@ from jaxlm.processes.file_lock import only_trainer
 from jaxlm.processes.freed_memory import keep_freed_memory
 from jaxlm.recipes import make_recipe
 from jaxlm.run.directory import compare_with_run, shared_facts, tokenizer_of_run, with_vocabulary
+from jaxlm.run.progress import tell
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.loop import Engine, FrozenFile, Progress, train
@@ -40,7 +41,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     cfg, first = join_processes(cfg, backend)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
-    cfg, recipe, source = open_stage(cfg, resume=resume, tell=print if first else lambda _: None)
+    cfg, recipe, source = open_stage(cfg, resume=resume, tell=tell if first else lambda _: None)
     warm.join()
     with only_trainer(Path(cfg.out_dir)) if first else contextlib.nullcontext():
         return _train(cfg, recipe, source, resume, backend)
@@ -57,20 +58,18 @@ def _train(cfg: config.Config, recipe: Recipe, source: DataSource, resume: bool,
         torch_engine = TorchEngine(cfg, recipe)
         frozen = give_parameters(cfg, recipe, source, torch_engine, resume, by_name)
         return train(cfg, recipe, source, torch_engine, resume=resume, frozen=frozen)
-    import jax
-
+    from jaxlm.numerics import precision
     from jaxlm.train.engine import JaxEngine
 
     meet.agree(shared_facts(cfg, source.identity(), resume))
-    wide = "float64" in (cfg.numerics.params, cfg.numerics.compute) or bool(jax.config.read("jax_enable_x64"))
-    with jax.enable_x64(wide):
+    with precision(cfg.numerics):
         engine = JaxEngine(cfg, recipe, completer(cfg, source.tokenizer))
         frozen = give_parameters(cfg, recipe, source, engine, resume)
         return train(cfg, recipe, source, engine, resume=resume, frozen=frozen)
 
 
 def open_stage(
-    cfg: config.Config, *, resume: bool, tell: Callable[[str], None] = print
+    cfg: config.Config, *, resume: bool, tell: Callable[[str], None] = tell
 ) -> tuple[config.Config, Recipe, DataSource]:
     """Open the data of the stage and compare with the run that is there; returns the resolved config with both.
 

@@ -38,12 +38,10 @@ def write_page(comparison: Comparison, columns: Columns) -> Path:
 
 def draw(comparison: Comparison, plots: Path) -> None:
     """Loss by tokens, and a bar for each model of what else was measured."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=144)
+    figure = Figure(figsize=(7, 4), dpi=144)
+    axes = figure.subplots()
     for i, row in enumerate(comparison.rows):
         metrics = read_metrics(comparison.out / row.name / "metrics.jsonl")
         training = [(one["tokens"], one["loss"]) for one in metrics if one.get("loss") is not None]
@@ -56,18 +54,17 @@ def draw(comparison: Comparison, plots: Path) -> None:
     axes.legend(frameon=False, title="thin: training, dots: validation", title_fontsize="small")
     figure.tight_layout()
     figure.savefig(plots / "loss.png")
-    plt.close(figure)
 
     names = [row.name for row in comparison.rows]
     for name, (label, value) in BARS.items():
-        figure, axes = plt.subplots(figsize=(4.6, 2.8), dpi=144)
+        figure = Figure(figsize=(4.6, 2.8), dpi=144)
+        axes = figure.subplots()
         bars = axes.bar(names, [value(row) for row in comparison.rows], color=[f"C{i}" for i in range(len(names))])
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
         axes.set(ylabel=label)
         axes.margins(y=0.12)
         figure.tight_layout()
         figure.savefig(plots / f"{name}.png")
-        plt.close(figure)
 
 
 def page(comparison: Comparison, columns: Columns, plots: Path) -> str:

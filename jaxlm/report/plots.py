@@ -13,12 +13,10 @@ def plot_loss(
     rows: list[dict[str, Any]], path: Path, baseline: float | None = None, baseline_name: str = "unigram baseline"
 ) -> None:
     """Draw training and validation loss against the step into a PNG, with the baseline if there is one."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=144)
+    figure = Figure(figsize=(7, 4), dpi=144)
+    axes = figure.subplots()
     for key, style in (("loss", {"lw": 1, "alpha": 0.7}), ("validation_loss", {"lw": 2, "marker": "o", "ms": 4})):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
@@ -35,7 +33,6 @@ def plot_loss(
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
@@ -43,16 +40,14 @@ def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
     rows = [row for row in rows if "goodput" in row]
     if not rows:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     kinds = [name for name in rows[0] if name.startswith(SECONDS)]
     totals = [max(sum(row[kind] for kind in kinds), 1e-9) for row in rows]
     shares = [[row[kind] / total for row, total in zip(rows, totals, strict=True)] for kind in kinds]
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(figsize=(7, 3), dpi=144)
+    figure = Figure(figsize=(7, 3), dpi=144)
+    axes = figure.subplots()
     labels = [kind.removeprefix(SECONDS).replace("_", " ") for kind in kinds]
     axes.stackplot(steps, shares, labels=labels, step="pre", alpha=0.8)
     axes.plot(steps, [row["goodput"] for row in rows], color="black", lw=1, label="goodput")
@@ -61,4 +56,3 @@ def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import Any
@@ -9,13 +10,26 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_log = logging.getLogger(__name__)
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
+
+
+def shown() -> bool:
+    """Whether this process shows what it does: the command line does, a library is quiet unless INFO is logged."""
+    return _log.isEnabledFor(logging.INFO)
+
+
+def tell(message: str) -> None:
+    """Print a line on stdout, if this process shows what it does."""
+    if shown():
+        print(message, flush=True)
 
 
 class Display:
     """The progress bar on a terminal; a line every few seconds elsewhere; nothing if it is to be quiet."""
 
     def __init__(self, total: int, start: int, *, quiet: bool = False) -> None:
+        quiet = quiet or not shown()
         self.console, self._quiet = Console(stderr=True, quiet=quiet), quiet
         self._total, self._printed = total, 0.0
         self._bar = Progress(

@@ -14,7 +14,6 @@ import glob
 import hashlib
 import inspect
 import json
-import logging
 import math
 import shutil
 import sys
@@ -32,6 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import UserError
+from jaxlm.train.orbax_silence import OrbaxSilence
 from jaxlm.train.recipe import MODEL
 from jaxlm.train.step import TrainState
 
@@ -41,9 +41,6 @@ _LIMIT_GB = 96  # Orbax's own
 _REPLACED = "the run goes on saving: try again, or let it keep more with checkpoint.keep"
 _OTHER_STEP = "--step names an earlier one"
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
-
-for _noisy in ("absl", "asyncio"):  # what is wrong with a checkpoint is said here, in one line
-    logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 
 class Checkpointer:
@@ -60,6 +57,7 @@ class Checkpointer:
         """`several`: the parameters of a state are a dict of trees, one of which is the model."""
         self._several = several
         _hush_abandoned_work()
+        self._silence = OrbaxSilence()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -165,6 +163,7 @@ class Checkpointer:
         """Finish writing and release the threads."""
         self.wait()
         self._manager.close()
+        self._silence.end()
 
     def _items(self, state: TrainState) -> dict[str, Any]:
         items = {"params": state.params, "optimizer": _without_params(state)}

@@ -27,7 +27,7 @@ from jaxlm.run.alerts import Alerts
 from jaxlm.run.clock import Clock, stragglers
 from jaxlm.run.directory import write_run
 from jaxlm.run.metrics import SECONDS, MetricsLog, read_metrics
-from jaxlm.run.progress import Display
+from jaxlm.run.progress import Display, tell
 from jaxlm.train.backend import Engine
 from jaxlm.train.recipe import DataSource, Recipe
 
@@ -146,7 +146,7 @@ class _Run:
     def _tell(self, message: str) -> None:
         """Print a line, of several processes once."""
         if self.first:
-            print(message, flush=True)
+            tell(message)
 
     def until_the_end(self) -> None:
         """Step after step, with all that is due in between, until the last one or a stop."""

@@ -11,8 +11,7 @@ import pytest
 from jaxlm.convert.files import side_files
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
-from jaxlm.infer.text import generate_text
-from jaxlm.text.sampling import GREEDY
+from jaxlm.infer.model import load
 
 FILES = {
     "tokenizer_config.json": b'{"tokenizer_class":  "LlamaTokenizerFast", "chat_template": "{{ messages }}"}',
@@ -107,10 +106,10 @@ def test_a_sentencepiece_model_alone(hf: Path, tmp_path: Path, capsys: pytest.Ca
         f"the weights go alone: {hf}: there is a tokenizer.model but no tokenizer.json (transformers."
     )
     with pytest.raises(UserError, match=r"tokenizer.model but no tokenizer.json .*save_pretrained"):
-        generate_text(hf, ["a"], GREEDY, max_new_tokens=1)
+        load(hf).generate("a", max_new_tokens=1)
     (hf / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"there is no tokenizer.json"):
-        generate_text(hf, ["a"], GREEDY, max_new_tokens=1)
+        load(hf).generate("a", max_new_tokens=1)
 
 
 def test_another_tokenizer_has_no_companions(hf: Path, tmp_path: Path) -> None:

@@ -1,0 +1,391 @@
+"""A model in use is a value: `jaxlm.load` opens anything that holds one, and a `Model` computes, writes and converts.
+
+    model = load("runs/quickstart")
+    model.generate("def add(a, b):", max_new_tokens=32).text
+    model([5, 8, 2])                       # logits [T, V]
+    model.log_probs("def add(a, b):")      # of each token after the first
+
+Nothing here prints, and nothing changes JAX's settings.
+
+Shapes: B batch, T length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm import config
+from jaxlm.config import registry, toml
+from jaxlm.convert import native, open_model
+from jaxlm.convert.canonical import canonical
+from jaxlm.convert.files.side_files import carried, no_tokenizer
+from jaxlm.errors import UserError
+from jaxlm.infer import tree
+from jaxlm.infer.batch import answer_file
+from jaxlm.infer.engine import Request
+from jaxlm.infer.generate import bucket
+from jaxlm.infer.text import Generator, end_ids, slots_for
+from jaxlm.mesh import Layout
+from jaxlm.models.decoder import Decoder, Params, abstract_params
+from jaxlm.numerics import Policy, precision
+from jaxlm.objectives.logprobs import token_logps
+from jaxlm.text.completion import Completion, check_prompts, encode_prompts, right_padded
+from jaxlm.text.sampling import GREEDY, Sampling
+from jaxlm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxlm.convert.write_model import Summary
+
+Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Int[Array, "..."]
+"""A text, ids [T], or rows of ids [B, T]."""
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    mesh: str | config.Mesh | None = None,
+    step: int | None = None,
+) -> Model:
+    """Open a model and lay it on this process's devices.
+
+    Args:
+        path: a run, a torch_ref or Hugging Face folder, a `model.bin` of llama2.c, or `org/name` on the hub.
+        dtype: in which it computes; None: as its config says. `float64` widens the parameters too.
+        mesh: devices over which to split it, a `config.Mesh` or the name of a preset such as `zero3`; None: the first.
+        step: which checkpoint of a run; None: the newest.
+
+    Raises:
+        UserError: `path` holds no model (the message says what was looked for), or a damaged one; `dtype` or `mesh` is
+            unknown or does not fit.
+    """
+    stored = open_model.load(path, step=step)
+    settings = stored.config
+    if dtype is not None:
+        numerics = {"params": "float64" if dtype == "float64" else "float32", "compute": dtype}
+        numerics |= {"matmul": settings.numerics.matmul}
+        settings = dataclasses.replace(settings, numerics=toml.from_dict({"numerics": numerics}, "dtype").numerics)
+    if isinstance(mesh, str):
+        mesh = toml.from_dict({"mesh": registry.mesh(mesh)}, "mesh").mesh
+    with precision(settings.numerics):
+        wanted = np.dtype(settings.numerics.params) if dtype else None
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, wanted), stored.params)
+        decoder = Decoder(settings.model, Policy.from_config(settings.numerics))
+        layout = Layout.from_config(mesh) if mesh is not None else None
+        if layout is None:
+            params = jax.device_put(params)
+        else:
+            shapes, axes = abstract_params(decoder)
+            params = jax.device_put(params, layout.shardings(axes, shapes))
+    own = stored.tokenizer_path
+    return Model(
+        settings,
+        params,
+        tokenizer=Tokenizer.from_file(own) if own else None,
+        path=Path(path),
+        kind=stored.kind,
+        tokenizer_path=own,
+        layout=layout,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A decoder with its parameters and tokenizer. A value: `dataclasses.replace(model, params=...)` is another one."""
+
+    config: config.Config
+    params: Params
+    """The live tree, as `decoder` takes it."""
+    tokenizer: Tokenizer | None = None
+    path: Path | None = None
+    """Where it came from."""
+    kind: str = "run"
+    """`run`, `torch`, or the name of a family."""
+    tokenizer_path: Path | None = None
+    layout: Layout | None = None
+    """The devices over which it is split, if it is."""
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The architecture, without parameters: `decoder.apply({"params": params}, tokens, positions, segments)`."""
+        return Decoder(self.config.model, Policy.from_config(self.config.numerics))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as a document begins in training; special tokens may be spelled out.
+
+        Raises:
+            UserError: the model has no tokenizer.
+        """
+        return encode_prompts(self._tokenizer, [text])[0]
+
+    def __call__(self, tokens: Tokens) -> Float[Array, "*b t v"]:
+        """Logits of the next token at each place, in float32 or wider.
+
+        Args:
+            tokens: a text, ids [T], or rows of ids [B, T].
+
+        Raises:
+            UserError: ids outside the vocabulary or none, or more than the model has positions for.
+        """
+        return self._forward(tokens, "logits")
+
+    def hidden(self, tokens: Tokens) -> Float[Array, "*b t d"]:
+        """As a call, but what the output matrix is applied to: the last hidden state after the final norm."""
+        return self._forward(tokens, "hidden")
+
+    @overload
+    def log_probs(self, texts: str | Sequence[int]) -> np.ndarray: ...
+    @overload
+    def log_probs(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[np.ndarray]: ...
+    def log_probs(self, texts: Any) -> Any:
+        """The log-probability, nats, of each token after the first, given those before it.
+
+        Args:
+            texts: a text or its ids [T], or several of them, which may differ in length.
+
+        Returns:
+            [T - 1] in float32 or wider; a list of them for several.
+
+        Raises:
+            UserError: as a call.
+        """
+        alone = isinstance(texts, str) or (len(texts) > 0 and np.ndim(texts[0]) == 0 and not isinstance(texts[0], str))
+        rows = [self._ids(text) for text in ([texts] if alone else texts)]
+        self._check(rows)
+        inputs = [row[:-1] or row for row in rows]  # a row of one token has nothing to predict, but is computed
+        tokens_BT, positions_BT, segments_BT, _ = right_padded(inputs, bucket(max(map(len, inputs))), 0)
+        targets_BT = np.zeros_like(tokens_BT)
+        for row, target_T in zip(rows, targets_BT, strict=True):
+            target_T[: len(row) - 1] = row[1:]
+        with precision(self.config.numerics):
+            logps_BT = self._compiled["log_probs"](self.params, tokens_BT, positions_BT, segments_BT, targets_BT)
+            logps_BT = np.asarray(logps_BT)
+        found = [logps_T[: len(row) - 1] for row, logps_T in zip(rows, logps_BT, strict=True)]
+        return found[0] if alone else found
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        *,
+        sampling: Sampling = ...,
+        max_new_tokens: int = ...,
+        stop: Sequence[str] = ...,
+        seed: int = ...,
+        stream: Callable[[int, str], None] | None = ...,
+        backend: config.Backend = ...,
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        sampling: Sampling = ...,
+        max_new_tokens: int = ...,
+        stop: Sequence[str] = ...,
+        seed: int = ...,
+        num_samples: int = ...,
+        stream: Callable[[int, str], None] | None = ...,
+        backend: config.Backend = ...,
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        num_samples: int = 1,
+        stream: Callable[[int, str], None] | None = None,
+        backend: config.Backend = "jax",
+    ) -> Completion | list[Completion]:
+        """Continue prompts.
+
+        Args:
+            prompts: one, whose completion is returned, or several, whose completions are a list.
+            sampling: how the next token is chosen; default: the likeliest.
+            stop: a text ends before the first of these strings.
+            num_samples: completions of each prompt, side by side in the list, also for one prompt if above 1.
+            stream: called with the index in the list and each piece of text as soon as it is final.
+            backend: `torch` computes by torch_ref.
+
+        Raises:
+            UserError: the model has no tokenizer, or a prompt does not fit (see `check_prompts`).
+        """
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        options: Any = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "stream": stream}
+        with precision(self.config.numerics):
+            if backend == "torch":
+                repeated = [prompt for prompt in several for _ in range(num_samples)]
+                found = self._torch_generator.complete(repeated, sampling, **options)
+            else:
+                found = self.generator.complete(several, sampling, num_samples=num_samples, **options)
+        return found[0] if isinstance(prompts, str) and num_samples == 1 else found
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Continue one prompt piece by piece; see `generate`. Nothing is computed ahead of what is asked for."""
+        ids = self.encode(prompt)
+        check_prompts(self.config.model, [ids], max_new_tokens)
+        slots = slots_for(self.config.model, len(ids) + max_new_tokens)
+        request = Request(ids, sampling=sampling, max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
+        with precision(self.config.numerics):
+            engine = self.generator.engine(rows=1, context=slots, threaded=False, warm_up=False)
+        with engine:
+            parts = iter(engine.submit(request))
+            while True:
+                with precision(self.config.numerics):  # not while the caller has its turn
+                    part = next(parts, None)
+                if part is None:
+                    return
+                if part.text:
+                    yield part.text
+
+    def answer_file(
+        self, prompts: str | Path, out: str | Path, defaults: Request, *, rows: int = 16, context: int = 0
+    ) -> Iterator[int]:
+        """Answer a file of prompts; see `batch.answer_file`. Yields the lines done.
+
+        Raises:
+            UserError: the model has no tokenizer, or a file is not what it should be.
+        """
+        options: Any = {"prefix_memory": "256M", "threaded": False, "warm_up": False}
+        with precision(self.config.numerics):
+            engine = self.generator.engine(rows=rows, context=context, **options)
+        name = f"{(self.path or Path()).resolve()}\0{engine.prefixes.fingerprint}"
+        with engine:
+            yield from answer_file(engine, Path(prompts), Path(out), defaults, name)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """What completes many prompts at once, and makes engines; built when it is first needed.
+
+        Raises:
+            UserError: the model has no tokenizer.
+        """
+        with precision(self.config.numerics):
+            return Generator(self.decoder, self.params, self._tokenizer, end_ids(self.path) if self.path else ())
+
+    def to_torch(self) -> Any:
+        """The same model as a `torch_ref.models.decoder.Decoder`, a `torch.nn.Module`, bit for bit.
+
+        Raises:
+            UserError: PyTorch is not installed.
+        """
+        try:
+            from torch_ref.infer.generate import decoder_of
+        except ModuleNotFoundError as error:
+            raise UserError(f"to_torch needs {error.name}", "pip install 'jaxlm[torch]'") from None
+        host = jax.tree.map(np.asarray, self.params)
+        return decoder_of(self.config, dict(native.to_torch(host, self.config.model)))
+
+    def save(self, path: str | Path, layout: str = "jaxlm", *, overwrite: bool = False) -> Summary:
+        """Write it as a run (`jaxlm`), a torch_ref folder (`torch`), or a public layout (`llama`, `hf`, ...).
+
+        Raises:
+            UserError: there is something already, the layout is unknown or cannot hold this model.
+        """
+        from jaxlm.convert.write_model import require_apart, write_model
+
+        folder = self.path if self.path is not None and self.path.is_dir() else None
+        if folder is not None:
+            require_apart(folder, Path(path))
+        with tempfile.TemporaryDirectory() as scratch:
+            own = self.tokenizer_path
+            if own is None and self.tokenizer is not None:
+                own = Path(scratch) / open_model.TOKENIZER
+                self.tokenizer.save(own)
+            parameters = canonical(self.params, self.config.model)
+            kept = carried(folder) if folder is not None else {}
+            opened = open_model.Opened(self.path or Path(scratch), self.config, parameters, self.kind, own, kept)
+            return write_model(opened, Path(path), layout, overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        return f"{self._headline()}\n{tree.as_text(tree.branches(self.params))}"
+
+    def _repr_html_(self) -> str:
+        shown = tree.Branch(self._headline(), self._count(), branches=tree.branches(self.params))
+        return tree.as_html((shown,)).replace("<details", "<details open", 1)
+
+    def _headline(self) -> str:
+        model, numerics = self.config.model, self.config.numerics
+        return (
+            f"Model {self.path or ''}: {self._count():,} parameters in {numerics.params}, computes in "
+            f"{numerics.compute}; {model.n_layers} layers of {', '.join(model.pattern)}; width {model.d_model}, "
+            f"vocabulary {model.vocab_size:,}"
+        )
+
+    def _count(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise no_tokenizer(self.path or Path("this model"))
+        return self.tokenizer
+
+    @functools.cached_property
+    def _torch_generator(self) -> Any:
+        module = self.to_torch()
+        from torch_ref.infer.generate import Generator as TorchGenerator
+
+        return TorchGenerator(module, self._tokenizer)
+
+    def _ids(self, text: Any) -> list[int]:
+        return self.encode(text) if isinstance(text, str) else np.asarray(text).tolist()
+
+    def _check(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuse ids that the model has no embedding for, and places that it has no position for."""
+        check_prompts(self.config.model, rows, 1)
+
+    def _forward(self, tokens: Any, part: str) -> Any:
+        ids = np.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens)
+        if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
+            raise UserError(f"tokens are {ids.dtype.name} of shape {list(ids.shape)}", "give ids [T] or [B, T]")
+        rows = np.atleast_2d(ids).tolist()
+        self._check(rows)
+        tokens_BT, positions_BT, segments_BT, _ = right_padded(rows, bucket(ids.shape[-1]), 0)
+        with precision(self.config.numerics):
+            found = self._compiled[part](self.params, tokens_BT, positions_BT, segments_BT)[:, : ids.shape[-1]]
+            return found if ids.ndim == 2 else found[0]
+
+    @functools.cached_property
+    def _compiled(self) -> dict[str, Any]:
+        """Compiled functions of this model alone: what is traced holds its layout."""
+
+        def apply(params: Params, *inputs: Any, method: str) -> Any:
+            if self.layout is None:
+                return self.decoder.apply({"params": params}, *inputs, method=method)
+            with self.layout.active():
+                return self.decoder.apply({"params": params}, *inputs, method=method)
+
+        def hidden(params: Params, *inputs: Any) -> Any:
+            return apply(params, *inputs, method="hidden")[0]
+
+        def logits(params: Params, *inputs: Any) -> Any:
+            return apply(params, *inputs, method="__call__")[0]
+
+        def log_probs(params: Params, tokens: Any, positions: Any, segments: Any, targets: Any) -> Any:
+            hidden_BTD = hidden(params, tokens, positions, segments)
+            kernel_DV, bias_V = apply(params, method="unembedding")
+            return token_logps(hidden_BTD, kernel_DV, bias_V, targets).logps
+
+        return {"hidden": jax.jit(hidden), "logits": jax.jit(logits), "log_probs": jax.jit(log_probs)}

@@ -1,0 +1,35 @@
+"""Keep Orbax's log lines away while a checkpointer is open: jaxlm says in one line what is wrong."""
+
+from __future__ import annotations
+
+import logging
+
+_NAMES = ("absl", "asyncio")  # Orbax logs through the first; its abandoned work through the second
+
+
+class OrbaxSilence:
+    """Drops what Orbax logs from now until `end`; then loggers are as before, and their levels never change."""
+
+    def __init__(self) -> None:
+        self._root = _AsWithoutHandlers(logging.WARNING)
+        if not logging.root.handlers:
+            logging.root.addHandler(self._root)
+        for name in _NAMES:
+            logging.getLogger(name).addFilter(self._keeps)
+
+    def end(self) -> None:
+        """Log everything again."""
+        logging.root.removeHandler(self._root)
+        for name in _NAMES:
+            logging.getLogger(name).removeFilter(self._keeps)
+
+    def _keeps(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.CRITICAL
+
+
+class _AsWithoutHandlers(logging.Handler):
+    """Does what Python does where the root logger has no handler. For absl gives one to a root that has none."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.lastResort is not None and not record.name.startswith("jaxlm"):
+            logging.lastResort.handle(record)
