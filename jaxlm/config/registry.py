@@ -1,5 +1,6 @@
-"""What has a name: configurations and meshes, `configs/models/*.toml` and `configs/mesh/*.toml` beside the package.
+"""What has a name: `configs/models/*.toml` and `configs/mesh/*.toml`, which come with the package.
 
+    find("quickstart")   # configs/quickstart.toml
     find("dense-134m")   # configs/models/dense-134m.toml: the name carries the counted parameters
     find("s0-100m")      # the same by the name that its source gave it
     mesh("zero3")        # the section that configs/mesh/zero3.toml holds
@@ -13,9 +14,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config.shipped import shipped
 from jaxlm.errors import UserError, did_you_mean
 
-FOLDER = Path(__file__).parents[2] / "configs" / "models"
+FOLDER = shipped("configs") / "models"
 MESHES = FOLDER.with_name("mesh")
 SAMPLING = FOLDER.with_name("sampling")
 
@@ -29,8 +31,9 @@ def find(name: str | Path) -> Path:
     path, name = Path(name), str(name)
     if path.exists() or name.endswith(".toml") or path.name != name:
         return path
-    if (FOLDER / f"{name}.toml").is_file():
-        return FOLDER / f"{name}.toml"
+    for folder in (FOLDER, FOLDER.parent):  # quickstart and showcase lie above the models
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
     known = entries()
     for file, aliases in known.items():
         if name in aliases:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxlm.config import registry, toml
+from jaxlm.config.shipped import shipped
 from jaxlm.errors import UserError
 
-FOLDER = Path(__file__).parents[2] / "launch"
+FOLDER = shipped("launch")
 
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 """A DNS label, short enough for Kubernetes to add `-worker-0-0-xxxxx` and stay within 63 characters."""
