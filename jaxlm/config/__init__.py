@@ -6,6 +6,7 @@
 from jaxlm.config.data import Curriculum, Data, Fim, MixtureSource, Repository
 from jaxlm.config.model import Model
 from jaxlm.config.model_parts import Mamba, MoE, RopeScaling
+from jaxlm.config.reinforcement import RL
 from jaxlm.config.run import (
     AXES,
     Backend,
@@ -26,6 +27,7 @@ from jaxlm.config.stages import SFT, LoRA
 __all__ = [
     "AXES",
     "SFT",
+    "RL",
     "Backend",
     "Checkpoint",
     "Config",

@@ -23,6 +23,7 @@ from jaxlm.config.model_parts import FLOAT32_TINY, STRICT, require
 from jaxlm.config.model_parts import Mamba as Mamba
 from jaxlm.config.model_parts import MoE as MoE
 from jaxlm.config.model_parts import RopeScaling as RopeScaling
+from jaxlm.config.reinforcement import RL as RL
 
 Backend = Literal["jax", "torch"]
 LARGEST_SEED = 2**63 - 1
@@ -307,6 +308,7 @@ class Config:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     torch: Torch = dataclasses.field(default_factory=Torch)
+    rl: RL = dataclasses.field(default_factory=RL)
 
     def __post_init__(self) -> None:
         self.data.check_steps(self.train.steps)

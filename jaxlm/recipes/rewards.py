@@ -181,7 +181,7 @@ def math_verify(prompt: str, completion: str, row: Row) -> float:
     return float(package.verify(gold, given))
 
 
-REWARDS: Mapping[str, Judge] = {
+REWARDS: dict[str, Judge] = {
     "exact_number": exact_number,
     "exact_text": exact_text,
     "right_letters": right_letters,

@@ -1,0 +1,112 @@
+"""Group-relative policy optimisation and its relatives: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO by switches of `[rl]`.
+
+Shapes: B samples, T tokens, G prompts, N samples of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm import config
+
+MODEL, REFERENCE = "model", "reference"
+
+
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`(params, frozen, batch, key) -> (sum, sums)`: the clipped policy gradient, for `train.step`."""
+    from jaxlm.objectives.logprobs import token_logps
+    from jaxlm.objectives.policy import policy_loss
+
+    decoder, rl = modules[MODEL], cfg.rl
+    speak: Any = {"temperature": rl.temperature, "block": cfg.train.loss_block}
+
+    def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        hidden_BTD, head, routed = forward(decoder, params, batch, key)
+        kernel_DV, bias_V = head
+        spoken = token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], **speak)
+        terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
+        found = reported(terms, spoken.logps, batch)
+        if routed is not None:
+            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
+            found["loss"] = terms.loss + routed.loss * terms.weight
+        return found["loss"], found
+
+    return compute
+
+
+def policy_arrays(batch: Mapping[str, Any], rl: config.RL) -> tuple[Any, Any, Any, Any]:
+    """What `policy_loss` takes after the log-probabilities, up to the reference."""
+    reference = batch.get("reference_logps") if rl.kl == "loss" else None
+    return batch.get("old_logps"), batch["advantages"], batch["weights"], reference
+
+
+def reported(terms: Any, logps_BT: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The sums of a step; the numbers of the phase go along, times the weight that divides them."""
+    names = {"clipped": "clip_share", "kl_old": "kl_old", "kl_reference": "kl_reference", "entropy": "entropy"}
+    found = {name: getattr(terms, field) for field, name in names.items()}
+    found |= {name: value * terms.weight for name, value in batch.items() if value.ndim == 0}
+    return {"loss": terms.loss, "weight": terms.weight, "tokens": terms.tokens, **found} | {
+        "logp": (logps_BT * batch["weights"]).sum()
+    }
+
+
+def forward(decoder: Any, params: Any, batch: Mapping[str, Any], key: Any) -> tuple[Any, Any, Any]:
+    """Hidden states of the rows, the output matrix with its bias, and what the routers did, if there are experts."""
+    from jaxlm.train.expert_balance import collect
+
+    random: Any = {} if key is None or not decoder.config.random else {"dropout": key}
+    places = batch["tokens"], batch["positions"], batch["segments"]
+    applied: Any = decoder.apply({"params": params}, *places, method="hidden", rngs=random, mutable=["routing"])
+    (hidden_BTD, _), routing = applied
+    routed = collect(routing["routing"], decoder.config) if decoder.config.moes else None
+    return hidden_BTD, decoder.apply({"params": params}, method="unembedding"), routed
+
+
+class JaxActor:
+    """The policy in JAX. `params` is set anew after every update."""
+
+    def __init__(self, decoder: Any, params: Any, reference: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
+        import jax
+
+        from jaxlm.objectives.logprobs import token_logps
+
+        self.decoder, self.params, self.reference, self.config = decoder, params, reference, cfg
+        self.ends: Any = {"eos_id": eos_id, "pad_id": pad}
+
+        @jax.jit
+        def logps(params: Any, batch: Any) -> Any:
+            hidden_BTD, (kernel_DV, bias_V), _ = forward(decoder, params, batch, None)
+            options: Any = {"temperature": cfg.rl.temperature, "block": cfg.train.loss_block}
+            return token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], **options).logps
+
+        self._logps = logps
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+    ) -> list[list[int]]:
+        """See `rollout.Actor`."""
+        from jaxlm.infer.generate import generate
+        from jaxlm.text.sampling import Sampling
+
+        sampling = Sampling(temperature=temperature)
+        return generate(
+            self.decoder, self.params, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends
+        )
+
+    def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
+        """See `rollout.Actor`."""
+        named = {name: batch[name] for name in ("tokens", "targets", "positions", "segments")}
+        return np.asarray(self._logps(self.reference if reference else self.params, named))
+
+    def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
+        """See `rollout.Actor`."""
+        import jax.numpy as jnp
+
+        from jaxlm.objectives.advantages import advantages
+
+        dtype = jnp.promote_types(self.config.numerics.compute, "float32")
+        scaling = self.config.rl.advantage
+        return np.asarray(advantages(jnp.asarray(rewards_GN, dtype), jnp.asarray(valid_GN), scaling=scaling))

@@ -1,0 +1,86 @@
+"""Proximal policy optimisation with a value model of its own trunk (Schulman et al. 2017; Ouyang et al. 2022).
+
+Shapes: B samples, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm import config
+from jaxlm.recipes import grpo
+from jaxlm.recipes.rollout import Batch, Drawn, Phases
+
+VALUE = "value"
+CREDIT = ("advantages", "returns", "old_values")
+"""What a phase knows of each token beside its log-probabilities."""
+
+
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`(trained, frozen, batch, key) -> (sum, sums)`: policy and value loss, both divided by the trained tokens."""
+    from jaxlm.objectives.value import value_loss
+
+    policy, value, rl = grpo.objective(modules, cfg), modules[VALUE], cfg.rl
+
+    def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        loss, found = policy(trained[grpo.MODEL], frozen, batch, key)
+        values_BT = values_of(value, trained[VALUE], batch)
+        terms = value_loss(values_BT, batch["old_values"], batch["returns"], batch["weights"], clip=rl.value_clip)
+        found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
+        found["loss"] = loss + rl.value_weight * terms.loss
+        return found["loss"], found
+
+    return compute
+
+
+def values_of(module: Any, params: Any, batch: Mapping[str, Any]) -> Any:
+    """The value of the state after each token [B, T]."""
+    applied: Any = module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
+    return applied[0]
+
+
+class CriticPhases(Phases):
+    """Phases whose advantages come from values."""
+
+    def credit(self, actor: Any, batch: Batch, samples: Sequence[Drawn]) -> Batch:
+        rewards_B = np.array([sample.reward or 0.0 for sample in samples], np.float64)
+        cut_B = np.array([sample.ended == "length" for sample in samples])
+        last_B = np.array([len(sample.prompt_ids) + len(sample.ids) - 1 for sample in samples])
+        return actor.credit(batch, rewards_B, cut_B, last_B)
+
+
+class JaxCritic(grpo.JaxActor):
+    """Policy and value model in JAX."""
+
+    def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
+        reference = engine.frozen.get(grpo.REFERENCE)
+        super().__init__(engine.decoder, engine.params, reference, cfg, eos_id=eos_id, pad=pad)
+        self.value, self.value_params = engine.program.modules[VALUE], engine.state.params[VALUE]
+
+    def credit(self, batch: Batch, rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray) -> Batch:
+        """Advantages (whitened), returns and values of every drawn token."""
+        import jax
+
+        names = ("tokens", "positions", "segments", "weights", *self.config.rl.columns)
+        arrays = {name: batch[name] for name in names}
+        compute: Any = jax.jit(_credit, static_argnums=(0, 1))
+        found = compute(self.value, self.config.rl, self.value_params, arrays, rewards_B, cut_B, last_B)
+        return {name: np.asarray(x) for name, x in zip(CREDIT, found, strict=True)}
+
+
+def _credit(value: Any, rl: config.RL, params: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any) -> Any:
+    import jax.numpy as jnp
+
+    from jaxlm.objectives.advantages import gae, token_rewards, whiten
+
+    values_BT = values_of(value, params, batch)
+    weights_BT = batch["weights"].astype(values_BT.dtype)
+    reference = batch["reference_logps"] if rl.kl == "reward" else None
+    spoken = batch.get("old_logps", values_BT)
+    rewards_BT = token_rewards(spoken, reference, rewards_B.astype(values_BT.dtype), weights_BT, kl_weight=rl.kl_weight)
+    after_B = jnp.take_along_axis(values_BT, last_B[:, None], axis=1)[:, 0]
+    credit = gae(rewards_BT, values_BT, weights_BT, jnp.where(cut_B, after_B, 0), discount=rl.discount, lam=rl.lam)
+    return whiten(credit.advantages, weights_BT), credit.returns, values_BT

@@ -1,0 +1,227 @@
+"""A phase of reinforcement learning: prompts, samples of the policy, their rewards and advantages, and the batches.
+
+    phases = Phases(cfg, task, tokenizer, pool)
+    phase = phases.run(actor, number=17)        # a function of (seed, number) and of the policy as it stands
+    for batch in phase.batches: step(batch)
+
+A sample is ids from first to last: what was drawn is what is trained on, never text that is encoded again. It imports
+neither jax nor torch; an `Actor` is the policy in one of them.
+
+Shapes: B samples, T tokens of a row, G prompts, N samples of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxlm import config
+from jaxlm.data.prompts import Prompt, Task
+from jaxlm.errors import UserError
+from jaxlm.recipes.graders import GraderPool, Sample
+from jaxlm.text.completion import encode_prompts
+from jaxlm.text.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Actor(Protocol):
+    """The policy as it stands, in one framework."""
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+    ) -> list[list[int]]:
+        """New ids of each prompt, up to `max_new_tokens`; the numbers of row r are those of (seed, r)."""
+        ...
+
+    def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
+        """Log-probability [B, T] of every target, under the policy or under where it started."""
+        ...
+
+    def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
+        """`objectives.advantages.advantages` of this framework, as the config has it."""
+        ...
+
+
+class Drawn(NamedTuple):
+    """One sample."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    ids: list[int]
+    """What was drawn: up to the first of the end ids, with it."""
+    ended: str
+    """`end`, or `length`."""
+    text: str
+    grades: tuple[float | None, ...] = ()
+    reward: float | None = None
+
+
+class Phase(NamedTuple):
+    """What the samples of one phase came to."""
+
+    samples: list[Drawn]
+    advantages: np.ndarray
+    """Of each token [B, T]."""
+    batches: list[Batch]
+    metrics: dict[str, float]
+
+
+class Phases:
+    """Makes the phases of a run."""
+
+    def __init__(self, cfg: config.Config, task: Task, tokenizer: Tokenizer, pool: GraderPool) -> None:
+        self.config, self.rl, self.task, self.tokenizer, self.pool = cfg, cfg.rl, task, tokenizer, pool
+        self.ends = frozenset(end for end in (tokenizer.eot,) if end is not None)
+        if not self.ends:
+            raise UserError("the tokenizer has no end of text: no sample could end", "tokenizer.specials=true")
+
+    def run(self, actor: Actor, number: int) -> Phase:
+        """Phase `number`.
+
+        Raises:
+            UserError: a prompt does not fit into a row, too many grades are missing, or no refill helps.
+        """
+        rl = self.rl
+        samples = self._collect(actor, number)
+        batch = lay(samples, self.config.data.seq_len, self.tokenizer.pad, keep_cut=rl.cut == "keep")
+        if "old_logps" in rl.columns:
+            batch["old_logps"] = actor.logps(batch, reference=False)
+        if "reference_logps" in rl.columns:
+            batch["reference_logps"] = actor.logps(batch, reference=True)
+        valid_B = np.array([sample.reward is not None for sample in samples])
+        batch["weights"] = np.where(valid_B[:, None], batch["weights"], 0)
+        batch |= self.credit(actor, batch, samples)
+        return Phase(samples, batch["advantages"], self._batches(batch, number), self._metrics(samples))
+
+    def credit(self, actor: Actor, batch: Batch, samples: Sequence[Drawn]) -> Batch:
+        """How much better than expected each token was: here, how its sample compares with others of its prompt."""
+        rewards_B = np.array([np.nan if sample.reward is None else sample.reward for sample in samples], np.float64)
+        rewards_GN = rewards_B.reshape(-1, self.rl.group)
+        valid_GN = ~np.isnan(rewards_GN)
+        if self.rl.kl == "reward":
+            moved_BT = (batch["old_logps"] - batch["reference_logps"]) * batch["weights"]
+            rewards_GN = rewards_GN - self.rl.kl_weight * moved_BT.sum(1).reshape(rewards_GN.shape)
+        advantages_B1 = actor.advantages(rewards_GN, valid_GN).reshape(-1, 1)
+        return {"advantages": np.repeat(advantages_B1, batch["weights"].shape[1], axis=1)}
+
+    def _collect(self, actor: Actor, number: int) -> list[Drawn]:
+        """The samples of a phase. Groups whose rewards are all equal are replaced as often as `rl.refills` allows."""
+        rl = self.rl
+        differing: list[Drawn] = []
+        equal: list[Drawn] = []
+        for refill in range(rl.refills + 1):
+            fresh = self._samples(actor, number, refill)
+            for first in range(0, len(fresh), rl.group):
+                group = fresh[first : first + rl.group]
+                rewards = {sample.reward for sample in group if sample.reward is not None}
+                (differing if len(rewards) > 1 else equal).extend(group)
+            if not rl.refills:
+                return fresh
+            if len(differing) >= rl.prompts * rl.group:
+                break
+        if not differing:
+            raise UserError(
+                f"phase {number}: the samples of every prompt had equal rewards, and {rl.refills} refills did not help",
+                "easier prompts, a reward with degrees, or a better start",
+            )
+        return (differing + equal)[: rl.prompts * rl.group]  # the shape is always the same
+
+    def _samples(self, actor: Actor, number: int, refill: int) -> list[Drawn]:
+        """Samples of the next prompts, with their grades."""
+        rl = self.rl
+        first = (number * (rl.refills + 1) + refill) * rl.prompts
+        chosen = [self.task.train(self.config.seed, first + i) for i in range(rl.prompts)]
+        encoded = encode_prompts(self.tokenizer, [prompt.text for prompt in chosen])
+        self._check(encoded)
+        repeated = [ids for ids in encoded for _ in range(rl.group)]
+        seed = int(np.random.SeedSequence((self.config.seed, number, refill)).generate_state(1)[0])
+        drawn = actor.draw(repeated, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=seed)
+        samples = [
+            self.cut(chosen[i // rl.group], prompt_ids, ids)
+            for i, (prompt_ids, ids) in enumerate(zip(repeated, drawn, strict=True))
+        ]
+        return self.graded(samples)
+
+    def _check(self, encoded: Sequence[Sequence[int]]) -> None:
+        longest, width = max(map(len, encoded)), self.config.data.seq_len
+        if longest + self.rl.max_new_tokens > width:
+            raise UserError(
+                f"a prompt of {longest} and rl.max_new_tokens = {self.rl.max_new_tokens} do not fit into "
+                f"data.seq_len = {width} tokens",
+                f"data.seq_len={longest + self.rl.max_new_tokens}",
+            )
+
+    def cut(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> Drawn:
+        """A sample up to the first end; its text is without the end."""
+        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        kept = ids if end is None else ids[: end + 1]
+        text = self.tokenizer.decode(kept if end is None else kept[:-1])
+        return Drawn(prompt, prompt_ids, kept, "length" if end is None else "end", text)
+
+    def graded(self, samples: Sequence[Drawn]) -> list[Drawn]:
+        """The samples with their grades and their reward: the weighted sum, or None if one grade is missing."""
+        seen = [Sample(one.prompt.text, one.text, _row(one)) for one in samples]
+        graded = []
+        for sample, grades in zip(samples, self.pool.grade(seen), strict=True):
+            values = tuple(grade.value for grade in grades)
+            parts = [x * reward.weight for x, reward in zip(values, self.pool.rewards, strict=True) if x is not None]
+            total = sum(parts) if len(parts) == len(values) else None
+            graded.append(sample._replace(grades=values, reward=total))
+        return graded
+
+    def _batches(self, batch: Batch, number: int) -> list[Batch]:
+        """The minibatches of every iteration: rows in an order of their own, by (seed, phase, iteration)."""
+        rl, rows = self.rl, len(batch["tokens"])
+        if rl.iterations * rl.minibatches == 1:
+            return [batch]
+        found = []
+        for iteration in range(rl.iterations):
+            order = np.random.default_rng((self.config.seed, number, iteration)).permutation(rows)
+            found += [{k: x[part] for k, x in batch.items()} for part in np.array_split(order, rl.minibatches)]
+        return found
+
+    def _metrics(self, samples: Sequence[Drawn]) -> dict[str, float]:
+        kept = [sample.reward for sample in samples if sample.reward is not None]
+        groups = [samples[first : first + self.rl.group] for first in range(0, len(samples), self.rl.group)]
+        differing = [len({one.reward for one in group if one.reward is not None}) > 1 for group in groups]
+        return {
+            "reward": float(np.mean(kept)),
+            "reward_std": float(np.std(kept)),
+            "informative_groups": float(np.mean(differing)),
+            "ungraded": 1 - len(kept) / len(samples),
+            "length": float(np.mean([len(sample.ids) for sample in samples])),
+            "ended": float(np.mean([sample.ended == "end" for sample in samples])),
+        }
+
+
+def _row(sample: Drawn) -> dict[str, Any]:
+    """What a reward knows besides the texts."""
+    facts = {"answer": sample.prompt.answer, "tokens": len(sample.ids), "ended": sample.ended}
+    return {**sample.prompt.row, **facts}
+
+
+def lay(samples: Sequence[Drawn], seq_len: int, pad: int, *, keep_cut: bool = True) -> Batch:
+    """Samples as rows: every token and its target, shifted once; weight 1 where the target was drawn.
+
+    The last token stands in the row too, without a target: a value model judges the state after it. Padding is known by
+    its segment, so a tokenizer whose padding is its end of text loses nothing.
+    """
+    shape = len(samples), seq_len
+    batch = {
+        "tokens": np.full(shape, pad, np.int32),
+        "targets": np.full(shape, pad, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "segments": np.zeros(shape, np.int32),
+        "weights": np.zeros(shape, np.float32),
+    }
+    for row, sample in enumerate(samples):
+        ids, first = [*sample.prompt_ids, *sample.ids], len(sample.prompt_ids)
+        batch["tokens"][row, : len(ids)], batch["targets"][row, : len(ids) - 1] = ids, ids[1:]
+        batch["positions"][row, : len(ids)], batch["segments"][row, : len(ids)] = np.arange(len(ids)), 1
+        if keep_cut or sample.ended == "end":
+            batch["weights"][row, first - 1 : len(ids) - 1] = 1
+    return batch

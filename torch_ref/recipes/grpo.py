@@ -1,0 +1,94 @@
+"""Group-relative policy optimisation and its relatives, by switches of `[rl]`: the mirror of `jaxlm.recipes.grpo`.
+
+Shapes: B samples, T tokens, G prompts, N samples of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jaxlm import config
+from jaxlm.text.sampling import Sampling
+from torch_ref.infer.generate import generate
+from torch_ref.models.decoder import Decoder
+from torch_ref.numerics import wide
+from torch_ref.objectives.advantages import advantages
+from torch_ref.objectives.logprobs import TokenLogps, token_logps
+from torch_ref.objectives.policy import policy_loss
+from torch_ref.train.expert_balance import collect
+from torch_ref.train.step import Batch, LossFn, Sums
+
+
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
+    """`batch -> (sum, sums)`: the clipped policy gradient of the decoder `model`, for `train.step`."""
+    decoder, rl = modules["model"], cfg.rl
+
+    def compute(batch: Batch) -> tuple[Tensor, Sums]:
+        spoken = forward(decoder, batch, cfg)
+        terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
+        found = reported(terms, spoken.logps, batch)
+        if decoder.config.moes:
+            routed = collect(decoder)
+            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
+            found["loss"] = terms.loss + routed.loss * terms.weight
+        return found["loss"], found
+
+    return compute
+
+
+def policy_arrays(batch: Batch, rl: config.RL) -> tuple[Any, Any, Any, Any]:
+    """What `policy_loss` takes after the log-probabilities, up to the reference."""
+    reference = batch.get("reference_logps") if rl.kl == "loss" else None
+    return batch.get("old_logps"), batch["advantages"], batch["weights"], reference
+
+
+def reported(terms: Any, logps_BT: Tensor, batch: Batch) -> Sums:
+    """The sums of a step; the numbers of the phase go along, times the weight that divides them."""
+    names = {"clipped": "clip_share", "kl_old": "kl_old", "kl_reference": "kl_reference", "entropy": "entropy"}
+    found = {name: getattr(terms, field) for field, name in names.items()}
+    found |= {name: value * terms.weight for name, value in batch.items() if value.ndim == 0}
+    return {"loss": terms.loss, "weight": terms.weight, "tokens": terms.tokens, **found} | {
+        "logp": (logps_BT * batch["weights"]).sum()
+    }
+
+
+def forward(decoder: Decoder, batch: Batch, cfg: config.Config) -> TokenLogps:
+    """Log-probability and entropy at every target, at the temperature of sampling."""
+    hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    options: Any = {"temperature": cfg.rl.temperature, "block": cfg.train.loss_block}
+    return token_logps(hidden_BTD, *decoder.unembedding(), batch["targets"], **options)
+
+
+class TorchActor:
+    """The policy in PyTorch: `decoder`, which updates change in place, and where it started."""
+
+    def __init__(self, decoder: Decoder, reference: Decoder, cfg: config.Config, *, eos_id: int, pad: int) -> None:
+        self.decoder, self.reference, self.config = decoder, reference, cfg
+        self.ends: Any = {"eos_id": eos_id, "pad_id": pad}
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+    ) -> list[list[int]]:
+        """See `jaxlm.recipes.rollout.Actor`."""
+        sampling = Sampling(temperature=temperature)
+        return generate(self.decoder, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends)
+
+    def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
+        """See `jaxlm.recipes.rollout.Actor`."""
+        decoder = (self.reference if reference else self.decoder).eval()
+        device = decoder.embed.weight.device
+        names = ("tokens", "targets", "positions", "segments")
+        named = {name: torch.as_tensor(batch[name], device=device) for name in names}
+        with torch.no_grad():
+            return forward(decoder, named, self.config).logps.cpu().numpy()
+
+    def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
+        """See `jaxlm.recipes.rollout.Actor`."""
+        dtype = wide(getattr(torch, self.config.numerics.compute))
+        rewards = torch.as_tensor(rewards_GN, dtype=dtype)
+        return advantages(rewards, torch.as_tensor(valid_GN), scaling=self.config.rl.advantage).numpy()

@@ -1,0 +1,67 @@
+"""Proximal policy optimisation with a value model of its own trunk: the mirror of `jaxlm.recipes.ppo`.
+
+Shapes: B samples, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jaxlm import config
+from torch_ref.models.heads import ValueModel
+from torch_ref.objectives.advantages import gae, token_rewards, whiten
+from torch_ref.objectives.value import value_loss
+from torch_ref.recipes import grpo
+from torch_ref.train.step import Batch, LossFn, Sums
+
+CREDIT = ("advantages", "returns", "old_values")
+
+
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
+    """`batch -> (sum, sums)`: policy and value loss, both divided by the trained tokens."""
+    policy, value, rl = grpo.objective(modules, cfg), modules["value"], cfg.rl
+
+    def compute(batch: Batch) -> tuple[Tensor, Sums]:
+        loss, found = policy(batch)
+        values_BT = values_of(value, batch)
+        terms = value_loss(values_BT, batch["old_values"], batch["returns"], batch["weights"], clip=rl.value_clip)
+        found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
+        found["loss"] = loss + rl.value_weight * terms.loss
+        return found["loss"], found
+
+    return compute
+
+
+def values_of(module: ValueModel, batch: Batch) -> Tensor:
+    """The value of the state after each token [B, T]."""
+    return module(batch["tokens"], batch["positions"], batch["segments"])[0]
+
+
+class TorchCritic(grpo.TorchActor):
+    """Policy and value model in PyTorch."""
+
+    def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
+        super().__init__(engine.decoder, engine.frozen.get("reference"), cfg, eos_id=eos_id, pad=pad)
+        self.value: ValueModel = engine.modules["value"]
+
+    @torch.no_grad()
+    def credit(
+        self, batch: Mapping[str, np.ndarray], rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Advantages (whitened), returns and values of every drawn token."""
+        rl, arrays = self.config.rl, {name: torch.as_tensor(x) for name, x in batch.items()}
+        values_BT = values_of(self.value.eval(), arrays)
+        weights_BT = arrays["weights"].to(values_BT.dtype)
+        reference = arrays["reference_logps"] if rl.kl == "reward" else None
+        spoken, rewards = arrays.get("old_logps", values_BT), torch.as_tensor(rewards_B, dtype=values_BT.dtype)
+        rewards_BT = token_rewards(spoken, reference, rewards, weights_BT, kl_weight=rl.kl_weight)
+        after_B = values_BT.gather(1, torch.as_tensor(last_B)[:, None])[:, 0]
+        bootstrap_B = torch.where(torch.as_tensor(cut_B), after_B, 0)
+        credit = gae(rewards_BT, values_BT, weights_BT, bootstrap_B, discount=rl.discount, lam=rl.lam)
+        found = whiten(credit.advantages, weights_BT), credit.returns, values_BT
+        return {name: x.numpy() for name, x in zip(CREDIT, found, strict=True)}
