@@ -153,12 +153,13 @@ class TorchSide:
                 {n: torch.tensor(np.asarray(x)) for n, x in scored_to_torch(trees["value"], cfg.model)}
             )
             self.modules["value"] = value
-        self.frozen = {"reference": copy.deepcopy(self.decoder)}
+        self.trained = list(self.modules.values())
+        self.modules["reference"] = copy.deepcopy(self.decoder)
         self.loss = recipe.objective(self.modules, cfg)
-        self.optimizers = [torch_optimizer(module, cfg.train) for module in self.modules.values()]
+        self.optimizers = [torch_optimizer(module, cfg.train) for module in self.trained]
 
     def step(self, batch: Any) -> None:
-        for module, optimizer in zip(self.modules.values(), self.optimizers, strict=True):
+        for module, optimizer in zip(self.trained, self.optimizers, strict=True):
             module.train()
             optimizer.zero_grad(set_to_none=False)
             set_learning_rate(optimizer, self.config.train)
@@ -173,7 +174,7 @@ class TorchSide:
     def actor(self, cfg: config.Config) -> Any:
         if self.recipe is torch_ppo:
             return torch_ppo.TorchCritic(self, cfg, **ENDS)
-        return torch_grpo.TorchActor(self.decoder, self.frozen["reference"], cfg, **ENDS)
+        return torch_grpo.TorchActor(self.decoder, self.modules["reference"], cfg, **ENDS)
 
     def parameters(self, cfg: config.Config) -> dict[str, np.ndarray]:
         found = {name: parameter.detach().numpy() for name, parameter in self.decoder.named_parameters()}

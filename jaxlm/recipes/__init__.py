@@ -11,6 +11,8 @@ from jaxlm.train.recipe import Recipe
 
 RECIPES = {
     "pretrain": "jaxlm.recipes.pretrain:recipe",
+    "answers": "jaxlm.recipes.answers:recipe",
+    "grpo": "jaxlm.recipes.grpo:recipe",
 }
 """The stages by name, as `module:function`; a config may also name a `module:function` of its own."""
 

@@ -1,5 +1,7 @@
 """Group-relative policy optimisation and its relatives: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO by switches of `[rl]`.
 
+    jaxlm train configs/rl/grpo-add.toml
+
 Shapes: B samples, T tokens, G prompts, N samples of each.
 """
 
@@ -11,8 +13,45 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config
+from jaxlm.errors import UserError
+from jaxlm.recipes.rollout_source import MEASURES, RolloutData
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, Trained, twin
 
-MODEL, REFERENCE = "model", "reference"
+REFERENCE = "reference"
+
+
+def recipe(cfg: config.Config) -> Recipe:
+    """The stage `grpo`.
+
+    Raises:
+        UserError: the divergence from the start is asked for, and there is no start.
+    """
+    rl = cfg.rl
+    if rl.group < 2:
+        raise UserError("rl.group = 1: a sample alone has nothing to be measured against", "rl.group=8")
+    if rl.kl != "none" and not cfg.train.init_from:
+        raise UserError(f"rl.kl = {rl.kl!r} holds the model near its start, and there is none", "train.init_from=RUN")
+    beside = dict.fromkeys(("advantages", *rl.columns), Column("float32", ("batch", "seq")))
+    measures = dict.fromkeys(MEASURES, Column("float32", ()))
+    frozen = {REFERENCE: Frozen(cfg.model, cfg.train.init_from)} if rl.kl != "none" else {}
+    return Recipe(
+        columns=LM_COLUMNS | beside | measures,
+        models=Models({MODEL: Trained(cfg.model, cfg.train)}, frozen),
+        objective=Objective(objective, twin("torch_ref.recipes.grpo")),
+        data=lambda own: RolloutData(cfg, own),
+        judge=lambda _: Judge(figures, "answer_nll", describe=described),
+    )
+
+
+def figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """How likely the model finds the right answers to held-out prompts."""
+    nll = -sums["logp"] / max(sums["tokens"], 1)
+    return {"validation_loss": nll, "answer_nll": nll, "entropy": sums["entropy"] / max(sums["tokens"], 1)}
+
+
+def described(values: Mapping[str, float]) -> str:
+    """One line for the terminal."""
+    return f"right answers: {values['answer_nll']:.4f} nats a token"
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:

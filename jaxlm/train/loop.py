@@ -176,7 +176,7 @@ class _Run:
     def _step(self) -> None:
         """One update; the first of a phase is preceded by what the phase needs."""
         number = self.progress.step + 1
-        if self._phase_ends(self.progress.step) and self.source.updates_per_phase > 1:
+        if self._phase_ends(self.progress.step):
             with self.clock.spent("sampling"):
                 self.source.begin_phase(self.progress.step // self.source.updates_per_phase, self.engine)
         first, last = self.cfg.train.profiled or (0, 0)

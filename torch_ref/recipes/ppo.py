@@ -46,7 +46,7 @@ class TorchCritic(grpo.TorchActor):
     """Policy and value model in PyTorch."""
 
     def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
-        super().__init__(engine.decoder, engine.frozen.get("reference"), cfg, eos_id=eos_id, pad=pad)
+        super().__init__(engine.decoder, engine.modules.get("reference"), cfg, eos_id=eos_id, pad=pad)
         self.value: ValueModel = engine.modules["value"]
 
     @torch.no_grad()

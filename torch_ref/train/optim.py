@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from jaxlm import config
 from jaxlm.run.schedule import learning_rate
-<<<<<<< HEAD
 from jaxlm.train.recipe import parameter_name
-=======
 from torch_ref.models.heads import Score
->>>>>>> ef651d8 (Phases of reinforcement learning: GRPO's relatives and PPO, whole runs the same in two frameworks; the score of a head decays in torch too)
 from torch_ref.models.layers import Embed, Head, Linear
 from torch_ref.models.mamba import CausalConv, StepSize
 from torch_ref.models.moe import ExpertLinear, Router

@@ -1,0 +1,98 @@
+"""Supervised learning of the right answers to a task's prompts: where reinforcement learning can start from.
+
+    jaxlm train configs/rl/answers-add.toml
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlm import config
+from jaxlm.data.prompts import Prompt, open_task
+from jaxlm.data.stage_tokenizer import stage_tokenizer
+from jaxlm.recipes import pretrain
+from jaxlm.recipes.rollout import Batch, Drawn, lay
+from jaxlm.text.completion import encode_prompts
+from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Recipe, Trained, twin
+
+
+def recipe(cfg: config.Config) -> Recipe:
+    """The stage `answers`."""
+    return Recipe(
+        columns=LM_COLUMNS,
+        models=Models({MODEL: Trained(cfg.model, cfg.train)}),
+        objective=Objective(pretrain.objective, twin("torch_ref.recipes.pretrain")),
+        data=lambda own: AnswerData(cfg, own),
+        judge=lambda _: Judge(figures, describe=described),
+    )
+
+
+def figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """Of the answers to held-out prompts: nats a token, and how often the likeliest token is right."""
+    return {
+        "validation_loss": sums["nll"] / sums["weight"],
+        "validation_accuracy": sums["accuracy"] / sums["weight"],
+    }
+
+
+def described(values: Mapping[str, float]) -> str:
+    """One line for the terminal."""
+    return f"loss {values['validation_loss']:.4f} nats a token, {values['validation_accuracy']:.1%} of the tokens right"
+
+
+class AnswerData:
+    """Prompt after prompt of `rl.task`, each with its answer; see `train.recipe.DataSource`."""
+
+    updates_per_phase = 1
+
+    def __init__(self, cfg: config.Config, own: Tokenizer | None = None) -> None:
+        self.config, self.tokenizer = cfg, stage_tokenizer(cfg, own)
+        self.task = open_task(cfg.rl.task)
+
+    def identity(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer.fingerprint(), "task": self.task.name}
+
+    def rows(self, prompts: list[Prompt]) -> Batch:
+        """A row for each prompt; its answer counts, with its end."""
+        ids = encode_prompts(self.tokenizer, [prompt.text for prompt in prompts])
+        end = self.tokenizer.special("eot")
+        answers = [[*self.tokenizer.encode(prompt.answer), end] for prompt in prompts]
+        samples = [Drawn(*one, "end", "") for one in zip(prompts, ids, answers, strict=True)]
+        return lay(samples, self.config.data.seq_len, self.tokenizer.pad)
+
+    def batches(self, *, batch_size: int, rows: np.ndarray | None) -> AnswerBatches:
+        return AnswerBatches(self, batch_size, rows)
+
+    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
+        prompts = self.task.held_out(batch_size * (max_batches or 8))
+        for first in range(0, len(prompts) - batch_size + 1, batch_size):
+            batch = self.rows(prompts[first : first + batch_size])
+            yield batch if rows is None else {name: x[rows] for name, x in batch.items()}
+
+    def begin_phase(self, number: int, engine: Any) -> None:
+        """Answers need nothing from the model."""
+
+
+class AnswerBatches:
+    """Batches by number."""
+
+    def __init__(self, data: AnswerData, batch_size: int, rows: np.ndarray | None) -> None:
+        self._data, self._rows, self._next = data, np.arange(batch_size) if rows is None else rows, 0
+        self._batch_size = batch_size
+
+    def __next__(self) -> Batch:
+        first, self._next = self._next * self._batch_size, self._next + 1
+        seed = self._data.config.seed
+        return self._data.rows([self._data.task.train(seed, first + int(row)) for row in self._rows])
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next = int(state["next_index"])

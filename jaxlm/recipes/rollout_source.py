@@ -1,0 +1,127 @@
+"""Phases of reinforcement learning as the data of a recipe: what its updates need is made when a phase begins.
+
+The number of a phase is all that a resumed run needs: prompts, random numbers and the order of rows follow from it, and
+the samples from the policy in the checkpoint, which stands at the end of a phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxlm import config
+from jaxlm.data.prompts import open_task
+from jaxlm.data.stage_tokenizer import stage_tokenizer
+from jaxlm.errors import UserError
+from jaxlm.recipes.graders import GraderPool
+from jaxlm.recipes.rewards import find_rewards
+from jaxlm.recipes.rollout import Actor, Batch, Drawn, Phase, Phases, lay
+from jaxlm.text.completion import encode_prompts
+from jaxlm.text.tokenizer import Tokenizer
+
+MEASURES = ("reward", "reward_std", "informative_groups", "ungraded", "length", "ended", "held_out_reward")
+"""Numbers of a phase that go along with each of its batches, and so into the metrics of every update."""
+
+
+class RolloutData:
+    """Prompts of `rl.task`, sampled and graded; see `train.recipe.DataSource`."""
+
+    def __init__(self, cfg: config.Config, own: Tokenizer | None = None) -> None:
+        rl = cfg.rl
+        self.config, self.tokenizer = cfg, stage_tokenizer(cfg, own)
+        self.updates_per_phase = rl.iterations * rl.minibatches
+        rows = rl.prompts * rl.group // rl.minibatches
+        if cfg.train.batch_size != rows:
+            raise UserError(
+                f"train.batch_size = {cfg.train.batch_size} is not rl.prompts x rl.group / rl.minibatches = {rows}",
+                f"train.batch_size={rows}",
+            )
+        self.task = open_task(rl.task)
+        self.pool = GraderPool(find_rewards(rl.rewards), limit_s=rl.grader_seconds)
+        self.phases = self.phases_of()
+        self.phase: Phase | None = None
+        self._held_out_reward = 0.0
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "tokenizer": self.tokenizer.fingerprint(),
+            "task": self.task.name,
+            "rewards": " ".join(self.config.rl.rewards),
+        }
+
+    def batches(self, *, batch_size: int, rows: np.ndarray | None) -> RolloutBatches:
+        if rows is not None and len(rows) != batch_size:
+            raise UserError("reinforcement learning runs in one process", "its devices may be many: see [mesh]")
+        return RolloutBatches(self)
+
+    def begin_phase(self, number: int, engine: Any) -> None:
+        actor = self.actor(engine)
+        self.phase = self.phases.run(actor, number)
+        if number % self.config.rl.evaluate_every == 0:
+            self._held_out_reward = self.greedy_reward(actor, self.config.rl.held_out)
+        measured = self.phase.metrics | {"held_out_reward": self._held_out_reward}
+        for batch in self.phase.batches:
+            batch |= {name: np.asarray(measured[name], np.float32) for name in MEASURES}
+
+    def phases_of(self) -> Phases:
+        """What makes the phases."""
+        return Phases(self.config, self.task, self.tokenizer, self.pool)
+
+    def actor(self, engine: Any) -> Actor:
+        """The policy of an engine, in its framework."""
+        ends: Any = {"eos_id": self.tokenizer.special("eot"), "pad": self.tokenizer.pad}
+        if type(engine).__module__.startswith("torch_ref"):
+            from torch_ref.recipes.grpo import TorchActor
+
+            return TorchActor(engine.decoder, engine.modules.get("reference"), self.config, **ends)
+        from jaxlm.recipes.grpo import JaxActor
+
+        return JaxActor(engine.decoder, engine.params, engine.frozen.get("reference"), self.config, **ends)
+
+    def greedy_reward(self, actor: Actor, count: int) -> float:
+        """Mean reward of the likeliest answers to the held-out prompts."""
+        prompts = self.task.held_out(count)
+        ids = encode_prompts(self.tokenizer, [prompt.text for prompt in prompts])
+        drawn = actor.draw(ids, temperature=0.0, max_new_tokens=self.config.rl.max_new_tokens, seed=0)
+        graded = self.phases.graded([self.phases.cut(*one) for one in zip(prompts, ids, drawn, strict=True)])
+        rewards = [sample.reward for sample in graded if sample.reward is not None]
+        return float(np.mean(rewards)) if rewards else 0.0
+
+    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
+        """Held-out prompts with their answers, as rows: how likely the model finds what is right."""
+        prompts = self.task.held_out(min(self.config.rl.held_out, batch_size * max_batches or self.config.rl.held_out))
+        ids = encode_prompts(self.tokenizer, [prompt.text for prompt in prompts])
+        answers = [[*self.tokenizer.encode(prompt.answer), self.tokenizer.special("eot")] for prompt in prompts]
+        samples = [
+            Drawn(prompt, before, answer, "end", prompt.answer)
+            for prompt, before, answer in zip(prompts, ids, answers, strict=True)
+            if len(before) + len(answer) <= self.config.data.seq_len + 1
+        ]
+        for first in range(0, len(samples), batch_size):
+            batch = lay(samples[first : first + batch_size], self.config.data.seq_len, self.tokenizer.pad)
+            missing = batch_size - len(batch["tokens"])
+            batch = {name: np.pad(x, [(0, missing), (0, 0)]) for name, x in batch.items()}
+            beside = {name: np.zeros_like(batch["weights"]) for name in ("advantages", *self.config.rl.columns)}
+            yield batch | beside | {name: np.zeros((), np.float32) for name in MEASURES}
+
+
+class RolloutBatches:
+    """The batches of the phase that has begun; its state is the number of the next batch."""
+
+    def __init__(self, data: RolloutData) -> None:
+        self._data, self._next = data, 0
+
+    def __next__(self) -> Batch:
+        phase = self._data.phase
+        assert phase is not None, "the loop begins a phase before it asks for its batches"
+        batch = phase.batches[self._next % self._data.updates_per_phase]
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next = int(state["next_index"])
