@@ -12,7 +12,10 @@ import pytest
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
-from jaxlm.recipes import make_recipe, start
+from jaxlm.recipes import answers, grpo, make_recipe, start  # two threads that import at once break Python's ast
+from jaxlm.train import engine
+
+IMPORTED = answers, grpo, engine
 
 TINY = """
 recipe = "{recipe}"
