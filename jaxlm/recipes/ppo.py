@@ -5,7 +5,6 @@ Shapes: B samples, T tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,26 +13,11 @@ import numpy as np
 from jaxlm import config
 from jaxlm.recipes import grpo
 from jaxlm.recipes.rollout import Batch, Drawn, Phases
-from jaxlm.recipes.rollout_source import RolloutData
-from jaxlm.train.recipe import MODEL, Column, Models, Objective, Recipe, Trained, twin
+from jaxlm.train.recipe import MODEL
 
 VALUE = "value"
 CREDIT = ("advantages", "returns", "old_values")
 """What a phase knows of each token beside its log-probabilities."""
-
-
-def recipe(cfg: config.Config) -> Recipe:
-    """The stage `ppo`: that of `grpo`, with a second trained model."""
-    base = grpo.recipe(dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, group=max(cfg.rl.group, 2))))
-    rate = cfg.rl.value_learning_rate or cfg.train.learning_rate
-    value = Trained(cfg.model, dataclasses.replace(cfg.train, learning_rate=rate), head="value")
-    columns = base.columns | dict.fromkeys(CREDIT, Column("float32", ("batch", "seq")))
-    return base._replace(
-        columns=columns,
-        models=Models({MODEL: Trained(cfg.model, cfg.train), VALUE: value}, base.models.frozen),
-        objective=Objective(objective, twin("torch_ref.recipes.ppo")),
-        data=lambda own: CriticData(cfg, own),
-    )
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -57,21 +41,6 @@ def values_of(module: Any, params: Any, batch: Mapping[str, Any]) -> Any:
     """The value of the state after each token [B, T]."""
     applied: Any = module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
     return applied[0]
-
-
-class CriticData(RolloutData):
-    """Samples that a value model judges token by token."""
-
-    def phases_of(self) -> Phases:
-        return CriticPhases(self.config, self.task, self.tokenizer, self.pool)
-
-    def actor(self, engine: Any) -> Any:
-        ends: Any = {"eos_id": self.tokenizer.special("eot"), "pad": self.tokenizer.pad}
-        if type(engine).__module__.startswith("torch_ref"):
-            from torch_ref.recipes.ppo import TorchCritic
-
-            return TorchCritic(engine, self.config, **ends)
-        return JaxCritic(engine, self.config, **ends)
 
 
 class CriticPhases(Phases):
