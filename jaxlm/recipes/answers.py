@@ -7,6 +7,7 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.data.prompts import Prompt, open_task
+from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.recipes import pretrain
 from jaxlm.recipes.rollout import Batch, Drawn, lay
@@ -69,7 +71,11 @@ class AnswerData:
     def batches(self, *, batch_size: int, rows: np.ndarray | None) -> AnswerBatches:
         return AnswerBatches(self, batch_size, rows)
 
-    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
+    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
+        size: Any = {"batch_size": batch_size, "rows": rows, "max_batches": max_batches}
+        return [HeldOut("", True, functools.partial(self.held_out_batches, **size))]
+
+    def held_out_batches(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
         prompts = self.task.held_out(batch_size * (max_batches or 8))
         for first in range(0, len(prompts) - batch_size + 1, batch_size):
             batch = self.rows(prompts[first : first + batch_size])

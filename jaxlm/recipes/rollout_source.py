@@ -6,6 +6,7 @@ the samples from the policy in the checkpoint, which stands at the end of a phas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.data.prompts import open_task
+from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.recipes.graders import GraderPool
@@ -89,7 +91,11 @@ class RolloutData:
         rewards = [sample.reward for sample in graded if sample.reward is not None]
         return float(np.mean(rewards)) if rewards else 0.0
 
-    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
+    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
+        size: Any = {"batch_size": batch_size, "rows": rows, "max_batches": max_batches}
+        return [HeldOut("", True, functools.partial(self.held_out_batches, **size))]
+
+    def held_out_batches(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
         """Held-out prompts with their answers, as rows: how likely the model finds what is right."""
         prompts = self.task.held_out(min(self.config.rl.held_out, batch_size * max_batches or self.config.rl.held_out))
         ids = encode_prompts(self.tokenizer, [prompt.text for prompt in prompts])
