@@ -26,8 +26,8 @@ from jaxlm.config.stages import SFT, LoRA
 
 __all__ = [
     "AXES",
-    "SFT",
     "RL",
+    "SFT",
     "Backend",
     "Checkpoint",
     "Config",
