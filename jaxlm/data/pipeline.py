@@ -122,8 +122,8 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     corpora = _corpora(config.data)
     tokenizer = tokenizer or _make_tokenizer(config, corpora)
     if tokenizer.eot is None and config.tokenizer.kind == "file":
-        told = "no document ends, nor does a generation; eos_token in a tokenizer_config.json beside it names one"
-        print(f"warning: {config.tokenizer.path}: no end-of-text token: {told}", file=sys.stderr)
+        hint = "no document ends, nor does a generation; eos_token in a tokenizer_config.json beside it names one"
+        _log.warning("warning: %s: no end-of-text token: %s", config.tokenizer.path, hint)
     if config.model.vocab_size:
         check_fits(tokenizer, config.model.vocab_size)
     data = config.data

@@ -113,8 +113,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read any `tokenizer.json` of the `tokenizers` library and what lies beside it, a `tokenizer.bin` of llama2.c, or
-        that of a GGUF file.
+        """Read any `tokenizer.json` with what lies beside it, a `tokenizer.bin` of llama2.c, or that of a GGUF file.
 
         Raises:
             UserError: the file is missing or no tokenizer.
