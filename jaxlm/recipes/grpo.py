@@ -38,7 +38,7 @@ def recipe(cfg: config.Config) -> Recipe:
         columns=LM_COLUMNS | beside | measures,
         models=Models({MODEL: Trained(cfg.model, cfg.train)}, frozen),
         objective=Objective(objective, twin("torch_ref.recipes.grpo")),
-        data=lambda own: RolloutData(cfg, own),
+        data=lambda own: RolloutData(cfg, own, JaxActor),
         judge=lambda _: Judge(figures, "answer_nll", describe=described),
     )
 

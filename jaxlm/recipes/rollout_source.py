@@ -7,7 +7,7 @@ the samples from the policy in the checkpoint, which stands at the end of a phas
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ MEASURES = ("reward", "reward_std", "informative_groups", "ungraded", "length", 
 class RolloutData:
     """Prompts of `rl.task`, sampled and graded; see `train.recipe.DataSource`."""
 
-    def __init__(self, cfg: config.Config, own: Tokenizer | None = None) -> None:
-        rl = cfg.rl
+    def __init__(self, cfg: config.Config, own: Tokenizer | None, jax_actor: Callable[..., Actor]) -> None:
+        rl, self.jax_actor = cfg.rl, jax_actor
         self.config, self.tokenizer = cfg, stage_tokenizer(cfg, own)
         self.updates_per_phase = rl.iterations * rl.minibatches
         rows = rl.prompts * rl.group // rl.minibatches
@@ -78,9 +78,7 @@ class RolloutData:
             from torch_ref.recipes.grpo import TorchActor
 
             return TorchActor(engine.decoder, engine.modules.get("reference"), self.config, **ends)
-        from jaxlm.recipes.grpo import JaxActor
-
-        return JaxActor(engine.decoder, engine.params, engine.frozen.get("reference"), self.config, **ends)
+        return self.jax_actor(engine.decoder, engine.params, engine.frozen.get("reference"), self.config, **ends)
 
     def greedy_reward(self, actor: Actor, count: int) -> float:
         """Mean reward of the likeliest answers to the held-out prompts."""
