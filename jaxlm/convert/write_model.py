@@ -201,8 +201,11 @@ def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
     special_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if special_ids["bos_token_id"] not in (None, special_ids["eos_token_id"]):  # which ends a text as well
         special_ids["eos_token_id"] = [hf[key] for key in ("eos_token_id", "bos_token_id") if hf[key] is not None]
-    if kept := end_ids(_settings(model.kept.get("generation_config.json", b"{}"))):
-        hf["eos_token_id"] = special_ids["eos_token_id"] = kept[0] if len(kept) == 1 else list(kept)
+    generation = _settings(model.kept.get("generation_config.json", b"{}"))
+    if kept := end_ids(generation):
+        special_ids["eos_token_id"] = kept[0] if len(kept) == 1 else list(kept)
+        if generation.keys() == special_ids.keys():  # it was made of a config.json whose ids these were
+            hf["eos_token_id"] = special_ids["eos_token_id"]
     files: dict[str, str | bytes] = {"config.json": _json(hf), "generation_config.json": _json(special_ids)}
     if tokenizer:
         spellings = {

@@ -50,18 +50,25 @@ def hold(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_trainer(run_dir: Path) -> Iterator[None]:
-    """Be the one process that trains the run at `run_dir`, or of several the first.
+    """Be the one process that trains the run at `run_dir`, or of several the first; a start that fails leaves nothing.
 
     Raises:
         UserError: another one trains it, or the folder cannot be written.
     """
+    lock = run_dir / ".lock"
     with contextlib.ExitStack() as stack:
+        made = not run_dir.exists()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold(run_dir / ".lock", wait=False))
+            stack.enter_context(hold(lock, wait=False))
         except OSError as error:
             raise UserError(f"{run_dir}: cannot be written: {error.strerror}", "choose another out_dir") from None
-        yield
+        try:
+            yield
+        finally:
+            if made and list(run_dir.iterdir()) == [lock]:
+                lock.unlink()
+                run_dir.rmdir()
 
 
 @contextlib.contextmanager

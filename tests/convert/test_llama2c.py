@@ -291,7 +291,9 @@ def test_the_tokenizer_beside_it(write: Callable, rng: np.random.Generator, tmp_
     assert open_model(path).tokenizer_path == tmp_path / "tok270.bin"
 
     convert(path, tmp_path / "torch", "torch")
-    assert load(tmp_path / "torch").config.tokenizer == config.Tokenizer(kind="file", path="tokenizer.json")
+    assert load(tmp_path / "torch").config.tokenizer == config.Tokenizer(
+        kind="file", path=str(tmp_path / "torch" / "tokenizer.json")
+    )
     convert(tmp_path / "torch", tmp_path / "back", "llama2c")
     assert (tmp_path / "back" / "tokenizer.bin").read_bytes() == content
 
