@@ -66,9 +66,10 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and list(run_dir.iterdir()) == [lock]:
+            if list(run_dir.iterdir()) == [lock]:
                 lock.unlink()
-                run_dir.rmdir()
+                if made:
+                    run_dir.rmdir()
 
 
 @contextlib.contextmanager
