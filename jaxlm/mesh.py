@@ -176,8 +176,11 @@ class Layout:
         """The rows of a batch that `devices` (default: those of this process) hold, in order: all that it has to read.
 
         Processes that differ along an axis that does not split the batch hold the same rows.
+
+        Raises:
+            UserError: the batch does not divide over the devices that split it.
         """
-        parts = self.sharding(("batch",)).devices_indices_map((batch_size,))
+        parts = self.sharding(("batch",), (batch_size,), "train.batch_size").devices_indices_map((batch_size,))
         held = [
             np.arange(batch_size)[parts[device]] for device in devices or self.sharding(("batch",)).addressable_devices
         ]

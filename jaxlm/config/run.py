@@ -24,6 +24,7 @@ from jaxlm.config.model_parts import Mamba as Mamba
 from jaxlm.config.model_parts import MoE as MoE
 from jaxlm.config.model_parts import RopeScaling as RopeScaling
 from jaxlm.config.reinforcement import RL as RL
+from jaxlm.config.stages import SFT as SFT
 
 Backend = Literal["jax", "torch"]
 LARGEST_SEED = 2**63 - 1
@@ -309,6 +310,7 @@ class Config:
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     torch: Torch = dataclasses.field(default_factory=Torch)
     rl: RL = dataclasses.field(default_factory=RL)
+    sft: SFT = dataclasses.field(default_factory=SFT)
 
     def __post_init__(self) -> None:
         self.data.check_steps(self.train.steps)

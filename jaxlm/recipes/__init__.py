@@ -11,6 +11,7 @@ from jaxlm.train.recipe import Recipe
 
 RECIPES = {
     "pretrain": "jaxlm.recipes.pretrain:recipe",
+    "sft": "jaxlm.recipes.sft:recipe",
     "answers": "jaxlm.recipes.answers:recipe",
     "grpo": "jaxlm.recipes.grpo:recipe",
 }

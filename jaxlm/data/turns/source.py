@@ -1,0 +1,129 @@
+"""Conversations as the data of a training stage: read, encoded with their masks, split, packed into rows by number."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.data.rows.validation import HeldOut
+from jaxlm.data.turns.formats import conversations
+from jaxlm.data.turns.rows import ConversationRows, Examples, collect, split
+from jaxlm.errors import UserError
+from jaxlm.text.chat import Chat, Example, encode
+from jaxlm.text.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+_HELD_OUT_SEED = 0  # not the run's seed: runs that differ in it are judged on the same rows
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationSource:
+    """Whole conversations in packed rows, with a weight for each target; see `train.recipe.DataSource`."""
+
+    cfg: Config
+    tokenizer: Tokenizer
+    chat: Chat
+    train: Examples
+    validation: Examples
+    updates_per_phase: int = 1
+
+    @classmethod
+    def open(cls, cfg: Config, tokenizer: Tokenizer | None) -> ConversationSource:
+        """Read the conversations of `data.source`; a run that resumes hands in its tokenizer.
+
+        Raises:
+            UserError: a row, the template or an option is not usable, or no example is left to train on.
+        """
+        tokenizer = tokenizer or _tokenizer(cfg)
+        beside = Path(cfg.tokenizer.path).parent if cfg.tokenizer.path else None
+        chat = Chat.of(tokenizer, cfg.sft.template, beside)
+        train = _examples(cfg, cfg.data.source, chat)
+        if cfg.data.validation_source:
+            return cls(cfg, tokenizer, chat, train, _examples(cfg, cfg.data.validation_source, chat))
+        return cls(cfg, tokenizer, chat, *split(train, cfg.data.validation_fraction))
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of the tokenizer and of all examples with their weights."""
+        examples = f"{self.train.fingerprint} {self.validation.fingerprint} {self.cfg.sft.pack}"
+        return {
+            "tokenizer": self.tokenizer.fingerprint(),
+            "conversations": hashlib.sha256(examples.encode()).hexdigest(),
+        }
+
+    def batches(self, *, batch_size: int, rows: np.ndarray | None) -> NumberedBatches:
+        """Batches of packed examples, in another order in each epoch."""
+        share = np.arange(batch_size) if rows is None else rows
+        return NumberedBatches(self._rows(self.train, self.cfg.seed), batch_size, share)
+
+    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
+        """One set: every held-out example once."""
+        share = np.arange(batch_size) if rows is None else rows
+
+        def batches() -> Iterator[Batch]:
+            packed = self._rows(self.validation, _HELD_OUT_SEED)
+            count = -(-packed.rows_per_epoch // batch_size)
+            for number in range(min(count, max_batches or count)):
+                yield packed.first_epoch(number * batch_size + share)._asdict()
+
+        return [HeldOut("", True, batches)] if len(self.validation) else []
+
+    def begin_phase(self, number: int, engine: Any) -> None:
+        """Nothing comes before an update."""
+
+    def _rows(self, examples: Examples, seed: int) -> ConversationRows:
+        options: Any = {"seed": seed, "pad": self.tokenizer.pad, "pack": self.cfg.sft.pack}
+        return ConversationRows(examples, self.cfg.data.seq_len, **options)
+
+
+class NumberedBatches:
+    """Batch b is rows `b * batch_size` to `(b + 1) * batch_size`; the state is the number of the next batch."""
+
+    def __init__(self, rows: ConversationRows, batch_size: int, share: np.ndarray) -> None:
+        self._rows, self._batch_size, self._share, self._next = rows, batch_size, share, 0
+
+    def __next__(self) -> Batch:
+        self._next += 1
+        return self._rows[(self._next - 1) * self._batch_size + self._share]._asdict()
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the next batch."""
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on with the batch of a state."""
+        self._next = int(state["next_index"])
+
+
+def _tokenizer(cfg: Config) -> Tokenizer:
+    options = cfg.tokenizer
+    if options.kind == "bytes":
+        return Tokenizer.bytes_level(specials=options.specials)
+    if options.kind == "file" and options.path:
+        return Tokenizer.from_file(options.path)
+    raise UserError("a stage of conversations trains no tokenizer", "tokenizer.kind=file tokenizer.path=FILE")
+
+
+def _examples(cfg: Config, source: str | tuple[str, ...], chat: Chat) -> Examples:
+    sft = cfg.sft
+    options: Any = {"format": cfg.sft.format, "fields": cfg.sft.fields, "system": cfg.sft.system}
+    sources: Any = (source,) if isinstance(source, str) else source
+
+    def encoded() -> Iterator[Example]:
+        found = [talk for one in sources for talk in conversations(one, **options)]
+        if sft.max_examples:
+            order = np.random.default_rng([cfg.seed, 4]).permutation(len(found))
+            found = [found[i] for i in np.sort(order[: sft.max_examples])]
+        for talk in found:
+            try:
+                weights: Any = {"train_on": sft.train_on, "prompt_weight": sft.prompt_weight}
+                yield encode(chat, talk.messages, tools=talk.tools, **weights)
+            except UserError as error:
+                raise UserError(f"{talk.where}: {error.message}", error.hint) from None
+
+    return collect(encoded(), cfg.data.seq_len, sft.too_long)
