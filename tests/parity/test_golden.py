@@ -16,17 +16,18 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxlm import config
-from jaxlm.cli import app
+from jaxlm.cli.app import app
 from jaxlm.config import toml
 from jaxlm.convert.open_model import Model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
 from jaxlm.ops import norm
-from jaxlm.parity import assert_golden, check_golden, trace, write_golden
+from jaxlm.parity import assert_golden, check_golden, write_golden
 from jaxlm.parity.compare import Finding
 from jaxlm.parity.golden import comparison, content
 from jaxlm.parity.golden.file import Golden, read_golden
 from jaxlm.parity.inputs import make_inputs, random_params
+from jaxlm.parity.sides import jax_side
 from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.trace import DTYPES
 
@@ -129,7 +130,7 @@ def test_a_planted_fault_is_named(name: str, frozen: Any, monkeypatch: pytest.Mo
     cfg, params, content = frozen("dense")
     if not training:  # what comes after the gradients takes long to compile
         monkeypatch.setattr(JaxSide, "_updates", lambda *_: {})
-        monkeypatch.setattr(trace, "generate", lambda *_, **__: [list(row) for row in content.tokens["float64"]])
+        monkeypatch.setattr(jax_side, "generate", lambda *_, **__: [list(row) for row in content.tokens["float64"]])
     cfg = dataclasses.replace(
         cfg, model=dataclasses.replace(cfg.model, **options), train=dataclasses.replace(cfg.train, **training)
     )
@@ -159,8 +160,8 @@ def test_lost_precision_is_seen(frozen: Any, monkeypatch: pytest.MonkeyPatch) ->
     """Right in float64; then float32 is computed in bfloat16."""
     cfg, params, content = frozen("dense", DTYPES[:2])
     assert wrong(comparison.compare(content, JaxSide(cfg, params), cfg)) == []
-    numerics_of = trace.numerics_of
-    monkeypatch.setattr(trace, "numerics_of", lambda dtype: numerics_of("bfloat16" if dtype == "float32" else dtype))
+    numerics_of = jax_side.numerics_of
+    monkeypatch.setattr(jax_side, "numerics_of", lambda dtype: numerics_of("bfloat16" if dtype == "float32" else dtype))
     found = wrong(comparison.compare(content, JaxSide(cfg, params), cfg))
     assert {dtype for dtype, _, _ in found} == {"float32"}
     assert found[0] == ("float32", "forward", "embed")
