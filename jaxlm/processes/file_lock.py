@@ -30,15 +30,18 @@ def hold(path: Path, *, wait: bool = True) -> Iterator[None]:
         UserError: another process holds it and this one does not wait.
         OSError: the file cannot be made.
     """
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise _held(path) from None
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise
-        else:
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise _held(path) from None
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                break
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # its holder has just taken the file away
             file.truncate(0)
             file.write(_me())
             file.flush()
@@ -66,10 +69,9 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if list(run_dir.iterdir()) == [lock]:
-                lock.unlink()
-                if made:
-                    run_dir.rmdir()
+            lock.unlink(missing_ok=True)
+            if made and not any(run_dir.iterdir()):
+                run_dir.rmdir()
 
 
 @contextlib.contextmanager

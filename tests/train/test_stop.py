@@ -8,10 +8,10 @@ import time
 import pytest
 
 from jaxlm.data.pipeline import make_train_iterator
+from jaxlm.data.rows import validation
 from jaxlm.errors import UserError
 from jaxlm.processes.stop_signals import Interrupted, StopRequest
 from jaxlm.recipes.start import open_stage
-from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.engine import JaxEngine
 
@@ -28,7 +28,7 @@ def samples(run) -> dict[str, str]:
 
 def in_evaluation(patch) -> None:
     """The signal comes before the second batch of the validation of step 5."""
-    original, calls = loop.make_validation_batches, []
+    original, calls = validation.validation_batches, []
 
     def batches(*args, **options):
         for index, batch in enumerate(original(*args, **options)):
@@ -37,7 +37,7 @@ def in_evaluation(patch) -> None:
                 terminate()
             yield batch
 
-    patch.setattr(loop, "make_validation_batches", batches)
+    patch.setattr(validation, "validation_batches", batches)
 
 
 def in_sampling(patch) -> None:
