@@ -109,12 +109,11 @@ def _block_terms(kernel_DV, bias_V, z_loss, label_smoothing, hidden_BCD, targets
     logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, kernel_DV, preferred_element_type=width) + bias_V
     partition_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
     partition_BC = partition_BC1[..., 0]
-    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    nll_BC = partition_BC - target_BC
+    nll_BC = partition_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     loss_BC = nll_BC + z_loss * partition_BC**2
     if label_smoothing:
         smooth_BC = partition_BC - jnp.mean(logits_BCV, axis=-1)
         loss_BC = loss_BC + label_smoothing * (smooth_BC - nll_BC)
-    correct_BC = target_BC >= jnp.max(logits_BCV, axis=-1)  # the row maximum is at hand, an argmax is not
+    correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
     terms = [jnp.sum(term * weights_BC) for term in (loss_BC, nll_BC, correct_BC)]
     return (logits_BCV, partition_BC1), (*terms, jnp.sum(weights_BC))

@@ -115,6 +115,10 @@ class GraderPool:
                 yield job, grade
 
 
+START_SECONDS = 120.0
+"""How long a worker may take to start."""
+
+
 class _Job(NamedTuple):
     number: int
     place: int
@@ -134,7 +138,8 @@ class _Worker:
         self.answers: Any = self.process.stdout
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.answers, selectors.EVENT_READ)
-        self.dead = False
+        # Its first line says that it has started: starting is no part of a sample's time.
+        self.dead = not self.selector.select(START_SECONDS) or not self.answers.readline()
 
     def send(self, job: _Job) -> None:
         """Give it a sample; a worker that is dead already is noticed by `receive`."""
@@ -187,6 +192,8 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         message = json.loads(line)
         (name, options), (prompt, completion, row) = message["reward"], message["sample"]
