@@ -29,7 +29,8 @@ def plot_loss(
         axes.axhline(baseline, color="grey", ls="--", lw=1, label=baseline_name)
     axes.set(xlabel="step", ylabel="nats per token")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:  # a run that ends before its first report has nothing to show
+        axes.legend(frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

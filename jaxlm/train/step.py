@@ -113,7 +113,7 @@ def make_steps(
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Sums]]:
     """The update as a pure function `(state, frozen, batch) -> (state, metrics)`; jit it with the state donated.
 
-    A loss, gradient or update that is not finite changes nothing but the counters. Metrics: `loss` and the means of the
+    A loss or gradient that is not finite changes nothing but the counters. Metrics: `loss` and the means of the
     other sums, `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row);
     of trees other than `model` `NAME_grad_norm` and `NAME_learning_rate`. With experts, those of `load_metrics`.
     """
@@ -143,7 +143,7 @@ def make_steps(
             updates, new_states[name] = part.optimizer.update(scaled, opt_states[name], move[name])
             moved = optax.apply_updates(move[name], updates)
             new_trees[name] = _joined({name: moved}, rest)[name]
-            finite &= jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+            finite &= jnp.isfinite(grad_norm)
             rate = learning_rate(part.train, _updates_made(opt_states[name]).astype(float), jnp)
             metrics |= {f"{prefix}grad_norm": grad_norm, f"{prefix}learning_rate": rate}
             if part.balanced is not None:

@@ -102,7 +102,6 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any) ->
 @pytest.mark.parametrize(
     ("rl", "train", "message"),
     [
-        ("group = 1", "", "a sample alone has nothing to be measured against"),
         ('kl = "loss"', "", "there is none"),
         ("top_p = 0.9", "", "are for evaluation"),
         ("top_k = 5", "", "are for evaluation"),
