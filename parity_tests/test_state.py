@@ -26,6 +26,7 @@ from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.recipes import start
+from jaxlm.run.checkpoints import checkpoint_folder
 from jaxlm.run.metrics import OF_THE_MACHINE
 from jaxlm.run.torch_checkpoint import MODEL, OPTIMIZER, RUN, write_record
 from jaxlm.train.checkpoint import Checkpointer
@@ -137,7 +138,7 @@ def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 def newest(run: Path) -> Training:
     """Everything of the newest checkpoint of either backend."""
-    where, settings = training_state._checkpoint(run / "checkpoints", None), toml.load(run / "config.toml")
+    where, settings = checkpoint_folder(run), toml.load(run / "config.toml")
     return (training_state._read_torch if (where / RUN).is_file() else training_state._read_jax)(where, settings)
 
 
