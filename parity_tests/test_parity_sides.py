@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from jaxlm import config
-from jaxlm.cli import app
+from jaxlm.cli.app import app
 from jaxlm.convert.families import FAMILIES, llama
 from jaxlm.convert.open_model import Model
 from jaxlm.convert.rows import Row
