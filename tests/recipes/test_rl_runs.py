@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,13 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any) ->
 def test_mistakes(tmp_path: Path, rl: str, train: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_recipe(load(tmp_path, "grpo", rl=rl, train=train)).data(None)
+
+
+def test_groups_of_one_are_refused(tmp_path: Path) -> None:
+    cfg = load(tmp_path, "grpo")
+    alone = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, group=1))
+    with pytest.raises(UserError, match="a sample alone has nothing to be measured against"):
+        make_recipe(alone)
 
 
 def test_prompts_that_do_not_fit(begun: Path, tmp_path: Path) -> None:
