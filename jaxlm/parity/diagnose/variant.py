@@ -55,7 +55,8 @@ class Variant:
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         if self.dtype == "float64" and id(x) in self.made:
             return self.made[id(x)][1]
-        return torch.tensor(np.asarray(x, numerics_of(self.dtype).params))
+        # as the side holds it: a low precision rounds by the order in memory
+        return torch.tensor(np.asarray(x, numerics_of(self.dtype).params)).contiguous()
 
     def with_options(self, section: str = "", **options: Any) -> Variant:
         """With these options of `[model]`, or of one of its sections, in every block.
