@@ -6,6 +6,7 @@
 from jaxlm.config.data import Curriculum, Data, Fim, MixtureSource, Repository
 from jaxlm.config.model import Model
 from jaxlm.config.model_parts import Mamba, MoE, RopeScaling
+from jaxlm.config.preference import Preference
 from jaxlm.config.reinforcement import RL
 from jaxlm.config.run import (
     AXES,
@@ -45,6 +46,7 @@ __all__ = [
     "MoE",
     "Model",
     "Numerics",
+    "Preference",
     "Repository",
     "RopeScaling",
     "Sample",

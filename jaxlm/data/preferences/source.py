@@ -1,0 +1,126 @@
+"""Pairs of answers as the data of a training stage: read, split by their prompts, encoded, packed into rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.data.preferences.pairs import (
+    Pairs,
+    Read,
+    encode_pairs,
+    labelled_pairs,
+    read_preferences,
+    sides_of,
+    split,
+)
+from jaxlm.data.preferences.rows import Batch, PairBatches, PairRows
+from jaxlm.data.rows.validation import HeldOut
+from jaxlm.data.stage_tokenizer import stage_tokenizer
+from jaxlm.errors import UserError
+from jaxlm.text.chat import Chat
+from jaxlm.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+_HELD_OUT_SEED = 0  # not the run's seed: runs that differ in it are judged on the same rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceSource:
+    """The pairs of `data.source` in packed rows; see `train.recipe.DataSource`.
+
+    Held-out rows are all that is held out, once: labelled answers where those are trained, then pairs.
+    """
+
+    cfg: Config
+    tokenizer: Tokenizer
+    train: Pairs
+    validation: tuple[Pairs, ...]
+    updates_per_phase: int = 1
+
+    @classmethod
+    def open(
+        cls, cfg: Config, tokenizer: Tokenizer | None, *, labelled: bool = False, ties: bool = False
+    ) -> PreferenceSource:
+        """Read the pairs of `data.source`; a run that resumes hands in its tokenizer.
+
+        Args:
+            labelled: train on answers that are each wanted or not (KTO).
+            ties: keep pairs that are equally good, for a reward model.
+
+        Raises:
+            UserError: a row, the template or an option is not usable, or no pair is left to train on.
+        """
+        tokenizer = stage_tokenizer(cfg, tokenizer)
+        named = cfg.train.init_from or (str(Path(cfg.tokenizer.path).parent) if cfg.tokenizer.path else "")
+        chat = Chat.of(tokenizer, cfg.preference.template, Path(named) if named else None)
+        options: dict[str, Any] = {"truncate": cfg.preference.too_long == "truncate"}
+        options |= {"system": cfg.preference.system, "ties": ties}
+        encode = functools.partial(encode_pairs, chat=chat, seq_len=cfg.data.seq_len, **options)
+        read = read_preferences(cfg.data.source)
+        if read.labelled and not labelled:
+            where = read.labelled[0].where
+            raise UserError(f"{where}: an answer with a label is no pair", "preference.loss=kto trains on labels")
+        train, held_out = split(read, cfg.data.validation_fraction)
+        if cfg.data.validation_source:
+            train, held_out = read, read_preferences(cfg.data.validation_source)
+        trained = encode(labelled_pairs(train) if labelled else sides_of(train.pairs))
+        _tell(read, trained, cfg.data.seq_len)
+        sets = [encode(sides_of(held_out.pairs))]
+        if labelled and held_out.pairs + held_out.labelled:
+            sets = [encode(labelled_pairs(held_out)), *sets]
+        return cls(cfg, tokenizer, trained, tuple(one for one in sets if len(one)))
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of the tokenizer and of all pairs as they are laid out."""
+        prints = [one.fingerprint for one in (self.train, *self.validation)]
+        pairs = " ".join([*prints, str(self.cfg.preference.pairs_per_row)])
+        return {"tokenizer": self.tokenizer.fingerprint(), "pairs": hashlib.sha256(pairs.encode()).hexdigest()}
+
+    def batches(self, *, batch_size: int, rows: np.ndarray | None) -> PairBatches:
+        """Batches of packed pairs, in another order in each epoch."""
+        share = np.arange(batch_size) if rows is None else rows
+        return PairBatches(self._rows(self.train, self.cfg.seed), batch_size, share)
+
+    def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
+        """One set: every held-out pair once."""
+        share = np.arange(batch_size) if rows is None else rows
+
+        def batches() -> Iterator[Batch]:
+            for pairs in self.validation:
+                packed = self._rows(pairs, _HELD_OUT_SEED)
+                count = -(-packed.rows_per_epoch // batch_size)
+                for number in range(min(count, max_batches or count)):
+                    yield packed.first_epoch(number * batch_size + share)
+
+        return [HeldOut("", True, batches)] if self.validation else []
+
+    def begin_phase(self, number: int, engine: Any) -> None:
+        """Nothing comes before an update."""
+
+    def _rows(self, pairs: Pairs, seed: int) -> PairRows:
+        options: Any = {"seed": seed, "pad": self.tokenizer.pad, "most": self.cfg.preference.pairs_per_row}
+        return PairRows(pairs, self.cfg.data.seq_len, **options)
+
+
+def _tell(read: Read, pairs: Pairs, seq_len: int) -> None:
+    """One line about what was left out of the training pairs.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    other = [f"{read.other_prompt} whose sides are not answers to one prompt"] if read.other_prompt else []
+    why = ", ".join([*other, *filter(None, [pairs.counts.left_out])])
+    if not len(pairs):
+        hint = f'data.seq_len above {seq_len}, or preference.too_long="truncate"' if pairs.counts.too_long else ""
+        raise UserError(f"no pair is left to train on: {why or 'there is none'}", hint or "other data")
+    if why:
+        _log.warning("warning: %d pairs to train on; left out: %s", len(pairs), why)
