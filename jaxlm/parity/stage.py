@@ -123,7 +123,8 @@ def _of_torch(
     tensors = {name: torch.tensor(array) for name, array in batch.items()}
     sums = loss_fn(tensors)[1]
     yield LOSS, {name: array_of(value) for name, value in sums.items() if value.ndim == 0}
-    step, state = make_steps(loss_fn, parts, cfg.train.microbatches, seed=cfg.seed), TrainState()
+    whole = recipe.objective.torch_whole(modules, cfg) if recipe.objective.torch_whole else None
+    step, state = make_steps(loss_fn, parts, cfg.train.microbatches, seed=cfg.seed, whole=whole), TrainState()
     with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
         for number in range(1, max(STEPS) + 1):
             state, _ = step(state, tensors)

@@ -13,6 +13,7 @@ RECIPES = {
     "pretrain": "jaxlm.recipes.pretrain:recipe",
     "sft": "jaxlm.recipes.sft:recipe",
     "answers": "jaxlm.recipes.answers:recipe",
+    "dpo": "jaxlm.recipes.dpo:recipe",
     "grpo": "jaxlm.recipes.grpo:recipe",
 }
 """The stages by name, as `module:function`; a config may also name a `module:function` of its own."""

@@ -65,7 +65,9 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     shardings = _state_shardings(modules, parts, layout)
     frozen = {name: layout.shardings(*_axes_and_shapes(modules[name])) for name in models.frozen}
     matmul = cfg.numerics.matmul
-    step = make_steps(loss_fn, parts, cfg.train.microbatches, seed=cfg.seed, layout=layout, matmul=matmul)
+    whole = recipe.objective.jax_whole(modules, cfg) if recipe.objective.jax_whole else None
+    options: Any = {"seed": cfg.seed, "layout": layout, "matmul": matmul, "whole": whole}
+    step = make_steps(loss_fn, parts, cfg.train.microbatches, **options)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     return Program(recipe, modules, loss_fn, parts, shardings, frozen, jitted)
 

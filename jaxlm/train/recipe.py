@@ -103,15 +103,21 @@ class Objective(NamedTuple):
 
     jax: Callable[..., Callable[..., tuple[Any, dict[str, Any]]]]
     torch: Callable[..., Callable[..., tuple[Any, dict[str, Any]]]]
+    jax_whole: Callable[..., Callable[..., dict[str, Any]]] | None = None
+    """Numbers of the whole batch that the loss of each microbatch needs: `jax_whole(modules, cfg)` returns
+    `(trained, frozen, batch) -> sums`, which are added up without gradients before the batch is cut, and stand in each
+    microbatch by their names. A batch that is not cut has none."""
+    torch_whole: Callable[..., Callable[..., dict[str, Any]]] | None = None
+    """Its twin: `torch_whole(modules, cfg)` returns `(batch) -> sums`."""
 
 
-def twin(module: str) -> Callable[..., Any]:
-    """`objective` of a module of torch_ref, imported when PyTorch trains or a proof is asked for."""
+def twin(module: str, name: str = "objective") -> Callable[..., Any]:
+    """A function of a module of torch_ref, imported when PyTorch trains or a proof is asked for."""
 
-    def objective(*args: Any) -> Any:
-        return importlib.import_module(module).objective(*args)
+    def function(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
 
-    return objective
+    return function
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ Shapes: B rows, T length, M microbatches.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,12 +111,16 @@ def make_steps(
     seed: int,
     layout: Layout | None = None,
     matmul: str = "default",
+    whole: Callable[[Any, Any, Batch], Sums] | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Sums]]:
     """The update as a pure function `(state, frozen, batch) -> (state, metrics)`; jit it with the state donated.
 
     A loss or gradient that is not finite changes nothing but the counters. Metrics: `loss` and the means of the
     other sums, `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row);
     of trees other than `model` `NAME_grad_norm` and `NAME_learning_rate`. With experts, those of `load_metrics`.
+
+    Args:
+        whole: see `recipe.Objective.jax_whole`.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Sums]:
@@ -127,6 +132,9 @@ def make_steps(
         def loss(move: Any, batch: Batch, key: Array) -> tuple[Array, Sums]:
             return loss_fn(_bare(_joined(move, rest), parts), frozen, batch, key)
 
+        if whole and microbatches > 1:
+            of_rows = functools.partial(whole, state.params, frozen)
+            batch = {**batch, **_over_batch(of_rows, batch, microbatches)}
         sums, grads = _gradient(loss, move, batch, key, microbatches)
         weight = jnp.maximum(sums["weight"], 1)
         metrics = {name: value / weight for name, value in sums.items() if name not in COUNTS}
@@ -196,6 +204,23 @@ def _joined(moving: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _over_batch(function: Callable[[Batch], Sums], batch: Batch, microbatches: int) -> Sums:
+    """The sums of a function over all microbatches."""
+    same, parts = _microbatches(batch, microbatches)
+    shapes = jax.eval_shape(function, same | {name: x[0] for name, x in parts.items()})
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    add = lambda total, rows: (jax.tree.map(jnp.add, total, function(same | rows)), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _microbatches(batch: Batch, microbatches: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What is the same in each part, and the rows of the parts: row b goes to microbatch b mod M, so that each device
+    keeps its own rows."""
+    same = {name: x for name, x in batch.items() if x.ndim == 0}
+    parts = {name: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items() if x.ndim > 0}
+    return same, parts
+
+
 def _gradient(
     loss_fn: Callable[..., Any], params: Any, batch: Batch, key: Array, microbatches: int
 ) -> tuple[Sums, Any]:
@@ -210,9 +235,7 @@ def _gradient(
         grads, sums = grad_fn(params, {**same, **rows}, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-    # row b goes to microbatch b mod M, so that each device keeps its own rows
-    same = {name: x for name, x in batch.items() if x.ndim == 0}
-    parts = {name: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items() if x.ndim > 0}
+    same, parts = _microbatches(batch, microbatches)
     shapes = jax.eval_shape(grad_fn, params, same | {name: x[0] for name, x in parts.items()}, key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[1], shapes[0]))
     return jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))[0]

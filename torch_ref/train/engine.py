@@ -62,7 +62,8 @@ class TorchEngine:
             objective = _autocast(objective, self.device, narrow)
         if cfg.torch.compile:
             objective = torch.compile(objective)
-        self._step = make_steps(objective, self.parts, cfg.train.microbatches, seed=cfg.seed)
+        whole = recipe.objective.torch_whole(self.modules, cfg) if recipe.objective.torch_whole else None
+        self._step = make_steps(objective, self.parts, cfg.train.microbatches, seed=cfg.seed, whole=whole)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(self.decoder), cfg.data.seq_len)

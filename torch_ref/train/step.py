@@ -70,13 +70,21 @@ def make_step(
 
 
 def make_steps(
-    loss_fn: LossFn, parts: Sequence[Part], microbatches: int, *, seed: int
+    loss_fn: LossFn,
+    parts: Sequence[Part],
+    microbatches: int,
+    *,
+    seed: int,
+    whole: Callable[[Batch], Sums] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update `(state, batch) -> (state, metrics)`.
 
     A loss, gradient or update that is not finite changes nothing but the counters. Metrics: `loss` and the means of the
     other sums, `weight` (targets in the batch), `grad_norm` (before clipping), `learning_rate`, `skipped` (in a row);
     of modules other than `model` `NAME_grad_norm` and `NAME_learning_rate`. With experts, those of `load_metrics`.
+
+    Args:
+        whole: see `recipe.Objective.torch_whole`.
     """
     for part in parts:
         for parameter in part.parameters:  # one that takes no part has a gradient of zero, as in JAX, and decays
@@ -85,6 +93,9 @@ def make_steps(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         for part in parts:
             part.optimizer.zero_grad(set_to_none=False)
+        if whole and microbatches > 1:
+            with torch.no_grad():
+                batch = {**batch, **_over_batch(whole, batch, microbatches)}
         sums = _accumulate(loss_fn, batch, (seed, state.step), microbatches)
         weight = sums["weight"].clamp(min=1)
         metrics = {name: value / weight for name, value in sums.items() if name not in COUNTS}
@@ -145,13 +156,23 @@ def make_eval(loss_fn: LossFn) -> Callable[[Batch], Sums]:
     return evaluate
 
 
+def _over_batch(function: Callable[[Batch], Sums], batch: Batch, microbatches: int) -> Sums:
+    """The sums of a function over all microbatches."""
+    parts = [function(_microbatch(batch, index, microbatches)) for index in range(microbatches)]
+    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+
+
+def _microbatch(batch: Batch, index: int, microbatches: int) -> Batch:
+    """Row b goes to microbatch b mod M, as in jaxlm."""
+    return {name: x[index::microbatches] if x.ndim else x for name, x in batch.items()}
+
+
 def _accumulate(loss_fn: LossFn, batch: Batch, entropy: tuple[int, int], microbatches: int) -> Sums:
     """Sums of the whole batch, one microbatch at a time; the gradients are added to those of the parameters."""
     total: Sums = {}
     for index in range(microbatches):
         torch.manual_seed(int(np.random.SeedSequence((*entropy, index)).generate_state(1, np.uint64)[0]))  # for dropout
-        # row b goes to microbatch b mod M, as in jaxlm
-        loss, sums = loss_fn({name: x[index::microbatches] if x.ndim else x for name, x in batch.items()})
+        loss, sums = loss_fn(_microbatch(batch, index, microbatches))
         loss.backward()
         total = {name: total.get(name, 0) + value.detach() for name, value in sums.items()}
     return total

@@ -1,0 +1,175 @@
+"""Learning from pairs of answers without a reward model: DPO and its family, by `preference.loss`.
+
+    jaxlm train configs/preference/dpo.toml
+
+Shapes: B rows, T tokens, M segments, P = M / 2 pairs of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlm import config
+from jaxlm.data.preferences.source import PreferenceSource
+from jaxlm.errors import UserError
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, Trained, twin
+
+REFERENCE = "reference"
+
+
+def recipe(cfg: config.Config) -> Recipe:
+    """The stage `dpo`.
+
+    Raises:
+        UserError: the loss compares with where the run starts, and it starts from nothing.
+    """
+    options = cfg.preference
+    path = options.reference or cfg.train.init_from
+    if options.needs_reference and not path:
+        raise UserError(
+            f"preference.loss = {options.loss!r} compares with the model that the run starts from, and there is none",
+            'train.init_from=RUN, or preference.loss="simpo" or "orpo"',
+        )
+    return Recipe(
+        columns=pair_columns(options.pairs_per_row),
+        models=Models(
+            {MODEL: Trained(cfg.model, cfg.train)},
+            {REFERENCE: Frozen(cfg.model, path, cfg.numerics.params)} if options.needs_reference else {},
+        ),
+        objective=Objective(
+            objective,
+            twin("torch_ref.recipes.dpo"),
+            *((whole_divergence, twin("torch_ref.recipes.dpo", "whole_divergence")) if options.loss == "kto" else ()),
+        ),
+        data=lambda own: PreferenceSource.open(cfg, own, labelled=options.loss == "kto"),
+        judge=lambda _: Judge(figures, "validation_accuracy", lower_is_better=False, describe=described),
+    )
+
+
+def pair_columns(pairs_per_row: int) -> dict[str, Column]:
+    """Rows of tokens, and what belongs to each pair of a row, as `data.preferences.rows` lays them."""
+    beside: Any = {"axes": ("batch", None), "size": pairs_per_row}
+    pairs = {"margins": Column("float32", **beside), "ties": Column("bool", **beside)}
+    return {**LM_COLUMNS, **pairs, "labels": Column("int32", **beside)}
+
+
+def figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over the held-out pairs. Of KTO the loss is that of labelled answers; with pairs, these are ordered too."""
+    weight, counted = max(sums["weight"], 1), ("loss", "weight", "desirable", "pairs")
+    means = {name: value / weight for name, value in sums.items() if name not in counted}
+    if "pairs" in sums:
+        sides = {"desirable_reward": sums["desirable"], "undesirable_reward": sums["weight"] - sums["desirable"]}
+        means |= {name: sums[name] / max(count, 1) for name, count in sides.items()}
+        paired = {name.removeprefix("pair_"): sums[name] / max(sums["pairs"], 1) for name in sums if "pair_" in name}
+        means = {name: value for name, value in means.items() if "pair_" not in name}
+        means |= paired if sums["pairs"] else {}
+    loss = sums["loss"] / weight
+    return {"validation_loss": loss, **{f"validation_{name}": value for name, value in means.items()}}
+
+
+def described(values: Mapping[str, float]) -> str:
+    """One line for the terminal."""
+    line = f"loss {values['validation_loss']:.4f}, {values['validation_accuracy']:.1%} right"
+    if "validation_margin" not in values:
+        return line
+    chosen = f"log-probability of the chosen {values['validation_chosen_logp']:.2f}"
+    return f"{line}, margin {values['validation_margin']:.4f}, {chosen}"
+
+
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`(params, frozen, batch, key) -> (sum, sums)`; `frozen` holds the reference where the loss has one."""
+    from jaxlm.objectives.preference import preference_loss
+
+    decoder, options = modules[MODEL], cfg.preference
+
+    def compute(params: Any, frozen: Mapping[str, Any], batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        logps_BM, counts_BM, routed = answer_sums(decoder, params, batch, key if options.dropout else None, cfg)
+        reference_BM: Any = None
+        if options.needs_reference:
+            reference_BM = answer_sums(modules[REFERENCE], frozen[REFERENCE], batch, None, cfg)[0]
+        if options.loss == "kto":
+            found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=key is None)
+        else:
+            found = pair_sums(preference_loss(logps_BM, counts_BM, reference_BM, **options.loss_options))
+        if routed is not None:
+            found |= {name: term * found["weight"] for name, term in routed.means.items()} | routed.counts
+            found["loss"] += routed.loss * found["weight"]
+        return found["loss"], found
+
+    return compute
+
+
+def whole_divergence(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., dict[str, Any]]:
+    """`(params, frozen, batch) -> sums` of KTO's divergence, for batches that are cut into microbatches."""
+    from jaxlm.objectives.kto import kto_divergence
+
+    def compute(params: Any, frozen: Mapping[str, Any], batch: Any) -> dict[str, Any]:
+        logps_BM, counts_BM, _ = answer_sums(modules[MODEL], params, batch, None, cfg)
+        reference_BM = answer_sums(modules[REFERENCE], frozen[REFERENCE], batch, None, cfg)[0]
+        sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch), reference_BM)
+        return {f"divergence_{name}": value for name, value in sums._asdict().items()}
+
+    return compute
+
+
+def answer_sums(
+    decoder: Any, params: Any, batch: Mapping[str, Any], key: Any, cfg: config.Config
+) -> tuple[Any, Any, Any]:
+    """Log-probabilities of the answers and their lengths, [B, M] each, and what the routers did."""
+    import jax.numpy as jnp
+
+    from jaxlm.objectives.logprobs import segment_sums, token_logps
+    from jaxlm.recipes.grpo import forward
+
+    hidden_BTD, (kernel_DV, bias_V), routed = forward(decoder, params, batch, key)
+    logps_BT = token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], block=cfg.train.loss_block).logps
+    where = batch["weights"].astype(logps_BT.dtype), batch["segments"], 2 * batch["labels"].shape[1]
+    return segment_sums(logps_BT, *where), segment_sums(jnp.ones_like(logps_BT), *where), routed
+
+
+def pair_sums(terms: Any) -> dict[str, Any]:
+    """The sums over pairs by their names in `metrics.jsonl`."""
+    found = dict(terms._asdict())
+    return found | {"accuracy": found.pop("correct"), "margin": terms.chosen_reward - terms.rejected_reward}
+
+
+def labelled_sums(
+    logps_BM: Any,
+    counts_BM: Any,
+    reference_BM: Any,
+    batch: Mapping[str, Any],
+    options: config.Preference,
+    *,
+    judged: bool,
+) -> dict[str, Any]:
+    """The sums over labelled answers; `accuracy` is how often one moved to its side of the divergence.
+
+    Args:
+        judged: report the order of pairs too, which have the label 0: they are held out, never trained on.
+    """
+    import jax.numpy as jnp
+
+    from jaxlm.objectives.kto import KTODivergence, kto_divergence, kto_loss
+    from jaxlm.objectives.preference import preference_loss
+
+    labels_BP, labelled_BM = batch["labels"], of_labelled(counts_BM, batch)
+    if "divergence_total" in batch:
+        z = KTODivergence(batch["divergence_total"], batch["divergence_weight"]).value
+    else:
+        z = kto_divergence(logps_BM, labelled_BM, reference_BM).value
+    terms = kto_loss(logps_BM, reference_BM, labels_BP, z, **options.loss_options)
+    moved_BP = (logps_BM - reference_BM)[:, 0::2] - z
+    found = {**terms._asdict(), "divergence": z * terms.weight, "accuracy": jnp.sum(labels_BP * moved_BP > 0) * 1.0}
+    if judged:
+        pairs_BM = counts_BM - labelled_BM
+        ordered = pair_sums(preference_loss(logps_BM, pairs_BM, reference_BM, kind="dpo", beta=options.beta))
+        found |= {"pairs": ordered.pop("weight")} | {f"pair_{name}": x for name, x in ordered.items() if name != "loss"}
+    return found
+
+
+def of_labelled(counts_BM: Any, batch: Mapping[str, Any]) -> Any:
+    """The lengths of labelled answers and of their mismatched ones; 0 for those of pairs."""
+    import jax.numpy as jnp
+
+    return jnp.where(jnp.repeat(batch["labels"] != 0, 2, axis=1), counts_BM, 0)

@@ -1,0 +1,186 @@
+"""Learning from pairs through the front door: runs that learn, resume bit for bit, and mistakes in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.errors import UserError
+from jaxlm.recipes import dpo, make_recipe, sft, start  # two threads that import at once break Python's ast
+from jaxlm.train import engine
+
+IMPORTED = dpo, sft, engine
+SOAK = pytest.mark.soak
+WORDS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
+FIGURES = ("loss", "grad_norm", "accuracy", "margin", "chosen_reward", "chosen_logp", "rejected_logp", "chosen_length")
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: some)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run_of(folder: Path, name: str, recipe: str, data: str, **sections: dict[str, Any]) -> config.Config:
+    options: dict[str, dict[str, Any]] = {
+        "model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64},
+        "tokenizer": {"kind": "bytes"},
+        "data": {"source": data, "seq_len": 96, "validation_fraction": 0.2},
+        "train": {"steps": 4, "batch_size": 8, "warmup_steps": 0, "learning_rate": 3e-3, "schedule": "constant"},
+        "eval": {"every": 0, "batches": 2},
+        "sample": {"prompts": ()},
+        "log": {"every": 1},
+        "numerics": {"params": "float64", "compute": "float64"},
+    }
+    merged = {key: options.get(key, {}) | sections.get(key, {}) for key in options | sections}
+    return toml.from_dict({"recipe": recipe, "out_dir": str(folder / name), **merged})
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has seen both answers, the polite and the other, and a folder of pairs."""
+    folder = tmp_path_factory.mktemp("dpo")
+    pairs = [
+        {"prompt": f"say {a} {b}", "chosen": f"{a}, please", "rejected": f"{b}!"}
+        for a in WORDS
+        for b in WORDS
+        if a != b
+    ]
+    write(folder / "pairs.jsonl", pairs)
+    talks = [{"prompt": row["prompt"], "completion": row[side]} for row in pairs for side in ("chosen", "rejected")]
+    start.run(run_of(folder, "start", "sft", write(folder / "talks.jsonl", talks), train={"steps": 8}))
+    return folder
+
+
+def dpo_run(begun: Path, folder: Path, *, loss: str = "dpo", **sections: dict[str, Any]) -> config.Config:
+    train = {"init_from": str(begun / "start"), **sections.pop("train", {})}
+    preference = {"loss": loss, "pairs_per_row": 2, **sections.pop("preference", {})}
+    data = str(begun / "pairs.jsonl")
+    return run_of(folder, "run", "dpo", data, train=train, preference=preference, **sections)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_first_step_is_where_the_reference_stands(begun: Path, tmp_path: Path, backend: Any) -> None:
+    """Loss ln 2 to 1e-12, margins 0, and the run learns the order of held-out pairs."""
+    start.run(dpo_run(begun, tmp_path, train={"steps": 12}, preference={"beta": 0.5}), backend=backend)
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    first, last = steps[0], steps[-1]
+    assert abs(first["loss"] - np.log(2)) < 1e-12
+    assert first["margin"] == 0 and first["chosen_reward"] == 0 and first["rejected_reward"] == 0
+    assert last["loss"] < 0.6 and last["accuracy"] > 0.9
+    assert first["chosen_length"] > first["rejected_length"] > 0
+    judged = [row for row in rows(tmp_path / "run") if "validation_loss" in row][-1]
+    assert judged["validation_accuracy"] > 0.9 and judged["validation_margin"] > 0
+    assert {"validation_chosen_logp", "validation_rejected_logp"} <= judged.keys()
+
+
+@pytest.mark.parametrize(
+    ("loss", "backend"),
+    [
+        ("dpo", "jax"),
+        ("kto", "torch"),
+        pytest.param("kto", "jax", marks=SOAK),
+        pytest.param("dpo", "torch", marks=SOAK),
+    ],
+)
+def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, loss: str, backend: Any) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start.run(dpo_run(begun, whole, loss=loss), backend=backend)
+    start.run(dpo_run(begun, parts, loss=loss, train={"steps": 2}), backend=backend)
+    start.run(dpo_run(begun, parts, loss=loss), resume=True, backend=backend)
+    named = [*FIGURES, "desirable_reward", "divergence"]
+    ours, theirs = (
+        [[row.get(name) for name in named] for row in rows(folder / "run") if "loss" in row]
+        for folder in (whole, parts)
+    )
+    assert ours == theirs and len(ours) == 4
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("loss", ["kto", pytest.param("dpo", marks=SOAK), pytest.param("orpo", marks=SOAK)])
+def test_microbatches_are_the_same_update(begun: Path, tmp_path: Path, loss: str) -> None:
+    """KTO's divergence is that of the whole batch, whatever it is cut into."""
+    found = []
+    for parts in (1, 2, 4):
+        folder = tmp_path / str(parts)
+        options = {"microbatches": parts, "learning_rate": 1e-2, "steps": 3}
+        start.run(dpo_run(begun, folder, loss=loss, train=options, preference={"beta": 1.0}))
+        found.append([[row["loss"], row["grad_norm"]] for row in rows(folder / "run") if "loss" in row])
+        if loss == "kto":
+            assert any(row.get("divergence") for row in rows(folder / "run")), "z is above 0 at some step"
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=SOAK)])
+def test_eight_devices_are_one(begun: Path, tmp_path: Path, loss: str) -> None:
+    """float64: losses and gradients of two updates, parameters split 8 times, and over three axes."""
+    found = []
+    for number, (count, mesh) in enumerate(
+        ((1, {}), (8, {"data": 1, "fsdp": 8}), (8, {"data": 2, "fsdp": 2, "tensor": 2}))
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            some = jax.devices()[:count]
+            patch.setattr(jax, "devices", lambda *_, some=some: some)
+            start.run(dpo_run(begun, tmp_path / str(number), loss=loss, train={"steps": 2}, mesh=mesh))
+        found.append([[row["loss"], row["grad_norm"]] for row in rows(tmp_path / str(number) / "run") if "loss" in row])
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_kto_orders_held_out_pairs(begun: Path, tmp_path: Path) -> None:
+    start.run(dpo_run(begun, tmp_path, loss="kto", train={"steps": 12}, preference={"beta": 0.5}))
+    judged = [row for row in rows(tmp_path / "run") if "validation_loss" in row][-1]
+    assert judged["validation_accuracy"] > 0.9 and "validation_chosen_logp" in judged
+    assert judged["validation_desirable_reward"] > judged["validation_undesirable_reward"]
+
+
+def test_mistakes_of_the_config(begun: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="compares with the model that the run starts from, and there is none"):
+        make_recipe(dpo_run(begun, tmp_path, train={"init_from": ""}))
+    assert not make_recipe(dpo_run(begun, tmp_path, loss="simpo", train={"init_from": ""})).models.frozen
+    with pytest.raises(UserError, match="beta"):
+        dpo_run(begun, tmp_path, preference={"beta": 0.0})
+    with pytest.raises(UserError, match=r"label_noise = 0.5 must be below 0.5"):
+        dpo_run(begun, tmp_path, loss="cdpo", preference={"label_noise": 0.5})
+    with pytest.raises(UserError, match="kto has no chosen answer"):
+        dpo_run(begun, tmp_path, loss="kto", preference={"sft_weight": 0.5})
+
+
+def test_mistakes_of_labels(begun: Path, tmp_path: Path) -> None:
+    wanted = [{"prompt": word, "completion": "yes", "label": True} for word in WORDS]
+    source = {"data": {"source": write(tmp_path / "labels.jsonl", wanted), "validation_fraction": 0.0}}
+    cfg = dpo_run(begun, tmp_path, loss="kto")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **source["data"]))
+    with pytest.raises(UserError, match="KTO needs answers that are wanted and answers that are not"):
+        make_recipe(cfg).data(None)
+    cfg = dataclasses.replace(cfg, preference=dataclasses.replace(cfg.preference, loss="dpo"))
+    with pytest.raises(UserError, match="an answer with a label is no pair"):
+        make_recipe(cfg).data(None)
+
+
+def test_references_that_do_not_fit(begun: Path, tmp_path: Path) -> None:
+    other = {"preference": {"reference": str(begun / "start")}, "train": {"init_from": "", "steps": 1}}
+    with pytest.raises(UserError, match="start: d_model is 32 there and 48 here"):
+        start.run(dpo_run(begun, tmp_path, model={"d_model": 48}, **other))
+    start.run(dpo_run(begun, tmp_path, train={"steps": 1}))
+    changed = {"reference": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=r"the frozen reference, .*run, is not the one of the checkpoint"):
+        start.run(dpo_run(begun, tmp_path, preference=changed), resume=True)
