@@ -12,26 +12,27 @@ import numpy as np
 import pytest
 import torch
 
+from jaxlm import config
 from jaxlm.convert import native
 from jaxlm.errors import UserError
 from jaxlm.models import decoder as jax_decoder
-from jaxlm.models import heads as jax_heads
 from jaxlm.numerics import Policy as JaxPolicy
 from jaxlm.ops import pooling as jax_pooling
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
 from torch_ref.models import decoder as torch_decoder
-from torch_ref.models import heads as torch_heads
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.ops import pooling as torch_pooling
 
 DOCUMENTS = 4  # one more than a row of `pairs.packed_batch` has
 MODELS: dict[str, dict[str, Any]] = {
-    "ValueModel": {},
-    "RewardModel": {"documents": DOCUMENTS},
-    "ClassificationModel": {"documents": DOCUMENTS, "classes": 5},
-    "ClassificationModel, mean": {"documents": DOCUMENTS, "classes": 5, "pooling": "mean"},
+    "value": {"head": "value"},
+    "verifier": {"head": "verifier"},
+    "reward": {"head": "reward"},
+    "classes": {"head": "classes", "classes": 5},
+    "classes, mean": {"head": "classes", "classes": 5, "pooling": "mean"},
 }
+OF_TOKENS = ("value", "verifier")
 CFG = {"n_layers": 2, "tie_embeddings": False, "biases": ("head",)}
 JAX64 = JaxPolicy(np.dtype("float64"), np.dtype("float64"), "highest")
 LAST_TOKEN = torch_pooling.last_token
@@ -40,11 +41,11 @@ TORCH64 = TorchPolicy(torch.float64, torch.float64)
 
 def both(name: str, rng: np.random.Generator, **changes: Any) -> tuple[Any, Any, Any]:
     """A model in JAX, its parameters, and its mirror with them."""
-    cfg, options = pairs.model(**(CFG | changes)), MODELS[name]
-    ours = getattr(jax_heads, name.split(",")[0])(cfg, JAX64, **options)
+    cfg = pairs.model(**(CFG | MODELS[name] | changes))
+    ours = jax_decoder.Decoder(cfg, JAX64)
     params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape), jax_decoder.abstract_params(ours)[0])
-    mirror = getattr(torch_heads, name.split(",")[0])(cfg, TORCH64, **options)
-    mirror.load_state_dict({key: torch.tensor(x) for key, x in native.scored_to_torch(params, cfg)}, strict=True)
+    mirror = torch_decoder.Decoder(cfg, TORCH64)
+    mirror.load_state_dict({key: torch.tensor(x) for key, x in native.to_torch(params, cfg)}, strict=True)
     return ours, params, mirror
 
 
@@ -52,9 +53,21 @@ def places(batch: pairs.Arrays) -> list[np.ndarray]:
     return [batch[name] for name in ("tokens", "positions", "segments")]
 
 
+def of_documents(cfg: config.Model) -> bool:
+    return cfg.head not in OF_TOKENS
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def apply(ours: Any, params: Any, *inputs: Any) -> Any:
-    return ours.apply({"params": params}, *inputs)
+    """Scores of tokens with the cache after them, or of documents and which there are."""
+    if not of_documents(ours.config):
+        return ours.apply({"params": params}, *inputs)
+    return ours.apply({"params": params}, *inputs, DOCUMENTS, method="score_documents")
+
+
+def torch_apply(mirror: Any, inputs: Any) -> Any:
+    tensors = [torch.tensor(x) for x in inputs]
+    return mirror.score_documents(*tensors, DOCUMENTS) if of_documents(mirror.config) else mirror(*tensors)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -62,7 +75,7 @@ def jax_outputs(ours: Any, params: Any, batch: Any, weights: Any) -> Any:
     """Scores, and the gradients of their weighted sum."""
 
     def loss(params: Any) -> Any:
-        scores, _ = ours.apply({"params": params}, *batch)
+        scores, _ = apply(ours, params, *batch)
         return (scores * weights).sum(), scores
 
     return jax.grad(loss, has_aux=True)(params)
@@ -70,13 +83,13 @@ def jax_outputs(ours: Any, params: Any, batch: Any, weights: Any) -> Any:
 
 def check_same(ours: Any, params: Any, mirror: Any, batch: pairs.Arrays, rng: np.random.Generator) -> None:
     inputs = places(batch)
-    theirs, _ = mirror(*(torch.tensor(x) for x in inputs))
+    theirs, _ = torch_apply(mirror, inputs)
     weights = rng.standard_normal(tuple(theirs.shape))
     gradients, scores = jax_outputs(ours, params, inputs, weights)
     FLOAT64.check(pairs.error(theirs.detach().numpy(), np.asarray(scores)), "scores")
     (theirs * torch.tensor(weights)).sum().backward()
     found = {name: np.asarray(p.grad) for name, p in mirror.named_parameters()}
-    wanted = {name: np.asarray(x) for name, x in native.scored_to_torch(gradients, ours.config)}
+    wanted = {name: np.asarray(x) for name, x in native.to_torch(gradients, ours.config)}
     for name, distance, _ in pairs.differences(found, wanted):
         FLOAT64.check(distance, f"gradient of {name}")
 
@@ -90,7 +103,7 @@ def test_scores_and_gradients(name: str, rng: np.random.Generator) -> None:
 def test_layernorm_trunk_with_biases(rng: np.random.Generator) -> None:
     """The trunk is any decoder: GPT-2's, tied, scanned."""
     options = {"norm": "layernorm", "positions": "learned", "biases": ("qkv", "mlp"), "tie_embeddings": True}
-    ours, params, mirror = both("RewardModel", rng, layer_loop="scan", **options)
+    ours, params, mirror = both("reward", rng, layer_loop="scan", **options)
     check_same(ours, params, mirror, pairs.packed_batch(ours.config, rng, 96), rng)
 
 
@@ -107,7 +120,7 @@ def test_padding_and_neighbours_change_nothing(name: str, rng: np.random.Generat
     rows[0][rows[2] == 0] = 96  # what stands at padding is of no account
     alone, _ = apply(ours, params, *np.stack([a, np.arange(11), np.ones(11)])[:, None].astype(np.int32))
     scores, shown = apply(ours, params, *rows)
-    if name == "ValueModel":
+    if name in OF_TOKENS:
         found = [scores[0, 13:], scores[1, :11], scores[2, 9:20]]
         assert not np.any(np.asarray(scores)[rows[2] == 0])
         wanted = alone[0]
@@ -115,14 +128,14 @@ def test_padding_and_neighbours_change_nothing(name: str, rng: np.random.Generat
         assert shown.tolist() == [[True, False, False, False]] * 2 + [[True, True, False, False]]
         assert not np.any(np.asarray(scores)[~np.asarray(shown)])
         found, wanted = [scores[0, 0], scores[1, 0], scores[2, 1]], alone[0, 0]
-    theirs, _ = mirror(*(torch.tensor(x) for x in rows))
+    theirs, _ = torch_apply(mirror, rows)
     FLOAT64.check(pairs.error(theirs.detach().numpy(), np.asarray(scores)), "torch")
     for one, how in zip(found, ("left", "right", "packed"), strict=True):
         FLOAT64.check(pairs.error(np.asarray(one), np.asarray(wanted)), how)
 
 
 def test_values_with_a_cache_are_those_without(rng: np.random.Generator) -> None:
-    ours, params, mirror = both("ValueModel", rng)
+    ours, params, mirror = both("value", rng)
     tokens = rng.integers(0, 97, (2, 9), dtype=np.int32)
     positions, ones = np.tile(np.arange(9, dtype=np.int32), (2, 1)), np.ones((2, 9), np.int32)
     whole, _ = apply(ours, params, tokens, positions, ones)
@@ -135,22 +148,16 @@ def test_values_with_a_cache_are_those_without(rng: np.random.Generator) -> None
         FLOAT64.check(pairs.error(other.detach().numpy(), np.asarray(values)), f"torch {part}")
 
 
-def test_a_language_model_lends_its_trunk(rng: np.random.Generator) -> None:
-    """Every parameter but the output matrix is taken, by name, in both frameworks; the way back is bit for bit."""
-    ours, params, mirror = both("RewardModel", rng)
-    cfg = ours.config
-    language = pairs.pair(cfg, pairs.random_params(cfg, rng))
-    with_trunk = jax_heads.with_trunk(params, language.params)
-    assert with_trunk.keys() == language.params.keys() - {"head"} | {"score"}
-    torch_heads.with_trunk(mirror, language.torch)
-    state = {name: tensor.numpy() for name, tensor in mirror.state_dict().items()}
-    for name, tensor in native.scored_to_torch(with_trunk, cfg):
-        np.testing.assert_array_equal(state.pop(name), tensor)
-    assert not state
-    back = native.scored_from_torch(dict(native.scored_to_torch(with_trunk, cfg)), cfg)
-    jax.tree.map(np.testing.assert_array_equal, back, with_trunk)
-    with pytest.raises(UserError, match=r"no score.weight \[outputs, 32\]"):
-        native.scored_from_torch({"score.bias": np.zeros(1)}, cfg)
+def test_the_score_takes_the_place_of_the_output_matrix(rng: np.random.Generator) -> None:
+    """All other parameters have the names of a language model; the way to torch_ref and back is bit for bit."""
+    ours, params, _ = both("classes", rng)
+    language = jax_decoder.Decoder(pairs.model(**CFG), JAX64)
+    assert params.keys() == jax_decoder.abstract_params(language)[0].keys() - {"head"} | {"score"}
+    named = dict(native.to_torch(params, ours.config))
+    assert named["score.weight"].shape == (5, 32) and named["score.bias"].shape == (5,)
+    jax.tree.map(np.testing.assert_array_equal, native.from_torch(named, ours.config), params)
+    with pytest.raises(UserError, match=r"1 tensor of another shape: score.bias \[4\] for \[5\]"):
+        native.from_torch(named | {"score.bias": np.zeros(4)}, ours.config)
 
 
 @pytest.mark.parametrize("pool", ["last_token", "mean"])
@@ -188,9 +195,9 @@ def mean_of_the_row(x: torch.Tensor, segments: torch.Tensor, documents: int) -> 
 def test_a_planted_fault_is_seen(
     fault: Callable[..., torch.Tensor], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "ClassificationModel, mean" if fault is mean_of_the_row else "RewardModel"
+    name = "classes, mean" if fault is mean_of_the_row else "reward"
     ours, params, mirror = both(name, rng)
     batch = pairs.packed_batch(ours.config, rng, 96)
-    monkeypatch.setattr(torch_heads.pooling, "mean" if "mean" in name else "last_token", fault)
+    monkeypatch.setattr(torch_decoder.pooling, "mean" if "mean" in name else "last_token", fault)
     with pytest.raises(AssertionError, match="scores"):
         check_same(ours, params, mirror, batch, rng)

@@ -18,9 +18,7 @@ from jaxlm.convert import native
 from jaxlm.convert.canonical import canonical, leaves
 from jaxlm.convert.rows import Parameters
 from jaxlm.models import decoder as jax_decoder
-from jaxlm.models import heads as jax_heads
 from torch_ref.models import decoder as torch_decoder
-from torch_ref.models import heads as torch_heads
 
 TABLE = Path(__file__).parents[1] / "docs" / "initialisation.md"
 BASE: dict[str, Any] = {"vocab_size": 300, "d_model": 64, "n_layers": 6, "n_heads": 4, "d_ff": 192, "max_seq_len": 32}
@@ -151,9 +149,9 @@ def test_values_are_those_of_the_table(case: str) -> None:
 
 def test_scores_are_those_of_the_table() -> None:
     """Of many classes, since a single score has few parameters."""
-    cfg = model()
-    ours = jax_decoder.init_params(jax_heads.ClassificationModel(cfg, classes=40), jax.random.key(7))["score"]
-    theirs = torch_decoder.init_params(torch_heads.ClassificationModel(cfg, classes=40), 7).score
+    cfg = model(head="classes", classes=40)
+    ours = jax_decoder.init_params(jax_decoder.Decoder(cfg), jax.random.key(7))["score"]
+    theirs = torch_decoder.init_params(torch_decoder.Decoder(cfg), 7).score
     assert {row_of(f"score.{kind}", cfg) for kind in ours} == {"score.kernel", "score.bias"}
     for what, kernel, bias in (
         ("jaxlm", ours["kernel"], ours["bias"]),

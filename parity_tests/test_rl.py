@@ -7,6 +7,7 @@ and updates; nothing is handed from one to the other.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +19,10 @@ import pytest
 import torch
 
 from jaxlm import config
-from jaxlm.convert.native import scored_to_torch
+from jaxlm.convert.native import to_torch
 from jaxlm.data.prompts import open_task
 from jaxlm.models.decoder import Decoder as JaxDecoder
 from jaxlm.models.decoder import abstract_params
-from jaxlm.models.heads import ValueModel as JaxValueModel
 from jaxlm.numerics import Policy as JaxPolicy
 from jaxlm.recipes import graders
 from jaxlm.recipes import grpo as jax_grpo
@@ -33,7 +33,7 @@ from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.optim import make_optimizer as jax_optimizer
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
-from torch_ref.models.heads import ValueModel as TorchValueModel
+from torch_ref.models.decoder import Decoder as TorchDecoder
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.recipes import grpo as torch_grpo
 from torch_ref.recipes import ppo as torch_ppo
@@ -78,6 +78,10 @@ def settings(model: str, rl: dict[str, Any]) -> config.Config:
     )
 
 
+def value_model(cfg: config.Config) -> config.Model:
+    return dataclasses.replace(cfg.model, head="value")
+
+
 def even_letters(prompt: str, completion: str, row: Any) -> float:
     """The share of letters with an even code: a random model is often right, so that groups differ."""
     return sum(ord(letter) % 2 == 0 for letter in completion) / max(len(completion), 1)
@@ -95,7 +99,7 @@ class JaxSide:
     def __init__(self, cfg: config.Config, recipe: Any, trees: dict[str, Any]) -> None:
         policy = JaxPolicy.from_config(cfg.numerics)
         self.decoder = JaxDecoder(cfg.model, policy)
-        modules = {"model": self.decoder, "value": JaxValueModel(cfg.model, policy)}
+        modules = {"model": self.decoder, "value": JaxDecoder(value_model(cfg), policy)}
         self.trees, self.frozen, self.recipe = trees, {"reference": trees["model"]}, recipe
         self.program = SimpleNamespace(modules=modules)
         optimizer = jax_optimizer(cfg.train)
@@ -136,7 +140,7 @@ class JaxSide:
     def parameters(self, cfg: config.Config) -> dict[str, np.ndarray]:
         found = dict(pairs.torch_names(self.params, self.decoder))
         if "value" in self.trees:
-            named = scored_to_torch(self.trees["value"], cfg.model)
+            named = to_torch(self.trees["value"], value_model(cfg))
             found |= {f"value.{name}": np.asarray(x, np.float64) for name, x in named}
         return found
 
@@ -148,9 +152,9 @@ class TorchSide:
         self.decoder, self.recipe, self.config = pairs.pair(cfg.model, trees["model"]).torch, recipe, cfg
         self.modules: dict[str, Any] = {"model": self.decoder}
         if "value" in trees:
-            value = TorchValueModel(cfg.model, TorchPolicy(torch.float64, torch.float64))
+            value = TorchDecoder(value_model(cfg), TorchPolicy(torch.float64, torch.float64))
             value.load_state_dict(
-                {n: torch.tensor(np.asarray(x)) for n, x in scored_to_torch(trees["value"], cfg.model)}
+                {n: torch.tensor(np.asarray(x)) for n, x in to_torch(trees["value"], value_model(cfg))}
             )
             self.modules["value"] = value
         self.trained = list(self.modules.values())
@@ -198,7 +202,7 @@ def check_same(model: str, rl: dict[str, Any], kind: str, rng: np.random.Generat
     widened = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), tree)  # noqa: E731
     trees = {"model": widened(pairs.random_params(cfg.model, rng))}
     if kind == "ppo":
-        shapes = abstract_params(JaxValueModel(cfg.model, JaxPolicy.from_config(cfg.numerics)))[0]
+        shapes = abstract_params(JaxDecoder(value_model(cfg), JaxPolicy.from_config(cfg.numerics)))[0]
         trees["value"] = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape)), shapes)
     jax_recipe, torch_recipe = (jax_ppo, torch_ppo) if kind == "ppo" else (jax_grpo, torch_grpo)
     with graders.GraderPool(find_rewards(cfg.rl.rewards)) as pool:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxlm.config.model_parts import FLOAT32_TINY, STRICT, Mamba, MoE, RopeScaling, require
 from jaxlm.config.pattern import FIELDS, parse_block
+from jaxlm.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -81,6 +82,13 @@ class Model:
     """Which linear maps have a bias."""
     tie_embeddings: bool = True
     """Use the embedding as the output matrix."""
+    head: Literal["lm", "value", "reward", "classes", "verifier"] = "lm"
+    """What the model says: `lm`, the next token; `value` and `verifier`, a number at each token (the return from there
+    on, the logit that the answer is right); `reward`, a number for each document; `classes`, their logits."""
+    classes: PositiveInt = 2
+    """Of the head `classes`."""
+    pooling: Literal["last", "mean"] = "last"
+    """What the head `classes` sees of a document: its last token, or the mean of all. `reward` sees the last."""
     dropout: NonNegativeFloat = 0.0
     """Rate after the embedding and after each mixer and feed-forward, while training."""
     init_std: PositiveFloat = 0.02
@@ -135,6 +143,7 @@ class Model:
         )
         require(self.dropout < 1, f"model.dropout = {self.dropout} must be below 1")
         require(self.norm_eps >= FLOAT32_TINY, f"model.norm_eps = {self.norm_eps} is zero in float32, of all norms")
+        require(self.head != "classes" or self.classes > 1, "model.classes = 1: a head of classes has two at least")
         require(
             not (self.tie_embeddings and "head" in self.biases),
             "model.biases has 'head', which a tied head does not have",
@@ -149,6 +158,23 @@ class Model:
             self.n_layers % len(self.pattern) == 0,
             f"model.n_layers = {self.n_layers} is not a multiple of the {len(self.pattern)} blocks of model.pattern",
         )
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives for a token: V, the classes, or one."""
+        return {"lm": self.vocab_size, "classes": self.classes}.get(self.head, 1)
+
+    def require_language_model(self, purpose: str) -> None:
+        """Refuse a model that does not say the next token.
+
+        Args:
+            purpose: what needs it, as the beginning of a sentence: "generation".
+
+        Raises:
+            UserError: it has another head.
+        """
+        if self.head != "lm":
+            raise UserError(f"model.head = {self.head!r}: {purpose} needs a language model", 'model.head = "lm"')
 
     @property
     def repeats(self) -> int:

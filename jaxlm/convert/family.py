@@ -81,6 +81,9 @@ class Family:
         Raises:
             UserError: an option of `[model]` that the layout cannot express.
         """
+        if cfg.head != "lm":
+            where = f"the {self.name} layout has no place for model.head = {cfg.head!r}"
+            raise UserError(where, "--to torch takes every model")
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
         for setting in (*COMMON, *self.settings):
             hf |= setting.out(cfg)

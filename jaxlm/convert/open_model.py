@@ -148,7 +148,7 @@ def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
     settings = _settings(path, str(path))
     newest = checkpoint_folder(path, step)
     if any(newest.glob("model.safetensors*")):  # of `--backend torch`, or of a conversion
-        parameters = _torch_parameters(newest, settings)
+        parameters = _torch_parameters(newest, settings, several=True)
     else:
         parameters = canonical(_orbax_params(path, settings, step, orbax), settings.model)
     return Opened(path, settings, parameters, "run")
@@ -182,8 +182,12 @@ def _orbax_params(path: Path, settings: config.Config, step: int | None, reader:
         return params
 
 
-def _torch_parameters(path: Path, settings: config.Config) -> Parameters:
-    return Parameters(storage.read_folder(path), settings.model, native.rows(settings.model), str(path))
+def _torch_parameters(path: Path, settings: config.Config, several: bool = False) -> Parameters:
+    """`several`: other trained trees of the stage may lie there too, as `value/NAME`."""
+    tensors = storage.read_folder(path)
+    others = {name for name in tensors if several and "/" in name}
+    rows = native.rows(settings.model)
+    return Parameters(tensors.without(others) if others else tensors, settings.model, rows, str(path))
 
 
 def _open_family(path: Path) -> Opened:

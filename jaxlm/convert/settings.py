@@ -198,7 +198,7 @@ _HALF_BIASES = {
     "mlp": ("mlp",),
     "moe": ("router", "experts", "mlp"),
 }
-_WHOLE = ("vocab_size", "d_model", "n_layers", "norm", "norm_eps", "norm_position", "final_norm", "tie_embeddings")
+_WHOLE = ("head", "vocab_size", "d_model", "n_layers", "norm", "norm_eps", "norm_position", "final_norm")
 
 
 def function_of(model: config.Model) -> dict[str, Any]:
@@ -208,7 +208,10 @@ def function_of(model: config.Model) -> dict[str, Any]:
     rows take care of.
     """
     said: dict[str, Any] = {name: getattr(model, name) for name in _WHOLE}
-    said["biases.head"] = "head" in model.biases
+    if model.head == "lm":
+        said |= {"tie_embeddings": model.tie_embeddings, "biases.head": "head" in model.biases}
+    elif model.head == "classes":
+        said |= {"classes": model.classes, "pooling": model.pooling}
     if model.positions in ("learned", "sinusoidal"):
         said |= {"positions": model.positions, "max_seq_len": model.max_seq_len}
     for i in range(model.n_layers):

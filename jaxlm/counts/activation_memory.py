@@ -48,7 +48,7 @@ def activations(cfg: config.Config, layout: Layout) -> Activations:
     kept = model.repeats * sum(kept_by(model, kind).bytes(tensor, policy) for kind in model.pattern)
     whole = dataclasses.replace(model, remat="none")
     block = max(kept_by(whole, kind).bytes(tensor, policy) * _at_work(model, kind) for kind in model.pattern)
-    logits = min(train.loss_block, tokens) * model.vocab_size // layout.parts("vocab")
+    logits = min(train.loss_block, tokens) * model.outputs // layout.parts("vocab")
     hidden = 3 * tokens * model.d_model * policy.compute.itemsize
     return Activations(int(tokens * kept), int(max(tokens * block, logits * wide(policy.compute).itemsize) + hidden))
 

@@ -117,7 +117,8 @@ def matmul_params(decoder: Decoder) -> int:
         for path, leaf, axes in _leaves(decoder)
         if path[-1] == "kernel" and not any("conv" in name for name in path)  # `jaxlm.counts.flops` has the convolution
     )
-    return sum(kernels) + (model.vocab_size * model.d_model if model.tie_embeddings else 0)
+    tied = model.tie_embeddings and model.head == "lm"
+    return sum(kernels) + (model.vocab_size * model.d_model if tied else 0)
 
 
 def _leaves(decoder: Decoder) -> list[tuple[tuple[str, ...], Any, Axes]]:

@@ -130,6 +130,7 @@ def position(
     model = load(path)
     if model.tokenizer is None:
         raise no_tokenizer(Path(path))
+    model.config.model.require_language_model("perplexity")
     settings, trained = model.config, model.config.data.seq_len
     length = length or 8 * trained
     for name, value in (("length", length), ("texts", texts), ("buckets", buckets)):

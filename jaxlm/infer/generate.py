@@ -77,6 +77,7 @@ def blocks(
     size: int = 0,
 ) -> Iterator[np.ndarray]:
     """As `generate`, in blocks [B, size] as they are drawn (0: one block); after the end of a row comes `pad_id`."""
+    decoder.config.require_language_model("generation")
     check_prompts(decoder.config, prompts, max_new_tokens)
     decoder, params = unrolled_for_decoding(decoder, params)
     tokens, positions, segments, lengths = right_padded(prompts, bucket(max(map(len, prompts))), pad_id)

@@ -129,7 +129,7 @@ class Model:
         return encode_prompts(self._tokenizer, [text])[0]
 
     def __call__(self, tokens: Tokens) -> Float[Array, "*b t v"]:
-        """Logits of the next token at each place, in float32 or wider.
+        """Logits of the next token at each place, in float32 or wider; of another head its numbers for each token.
 
         Args:
             tokens: a text, ids [T], or rows of ids [B, T].
@@ -159,6 +159,7 @@ class Model:
         Raises:
             UserError: as a call.
         """
+        self.config.model.require_language_model("log_probs")
         alone = isinstance(texts, str) or (len(texts) > 0 and np.ndim(texts[0]) == 0 and not isinstance(texts[0], str))
         rows = [self._ids(text) for text in ([texts] if alone else texts)]
         self._check(rows)
@@ -330,7 +331,7 @@ class Model:
         return (
             f"Model {self.path or ''}: {self._count():,} parameters in {numerics.params}, computes in "
             f"{numerics.compute}; {model.n_layers} layers of {', '.join(model.pattern)}; width {model.d_model}, "
-            f"vocabulary {model.vocab_size:,}"
+            f"vocabulary {model.vocab_size:,}{'' if model.head == 'lm' else f', {model.head} head'}"
         )
 
     def _count(self) -> int:

@@ -32,9 +32,13 @@ class Generator:
 
     Args:
         ends: ids that end a text besides the tokenizer's end and begin of text.
+
+    Raises:
+        UserError: the model has another head than that of a language model.
     """
 
     def __init__(self, decoder: Decoder, params: Params, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> None:
+        decoder.config.require_language_model("generation")
         check_usable(tokenizer, decoder.config.vocab_size)
         self.tokenizer = tokenizer
         self.decoder, self.params = unrolled_for_decoding(decoder, params)

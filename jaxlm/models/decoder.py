@@ -4,10 +4,13 @@
     params = init_params(decoder, jax.random.key(0))
     logits_BTV, cache = decoder.apply({"params": params}, tokens, positions, segments, cache)
 
+A model whose `config.head` is not `lm` scores instead: `score`, an output matrix of as many columns as it says numbers
+for a token, takes the place of `head`; all other parameters keep their names.
+
 The live tree has one entry `layers_i` a block when the layers are unrolled, and `layers.slot_s` with a leading axis of
 repeats when they are scanned; `unstack_layers` turns the second into the first.
 
-Shapes: B batch, T length, D width, V vocabulary, R repeats.
+Shapes: B batch, T length, D width, V vocabulary (or numbers of the head), M documents of a row, R repeats.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm import config
 from jaxlm.mesh import Axes, constrain
@@ -26,6 +29,7 @@ from jaxlm.models import adapted
 from jaxlm.models.block import Repeat, Tables, empty_cache, rematerialised
 from jaxlm.models.layers import Embed, Head, Norm
 from jaxlm.numerics import Policy, wide
+from jaxlm.ops import pooling
 from jaxlm.ops.attention.visible import Places
 from jaxlm.ops.rope import rope_table_of, sinusoidal_table
 
@@ -34,7 +38,7 @@ Cache = tuple[Any, ...]
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model; everything about it is in the config."""
+    """A decoder-only model of language, or one that scores; everything about it is in the config."""
 
     config: config.Model
     policy: Policy = Policy()
@@ -61,7 +65,9 @@ class Decoder(nn.Module):
             self.layers = [block_class(kind, cfg, policy) for kind in kinds]
         if cfg.final_norm:
             self.final_norm = Norm(cfg.norm, cfg.norm_eps, policy)
-        if not cfg.tie_embeddings:
+        if cfg.head != "lm":
+            self.score = Head(cfg.d_model, cfg.outputs, cfg.init_std, policy, True, None)
+        elif not cfg.tie_embeddings:
             self.head = Head(cfg.d_model, cfg.vocab_size, cfg.init_std, policy, "head" in cfg.biases)
 
     def __call__(
@@ -73,13 +79,33 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "b t v"], Cache | None]:
         """Logits of the next token in float32 or wider, and the cache after these tokens.
 
+        Of another head its numbers for each token, 0 for padding.
+
         Args:
             positions_BT: place of each token within its document, from 0.
             segments_BT: document of each token within the row, from 1; 0 is padding.
             cache: of `init_cache`; a row is then one document.
         """
         hidden_BTD, cache = self.hidden(tokens_BT, positions_BT, segments_BT, cache)
-        return self.unembed(hidden_BTD), cache
+        found_BTV = self.unembed(hidden_BTD)
+        return found_BTV if self.config.head == "lm" else jnp.where(segments_BT[..., None] != 0, found_BTV, 0), cache
+
+    def score_documents(
+        self,
+        tokens_BT: Int[Array, "b t"],
+        positions_BT: Int[Array, "b t"],
+        segments_BT: Int[Array, "b t"],
+        documents: int,
+    ) -> tuple[Float[Array, "b m v"], Bool[Array, "b m"]]:
+        """What the head says of the segments 1 to `documents`, 0 where a row has none, and whether it has it.
+
+        It sees the last token of a document (Stiennon et al. 2020, section 3.4), or the mean of all: `model.pooling`.
+        """
+        hidden_BTD, _ = self.hidden(tokens_BT, positions_BT, segments_BT)
+        pool = pooling.mean if (self.config.head, self.config.pooling) == ("classes", "mean") else pooling.last_token
+        present_BM = pooling.present(segments_BT, documents)
+        scores_BMV = self.unembed(pool(hidden_BTD, segments_BT, documents))
+        return jnp.where(present_BM[..., None], scores_BMV, 0), present_BM
 
     def hidden(
         self,
@@ -112,6 +138,8 @@ class Decoder(nn.Module):
 
     def unembedding(self) -> tuple[Float[Array, "d v"], Float[Array, " v"] | None]:
         """The output matrix, in the compute dtype, and its bias."""
+        if self.config.head != "lm":
+            return self.score.kernel.astype(self.policy.compute), self.score.bias
         if self.config.tie_embeddings:
             return self.embed.embedding.T.astype(self.policy.compute), None
         return self.head.kernel.astype(self.policy.compute), self.head.bias

@@ -75,19 +75,20 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix of an untied decoder: `kernel` [D, V] and `bias` [V] or None."""
+    """The output matrix of an untied decoder, or of a head that scores: `kernel` [D, V] and `bias` [V] or None."""
 
     d_model: int
-    vocab_size: int
+    outputs: int
     std: float
     policy: Policy
     use_bias: bool
+    axis: str | None = "vocab"
 
     def setup(self) -> None:
-        init = logical(nn.initializers.normal(self.std), "embed", "vocab")
-        self.kernel = self.param("kernel", init, (self.d_model, self.vocab_size), self.policy.params)
-        zeros = logical(nn.initializers.zeros, "vocab")
-        self.bias = self.param("bias", zeros, (self.vocab_size,), self.policy.params) if self.use_bias else None
+        init = logical(nn.initializers.normal(self.std), "embed", self.axis)
+        self.kernel = self.param("kernel", init, (self.d_model, self.outputs), self.policy.params)
+        zeros = logical(nn.initializers.zeros, self.axis)
+        self.bias = self.param("bias", zeros, (self.outputs,), self.policy.params) if self.use_bias else None
 
 
 class Norm(nn.Module):

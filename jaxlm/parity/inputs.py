@@ -101,6 +101,7 @@ def make_inputs(
 
     Args:
         text, prompt: the user's, instead; a prompt is continued as a whole. Text that is too short is repeated.
+        levels: what is wanted; a model with another head than `lm` generates nothing.
         plain: rows without padding and of one document, for what cannot be told of several.
 
     Raises:
@@ -130,7 +131,7 @@ def make_inputs(
         told,
         stream,
         model.vocab_size,
-        tuple(levels),
+        tuple(level for level in levels if level != "generation" or model.head == "lm"),
         plain,
         not user,
     )

@@ -173,9 +173,10 @@ def describe(model: config.Model) -> str:
     """The architecture in words."""
     count = sum(_size(leaf.shape) for leaf in leaves(model).values())
     heads = f"{model.n_heads} heads on {model.n_kv_heads} kv heads"
+    says = "" if model.head == "lm" else f", {model.head} head"
     return (
         f"{count:,} parameters, {model.n_layers} layers of {' '.join(model.pattern)}, width {model.d_model}, {heads}, "
-        f"{model.positions}, {model.norm}, {model.activation}, vocabulary {model.vocab_size:,}"
+        f"{model.positions}, {model.norm}, {model.activation}, vocabulary {model.vocab_size:,}{says}"
     )
 
 

@@ -26,6 +26,7 @@ from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Reci
 
 def recipe(cfg: config.Config) -> Recipe:
     """The stage `answers`."""
+    cfg.model.require_language_model("the recipe answers")
     return Recipe(
         columns=LM_COLUMNS,
         models=Models({MODEL: Trained(cfg.model, cfg.train)}),

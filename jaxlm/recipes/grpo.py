@@ -27,6 +27,7 @@ def recipe(cfg: config.Config) -> Recipe:
         UserError: the divergence from the start is asked for, and there is no start.
     """
     rl = cfg.rl
+    cfg.model.require_language_model("the recipe grpo")
     if rl.group < 2:
         raise UserError("rl.group = 1: a sample alone has nothing to be measured against", "rl.group=8")
     if rl.kl != "none" and not cfg.train.init_from:

@@ -1,8 +1,13 @@
-"""Where the parameters of a new run come from, if not from its seed: `train.init_from`."""
+"""Where the parameters of a new run come from, if not from its seed: `train.init_from`.
+
+Shapes: D width, C numbers that a head gives for a token.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,21 +20,47 @@ from jaxlm.models.decoder import Params
 from jaxlm.text.tokenizer import Tokenizer
 
 
-def initial_params(cfg: config.Config, tokenizer: Tokenizer) -> Params:
-    """The parameters of the model at `train.init_from`, as the live tree of `cfg.model` in numpy arrays.
+def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: config.Model) -> Params:
+    """The parameters of the model at `path`, as the live tree of `model` in numpy arrays.
+
+    A model that scores may begin with one of another head: it takes the trunk, and its own head is drawn from the seed,
+    the same in both frameworks.
 
     Raises:
-        UserError: there is no model, it computes another function than `cfg.model` (but RoPE may be stretched from the
+        UserError: there is no model, it computes another function than `model` (but RoPE may be stretched from the
             length that it had), or it was trained with another tokenizer than `tokenizer`.
     """
-    opened = open_model(cfg.train.init_from)
-    where = f"train.init_from = {cfg.train.init_from!r}"
-    _require_same_function(cfg.model, opened, where)
+    opened = open_model(path)
+    where = f"train.init_from = {path!r}" if path == cfg.train.init_from else path
+    _require_same_function(model, opened, where)
     if opened.tokenizer_path and Tokenizer.from_file(opened.tokenizer_path).fingerprint() != tokenizer.fingerprint():
         hint = f"tokenizer.kind=file tokenizer.path={opened.tokenizer_path}"
         raise UserError(f"{where}: its tokenizer is another than that of [tokenizer]", hint)
-    params = fill(opened.parameters, cfg.model, str(opened.path))
+    head = draw_head(model, cfg.seed) if _takes_the_trunk(model, opened.config.model) else {}
+    params = fill(_Beside(head, opened.parameters), model, str(opened.path))
     return _cast(params, np.dtype(cfg.numerics.params))
+
+
+class _Beside(Mapping[str, Any]):
+    """Parameters with some of others in their place; each is read when it is asked for."""
+
+    def __init__(self, first: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+        self._first, self._rest = first, rest
+
+    def __getitem__(self, name: str) -> Any:
+        return self._first[name] if name in self._first else self._rest[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._first, *self._rest]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def draw_head(model: config.Model, seed: int) -> dict[str, np.ndarray]:
+    """A new head of a model that scores, by canonical names: a normal kernel [D, C] and a bias of zero."""
+    normal_DC = np.random.default_rng(seed).standard_normal((model.d_model, model.outputs))
+    return {"score.kernel": normal_DC * model.init_std, "score.bias": np.zeros(model.outputs)}
 
 
 def read_params(path: str, model: config.Model, dtype: str) -> Params:
@@ -43,8 +74,15 @@ def read_params(path: str, model: config.Model, dtype: str) -> Params:
     return _cast(fill(opened.parameters, model, str(opened.path)), np.dtype(dtype))
 
 
+def _takes_the_trunk(model: config.Model, before: config.Model) -> bool:
+    """Whether the head is another one, that scores."""
+    return model.head not in ("lm", before.head)
+
+
 def _require_same_function(model: config.Model, opened: Opened, where: str) -> None:
     before = opened.config.model
+    if _takes_the_trunk(model, before):
+        before = dataclasses.replace(before, head=model.head, classes=model.classes, pooling=model.pooling)
     if model.rope_scaling.original_max_seq_len == (before.max_seq_len or None):  # a stage of longer texts
         before = dataclasses.replace(before, rope_scaling=model.rope_scaling, max_seq_len=model.max_seq_len)
     mine, theirs = function_of(model), function_of(before)

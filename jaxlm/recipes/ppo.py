@@ -40,7 +40,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 def values_of(module: Any, params: Any, batch: Mapping[str, Any]) -> Any:
     """The value of the state after each token [B, T]."""
     applied: Any = module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
-    return applied[0]
+    return applied[0][..., 0]
 
 
 class CriticPhases(Phases):

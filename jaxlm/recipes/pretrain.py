@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def recipe(cfg: config.Config) -> Recipe:
     """Pretraining of `cfg.model` on the corpus of `[data]`."""
+    cfg.model.require_language_model("the recipe pretrain")
     return Recipe(
         columns=LM_COLUMNS,
         models=Models({MODEL: Trained(cfg.model, cfg.train)}),

@@ -17,6 +17,7 @@ def recipe(cfg: config.Config) -> Recipe:
 
     The objective is that of pre-training; the weights of the rows say which tokens count.
     """
+    cfg.model.require_language_model("the recipe sft")
     return Recipe(
         columns=LM_COLUMNS,
         models=Models({MODEL: Trained(cfg.model, cfg.train)}),

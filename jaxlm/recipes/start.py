@@ -25,7 +25,7 @@ from jaxlm.run.progress import tell
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.loop import Engine, FrozenFile, Progress, train
-from jaxlm.train.recipe import DataSource, Recipe, digest_of
+from jaxlm.train.recipe import MODEL, DataSource, Recipe, digest_of
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
@@ -93,7 +93,7 @@ def give_parameters(
     resume: bool,
     layout: Callable[[Any, config.Model], Any] = lambda params, model: params,
 ) -> dict[str, FrozenFile]:
-    """Hand the engine the parameters of `train.init_from` and of the frozen trees; returns what the latter were.
+    """Hand the engine the parameters with which trees begin, trained and frozen; returns what the latter were.
 
     Args:
         layout: how the engine takes the parameters of a model.
@@ -103,8 +103,14 @@ def give_parameters(
     """
     from jaxlm.recipes.init_from import initial_params, read_params
 
-    if cfg.train.init_from and not (resume and engine.checkpoints()):  # a run with a checkpoint has its own
-        engine.adopt(layout(initial_params(cfg, source.tokenizer), cfg.model))
+    begins = {name: tree.path for name, tree in recipe.models.trained.items()}
+    begins[MODEL] = begins[MODEL] or cfg.train.init_from
+    if resume and engine.checkpoints():  # a run with a checkpoint has its own
+        begins = {}
+    for name, path in begins.items():
+        if path:
+            model = recipe.models.trained[name].model
+            engine.adopt(layout(initial_params(cfg, source.tokenizer, path, model), model), name)
     files = {}
     for name, tree in recipe.models.frozen.items():
         sha256 = f"seed {cfg.seed}"

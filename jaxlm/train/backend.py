@@ -52,8 +52,8 @@ class Engine(Protocol):
         """Continue texts with the current parameters; `check` is called now and then, and may raise."""
         ...
 
-    def adopt(self, params: Any, /) -> None:
-        """Let the model of the run begin with these parameters, numpy arrays.
+    def adopt(self, params: Any, name: str = ..., /) -> None:
+        """Let a trained tree, that of the run's model unless another is named, begin with these numpy arrays.
 
         They are the live tree of jaxlm, or for PyTorch tensors by the names of its `state_dict`.
         """

@@ -112,11 +112,12 @@ class JaxEngine:
     def _shapes(self) -> TrainState:
         return jax.eval_shape(self._init, jax.random.key(self.config.seed))
 
-    def adopt(self, params: Params) -> None:
-        """Let the model of the run begin with these parameters, numpy arrays that every process has."""
-        laid = jax.tree.map(lambda leaf, like: _lay(leaf, like.sharding), params, self.params)
+    def adopt(self, params: Params, name: str = MODEL) -> None:
+        """Let a trained tree begin with these parameters, numpy arrays that every process has."""
         several = self.program.recipe.models.several
-        self.state = self.state._replace(params={**self.state.params, MODEL: laid} if several else laid)
+        now = self.state.params[name] if several else self.state.params
+        laid = jax.tree.map(lambda leaf, like: _lay(leaf, like.sharding), params, now)
+        self.state = self.state._replace(params={**self.state.params, name: laid} if several else laid)
 
     @property
     def params(self) -> Params:

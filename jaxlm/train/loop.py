@@ -320,7 +320,7 @@ class _Run:
         return improved
 
     def _sample(self) -> None:
-        prompts = self.cfg.sample.prompts
+        prompts = self.cfg.sample.prompts if self.cfg.model.head == "lm" else ()
         texts = []
         with self.clock.spent("sampling"):
             try:

@@ -58,6 +58,11 @@ class Trained(NamedTuple):
     """Its learning rate, schedule, decay and clip; the number of steps and rows are those of the run."""
     moves: Callable[[str], bool] | None = None
     """Whether a parameter moves, by its `parameter_name`; None: all do. The others have no gradient and no moments."""
+    path: str = ""
+    """The run or folder whose parameters it begins with, or only its trunk where the heads differ.
+
+    Empty: `MODEL` begins with `train.init_from`, the others are drawn from the seed.
+    """
 
 
 def parameter_name(path: str) -> str:

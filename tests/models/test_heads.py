@@ -1,5 +1,7 @@
 """Heads on a mesh: eight devices score packed rows as one does, and their gradients are the same, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.mesh import Layout
-from jaxlm.models.decoder import abstract_params, init_params
-from jaxlm.models.heads import ClassificationModel, ValueModel
+from jaxlm.models.decoder import Decoder, abstract_params, init_params
 from jaxlm.numerics import Policy
 
 B, T = 8, 8
@@ -16,15 +17,10 @@ CFG = config.Model(vocab_size=32, d_model=16, n_layers=1, n_heads=4, n_kv_heads=
 POLICY = Policy.from_config(config.Numerics(params="float64", compute="float64"))
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        ValueModel(CFG, POLICY),
-        ClassificationModel(CFG, POLICY, classes=3, documents=2),
-    ],
-    ids=["value", "classification"],
-)
-def test_eight_devices_score_as_one(model, rng):
+@pytest.mark.parametrize("head", ["value", "classes"])
+def test_eight_devices_score_as_one(head, rng):
+    model = Decoder(dataclasses.replace(CFG, head=head, classes=3), POLICY)
+    documents = {"method": "score_documents", "documents": 2} if head == "classes" else {}
     starts = rng.integers(1, T, (B, 1))
     segments = np.where(np.arange(T) < starts, 1, 2) * (np.arange(T) < T - 1)
     positions = np.where(np.arange(T) < starts, np.arange(T), np.arange(T) - starts)
@@ -41,7 +37,7 @@ def test_eight_devices_score_as_one(model, rng):
         )
 
         def loss(params, batch):
-            scores, _ = model.apply({"params": params}, *batch.values())
+            scores, _ = model.apply({"params": params}, *batch.values(), **documents)
             return (jnp.sin(3 * scores + 1)).sum(), scores
 
         with layout.active():

@@ -63,7 +63,7 @@ def test_every_kind_of_model_is_the_same_tree(runs, source, tmp_path, kind):
     for layer_loop in ("scan", "unroll"):
         cfg = runs.config(tmp_path, f'train.init_from="{source / kind}"', "numerics.params=float64")
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, layer_loop=layer_loop))
-        found = canonical(initial_params(cfg, tokenizer), cfg.model)
+        found = canonical(initial_params(cfg, tokenizer, cfg.train.init_from, cfg.model), cfg.model)
         expected = canonical(load(source / "run").params, model)
         assert [*found] == [*expected]
         for name, array in expected.items():

@@ -64,6 +64,7 @@ def blocks(
     size: int = 0,
 ) -> Iterator[np.ndarray]:
     """As `generate`, in blocks [B, size] as they are drawn (0: one block); after the end of a row comes `pad_id`."""
+    decoder.config.require_language_model("generation")
     check_prompts(decoder.config, prompts, max_new_tokens)
     decoder.eval()
     device, size = decoder.embed.weight.device, size or max_new_tokens
@@ -110,6 +111,7 @@ class Generator:
     """A decoder with its tokenizer, ready to complete many prompts."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        decoder.config.require_language_model("generation")
         check_usable(tokenizer, decoder.config.vocab_size)
         self.decoder, self.tokenizer = decoder, tokenizer
 

@@ -4,9 +4,12 @@
     init_params(decoder, seed=0)  # or decoder.load_state_dict(...)
     logits_BTV, cache = decoder(tokens, positions, segments, cache)
 
+A model whose `config.head` is not `lm` scores instead: `score`, an output matrix of as many rows as it says numbers for
+a token, takes the place of `head`; all other parameters keep their names.
+
 Block i is `layers.i`. Weights of jaxlm have these names after `jaxlm.convert.native.to_torch`.
 
-Shapes: B batch, T length, D width, V vocabulary.
+Shapes: B batch, T length, D width, V vocabulary (or numbers of the head), M documents of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +25,7 @@ from jaxlm import config
 from torch_ref.models.block import Block, Tables, empty_cache
 from torch_ref.models.layers import Embed, Head, Norm, Rotation
 from torch_ref.numerics import Policy, wide_matmul
+from torch_ref.ops import pooling
 from torch_ref.ops.attention.attend import Places
 from torch_ref.ops.rope import sinusoidal_table
 
@@ -29,7 +33,7 @@ Cache = tuple[Any, ...]
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model; everything about it is in the config."""
+    """A decoder-only model of language, or one that scores; everything about it is in the config."""
 
     sinusoids_SD: Tensor
 
@@ -47,7 +51,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(kind, config, policy) for kind in config.pattern * config.repeats)
         if config.final_norm:
             self.final_norm = Norm(config.norm, config.norm_eps, policy, config.d_model)
-        if not config.tie_embeddings:
+        if config.head != "lm":
+            self.score = Head(config.d_model, config.outputs, config.init_std, policy, True)
+        elif not config.tie_embeddings:
             self.head = Head(config.d_model, config.vocab_size, config.init_std, policy, "head" in config.biases)
 
     def forward(
@@ -59,13 +65,33 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Tensor, "b t v"], Cache | None]:
         """Logits of the next token in float32 or wider, and the cache after these tokens.
 
+        Of another head its numbers for each token, 0 for padding.
+
         Args:
             positions_BT: place of each token within its document, from 0.
             segments_BT: document of each token within the row, from 1; 0 is padding.
             cache: of `init_cache`; a row is then one document.
         """
         hidden_BTD, cache = self.hidden(tokens_BT, positions_BT, segments_BT, cache)
-        return self.unembed(hidden_BTD), cache
+        found_BTV = self.unembed(hidden_BTD)
+        return found_BTV if self.config.head == "lm" else torch.where(segments_BT[..., None] != 0, found_BTV, 0), cache
+
+    def score_documents(
+        self,
+        tokens_BT: Int[Tensor, "b t"],
+        positions_BT: Int[Tensor, "b t"],
+        segments_BT: Int[Tensor, "b t"],
+        documents: int,
+    ) -> tuple[Float[Tensor, "b m v"], Bool[Tensor, "b m"]]:
+        """What the head says of the segments 1 to `documents`, 0 where a row has none, and whether it has it.
+
+        It sees the last token of a document (Stiennon et al. 2020, section 3.4), or the mean of all: `model.pooling`.
+        """
+        hidden_BTD, _ = self.hidden(tokens_BT, positions_BT, segments_BT)
+        pool = pooling.mean if (self.config.head, self.config.pooling) == ("classes", "mean") else pooling.last_token
+        present_BM = pooling.present(segments_BT, documents)
+        scores_BMV = self.unembed(pool(hidden_BTD, segments_BT, documents))
+        return torch.where(present_BM[..., None], scores_BMV, 0), present_BM
 
     def hidden(
         self,
@@ -96,6 +122,8 @@ class Decoder(nn.Module):
 
     def unembedding(self) -> tuple[Float[Tensor, "d v"], Float[Tensor, " v"] | None]:
         """The output matrix, in the compute dtype, and its bias."""
+        if self.config.head != "lm":
+            return self.score.weight.T.to(self.policy.compute), self.score.bias
         if self.config.tie_embeddings:
             return self.embed.weight.T.to(self.policy.compute), None
         return self.head.weight.T.to(self.policy.compute), self.head.bias

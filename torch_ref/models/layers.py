@@ -69,13 +69,13 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix of an untied decoder: `weight` [V, D] and `bias` [V] or None."""
+    """The output matrix of an untied decoder, or of a head that scores: `weight` [V, D] and `bias` [V] or None."""
 
-    def __init__(self, d_model: int, vocab_size: int, std: float, policy: Policy, use_bias: bool) -> None:
+    def __init__(self, d_model: int, outputs: int, std: float, policy: Policy, use_bias: bool) -> None:
         super().__init__()
         self.std = std
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, dtype=policy.params))
-        self.bias = nn.Parameter(torch.empty(vocab_size, dtype=policy.params)) if use_bias else None
+        self.weight = nn.Parameter(torch.empty(outputs, d_model, dtype=policy.params))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=policy.params)) if use_bias else None
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Normal weight, zero bias."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jaxlm import config
-from torch_ref.models.heads import ValueModel
+from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.advantages import gae, token_rewards, whiten
 from torch_ref.objectives.value import value_loss
 from torch_ref.recipes import grpo
@@ -37,9 +37,9 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     return compute
 
 
-def values_of(module: ValueModel, batch: Batch) -> Tensor:
+def values_of(module: Decoder, batch: Batch) -> Tensor:
     """The value of the state after each token [B, T]."""
-    return module(batch["tokens"], batch["positions"], batch["segments"])[0]
+    return module(batch["tokens"], batch["positions"], batch["segments"])[0][..., 0]
 
 
 class TorchCritic(grpo.TorchActor):
@@ -47,7 +47,7 @@ class TorchCritic(grpo.TorchActor):
 
     def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
         super().__init__(engine.decoder, engine.modules.get("reference"), cfg, eos_id=eos_id, pad=pad)
-        self.value: ValueModel = engine.modules["value"]
+        self.value: Decoder = engine.modules["value"]
 
     @torch.no_grad()
     def credit(

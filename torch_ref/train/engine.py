@@ -85,9 +85,9 @@ class TorchEngine:
         self.state, run = self._checkpointer.restore(self.parts, warn)
         return run
 
-    def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Begin with these parameters, by the names of the decoder's `state_dict`."""
-        self.decoder.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=True)
+    def adopt(self, tensors: Mapping[str, np.ndarray], name: str = MODEL) -> None:
+        """Let a trained module begin with these parameters, by the names of its `state_dict`."""
+        self.modules[name].load_state_dict({key: torch.tensor(array) for key, array in tensors.items()}, strict=True)
 
     def freeze(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Give a frozen module its parameters, by the names of its `state_dict`."""
@@ -183,7 +183,7 @@ def pick_device(name: str) -> torch.device:
 def matmul_params(decoder: Decoder) -> int:
     """Parameters in matrix products for one token: all kernels, of experts the `top_k` that it passes, and the head."""
     cfg = decoder.config
-    total = decoder.embed.weight.numel() if cfg.tie_embeddings else 0
+    total = decoder.embed.weight.numel() if cfg.tie_embeddings and cfg.head == "lm" else 0
     for name, parameter in decoder.named_parameters():
         module, _, kind = name.rpartition(".")
         if kind != "weight" or parameter.ndim < 2 or "conv" in module or module in ("embed", "position_embed"):

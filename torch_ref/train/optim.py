@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from jaxlm import config
 from jaxlm.run.schedule import learning_rate
 from jaxlm.train.recipe import parameter_name
-from torch_ref.models.heads import Score
 from torch_ref.models.layers import Embed, Head, Linear
 from torch_ref.models.mamba import CausalConv, StepSize
 from torch_ref.models.moe import ExpertLinear, Router
 
-DECAYED = (Linear, Embed, Head, ExpertLinear, Router, CausalConv, StepSize, Score)
+DECAYED = (Linear, Embed, Head, ExpertLinear, Router, CausalConv, StepSize)
 
 
 def make_optimizer(

@@ -22,6 +22,7 @@ from jaxlm.models.decoder import Decoder, Params, abstract_params, unrolled, uns
 from jaxlm.numerics import Policy
 from jaxlm.ops.moe.router import Routing
 from jaxlm.parity.inputs import Inputs
+from jaxlm.parity.sides.score_loss import jax_loss
 from jaxlm.parity.trace import (
     ARRIVES,
     LOGITS,
@@ -36,7 +37,6 @@ from jaxlm.parity.trace import (
     returned,
     settings_of,
 )
-from jaxlm.recipes.pretrain import loss_fn
 from jaxlm.text.completion import right_padded
 from jaxlm.text.sampling import GREEDY
 from jaxlm.train.optim import make_optimizer
@@ -203,7 +203,7 @@ def _forward_and_gradient(decoder: Decoder, train: config.Train, gradients: bool
         capture_intermediates=_captured,
         mutable=["intermediates"],
     )
-    objective = loss_fn(decoder, train)
+    objective = jax_loss(decoder, train)
 
     def mean(params: Params) -> tuple[jax.Array, Any]:
         loss, sums = objective(params, {}, batch, None)  # pyright: ignore[reportArgumentType]  (no dropout, no key)
@@ -255,7 +255,7 @@ _logits = jax.jit(lambda decoder, params, *places: decoder.apply({"params": para
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) -> Any:
     """The update of training without noise; jitted here, so that it is compiled once for all comparisons of a model."""
-    objective = loss_fn(decoder, train)
+    objective = jax_loss(decoder, train)
     still: LossFn = lambda params, frozen, batch, _: objective(params, frozen, batch, None)  # noqa: E731  # pyright: ignore
     options: Any = {"seed": 0, "matmul": "highest", "model": decoder.config}
     return make_step(still, make_optimizer(train), train, **options)(state, {}, batch)

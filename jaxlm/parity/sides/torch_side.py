@@ -16,6 +16,7 @@ from jaxlm.convert.native import to_torch
 from jaxlm.models.decoder import Params
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.sides.module_hooks import array_of, first, half_of_the_threads, watched
+from jaxlm.parity.sides.score_loss import torch_loss
 from jaxlm.parity.trace import (
     ARRIVES,
     LOGITS,
@@ -35,7 +36,6 @@ from torch_ref.infer.generate import generate
 from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import Policy
 from torch_ref.ops.moe.router import Routing
-from torch_ref.recipes.pretrain import loss_fn
 from torch_ref.train.optim import make_optimizer
 from torch_ref.train.step import TrainState, make_step
 
@@ -138,7 +138,7 @@ class TorchSide:
 
     def _gradients(self, decoder: Decoder, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Arrays]:
         """Sums of the loss, and the gradient of its mean."""
-        loss, sums = loss_fn(decoder, self._settings.train)(batch)
+        loss, sums = torch_loss(decoder, self._settings.train)(batch)
         (loss / sums["weight"]).backward()
         gradients = {
             name: array_of(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -160,7 +160,7 @@ class TorchSide:
     def _updates(self, decoder: Decoder, inputs: Inputs, begin: Arrays) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
         train, batch, levels = self._settings.train, _tensors(inputs.step_rows), {}
-        step = make_step(loss_fn(decoder, train), make_optimizer(decoder, train), train, seed=0, decoder=decoder)
+        step = make_step(torch_loss(decoder, train), make_optimizer(decoder, train), train, seed=0, decoder=decoder)
         state = TrainState()
         with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
             for number in range(1, max(STEPS) + 1):
