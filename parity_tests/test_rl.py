@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +22,16 @@ import torch
 from jaxlm import config
 from jaxlm.convert.native import to_torch
 from jaxlm.data.prompts import open_task
+from jaxlm.infer.model import Model
 from jaxlm.models.decoder import Decoder as JaxDecoder
 from jaxlm.models.decoder import abstract_params
 from jaxlm.numerics import Policy as JaxPolicy
-from jaxlm.recipes import graders
+from jaxlm.recipes import graders, start
 from jaxlm.recipes import grpo as jax_grpo
 from jaxlm.recipes import ppo as jax_ppo
 from jaxlm.recipes.rewards import REWARDS, find_rewards
 from jaxlm.recipes.rollout import Phase, Phases
+from jaxlm.recipes.rollout_source import RolloutData
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.optim import make_optimizer as jax_optimizer
 from parity_tests import pairs
@@ -196,6 +199,14 @@ def run(side: JaxSide | TorchSide, cfg: config.Config, phases: Phases) -> list[P
     return made
 
 
+def compare_phases(ours: list[Phase], theirs: list[Phase]) -> None:
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert [one.ids for one in a.samples] == [one.ids for one in b.samples], f"other tokens in phase {number}"
+        assert [one.reward for one in a.samples] == [one.reward for one in b.samples]
+        assert a.metrics == pytest.approx(b.metrics, rel=1e-10)
+        FLOAT64.check(pairs.error(a.advantages, b.advantages), f"advantages of phase {number}")
+
+
 def check_same(model: str, rl: dict[str, Any], kind: str, rng: np.random.Generator) -> list[Phase]:
     """Token for token, reward for reward, and every parameter at the end."""
     cfg = settings(model, rl)
@@ -210,10 +221,7 @@ def check_same(model: str, rl: dict[str, Any], kind: str, rng: np.random.Generat
         phases = make(cfg, open_task(cfg.rl.task), Tokenizer.bytes_level(), pool)
         sides = JaxSide(cfg, jax_recipe, trees), TorchSide(cfg, torch_recipe, trees)
         ours, theirs = (run(side, cfg, phases) for side in sides)
-    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert [one.ids for one in a.samples] == [one.ids for one in b.samples], f"other tokens in phase {number}"
-        assert a.metrics == b.metrics
-        FLOAT64.check(pairs.error(a.advantages, b.advantages), f"advantages of phase {number}")
+    compare_phases(ours, theirs)
     for name, distance, _ in pairs.differences(*(side.parameters(cfg) for side in reversed(sides))):
         FLOAT64.check(distance, name)
     return ours
@@ -231,7 +239,50 @@ def test_policies_alone(model: str, rl: dict[str, Any], rng: np.random.Generator
             assert set(drawn) <= {tuple(one.ids) for one in phase.samples}
 
 
+@pytest.mark.parametrize("recipe", ["ppo"])
+def test_whole_runs_of_the_command(recipe: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """`jaxlm train` and `--backend torch` from one start: loop, engine, optimiser, checkpoint and all.
+
+    The policy begins with the same weights, the value model with their trunk and a head drawn from the seed.
+    """
+    cfg = settings("dense", {"iterations": 2, "kl": "reward", "kl_kind": "k1", "evaluate_every": 5, "held_out": 4})
+    widened = jax.tree.map(lambda leaf: np.asarray(leaf, "float64"), pairs.random_params(cfg.model, rng))
+    Model(cfg, widened, Tokenizer.bytes_level()).save(tmp_path / "start")
+    tokenizer = config.Tokenizer(kind="bytes")
+    train = dataclasses.replace(cfg.train, init_from=str(tmp_path / "start"), steps=2 * PHASES)
+    cfg = dataclasses.replace(cfg, recipe=recipe, tokenizer=tokenizer, train=train, sample=config.Sample(prompts=()))
+    made: dict[str, list[Phase]] = {"jax": [], "torch": []}
+    engines: dict[str, Any] = {}
+    for backend in made:
+        original = RolloutData.begin_phase
+
+        def begin(data: RolloutData, number: int, engine: Any, original: Any = original, name: str = backend) -> None:
+            original(data, number, engine)
+            made[name].append(data.phase)  # pyright: ignore[reportArgumentType]
+            engines[name] = engine
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RolloutData, "begin_phase", begin)
+            start.run(dataclasses.replace(cfg, out_dir=str(tmp_path / backend)), backend=backend)  # pyright: ignore
+    assert len(made["jax"]) == PHASES
+    compare_phases(made["jax"], made["torch"])
+    models = {"model": cfg.model, "value": value_model(cfg)}
+    for tree, model in models.items():
+        ours = {name: np.asarray(x) for name, x in to_torch(jax.device_get(engines["jax"].state.params[tree]), model)}
+        theirs = {name: x.detach().numpy() for name, x in engines["torch"].modules[tree].named_parameters()}
+        for name, distance, _ in pairs.differences(theirs, ours):
+            FLOAT64.check(distance, f"{tree}: {name}")
+
+
 @pytest.mark.parametrize(("model", "rl"), CRITICS)
 def test_policies_with_a_value_model(model: str, rl: dict[str, Any], rng: np.random.Generator) -> None:
     phases = check_same(model, rl, "ppo", rng)
     assert all(phase.advantages.any() for phase in phases)
+
+
+def test_a_fault_in_the_credit_is_seen(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advantages that are not whitened on one side."""
+    monkeypatch.setattr("parity_tests.test_rl.PHASES", 1)
+    monkeypatch.setattr(torch_ppo, "whiten", lambda advantages_BT, weights_BT: advantages_BT)
+    with pytest.raises(AssertionError, match="advantages of phase 0"):
+        check_same("dense", {"group": 1, "prompts": 16}, "ppo", rng)

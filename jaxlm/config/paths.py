@@ -17,7 +17,10 @@ from jaxlm.config.run import Config
 from jaxlm.errors import UserError
 
 OUTPUTS = ("out_dir", "data.cache_dir")
-INPUTS = ("data.source", "data.validation_source", "tokenizer.path", "train.init_from", "data.curriculum.scores")
+INPUTS = (
+    *("data.source", "data.validation_source", "data.curriculum.scores", "tokenizer.path"),
+    *("train.init_from", "rl.value_from"),
+)
 """Options that name files to read; `data.source` and `train.init_from` may be the name of a data set or model."""
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -61,6 +61,8 @@ class RL:
     """Of the value model's loss (recipe `ppo`)."""
     value_clip: NonNegativeFloat = 0.2
     """How far a value may move from that of the rollout, as the loss counts (`ppo`); 0: as far as it likes."""
+    value_from: str = ""
+    """The run whose trunk the value model begins with (`ppo`), such as a reward model; empty: `train.init_from`."""
     value_learning_rate: NonNegativeFloat = 0.0
     """Of the value model (`ppo`); 0: that of `[train]`."""
     discount: PositiveFloat = 1.0

@@ -15,6 +15,7 @@ RECIPES = {
     "answers": "jaxlm.recipes.answers:recipe",
     "dpo": "jaxlm.recipes.dpo:recipe",
     "grpo": "jaxlm.recipes.grpo:recipe",
+    "ppo": "jaxlm.recipes.ppo:recipe",
 }
 """The stages by name, as `module:function`; a config may also name a `module:function` of its own."""
 

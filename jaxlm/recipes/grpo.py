@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.recipes.rollout_source import MEASURES, RolloutData
+from jaxlm.recipes.rollout_source import RolloutData, Stage
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, Trained, twin
 
 REFERENCE = "reference"
@@ -30,18 +30,33 @@ def recipe(cfg: config.Config) -> Recipe:
     cfg.model.require_language_model("the recipe grpo")
     if rl.group < 2:
         raise UserError("rl.group = 1: a sample alone has nothing to be measured against", "rl.group=8")
-    if rl.kl != "none" and not cfg.train.init_from:
-        raise UserError(f"rl.kl = {rl.kl!r} holds the model near its start, and there is none", "train.init_from=RUN")
-    beside = dict.fromkeys(("advantages", *rl.columns), Column("float32", ("batch", "seq")))
-    measures = dict.fromkeys(MEASURES, Column("float32", ()))
-    frozen = {REFERENCE: Frozen(cfg.model, cfg.train.init_from)} if rl.kl != "none" else {}
     return Recipe(
-        columns=LM_COLUMNS | beside | measures,
-        models=Models({MODEL: Trained(cfg.model, cfg.train)}, frozen),
+        columns=columns(cfg, STAGE),
+        models=Models({MODEL: Trained(cfg.model, cfg.train)}, references(cfg)),
         objective=Objective(objective, twin("torch_ref.recipes.grpo")),
-        data=lambda own: RolloutData(cfg, own, JaxActor),
+        data=lambda own: RolloutData(cfg, own, STAGE),
         judge=lambda _: Judge(figures, "answer_nll", describe=described),
     )
+
+
+def columns(cfg: config.Config, stage: Stage) -> dict[str, Column]:
+    """What the batches of a stage hold."""
+    beside = dict.fromkeys((*stage.credit, *cfg.rl.columns), Column("float32", ("batch", "seq")))
+    return LM_COLUMNS | beside | dict.fromkeys(stage.measures, Column("float32", ()))
+
+
+def references(cfg: config.Config) -> dict[str, Frozen]:
+    """Where the policy started, if the divergence from it is asked for.
+
+    Raises:
+        UserError: it is, and the policy starts nowhere.
+    """
+    if cfg.rl.kl == "none":
+        return {}
+    if not cfg.train.init_from:
+        where = f"rl.kl = {cfg.rl.kl!r} holds the model near its start, and there is none"
+        raise UserError(where, "train.init_from=RUN")
+    return {REFERENCE: Frozen(cfg.model, cfg.train.init_from)}
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -105,24 +120,27 @@ def forward(decoder: Any, params: Any, batch: Mapping[str, Any], key: Any) -> tu
     return hidden_BTD, decoder.apply({"params": params}, method="unembedding"), routed
 
 
+def actor_of(engine: Any, cfg: config.Config, **ends: int) -> JaxActor:
+    """The policy of an engine as it stands."""
+    return JaxActor(engine.decoder, engine.params, engine.frozen.get(REFERENCE), cfg, **ends)
+
+
+STAGE = Stage("grpo", actor_of)
+
+
+def _logps(decoder: Any, temperature: float, block: int, params: Any, batch: Any) -> Any:
+    from jaxlm.objectives.logprobs import token_logps
+
+    hidden_BTD, (kernel_DV, bias_V), _ = forward(decoder, params, batch, None)
+    return token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], temperature=temperature, block=block).logps
+
+
 class JaxActor:
     """The policy in JAX. `params` is set anew after every update."""
 
     def __init__(self, decoder: Any, params: Any, reference: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
-        import jax
-
-        from jaxlm.objectives.logprobs import token_logps
-
         self.decoder, self.params, self.reference, self.config = decoder, params, reference, cfg
         self.ends: Any = {"eos_id": eos_id, "pad_id": pad}
-
-        @jax.jit
-        def logps(params: Any, batch: Any) -> Any:
-            hidden_BTD, (kernel_DV, bias_V), _ = forward(decoder, params, batch, None)
-            options: Any = {"temperature": cfg.rl.temperature, "block": cfg.train.loss_block}
-            return token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], **options).logps
-
-        self._logps = logps
 
     def draw(
         self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
@@ -138,8 +156,12 @@ class JaxActor:
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
         """See `rollout.Actor`."""
+        import jax
+
         named = {name: batch[name] for name in ("tokens", "targets", "positions", "segments")}
-        return np.asarray(self._logps(self.reference if reference else self.params, named))
+        compute: Any = jax.jit(_logps, static_argnums=(0, 1, 2))  # the same function, so it is compiled once a run
+        options = self.decoder, self.config.rl.temperature, self.config.train.loss_block
+        return np.asarray(compute(*options, self.reference if reference else self.params, named))
 
     def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
         """See `rollout.Actor`."""

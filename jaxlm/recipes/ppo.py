@@ -1,23 +1,57 @@
 """Proximal policy optimisation with a value model of its own trunk (Schulman et al. 2017; Ouyang et al. 2022).
 
+    jaxlm train configs/rl/ppo.toml
+
+The value model has the head `value` and begins with the trunk of the policy, or of `rl.value_from`, such as a reward
+model.
+
 Shapes: B samples, T tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlm import config
+from jaxlm.errors import UserError
 from jaxlm.recipes import grpo
 from jaxlm.recipes.rollout import Batch, Drawn, Phases
-from jaxlm.train.recipe import MODEL
+from jaxlm.recipes.rollout_source import MEASURES, RolloutData, Stage
+from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, twin
 
 VALUE = "value"
 CREDIT = ("advantages", "returns", "old_values")
 """What a phase knows of each token beside its log-probabilities."""
+
+
+def recipe(cfg: config.Config) -> Recipe:
+    """The stage `ppo`.
+
+    Raises:
+        UserError: nothing rewards a sample, or the divergence from the start is asked for and there is no start.
+    """
+    cfg.model.require_language_model("the recipe ppo")
+    if not cfg.rl.rewards:
+        raise UserError("PPO without a reward: rl.rewards is empty", 'rl.rewards = ["exact_text"]')
+    return Recipe(
+        columns=grpo.columns(cfg, STAGE),
+        models=Models({MODEL: Trained(cfg.model, cfg.train), VALUE: value_tree(cfg)}, grpo.references(cfg)),
+        objective=Objective(objective, twin("torch_ref.recipes.ppo")),
+        data=lambda own: RolloutData(cfg, own, STAGE),
+        judge=lambda _: Judge(grpo.figures, "answer_nll", describe=grpo.described),
+    )
+
+
+def value_tree(cfg: config.Config) -> Trained:
+    """The value model: the policy's architecture with a head of its own, and a learning rate of its own."""
+    rate = cfg.rl.value_learning_rate or cfg.train.learning_rate
+    model = dataclasses.replace(cfg.model, head="value")
+    train = dataclasses.replace(cfg.train, learning_rate=rate)
+    return Trained(model, train, path=cfg.rl.value_from or cfg.train.init_from)
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -52,6 +86,13 @@ class CriticPhases(Phases):
         last_B = np.array([len(sample.prompt_ids) + len(sample.ids) - 1 for sample in samples])
         return actor.credit(batch, rewards_B, cut_B, last_B)
 
+    def measured(self, batch: Batch) -> dict[str, float]:
+        """How much of the returns the value model knew: 1 - var(G - V) / var(G), 0 where all returns are equal."""
+        drawn_BT = batch["weights"] > 0
+        returns, values = batch["returns"][drawn_BT], batch["old_values"][drawn_BT]
+        variance = float(returns.var()) if returns.size else 0.0
+        return {"explained_variance": 1 - float((returns - values).var()) / variance if variance else 0.0}
+
 
 class JaxCritic(grpo.JaxActor):
     """Policy and value model in JAX."""
@@ -70,6 +111,14 @@ class JaxCritic(grpo.JaxActor):
         compute: Any = jax.jit(_credit, static_argnums=(0, 1))
         found = compute(self.value, self.config.rl, self.value_params, arrays, rewards_B, cut_B, last_B)
         return {name: np.asarray(x) for name, x in zip(CREDIT, found, strict=True)}
+
+
+def actor_of(engine: Any, cfg: config.Config, **ends: int) -> JaxCritic:
+    """Policy and value model of an engine as they stand."""
+    return JaxCritic(engine, cfg, **ends)
+
+
+STAGE = Stage("ppo", actor_of, CriticPhases, CREDIT, (*MEASURES, "explained_variance"))
 
 
 def _credit(value: Any, rl: config.RL, params: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any) -> Any:

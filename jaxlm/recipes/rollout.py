@@ -95,7 +95,12 @@ class Phases:
         valid_B = np.array([sample.reward is not None for sample in samples])
         batch["weights"] = np.where(valid_B[:, None], batch["weights"], 0)
         batch |= self.credit(actor, batch, samples)
-        return Phase(samples, batch["advantages"], self._batches(batch, number), self._metrics(samples))
+        metrics = self._metrics(samples) | self.measured(batch)
+        return Phase(samples, batch["advantages"], self._batches(batch, number), metrics)
+
+    def measured(self, batch: Batch) -> dict[str, float]:
+        """More numbers of the phase, of all its rows together."""
+        return {}
 
     def credit(self, actor: Actor, batch: Batch, samples: Sequence[Drawn]) -> Batch:
         """How much better than expected each token was: here, how its sample compares with others of its prompt."""

@@ -7,8 +7,9 @@ the samples from the policy in the checkpoint, which stands at the end of a phas
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,11 +28,24 @@ MEASURES = ("reward", "reward_std", "informative_groups", "ungraded", "length", 
 """Numbers of a phase that go along with each of its batches, and so into the metrics of every update."""
 
 
+class Stage(NamedTuple):
+    """What a recipe of reinforcement learning has of its own."""
+
+    name: str
+    """Of its module: `torch_ref.recipes.NAME` is the twin."""
+    actor_of: Callable[..., Actor]
+    """`(engine, cfg, eos_id=, pad=)`: the policy of the JAX engine; the twin has a function of this name."""
+    phases: type[Phases] = Phases
+    credit: tuple[str, ...] = ("advantages",)
+    """What a phase knows of each token beside its log-probabilities."""
+    measures: tuple[str, ...] = MEASURES
+
+
 class RolloutData:
     """Prompts of `rl.task`, sampled and graded; see `train.recipe.DataSource`."""
 
-    def __init__(self, cfg: config.Config, own: Tokenizer | None, jax_actor: Callable[..., Actor]) -> None:
-        rl, self.jax_actor = cfg.rl, jax_actor
+    def __init__(self, cfg: config.Config, own: Tokenizer | None, stage: Stage) -> None:
+        rl, self.stage = cfg.rl, stage
         self.config, self.tokenizer = cfg, stage_tokenizer(cfg, own)
         self.updates_per_phase = rl.iterations * rl.minibatches
         rows = rl.prompts * rl.group // rl.minibatches
@@ -42,7 +56,7 @@ class RolloutData:
             )
         self.task = open_task(rl.task)
         self.pool = GraderPool(find_rewards(rl.rewards), limit_s=rl.grader_seconds)
-        self.phases = self.phases_of()
+        self.phases = stage.phases(cfg, self.task, self.tokenizer, self.pool)
         self.phase: Phase | None = None
         self._held_out_reward = 0.0
 
@@ -65,20 +79,15 @@ class RolloutData:
             self._held_out_reward = self.greedy_reward(actor, self.config.rl.held_out)
         measured = self.phase.metrics | {"held_out_reward": self._held_out_reward}
         for batch in self.phase.batches:
-            batch |= {name: np.asarray(measured[name], np.float32) for name in MEASURES}
-
-    def phases_of(self) -> Phases:
-        """What makes the phases."""
-        return Phases(self.config, self.task, self.tokenizer, self.pool)
+            batch |= {name: np.asarray(measured[name], np.float32) for name in self.stage.measures}
 
     def actor(self, engine: Any) -> Actor:
         """The policy of an engine, in its framework."""
         ends: Any = {"eos_id": self.tokenizer.special("eot"), "pad": self.tokenizer.pad}
         if type(engine).__module__.startswith("torch_ref"):
-            from torch_ref.recipes.grpo import TorchActor
-
-            return TorchActor(engine.decoder, engine.modules.get("reference"), self.config, **ends)
-        return self.jax_actor(engine.decoder, engine.params, engine.frozen.get("reference"), self.config, **ends)
+            twin = importlib.import_module(f"torch_ref.recipes.{self.stage.name}")
+            return twin.actor_of(engine, self.config, **ends)
+        return self.stage.actor_of(engine, self.config, **ends)
 
     def greedy_reward(self, actor: Actor, count: int) -> float:
         """Mean reward of the likeliest answers to the held-out prompts."""
@@ -107,8 +116,9 @@ class RolloutData:
             batch = lay(samples[first : first + batch_size], self.config.data.seq_len, self.tokenizer.pad)
             missing = batch_size - len(batch["tokens"])
             batch = {name: np.pad(x, [(0, missing), (0, 0)]) for name, x in batch.items()}
-            beside = {name: np.zeros_like(batch["weights"]) for name in ("advantages", *self.config.rl.columns)}
-            yield batch | beside | {name: np.zeros((), np.float32) for name in MEASURES}
+            names = (*self.stage.credit, *self.config.rl.columns)
+            beside = {name: np.zeros_like(batch["weights"]) for name in names}
+            yield batch | beside | {name: np.zeros((), np.float32) for name in self.stage.measures}
 
 
 class RolloutBatches:

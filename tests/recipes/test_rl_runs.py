@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+import jaxlm
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
@@ -17,6 +19,7 @@ from jaxlm.recipes import answers, grpo, make_recipe, start  # two threads that 
 from jaxlm.train import engine
 
 IMPORTED = answers, grpo, engine
+CRITIC = ("value_loss", "value_clip_share", "value_grad_norm", "value_learning_rate", "explained_variance")
 
 TINY = """
 recipe = "{recipe}"
@@ -79,23 +82,28 @@ def test_answers_are_learnt(begun: Path) -> None:
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize("recipe", ["grpo", "ppo"])
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any) -> None:
+def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, recipe: str) -> None:
     """Two updates a phase and a reference; the run that stops in between draws the same samples again."""
     options = {"rl": 'iterations = 2\nkl = "loss"', "train": f'init_from = "{begun / "answers"}"'}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    start.run(load(whole, "grpo", steps=4, **options), backend=backend)
-    start.run(load(parts, "grpo", steps=2, **options), backend=backend)
-    start.run(load(parts, "grpo", steps=4, **options), resume=True, backend=backend)
+    start.run(load(whole, recipe, steps=4, **options), backend=backend)
+    start.run(load(parts, recipe, steps=2, **options), backend=backend)
+    start.run(load(parts, recipe, steps=4, **options), resume=True, backend=backend)
     names = ("loss", "reward", "grad_norm", "kl_reference", "clip_share", "held_out_reward", "ended", "length")
+    names = (*names, *CRITIC) if recipe == "ppo" else names
     ours, theirs = (
-        [[row.get(name) for name in names] for row in rows(folder / "grpo") if "loss" in row]
+        [[row.get(name) for name in names] for row in rows(folder / recipe) if "loss" in row]
         for folder in (whole, parts)
     )
     assert ours == theirs and len(ours) == 4
-    assert {"answer_nll"} <= {key for row in rows(whole / "grpo") for key in row}
+    assert {"answer_nll"} <= {key for row in rows(whole / recipe) for key in row}
+    assert None not in ours[0]
+    trees = [jaxlm.load(folder / recipe).params for folder in (whole, parts)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
     assert ours[1][3] > 0, "after the first update the policy is no longer its reference"
     assert np.isfinite([row[0] for row in ours]).all()
 
@@ -115,6 +123,19 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any) ->
 def test_mistakes(tmp_path: Path, rl: str, train: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_recipe(load(tmp_path, "grpo", rl=rl, train=train)).data(None)
+
+
+def test_ppo_without_a_reward(tmp_path: Path) -> None:
+    cfg = load(tmp_path, "ppo")
+    with pytest.raises(UserError, match=r"PPO without a reward: rl\.rewards is empty"):
+        make_recipe(dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, rewards=())))
+
+
+def test_the_value_model_has_options_of_its_own(begun: Path, tmp_path: Path) -> None:
+    path = begun / "answers"
+    rl = f'value_learning_rate = 0.5\nvalue_from = "{path}"'
+    value = make_recipe(load(tmp_path, "ppo", rl=rl)).models.trained["value"]
+    assert (value.model.head, value.train.learning_rate, value.path) == ("value", 0.5, str(path))
 
 
 def test_groups_of_one_are_refused(tmp_path: Path) -> None:

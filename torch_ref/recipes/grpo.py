@@ -64,6 +64,11 @@ def forward(decoder: Decoder, batch: Batch, cfg: config.Config) -> TokenLogps:
     return token_logps(hidden_BTD, *decoder.unembedding(), batch["targets"], **options)
 
 
+def actor_of(engine: Any, cfg: config.Config, **ends: int) -> TorchActor:
+    """The policy of an engine as it stands."""
+    return TorchActor(engine.decoder, engine.modules.get("reference"), cfg, **ends)
+
+
 class TorchActor:
     """The policy in PyTorch: `decoder`, which updates change in place, and where it started."""
 

@@ -54,14 +54,23 @@ class TorchCritic(grpo.TorchActor):
         self, batch: Mapping[str, np.ndarray], rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Advantages (whitened), returns and values of every drawn token."""
-        rl, arrays = self.config.rl, {name: torch.as_tensor(x) for name, x in batch.items()}
+        device = self.decoder.embed.weight.device
+        rl, arrays = self.config.rl, {name: torch.as_tensor(x, device=device) for name, x in batch.items()}
         values_BT = values_of(self.value.eval(), arrays)
         weights_BT = arrays["weights"].to(values_BT.dtype)
         reference = arrays["reference_logps"] if rl.kl == "reward" else None
-        spoken, rewards = arrays.get("old_logps", values_BT), torch.as_tensor(rewards_B, dtype=values_BT.dtype)
+        spoken, rewards = (
+            arrays.get("old_logps", values_BT),
+            torch.as_tensor(rewards_B, dtype=values_BT.dtype, device=device),
+        )
         rewards_BT = token_rewards(spoken, reference, rewards, weights_BT, kl_weight=rl.kl_weight)
-        after_B = values_BT.gather(1, torch.as_tensor(last_B)[:, None])[:, 0]
-        bootstrap_B = torch.where(torch.as_tensor(cut_B), after_B, 0)
+        after_B = values_BT.gather(1, torch.as_tensor(last_B, device=device)[:, None])[:, 0]
+        bootstrap_B = torch.where(torch.as_tensor(cut_B, device=device), after_B, 0)
         credit = gae(rewards_BT, values_BT, weights_BT, bootstrap_B, discount=rl.discount, lam=rl.lam)
         found = whiten(credit.advantages, weights_BT), credit.returns, values_BT
-        return {name: x.numpy() for name, x in zip(CREDIT, found, strict=True)}
+        return {name: x.cpu().numpy() for name, x in zip(CREDIT, found, strict=True)}
+
+
+def actor_of(engine: Any, cfg: config.Config, **ends: int) -> TorchCritic:
+    """Policy and value model of an engine as they stand."""
+    return TorchCritic(engine, cfg, **ends)
