@@ -26,13 +26,14 @@ from jaxlm.infer.model import Model
 from jaxlm.models.decoder import Decoder as JaxDecoder
 from jaxlm.models.decoder import abstract_params
 from jaxlm.numerics import Policy as JaxPolicy
-from jaxlm.recipes import graders, start
+from jaxlm.recipes import graders, start  # two threads that import at once break Python's ast
 from jaxlm.recipes import grpo as jax_grpo
 from jaxlm.recipes import ppo as jax_ppo
 from jaxlm.recipes.rewards import REWARDS, find_rewards
 from jaxlm.recipes.rollout import Phase, Phases
 from jaxlm.recipes.rollout_source import RolloutData
 from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.train import engine as jax_engine
 from jaxlm.train.optim import make_optimizer as jax_optimizer
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
@@ -43,6 +44,7 @@ from torch_ref.recipes import ppo as torch_ppo
 from torch_ref.train.optim import make_optimizer as torch_optimizer
 from torch_ref.train.optim import set_learning_rate
 
+IMPORTED = (jax_engine,)
 PHASES = 10
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},

@@ -26,12 +26,14 @@ from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.sides.torch_side import TorchSide
 from jaxlm.plan.plan_one import make
 from jaxlm.plan.topology import parse
-from jaxlm.recipes import make_recipe, start
+from jaxlm.recipes import make_recipe, start  # two threads that import at once break Python's ast
 from jaxlm.recipes.init_from import initial_params
 from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.train import engine
 from tests.toy_stage import draw
 from torch_ref.models.decoder import Decoder as TorchDecoder
 
+IMPORTED = (engine,)
 BYTES = Tokenizer.bytes_level()
 HEADS = ("value", "reward", "classes", "verifier")
 TOY: dict[str, Any] = {
