@@ -25,6 +25,7 @@ def recipe(cfg: config.Config) -> Recipe:
         UserError: the loss compares with where the run starts, and it starts from nothing.
     """
     options = cfg.preference
+    cfg.model.require_language_model("the recipe dpo")
     path = options.reference or cfg.train.init_from
     if options.needs_reference and not path:
         raise UserError(

@@ -56,7 +56,7 @@ def references(cfg: config.Config) -> dict[str, Frozen]:
     if not cfg.train.init_from:
         where = f"rl.kl = {cfg.rl.kl!r} holds the model near its start, and there is none"
         raise UserError(where, "train.init_from=RUN")
-    return {REFERENCE: Frozen(cfg.model, cfg.train.init_from)}
+    return {REFERENCE: Frozen(cfg.model, cfg.train.init_from, cfg.numerics.params)}
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, float]:

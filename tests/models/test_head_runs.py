@@ -137,7 +137,7 @@ def test_what_needs_a_language_model_refuses_in_one_line(runs: dict[str, Path], 
         reward.generate("a", backend="torch")
     with pytest.raises(UserError, match=says.format("log_probs")):
         reward.log_probs("a b")
-    for recipe in ("pretrain", "sft", "answers", "grpo"):
+    for recipe in ("pretrain", "sft", "answers", "grpo", "ppo", "dpo"):
         with pytest.raises(UserError, match=says.format(f"the recipe {recipe}")):
             make_recipe(toy(tmp_path, "reward", recipe=recipe))
     for layout in (*FAMILIES, "hf"):
