@@ -6,7 +6,7 @@
 from jaxlm.config.data import Curriculum, Data, Fim, MixtureSource, Repository
 from jaxlm.config.model import Model
 from jaxlm.config.model_parts import Mamba, MoE, RopeScaling
-from jaxlm.config.preference import Preference
+from jaxlm.config.preference import Preference, Reward
 from jaxlm.config.reinforcement import RL
 from jaxlm.config.run import (
     AXES,
@@ -48,6 +48,7 @@ __all__ = [
     "Numerics",
     "Preference",
     "Repository",
+    "Reward",
     "RopeScaling",
     "Sample",
     "Tokenizer",

@@ -1,4 +1,4 @@
-"""Options of learning from pairs of answers: `[preference]`.
+"""Options of learning from pairs of answers: `[preference]`, and of a reward model: `[reward]`.
 
 This module imports neither jax nor torch, so both backends share it.
 """
@@ -68,4 +68,24 @@ class Preference:
         return {"kind": self.loss, **{name: getattr(self, name) for name in names}}
 
 
-__all__ = ["Preference"]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Reward:
+    """The loss of a reward model (recipe `reward`); its pairs are those of `[preference]`."""
+
+    loss: Literal["logistic", "hinge"] = "logistic"
+    """-log s(d - m), or max(0, m - d), of the difference d of the scores and the margin m of the pair."""
+    label_smoothing: NonNegativeFloat = 0.0
+    """Share of pairs whose label is believed wrong."""
+    centring: NonNegativeFloat = 0.0
+    """Weight of (r_c + r_r)^2, which fixes the zero of the scores (Eisenstein et al. 2023)."""
+
+    def __post_init__(self) -> None:
+        require(self.label_smoothing < 0.5, f"reward.label_smoothing = {self.label_smoothing} must be below 0.5")
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The options of `objectives.reward.reward_loss`, in both frameworks."""
+        return {"kind": self.loss, "label_smoothing": self.label_smoothing, "centring": self.centring}
+
+
+__all__ = ["Preference", "Reward"]

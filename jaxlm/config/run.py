@@ -24,6 +24,7 @@ from jaxlm.config.model_parts import Mamba as Mamba
 from jaxlm.config.model_parts import MoE as MoE
 from jaxlm.config.model_parts import RopeScaling as RopeScaling
 from jaxlm.config.preference import Preference as Preference
+from jaxlm.config.preference import Reward as Reward
 from jaxlm.config.reinforcement import RL as RL
 from jaxlm.config.stages import SFT as SFT
 
@@ -313,6 +314,7 @@ class Config:
     rl: RL = dataclasses.field(default_factory=RL)
     sft: SFT = dataclasses.field(default_factory=SFT)
     preference: Preference = dataclasses.field(default_factory=Preference)
+    reward: Reward = dataclasses.field(default_factory=Reward)
 
     def __post_init__(self) -> None:
         self.data.check_steps(self.train.steps)

@@ -16,6 +16,7 @@ RECIPES = {
     "dpo": "jaxlm.recipes.dpo:recipe",
     "grpo": "jaxlm.recipes.grpo:recipe",
     "ppo": "jaxlm.recipes.ppo:recipe",
+    "reward": "jaxlm.recipes.reward:recipe",
 }
 """The stages by name, as `module:function`; a config may also name a `module:function` of its own."""
 

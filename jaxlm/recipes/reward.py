@@ -1,0 +1,81 @@
+"""A reward model from pairs: a score of the last token of each answer (Stiennon et al. 2020; Ouyang et al. 2022).
+
+    jaxlm train configs/preference/reward.toml
+
+Shapes: B rows, T tokens, M segments, P = M / 2 pairs of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlm import config
+from jaxlm.data.preferences.source import PreferenceSource
+from jaxlm.errors import UserError
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Judge, Models, Objective, Recipe, Trained, twin
+
+
+def recipe(cfg: config.Config) -> Recipe:
+    """The stage `reward`: `cfg.model` learns which of two answers was chosen.
+
+    Raises:
+        UserError: the model has another head than `reward`.
+    """
+    if cfg.model.head != "reward":
+        raise UserError(f"the recipe reward: model.head = {cfg.model.head!r} scores no answer", 'model.head = "reward"')
+    kinds = {"margins": "float32", "ties": "bool", "labels": "int32"}
+    beside = {name: Column(kind, ("batch", None), cfg.preference.pairs_per_row) for name, kind in kinds.items()}
+    return Recipe(
+        columns=LM_COLUMNS | beside,
+        models=Models({MODEL: Trained(cfg.model, cfg.train)}),
+        objective=Objective(objective, twin("torch_ref.recipes.reward")),
+        data=lambda own: PreferenceSource.open(cfg, own, ties=True),
+        judge=lambda _: Judge(figures, "accuracy", lower_is_better=False, describe=described),
+    )
+
+
+def figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """How often the chosen answer of held-out pairs scores higher, and how often it is the longer one."""
+    pairs = max(sums["weight"], 1)
+    means = {name: sums[name] / pairs for name in ("loss", "correct", "longer", "chosen", "rejected")}
+    means["validation_loss"], means["accuracy"] = means.pop("loss"), means.pop("correct")
+    return means | {"pairs": sums["weight"]}
+
+
+def described(values: Mapping[str, float]) -> str:
+    """One line for the terminal."""
+    return (
+        f"accuracy {values['accuracy']:.1%} of {values['pairs']:,.0f} pairs (the longer answer: "
+        f"{values['longer']:.1%}), loss {values['validation_loss']:.4f} a pair"
+    )
+
+
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`(params, frozen, batch, key) -> (sum, sums)`: the loss of Bradley and Terry's model on the pairs of each row."""
+    import jax.numpy as jnp
+
+    from jaxlm.objectives.reward import reward_loss
+    from jaxlm.train.expert_balance import collect
+
+    decoder, options = modules[MODEL], cfg.reward.loss_options
+
+    def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        random: Any = {} if key is None or not decoder.config.random else {"dropout": key}
+        places, documents = (batch["tokens"], batch["positions"], batch["segments"]), 2 * batch["margins"].shape[1]
+        how: Any = {"method": "score_documents", "rngs": random, "mutable": ["routing"]}
+        (scores_BM1, present_BM), collections = decoder.apply({"params": params}, *places, documents, **how)
+        scores_BM = scores_BM1[..., 0]
+        terms = reward_loss(scores_BM, present_BM, batch["margins"].astype(scores_BM.dtype), batch["ties"], **options)
+        found = dict(terms._asdict())
+        # The trivial judge beside it, who takes the longer answer: half a point where both are as long.
+        lengths_BM = (batch["segments"][..., None] == jnp.arange(1, documents + 1)).sum(1)
+        longer_BP = 0.5 * (1 + jnp.sign(lengths_BM[:, 0::2] - lengths_BM[:, 1::2]))
+        found["longer"] = (longer_BP * (present_BM[:, 0::2] & present_BM[:, 1::2])).sum().astype(scores_BM.dtype)
+        if decoder.config.moes:
+            routed = collect(collections["routing"], decoder.config)
+            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
+            found["loss"] = terms.loss + routed.loss * terms.weight
+        return found["loss"], found
+
+    return compute

@@ -1,0 +1,115 @@
+"""Whole runs of a reward model by the command, in both frameworks, float64: losses, accuracy and parameters."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert.native import to_torch
+from jaxlm.errors import UserError
+from jaxlm.infer.model import Model
+from jaxlm.recipes import make_recipe, reward, start  # two threads that import at once break Python's ast
+from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.train import engine
+from parity_tests import pairs
+from parity_tests.tolerances import FLOAT64
+from torch_ref.recipes import reward as torch_reward
+
+IMPORTED = engine, reward
+BYTES = Tokenizer.bytes_level()
+SETTINGS: dict[str, Any] = {
+    "recipe": "reward",
+    "tokenizer": {"kind": "bytes"},
+    "data": {"seq_len": 128, "validation_fraction": 0.2},
+    "preference": {"pairs_per_row": 2, "template": "plain"},
+    "train": {"steps": 4, "batch_size": 8, "warmup_steps": 0, "schedule": "constant", "learning_rate": 1e-2},
+    "numerics": {"params": "float64", "compute": "float64", "matmul": "highest"},
+    "eval": {"every": 2, "batches": 8},
+    "log": {"every": 1},
+}
+SIZES = {"n_layers": 1, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of which the chosen answer is polite, and a language model to begin with."""
+    folder, rng = tmp_path_factory.mktemp("reward"), np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefg"), rng.integers(1, 9))) for _ in range(60)]
+    rows = [{"prompt": f"say {a}", "chosen": f"{a} please", "rejected": b} for a, b in itertools.pairwise(words)]
+    rows = [row | {"margin": 0.1 * (number % 3)} for number, row in enumerate(rows)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = settings(folder, "none", "lm", numerics={})
+    params = jax.tree.map(lambda x: np.asarray(x, "float32"), pairs.random_params(cfg.model, rng))
+    Model(cfg, params, BYTES).save(folder / "start")
+    return folder
+
+
+def settings(folder: Path, name: str, head: str = "reward", **sections: Any) -> config.Config:
+    model = {**SIZES, "vocab_size": BYTES.vocab_size, "max_seq_len": 128, "head": head}
+    beside = {"source": str(folder / "pairs.jsonl"), **SETTINGS["data"]}
+    begun = {**SETTINGS["train"], "init_from": str(folder / "start")}
+    tree = {**SETTINGS, "data": beside, "train": begun, **sections, "model": model, "out_dir": str(folder / name)}
+    return toml.from_dict(tree)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(folder: Path, name: str, **sections: Any) -> None:
+    trees, rows = [], []
+    for backend in ("jax", "torch"):
+        cfg = settings(folder, f"{name}-{backend}", **sections)
+        start.run(cfg, backend=backend)  # pyright: ignore[reportArgumentType]
+        run = folder / f"{name}-{backend}"
+        rows.append([row for row in metrics(run) if "loss" in row or "accuracy" in row])
+        found = jaxlm.load(run)
+        trees.append({key: np.asarray(x) for key, x in to_torch(jax.device_get(found.params), found.config.model)})
+    for ours, theirs in zip(*rows, strict=True):
+        for key in ("loss", "correct", "chosen", "rejected", "longer", "accuracy", "validation_loss"):
+            FLOAT64.check(pairs.error(np.array(theirs.get(key, 0.0)), np.array(ours.get(key, 0.0))), key)
+    for key, distance, _ in pairs.differences(*reversed(trees)):
+        FLOAT64.check(distance, key)
+
+
+def test_whole_runs_of_the_command(folder: Path) -> None:
+    compare(folder, "whole", reward={"centring": 0.02, "label_smoothing": 0.1})
+    rows = metrics(folder / "whole-jax")
+    losses, judged = [row["loss"] for row in rows if "loss" in row], [row for row in rows if "accuracy" in row]
+    assert losses[-1] < losses[0] and len(judged) == 2
+    assert judged[-1]["pairs"] >= 5 and 0 <= judged[-1]["accuracy"] <= 1
+    assert judged[0]["longer"] == judged[1]["longer"] > 0.5, "polite answers are longer"
+
+
+def test_a_run_resumes_bit_for_bit(folder: Path) -> None:
+    half = settings(folder, "parts", train={**SETTINGS["train"], "steps": 2, "init_from": str(folder / "start")})
+    options = {"reward": {"centring": 0.02, "label_smoothing": 0.1}}
+    start.run(toml.from_dict({**toml.to_dict(half), **options}))
+    start.run(settings(folder, "parts", **options), resume=True)
+    whole = settings(folder, "again", **options)
+    start.run(whole)
+    jax.tree.map(np.testing.assert_array_equal, *(jaxlm.load(folder / name).params for name in ("parts", "again")))
+
+
+def test_a_fault_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen and rejected exchanged on one side."""
+    original = torch_reward.reward_loss
+    monkeypatch.setattr(torch_reward, "reward_loss", lambda scores, *args, **kw: original(-scores, *args, **kw))
+    with pytest.raises(AssertionError, match="loss"):
+        compare(folder, "fault", train={**SETTINGS["train"], "steps": 1, "init_from": str(folder / "start")})
+
+
+def test_mistakes(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"the recipe reward: model\.head = 'lm' scores no answer"):
+        make_recipe(settings(folder, "lm", "lm"))
+    with pytest.raises(UserError, match=r"reward\.label_smoothing = 0\.5 must be below 0\.5"):
+        settings(folder, "smooth", reward={"label_smoothing": 0.5})
