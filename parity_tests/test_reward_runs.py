@@ -71,11 +71,11 @@ def compare(folder: Path, name: str, **sections: Any) -> None:
         cfg = settings(folder, f"{name}-{backend}", **sections)
         start.run(cfg, backend=backend)  # pyright: ignore[reportArgumentType]
         run = folder / f"{name}-{backend}"
-        rows.append([row for row in metrics(run) if "loss" in row or "accuracy" in row])
+        rows.append([row for row in metrics(run) if "loss" in row or "validation_accuracy" in row])
         found = jaxlm.load(run)
         trees.append({key: np.asarray(x) for key, x in to_torch(jax.device_get(found.params), found.config.model)})
     for ours, theirs in zip(*rows, strict=True):
-        for key in ("loss", "correct", "chosen", "rejected", "longer", "accuracy", "validation_loss"):
+        for key in ("loss", "correct", "chosen", "rejected", "longer", "validation_accuracy", "validation_loss"):
             FLOAT64.check(pairs.error(np.array(theirs.get(key, 0.0)), np.array(ours.get(key, 0.0))), key)
     for key, distance, _ in pairs.differences(*reversed(trees)):
         FLOAT64.check(distance, key)
@@ -84,10 +84,13 @@ def compare(folder: Path, name: str, **sections: Any) -> None:
 def test_whole_runs_of_the_command(folder: Path) -> None:
     compare(folder, "whole", reward={"centring": 0.02, "label_smoothing": 0.1})
     rows = metrics(folder / "whole-jax")
-    losses, judged = [row["loss"] for row in rows if "loss" in row], [row for row in rows if "accuracy" in row]
+    losses, judged = (
+        [row["loss"] for row in rows if "loss" in row],
+        [row for row in rows if "validation_accuracy" in row],
+    )
     assert losses[-1] < losses[0] and len(judged) == 2
-    assert judged[-1]["pairs"] >= 5 and 0 <= judged[-1]["accuracy"] <= 1
-    assert judged[0]["longer"] == judged[1]["longer"] > 0.5, "polite answers are longer"
+    assert judged[-1]["validation_pairs"] >= 5 and 0 <= judged[-1]["validation_accuracy"] <= 1
+    assert judged[0]["validation_longer"] == judged[1]["validation_longer"] > 0.5, "polite answers are longer"
 
 
 def test_a_run_resumes_bit_for_bit(folder: Path) -> None:

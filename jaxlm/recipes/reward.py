@@ -13,7 +13,8 @@ from typing import Any
 from jaxlm import config
 from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
-from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Judge, Models, Objective, Recipe, Trained, twin
+from jaxlm.recipes.dpo import pair_columns
+from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, twin
 
 
 def recipe(cfg: config.Config) -> Recipe:
@@ -24,30 +25,27 @@ def recipe(cfg: config.Config) -> Recipe:
     """
     if cfg.model.head != "reward":
         raise UserError(f"the recipe reward: model.head = {cfg.model.head!r} scores no answer", 'model.head = "reward"')
-    kinds = {"margins": "float32", "ties": "bool", "labels": "int32"}
-    beside = {name: Column(kind, ("batch", None), cfg.preference.pairs_per_row) for name, kind in kinds.items()}
     return Recipe(
-        columns=LM_COLUMNS | beside,
+        columns=pair_columns(cfg.preference.pairs_per_row),
         models=Models({MODEL: Trained(cfg.model, cfg.train)}),
         objective=Objective(objective, twin("torch_ref.recipes.reward")),
         data=lambda own: PreferenceSource.open(cfg, own, ties=True),
-        judge=lambda _: Judge(figures, "accuracy", lower_is_better=False, describe=described),
+        judge=lambda _: Judge(figures, "validation_accuracy", lower_is_better=False, describe=described),
     )
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, float]:
     """How often the chosen answer of held-out pairs scores higher, and how often it is the longer one."""
-    pairs = max(sums["weight"], 1)
-    means = {name: sums[name] / pairs for name in ("loss", "correct", "longer", "chosen", "rejected")}
-    means["validation_loss"], means["accuracy"] = means.pop("loss"), means.pop("correct")
-    return means | {"pairs": sums["weight"]}
+    names = {"loss": "loss", "correct": "accuracy", "longer": "longer", "chosen": "chosen", "rejected": "rejected"}
+    means = {f"validation_{name}": sums[ours] / max(sums["weight"], 1) for ours, name in names.items()}
+    return means | {"validation_pairs": sums["weight"]}
 
 
 def described(values: Mapping[str, float]) -> str:
     """One line for the terminal."""
     return (
-        f"accuracy {values['accuracy']:.1%} of {values['pairs']:,.0f} pairs (the longer answer: "
-        f"{values['longer']:.1%}), loss {values['validation_loss']:.4f} a pair"
+        f"{values['validation_accuracy']:.1%} of {values['validation_pairs']:,.0f} pairs right (the longer answer: "
+        f"{values['validation_longer']:.1%}), loss {values['validation_loss']:.4f} a pair"
     )
 
 
