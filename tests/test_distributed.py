@@ -46,7 +46,7 @@ def test_options_come_before_variables_and_variables_before_the_cluster(options,
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"JAXLM_COORDINATOR": "a:1"}, r"not said: distributed.processes \(JAXLM_PROCESSES\), distributed.process_id"),
+        ({"JAXLM_COORDINATOR": "a:1"}, r"not set: distributed.processes \(JAXLM_PROCESSES\), distributed.process_id"),
         ({**SAID, "JAXLM_PROCESS_ID": "4"}, "process_id 4 of 4 processes"),
         ({**SAID, "JAXLM_PROCESSES": "four"}, "JAXLM_PROCESSES='four' is not a number"),
         ({**SAID, "JAXLM_COORDINATOR": "node1"}, "'node1' is not HOST:PORT"),

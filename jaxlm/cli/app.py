@@ -97,7 +97,7 @@ def _guarded(command: Callable[[], Any]) -> int:
         return 130
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 0
-    except Exception as error:  # the one boundary: whatever a library raises is told in a line
+    except Exception as error:  # the one boundary: whatever a library raises is printed in one line
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         print(f"error: {_in_a_line(error)} ({TRACEBACK}=1 shows where)", file=sys.stderr)

@@ -258,7 +258,7 @@ class Distributed:
     process_id: int = -1
     """Which of them this one is, from 0; -1: `JAXLM_PROCESS_ID`, else what the cluster says."""
     cluster: Literal["auto", "none", "slurm", "ompi", "mpi4py", "gketpu", "gcetpu", "k8s"] = "auto"
-    """Whom JAX asks for what is not said; `auto`: SLURM, Open MPI or Cloud TPU where this process runs under one."""
+    """The cluster manager that fills in missing settings; `auto`: SLURM, Open MPI or Cloud TPU, where one is found."""
     init_timeout: PositiveInt = 300
     """Seconds until all processes must have met."""
     heartbeat_timeout: PositiveInt = 100

@@ -207,13 +207,13 @@ def function_of(model: config.Model) -> dict[str, Any]:
     Initialisation, dropout, balancing losses and the choice of kernels do not; nor does the rotary layout, which the
     rows take care of.
     """
-    said: dict[str, Any] = {name: getattr(model, name) for name in _WHOLE}
+    options: dict[str, Any] = {name: getattr(model, name) for name in _WHOLE}
     if model.head == "lm":
-        said |= {"tie_embeddings": model.tie_embeddings, "biases.head": "head" in model.biases}
+        options |= {"tie_embeddings": model.tie_embeddings, "biases.head": "head" in model.biases}
     elif model.head == "classes":
-        said |= {"classes": model.classes, "pooling": model.pooling}
+        options |= {"classes": model.classes, "pooling": model.pooling}
     if model.positions in ("learned", "sinusoidal"):
-        said |= {"positions": model.positions, "max_seq_len": model.max_seq_len}
+        options |= {"positions": model.positions, "max_seq_len": model.max_seq_len}
     for i in range(model.n_layers):
         halves = model.halves(model.pattern[i % len(model.pattern)])
         mixer, ffn = halves.mixer, halves.ffn
@@ -233,8 +233,8 @@ def function_of(model: config.Model) -> dict[str, Any]:
             layer |= _section("moe", dataclasses.replace(ffn.moe, d_ff=ffn.moe.d_ff or ffn.d_ff), _MOE_TRAINING)
         for half in (halves.mixer_name, halves.ffn_name):
             layer |= {f"biases.{name}": name in model.biases for name in _HALF_BIASES.get(half, ())}
-        said |= {f"layers.{i}.{name}": value for name, value in layer.items()}
-    return said
+        options |= {f"layers.{i}.{name}": value for name, value in layer.items()}
+    return options
 
 
 def _section(name: str, section: Any, without: Sequence[str]) -> dict[str, Any]:
@@ -256,12 +256,12 @@ def require_same(model: config.Model, back: config.Model, family: str) -> None:
             raise UserError(f"the {family} layout has no place for {_shown(name, model, mine)}", hint)
 
 
-def _shown(name: str, model: config.Model, said: Mapping[str, Any]) -> str:
+def _shown(name: str, model: config.Model, options: Mapping[str, Any]) -> str:
     """An option as the user wrote it, and in which layer if the others differ."""
-    value, (option, layer) = said[name], (name, "")
+    value, (option, layer) = options[name], (name, "")
     if name.startswith("layers."):
         _, number, option = name.split(".", 2)
-        values = [said.get(f"layers.{i}.{option}") for i in range(model.n_layers)]
+        values = [options.get(f"layers.{i}.{option}") for i in range(model.n_layers)]
         layer = "" if values.count(value) == len(values) else f" of layer {number}"
     if option in ("mixer", "ffn"):
         return f"model.pattern = {list(model.pattern)}"

@@ -104,12 +104,12 @@ def write_model(
     files = _public_files(model, FAMILIES[to]) if to in FAMILIES else _own_files(model, dst if to == "jaxlm" else "")
     tensors = list(plan(model.parameters, cfg, FAMILIES[to].rows(cfg) if to in FAMILIES else native.rows(cfg)))
     limit = None if to == "torch" else shard_bytes
-    with _progress(tensors, dst) as told:
+    with _progress(tensors, dst) as report:
         if to == "jaxlm":
-            written = _write_run(dst, tensors, files, shard_bytes=limit, overwrite=overwrite, told=told)
+            written = _write_run(dst, tensors, files, shard_bytes=limit, overwrite=overwrite, report=report)
         else:
             written = storage.write_folder(
-                dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, told=told
+                dst, tensors, files, layout=to, shard_bytes=limit, overwrite=overwrite, report=report
             )
     return Summary(dst, to, *written, time.perf_counter() - began)
 
@@ -179,8 +179,8 @@ def _write_llama2c(model: Opened, dst: Path, overwrite: bool) -> storage.Written
     with storage.staged(dst, overwrite) as stage:
         if path:
             (stage / model_bin.TOKENIZER).write_bytes(model_bin.tokenizer_bin(path, cfg.vocab_size))
-        told = (cfg, model.kept.get(model_bin.ROPE_TABLES))
-        return storage.Written(*model_bin.write(stage, model.parameters, *told))
+        cfg_and_tables = (cfg, model.kept.get(model_bin.ROPE_TABLES))
+        return storage.Written(*model_bin.write(stage, model.parameters, *cfg_and_tables))
 
 
 def _tokenizer_files(model: Opened) -> dict[str, bytes]:
@@ -224,7 +224,7 @@ def _public_files(model: Opened, family: Family) -> dict[str, str | bytes]:
 
 @contextlib.contextmanager
 def _progress(tensors: Sequence[storage.Planned], dst: Path) -> Iterator[Callable[[int], object]]:
-    """A function that is told of written bytes; there is a bar on stderr when they are many."""
+    """Yield a function to call with the bytes just written; it draws a bar on stderr when they are many."""
     from rich.console import Console
     from rich.progress import Progress
 

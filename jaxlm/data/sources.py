@@ -79,8 +79,8 @@ def _tracked(root: Path, extensions: tuple[str, ...], skipped: dict[str, str]) -
     try:
         listed = subprocess.run(command, capture_output=True, check=True, timeout=600).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip() or str(error)
-        raise UserError(f"{root}: git cannot list it: {said.splitlines()[0]}", "data.gitignore = false") from None
+        stderr = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip() or str(error)
+        raise UserError(f"{root}: git cannot list it: {stderr.splitlines()[0]}", "data.gitignore = false") from None
     names = {name for name in os.fsdecode(listed).split("\0") if name}
     return [file for file in _walk(root, extensions, skipped, frozenset({"__pycache__"})) if file.name in names]
 

@@ -87,8 +87,8 @@ class Comparison:
         from rich import box
         from rich.table import Table
 
-        told = "loss: held out, nats a token. GiB: peak of training. decode/s: tokens of one row."
-        table = Table(title=self.warning or None, caption=told, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        caption = "loss: held out, nats a token. GiB: peak of training. decode/s: tokens of one row."
+        table = Table(title=self.warning or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for label, _, _ in COLUMNS:
             table.add_column(label, justify="left" if label == "model" else "right", no_wrap=True)
         for row in self.rows:

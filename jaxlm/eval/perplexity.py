@@ -153,7 +153,7 @@ def position(
 
 
 def losses(
-    decoder: Decoder, params: Params, rows_BT: Int[np.ndarray, "b t"], told: str = ""
+    decoder: Decoder, params: Params, rows_BT: Int[np.ndarray, "b t"], label: str = ""
 ) -> tuple[Float[np.ndarray, " n"], int]:
     """Mean loss, nats, of targets 1 to T - 1 over the texts, and the bytes of the cache through which they went."""
     from rich.console import Console
@@ -166,7 +166,7 @@ def losses(
     found = []
     console = Console(stderr=True)
     for start in track(
-        range(0, n, CHUNK), told, console=console, transient=True, disable=not (console.is_terminal and shown())
+        range(0, n, CHUNK), label, console=console, transient=True, disable=not (console.is_terminal and shown())
     ):
         width = min(CHUNK, n - start)
         padded = np.zeros((b, CHUNK + 1), np.int32)

@@ -26,7 +26,7 @@ from jaxlm.errors import UserError
 PROGRAM = (sys.executable, "-m", "jaxlm")
 LAST_LINES = 12
 USERS_MISTAKE, RESUMABLE = 2, 75
-"""Exit codes of `jaxlm train`: no use to start it again; told to stop, and saved."""
+"""Exit codes of `jaxlm train`: do not start it again; it was stopped and has saved."""
 LAST_SAVE, LAST_WORDS = 300.0, 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 _NOISE = re.compile(
@@ -36,7 +36,7 @@ _PIECE = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of co
 _GLOO = re.compile(rf"^\d*({_PIECE})({_PIECE}|\d)*$")
 
 
-def told(lines: Iterable[str]) -> Iterator[str]:
+def without_noise(lines: Iterable[str]) -> Iterator[str]:
     """Without what is kept in the log alone: stacks of C++ and of `train.watch`, and gloo as it connects.
 
     Its threads write pieces of lines between each other's, so that behind such a line may stand one of digits.
@@ -78,7 +78,7 @@ def launch(
     for attempt in range(restarts + 1):
         group = _Group(words, processes, devices, folder)
         failed = group.run(grace)
-        if failed is None or group.told_to_stop:
+        if failed is None or group.stopping:
             return failed.exit_code if failed else 0
         _say(f"{failed.describe()}\n  logs: {folder}")
         if failed.exit_code == USERS_MISTAKE or attempt == restarts:
@@ -121,7 +121,7 @@ class _Process:
     def _listen(self) -> None:
         output: IO[bytes] = self.popen.stdout  # pyright: ignore[reportAssignmentType]
         with self._log, output:
-            for text in told(self._logged(output)):
+            for text in without_noise(self._logged(output)):
                 self.last.append(text)
                 sys.stdout.write(f"[{self.index}] {text}\n")
                 sys.stdout.flush()
@@ -148,10 +148,10 @@ class _Process:
         return code if code >= 0 else 128 - code
 
     def describe(self) -> str:
-        """Which process failed, how, when, and what it said last."""
+        """Which process failed, how, when, and its last lines."""
         code = self.popen.returncode
         if code == RESUMABLE:
-            return f"process {self.index} was told to stop, and has saved"
+            return f"process {self.index} was stopped, and has saved"
         how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         lines = "".join(f"\n    {line}" for line in self.last)
         return f"process {self.index} {how} after {self.ended - self.begun:.1f} s; its last lines:{lines or ' none'}"
@@ -161,7 +161,7 @@ class _Group:
     """The processes of one attempt."""
 
     def __init__(self, words: list[str], count: int, devices: int, folder: Path) -> None:
-        self.told_to_stop = False
+        self.stopping = False
         self._ended: queue.Queue[_Process] = queue.Queue()
         self._members: list[_Process] = []
         command, port = [*PROGRAM, *words], _free_port()
@@ -189,7 +189,7 @@ class _Group:
                         continue
                     left -= 1
                     if one.popen.returncode and failed is None:
-                        stopped = self.told_to_stop or one.popen.returncode == RESUMABLE  # all leave by themselves
+                        stopped = self.stopping or one.popen.returncode == RESUMABLE  # all leave by themselves
                         failed, deadline = one, time.monotonic() + (LAST_SAVE if stopped else grace)
                         if not stopped:
                             self.signal(signal.SIGTERM)
@@ -209,8 +209,8 @@ class _Group:
         """SIGTERM and Ctrl-C are for the processes, which save and leave; a second one ends them at once."""
 
         def handler(number: int, _: Any) -> None:
-            self.signal(signal.SIGKILL if self.told_to_stop else number)
-            self.told_to_stop = True
+            self.signal(signal.SIGKILL if self.stopping else number)
+            self.stopping = True
 
         previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

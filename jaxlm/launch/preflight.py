@@ -108,7 +108,7 @@ def _all(cfg: config.Config, expected: int) -> tuple[list[Check], dict[str, Any]
 
 
 class Silent(Exception):
-    """A process that should have said something did not."""
+    """A process did not answer in time."""
 
 
 class Talk:
@@ -128,9 +128,9 @@ class Talk:
         if self._client is None:
             return [value]
         self._client.key_value_set(f"preflight/{key}/{self.process}", json.dumps(value))
-        return [self._told(key, index) for index in range(self.processes)]
+        return [self._answer_of(key, index) for index in range(self.processes)]
 
-    def _told(self, key: str, index: int) -> Any:
+    def _answer_of(self, key: str, index: int) -> Any:
         try:
             return json.loads(self._client.blocking_key_value_get(f"preflight/{key}/{index}", PATIENCE * 1000))
         except jax.errors.JaxRuntimeError:
@@ -258,8 +258,8 @@ def _pairs(talk: Talk, hosts: Sequence[str]) -> list[dict[str, Any]]:
             members = [device for device in jax.devices() if device.process_index in pair]
             measured, _ = reduce_all(members, MEGABYTES.get(platform_, ALL_MEGABYTES)[-1:])
             row = {"processes": pair, "hosts": [hosts[one] for one in pair], **measured[0]}
-        told = talk.exchange(f"pairs-{first}", row if talk.process == mine else None)
-        rows += [row for row in told if row]
+        answers = talk.exchange(f"pairs-{first}", row if talk.process == mine else None)
+        rows += [row for row in answers if row]
     return sorted(rows, key=lambda row: row["processes"][0])
 
 

@@ -33,7 +33,7 @@ class Slurm:
     python: str = ""
     """An interpreter that has jaxlm; empty: `jaxlm` as the shell of `sbatch` or the container finds it."""
     save_before: int = 300
-    """Seconds before the time limit when the run is told to save and leave."""
+    """Seconds before the time limit when the run receives the signal to save and leave."""
 
     @property
     def tasks(self) -> int:

@@ -2,7 +2,7 @@
 
     jaxlm launch ssh hosts --restarts 20 -- train configs/quickstart.toml
 
-A host that is told to stop, or whose connection breaks, must not go on by itself: what runs there ends when its
+A host that receives a stop signal, or whose connection breaks, must not go on by itself: what runs there ends when its
 standard input does.
 """
 
@@ -41,7 +41,7 @@ code=$?
 kill $watch 2> /dev/null
 exit $code
 """
-"""For a POSIX shell: when standard input ends, the command is told to stop, and killed if it does not leave."""
+"""For a POSIX shell: when standard input ends, the command receives SIGTERM, and is killed if it does not leave."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def launch_remotely(remote: Remote, words: Sequence[str], *, restarts: int, logs
 
 
 def on_host(remote: Remote, words: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
-    """Run one of the processes on its host, until it ends or this process is told to stop; returns its exit code."""
+    """Run one of the processes on its host until it ends or this process is stopped; returns its exit code."""
     hosts = read_hosts(remote.hosts)
     index = int(environment.get("JAXLM_PROCESS_ID", "0"))
     command = [*shlex.split(remote.ssh), *OPTIONS, hosts[index], command_line(remote, hosts, index, words, environment)]
@@ -103,18 +103,18 @@ def command_line(
     """What the shell of host `index` is given."""
     address = checked("--coordinator", remote.coordinator or hosts[0].rpartition("@")[2], r"[A-Za-z0-9][A-Za-z0-9.:-]*")
     port = environment.get("JAXLM_COORDINATOR", ":0").rpartition(":")[2]  # a new one for each start
-    told = {
+    variables = {
         "JAXLM_COORDINATOR": f"{address}:{port}",
         "JAXLM_PROCESSES": len(hosts),
         "JAXLM_PROCESS_ID": index,
         "JAXLM_HOSTS": len(set(hosts)),
     }
     if hosts.count(hosts[index]) > 1:
-        told["JAX_LOCAL_DEVICE_IDS"] = hosts[:index].count(hosts[index])
+        variables["JAX_LOCAL_DEVICE_IDS"] = hosts[:index].count(hosts[index])
     jaxlm = [checked("--python", remote.python, FOLDER_PATH), "-m", "jaxlm"] if remote.python else ["jaxlm"]
     return REMOTE.format(
         folder=shlex.quote(remote.folder or str(Path.cwd())),
-        environment=shlex.join(f"{name}={value}" for name, value in told.items()) if len(hosts) > 1 else "",
+        environment=shlex.join(f"{name}={value}" for name, value in variables.items()) if len(hosts) > 1 else "",
         command=shlex.join([*jaxlm, *words]),
         grace=remote.grace,
     )

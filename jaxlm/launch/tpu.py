@@ -42,7 +42,7 @@ def script(job: Job, asked: CloudTpu, *, queued: bool) -> str:
     if kind not in RUNTIMES:
         raise UserError(f"--accelerator {asked.accelerator}: unknown TPU {kind!r}", f"known: {', '.join(RUNTIMES)}")
     if not job.storage:
-        raise UserError("--storage: where the share is mounted is not said", "give --storage /mnt/jaxlm")
+        raise UserError("--storage: the path where the share is mounted is missing", "give --storage /mnt/jaxlm")
     runtime, of_chip = RUNTIMES[kind]
     if int(size) % of_chip:
         raise UserError(f"--accelerator {asked.accelerator} counts cores, of which a chip has {of_chip}")

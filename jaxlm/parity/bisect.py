@@ -112,8 +112,8 @@ def _what(kind: str, name: str, before: list[tuple[str, str]]) -> str:
     siblings = [other for k, other in before if k == RETURNS and other.rpartition(".")[0] == parent]
     siblings = [*dict.fromkeys(other.removeprefix(parent + ".") for other in siblings)]
     last = name.removeprefix(parent + ".")
-    told = next((words for end, words in BETWEEN.items() if name.endswith("." + end)), "")
-    told = f" ({told})" if told else ""
+    where = next((words for end, words in BETWEEN.items() if name.endswith("." + end)), "")
+    where = f" ({where})" if where else ""
     if not parent:
         return f"what lies before {name}"
-    return f"{parent}, between {', '.join(siblings) or 'its input'} and {last}{told}"
+    return f"{parent}, between {', '.join(siblings) or 'its input'} and {last}{where}"

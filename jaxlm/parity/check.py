@@ -12,17 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from jaxlm import config
-from jaxlm.config import registry, toml
-from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.open_model import Model as LoadedModel
-from jaxlm.convert.open_model import load
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.infer.model import Model
-from jaxlm.models.decoder import Params
 from jaxlm.parity.bisect import Part, Replayed
 from jaxlm.parity.compare import (
     STORED,
@@ -35,33 +28,35 @@ from jaxlm.parity.compare import (
     compare_weights,
     look_again,
 )
-from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs, random_params
+from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs
 from jaxlm.parity.report import Report, describe
 from jaxlm.parity.routing import compare_routing
 from jaxlm.parity.sides.jax_side import JaxSide
+from jaxlm.parity.subject import Subject, open_subject
 from jaxlm.parity.trace import DTYPES, Side, Trace, without_balancing
 from jaxlm.processes.compile_cache import enable_compilation_cache
 from jaxlm.processes.settings import settings_restored
 
 PARTS = 3
-"""How often a side tells what it is doing in one dtype."""
+"""Parts of the work of a side in one dtype, each of which it announces."""
 
-Told = Callable[[str, str, str], None]
+Progress = Callable[[str, str, str], None]
 """Called with the side, the dtype and what begins."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """The model to prove, and where it came from."""
+class _Pair:
+    """Two implementations and what they are shown."""
 
-    name: str
-    settings: config.Config
-    params: Params
-    tokenizer_path: Path | None
-    folder: Path | None
-    """Where the report belongs."""
-    public: Path | None = None
-    """The folder, when it is one of Hugging Face."""
+    subject: Subject
+    second: Subject | None
+    """The other model; None: the second side computes the same weights."""
+    sides: tuple[Side, Side]
+    inputs: Inputs
+
+    @property
+    def names(self) -> list[str]:
+        return [side.name for side in self.sides]
 
 
 @settings_restored()
@@ -108,43 +103,67 @@ def check(
         levels=levels,
         plain=plain,
     )
-    names = [side.name for side in sides]
-    findings: list[Finding] = []
-    if other is not None and inputs.wants("config"):
-        findings += compare_config(subject.settings.model, second.settings.model, ("A", "B"))
-    if (other is not None or not sides[1].mirrors) and inputs.wants("weights"):
-        findings += compare_weights(sides[0].weights(), sides[1].weights(), names)
-    with progress(show) as told:
-        compared, seconds = compare_sides(sides, inputs, dtypes, told, subject.settings.model)
+    pair = _Pair(subject, second if other is not None else None, sides, inputs)
+    findings = _of_what_is_stored(pair)
+    with progress_bars(show) as progress:
+        compared, seconds = compare_sides(sides, inputs, dtypes, progress, subject.settings.model)
         findings += compared
         if other is None and sides[1].mirrors and inputs.wants("update"):
-            findings += _of_stage(subject, told)
-        parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, told)
-        explanations = _explained(findings, sides, subject, None if other is None else second, inputs, seconds, told)
+            findings += _of_stage(subject, progress)
+        parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, progress)
+        explanations = _explained(findings, pair, seconds, progress)
     left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
     if left_out and parts:
         notes = (*notes, f"{', '.join(left_out)}: not compared, for the outputs differ in {parts[0].dtype}")
     seconds["all"] = time.monotonic() - began
-    report = Report(
-        subject.name if other is None else f"{subject.name} and {second.name}",
+    report = _report(pair, tuple(findings), seconds, tuple(parts), explanations, notes)
+    _deliver(report, Path(out) if out is not None else subject.folder, show)
+    return report
+
+
+def _of_what_is_stored(pair: _Pair) -> list[Finding]:
+    """Compare two configs, and the weights of two models; a mirror of the first model has its config and weights."""
+    findings: list[Finding] = []
+    if pair.second is not None and pair.inputs.wants("config"):
+        findings += compare_config(pair.subject.settings.model, pair.second.settings.model, ("A", "B"))
+    if (pair.second is not None or not pair.sides[1].mirrors) and pair.inputs.wants("weights"):
+        findings += compare_weights(pair.sides[0].weights(), pair.sides[1].weights(), pair.names)
+    return findings
+
+
+def _report(
+    pair: _Pair,
+    findings: tuple[Finding, ...],
+    seconds: dict[str, float],
+    parts: tuple[Part, ...],
+    explanations: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> Report:
+    subject, second = pair.subject, pair.second
+    return Report(
+        subject.name if second is None else f"{subject.name} and {second.name}",
         describe(subject.settings.model),
-        ("plain rows of one document, " if plain else "packed rows of documents with padding, ") + inputs.text,
-        tuple(findings),
+        ("plain rows of one document, " if pair.inputs.plain else "packed rows of documents with padding, ")
+        + pair.inputs.text,
+        findings,
         seconds,
-        who=_who(subject, second, names),
-        parts=tuple(parts),
+        who=_who(subject, second or subject, pair.names),
+        parts=parts,
         explanations=explanations,
         notes=notes,
     )
-    folder = Path(out) if out is not None else subject.folder
-    written = report.write(folder) if folder is not None else []
-    if show:
-        from rich.console import Console
 
-        Console().print(report)
-        for path in written:
-            print(path)
-    return report
+
+def _deliver(report: Report, folder: Path | None, show: bool) -> None:
+    """Write the report into `folder`, if there is one; print it and the paths, if `show`."""
+    written = report.write(folder) if folder is not None else []
+    if not show:
+        return
+    from rich.console import Console
+
+    Console().print(report)
+    for path in written:
+        print(path)
 
 
 def assert_parity(
@@ -160,7 +179,7 @@ def compare_sides(
     sides: tuple[Side, Side],
     inputs: Inputs,
     dtypes: Sequence[str] = DTYPES,
-    told: Told = lambda side, dtype, part: None,
+    progress: Progress = lambda side, dtype, part: None,
     model: config.Model | None = None,
 ) -> tuple[list[Finding], dict[str, float]]:
     """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
@@ -175,7 +194,7 @@ def compare_sides(
     one_sided = not all(side.mirrors for side in sides)
 
     def trace(side: Side, dtype: str) -> Trace:
-        with _timed(side.name, dtype, seconds, told) as part:
+        with _timed(side.name, dtype, seconds, progress) as part:
             return side.trace(dtype, inputs, part)
 
     with ThreadPoolExecutor(len(sides)) as pool:
@@ -200,22 +219,24 @@ def compare_sides(
     return findings, dict(seconds)
 
 
-def _of_stage(subject: Subject, told: Told) -> Iterator[Finding]:
+def _of_stage(subject: Subject, progress: Progress) -> Iterator[Finding]:
     """The objective and the updates of the stage, where it is another than that of a plain config."""
     if subject.settings.recipe == config.Config().recipe:
         return
     from jaxlm.parity.stage import compare_stage
 
-    told("both", "float64", "the training stage")
+    progress("both", "float64", "the training stage")
     yield from compare_stage(subject.settings, subject.params)
 
 
-def _bisected(findings: Sequence[Finding], replayed: Replayed, seconds: dict[str, float], told: Told) -> list[Part]:
+def _bisected(
+    findings: Sequence[Finding], replayed: Replayed, seconds: dict[str, float], progress: Progress
+) -> list[Part]:
     """Every operation on the same input, in the first dtype in which the outputs differ."""
     dtype = next((one.dtype for one in findings if one.level == "forward" and not one.ok), None)
     if dtype is None:
         return []
-    told("both", dtype, "bisection")
+    progress("both", dtype, "bisection")
     began = time.monotonic()
     parts = replayed.parts(dtype)
     seconds["both, bisection"] = time.monotonic() - began
@@ -223,13 +244,7 @@ def _bisected(findings: Sequence[Finding], replayed: Replayed, seconds: dict[str
 
 
 def _explained(
-    findings: Sequence[Finding],
-    sides: tuple[Side, Side],
-    subject: Subject,
-    second: Subject | None,
-    inputs: Inputs,
-    seconds: dict[str, float],
-    told: Told,
+    findings: Sequence[Finding], pair: _Pair, seconds: dict[str, float], progress: Progress
 ) -> tuple[str, ...]:
     """Why stored weights or float64 outputs differ, if they do."""
     if all(one.ok or one.level == "config" or one.dtype not in ("float64", STORED) for one in findings):
@@ -238,23 +253,24 @@ def _explained(
         return ()
     from jaxlm.parity.diagnose.search import explain
 
-    told("both", "float64", "explanation")
+    progress("both", "float64", "explanation")
     began = time.monotonic()
-    found = explain(*sides, subject.settings, second and second.settings.model, inputs)
+    theirs = pair.second.settings.model if pair.second else None
+    found = explain(*pair.sides, pair.subject.settings, theirs, pair.inputs)
     seconds["both, explanation"] = time.monotonic() - began
     return tuple(map(str, found))
 
 
 @contextlib.contextmanager
-def _timed(side: str, dtype: str, seconds: dict[str, float], told: Told) -> Iterator[Callable[[str], None]]:
-    """A function that is told what begins, and adds the seconds of what has ended."""
+def _timed(side: str, dtype: str, seconds: dict[str, float], progress: Progress) -> Iterator[Callable[[str], None]]:
+    """Yield a function to call with the part that begins; it adds the seconds of the part that has ended."""
     now: list[Any] = ["", time.monotonic()]
 
     def part(name: str) -> None:
         seconds[f"{side}, {now[0]}"] += time.monotonic() - now[1]
         now[:] = name, time.monotonic()
         if name:
-            told(side, dtype, name)
+            progress(side, dtype, name)
 
     yield part
     part("")
@@ -264,7 +280,7 @@ def _timed(side: str, dtype: str, seconds: dict[str, float], told: Told) -> Iter
 def _sides(
     subject: Subject, second: Subject, computed_by: str | None
 ) -> tuple[tuple[Side, Side], tuple[str, ...], bool]:
-    """jaxlm and what computes the second model; what is to be said about it; whether it must have plain rows."""
+    """Return the two sides, the notes for the report, and whether the second side needs plain rows."""
     chosen, notes = computed_by, ()
     if chosen is None and second.public is not None:
         chosen = "hf" if importlib.util.find_spec("transformers") else "torch"
@@ -289,7 +305,7 @@ def _sides(
     theirs = HuggingFaceSide(settings, second.public, ours.model.rope_layout)
     plain = not theirs.tells_documents_apart
     if plain:
-        notes = (*notes, "transformers cannot be told where a document begins in this model: rows of one document")
+        notes = (*notes, "transformers cannot separate documents in this model: rows of one document")
     return (JaxSide(ours, subject.params), theirs), notes, plain
 
 
@@ -323,37 +339,25 @@ def _who(subject: Subject, second: Subject, names: Sequence[str]) -> str:
     return f"A: {subject.name}, computed by {names[0]}; B: {second.name}, computed by {names[1].partition(' ')[0]}"
 
 
-def open_subject(model: str | Path | Model | LoadedModel) -> Subject:
-    if isinstance(model, Model | LoadedModel):
-        params = jax.tree.map(np.asarray, model.params)
-        return Subject(f"{model.kind} in memory", model.config, params, model.tokenizer_path, None)
-    path = Path(model) if Path(model).exists() else registry.find(model)
-    if path.suffix == ".toml":
-        settings = toml.load(path)
-        if not settings.model.vocab_size:
-            sized = dataclasses.replace(settings.model, vocab_size=settings.tokenizer.vocab_size)
-            settings = dataclasses.replace(settings, model=sized)
-        return Subject(f"{path}, random weights", settings, random_params(settings.model), None, None)
-    loaded = load(path)
-    folder = path if loaded.kind == "run" else None
-    public = path if loaded.kind in FAMILIES else None
-    return Subject(str(path), loaded.config, loaded.params, loaded.tokenizer_path, folder, public)
-
-
 @contextlib.contextmanager
-def progress(show: bool) -> Iterator[Told]:
+def progress_bars(show: bool) -> Iterator[Progress]:
+    """Yield a function that moves one bar for each side; the bars are drawn only if `show`."""
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.TimeElapsedColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bars:
         tasks: dict[str, Any] = {}
 
-        def told(side: str, dtype: str, part: str) -> None:
+        def progress(side: str, dtype: str, part: str) -> None:
             if side not in tasks:
-                tasks[side] = progress.add_task(side, total=PARTS * len(DTYPES))
+                tasks[side] = bars.add_task(side, total=PARTS * len(DTYPES))
             else:
-                progress.advance(tasks[side])
-            progress.update(tasks[side], description=f"{side:<12} {dtype:<8} {part:<20}")
+                bars.advance(tasks[side])
+            bars.update(tasks[side], description=f"{side:<12} {dtype:<8} {part:<20}")
 
-        yield told
+        yield progress

@@ -102,7 +102,7 @@ def make_inputs(
     Args:
         text, prompt: the user's, instead; a prompt is continued as a whole. Text that is too short is repeated.
         levels: what is wanted; a model with another head than `lm` generates nothing.
-        plain: rows without padding and of one document, for what cannot be told of several.
+        plain: rows without padding and of one document, for a side that cannot separate several.
 
     Raises:
         UserError: the user's text is empty, or there is no tokenizer for it.
@@ -110,12 +110,12 @@ def make_inputs(
     user = prompt or text
     if tokenizer_path is not None:
         stream = np.array(Tokenizer.from_file(tokenizer_path).encode(user or TEXT), np.int32)
-        told = f"{len(stream)} tokens of {'your' if user else 'built-in'} text by {tokenizer_path.name}"
+        origin = f"{len(stream)} tokens of {'your' if user else 'built-in'} text by {tokenizer_path.name}"
     elif user:
         raise UserError("there is no tokenizer.json for your text", "leave --text and --prompt away: random ids")
     else:
         stream = np.random.default_rng(0).integers(0, model.vocab_size, 4 * ROW, dtype=np.int32)
-        told = "random ids"
+        origin = "random ids"
     longest = model.max_seq_len if model.positions in ("learned", "sinusoidal") else ROW
     lengths = [max(1, min(n, longest // 4)) for n in PROMPTS]
     prompts = [tuple(np.roll(stream, -29 * i)[:n].tolist()) for i, n in enumerate(lengths[:-1])]
@@ -128,7 +128,7 @@ def make_inputs(
         lay(stream[::-1], min(STEP_ROW, longest), sprinkled),
         tuple(prompts),
         max(1, min(NEW_TOKENS, longest - max(map(len, prompts)))),
-        told,
+        origin,
         stream,
         model.vocab_size,
         tuple(level for level in levels if level != "generation" or model.head == "lm"),

@@ -79,20 +79,20 @@ class Report:
         if self.same:
             return "same"
         options = [finding for finding in self.findings if finding.level == "config" and not finding.ok]
-        told = [f"{finding.name} is {finding.note}" for finding in options[:OPTIONS]]
-        told += [f"{len(options) - OPTIONS} more options"] if len(options) > OPTIONS else []
-        told += [self._first_told(self.first)] if self.first else []
-        told += [f"first guilty: {self.guilty.what}"] if self.guilty else []
-        return "differ: " + "; ".join([*told, *self.explanations[:1]])
+        parts = [f"{finding.name} is {finding.note}" for finding in options[:OPTIONS]]
+        parts += [f"{len(options) - OPTIONS} more options"] if len(options) > OPTIONS else []
+        parts += [self._first_difference(self.first)] if self.first else []
+        parts += [f"first guilty: {self.guilty.what}"] if self.guilty else []
+        return "differ: " + "; ".join([*parts, *self.explanations[:1]])
 
-    def _first_told(self, first: Finding) -> str:
-        told = f"first differing tensor {first.name} ({first.dtype}, {first.level}): "
+    def _first_difference(self, first: Finding) -> str:
+        words = f"first differing tensor {first.name} ({first.dtype}, {first.level}): "
         if first.level == GENERATION:
-            return told.replace("tensor", "tokens") + first.note
+            return words.replace("tensor", "tokens") + first.note
         if first.note and not math.isfinite(first.error):
-            return told + first.note
+            return words + first.note
         last = f"; {self.last_same.name} before it is the same" if self.last_same else ""
-        return f"{told}relative error {first.error:.1e}, bound {first.bound:.1e}{last}"
+        return f"{words}relative error {first.error:.1e}, bound {first.bound:.1e}{last}"
 
     def worst(self, level: str, dtype: str) -> Finding | None:
         """The finding that comes nearest to its bound, or exceeds it most."""
@@ -119,11 +119,11 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; an infinite error is null."""
-        told = ("subject", "who", "model", "inputs", "date", "machine")
+        names = ("subject", "who", "model", "inputs", "date", "machine")
         return {
             "same": self.same,
             "verdict": self.verdict,
-            **{name: getattr(self, name) for name in told},
+            **{name: getattr(self, name) for name in names},
             "versions": dict(self.versions),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "guilty": self.guilty.what if self.guilty else None,
@@ -165,8 +165,8 @@ class Report:
             cells = [self.worst(level, dtype) for dtype in self.dtypes]
             table.add_row(level, *(Text(_cell(cell), style=_style(cell)) for cell in cells))
         verdict = Text(self.verdict, style="bold green" if self.same else "bold red", overflow="fold")
-        told = [*self.explanations[1:], *self.notes, self.who, f"{self.model}; {self.inputs}; {self.slowest}"]
-        return Group(table, verdict, *(Text(line, style="dim", overflow="fold") for line in told))
+        lines = [*self.explanations[1:], *self.notes, self.who, f"{self.model}; {self.inputs}; {self.slowest}"]
+        return Group(table, verdict, *(Text(line, style="dim", overflow="fold") for line in lines))
 
 
 def describe(model: config.Model) -> str:

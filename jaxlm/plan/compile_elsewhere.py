@@ -88,11 +88,11 @@ def compile_step(cfg: config.Config, topology: Topology) -> Measured:
         if not answer.exists():
             last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
             raise UserError(f"{topology}: the compiler ended with {done.returncode}: {''.join(last)[:300]}")
-        told = json.loads(answer.read_text())
-    if "error" in told:
-        raise UserError(told["error"], told["hint"])
-    told["traffic"] = tuple(Traffic(**{**one, "axes": tuple(one["axes"])}) for one in told["traffic"])
-    return Measured(**told)
+        content = json.loads(answer.read_text())
+    if "error" in content:
+        raise UserError(content["error"], content["hint"])
+    content["traffic"] = tuple(Traffic(**{**one, "axes": tuple(one["axes"])}) for one in content["traffic"])
+    return Measured(**content)
 
 
 def measure(cfg: config.Config, topology: Topology) -> Measured:
@@ -180,10 +180,10 @@ def main() -> None:
     prepare_environment(topology)
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            told: dict[str, Any] = dataclasses.asdict(measure(toml.from_dict(request["config"]), topology))
+            content: dict[str, Any] = dataclasses.asdict(measure(toml.from_dict(request["config"]), topology))
         except UserError as error:
-            told = {"error": error.message, "hint": error.hint}
-        Path(request["answer"]).write_text(json.dumps(told), encoding="utf-8")
+            content = {"error": error.message, "hint": error.hint}
+        Path(request["answer"]).write_text(json.dumps(content), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """NVIDIA GPUs that are not here: CUDA's compiler in XLA, which needs neither driver nor device (extra `plan-gpu`).
 
-It is told what it compiles for in XLA's `GpuTargetConfigProto`. The figures are those of the CUDA runtime
+The target is given by XLA's `GpuTargetConfigProto`. The figures are those of the CUDA runtime
 (`cudaDeviceProp`) on the SXM boards, as XLA keeps them in xla/backends/gpu/target_config/specs.
 """
 

@@ -125,28 +125,28 @@ class Plan:
 
     def _memory(self) -> Any:
         table = _table("memory of a device", "our count, GiB", "compiler, GiB")
-        own, told = self.estimate, self.measured
-        measured = told is not None and not told.used_when_refused
+        own, compiled = self.estimate, self.measured
+        measured = compiled is not None and not compiled.used_when_refused
         rows = [("parameters", own.parameters), ("optimiser", own.optimizer), ("batch", own.batch)]
         for name, size in rows:
             table.add_row(name, gib(size), "")
-        table.add_row("state and batch", gib(own.state), gib(told.argument_bytes) if told and measured else "")
+        table.add_row("state and batch", gib(own.state), gib(compiled.argument_bytes) if compiled and measured else "")
         for name, size in (("gradients", own.gradients), ("activations", own.activations), ("working", own.working)):
             table.add_row(name, gib(size), "")
         besides = own.gradients + own.activations + own.working
-        table.add_row("temporaries", gib(besides), gib(told.temporary_bytes) if told and measured else "")
-        table.add_row("together", gib(own.bytes), gib(told.bytes) if told else "", style="bold")
+        table.add_row("temporaries", gib(besides), gib(compiled.temporary_bytes) if compiled and measured else "")
+        table.add_row("together", gib(own.bytes), gib(compiled.bytes) if compiled else "", style="bold")
         table.add_row(f"a {self.chip} has", gib(self.hbm), "")
         return table
 
     def _work(self) -> Any:
-        told, times = self.measured, self.times
-        assert told is not None and times is not None
+        compiled, times = self.measured, self.times
+        assert compiled is not None and times is not None
         table = _table("work of a device in a step", "amount", "seconds")
-        table.add_row("FLOP", f"{told.flops:.4g}", f"{times.compute:.4f}")
+        table.add_row("FLOP", f"{compiled.flops:.4g}", f"{times.compute:.4f}")
         table.add_row("  needed by the model", f"{self.model_flops:.4g}", "")
-        table.add_row("  recomputed (remat)", f"{told.recomputed_flops:.4g}", "")
-        table.add_row("memory traffic, GB", f"{told.memory_traffic / 1e9:,.1f}", f"{times.memory:.4f}")
+        table.add_row("  recomputed (remat)", f"{compiled.recomputed_flops:.4g}", "")
+        table.add_row("memory traffic, GB", f"{compiled.memory_traffic / 1e9:,.1f}", f"{times.memory:.4f}")
         table.add_row("operations one by one", "", f"{times.busy:.4f}")
         return table
 

@@ -75,11 +75,11 @@ class Ranking:
             table.add_column(name, justify="right")
         for one, plan in self.plans:
             axes = " ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-            told = plan.measured.bytes if plan.measured else 0
+            measured_bytes = plan.measured.bytes if plan.measured else 0
             cells = [
                 f"{axes}, {plan.remat}, {plan.microbatches}",
                 gib(one.memory.bytes),
-                gib(told),
+                gib(measured_bytes),
                 f"{one.seconds:.3f}",
             ]
             if plan.times:

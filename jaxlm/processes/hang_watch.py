@@ -53,8 +53,8 @@ class Watch:
     def _end(self, patience: float) -> None:
         faulthandler.dump_traceback(all_threads=True)
         message = f"process {self._me}: nothing finished for {self._seconds:g} s, {self._what}"
-        if told := self._ask(patience):
-            message += f"; {behind(told, self._count)}"
+        if reports := self._ask(patience):
+            message += f"; {behind(reports, self._count)}"
         hint = "its stacks are above; --restarts starts again; distributed.hang_seconds is how long to wait"
         print(f"error: {message} ({hint})", file=sys.stderr, flush=True)
         os._exit(HUNG)
@@ -71,16 +71,16 @@ class Watch:
         return {process: (int(marks), what) for process, (marks, what) in split.items()}
 
 
-def behind(told: Mapping[int, tuple[int, str]], count: int) -> str:
+def behind(reports: Mapping[int, tuple[int, str]], count: int) -> str:
     """Who keeps the others waiting: those that say nothing, else those with the fewest marks."""
-    silent = [process for process in range(count) if process not in told]
+    silent = [process for process in range(count) if process not in reports]
     if silent:
         return f"no word from {_names(silent)}"
-    least = min(marks for marks, _ in told.values())
-    late = [process for process, (marks, _) in told.items() if marks == least]
+    least = min(marks for marks, _ in reports.values())
+    late = [process for process, (marks, _) in reports.items() if marks == least]
     if len(late) == count:
         return "all processes stand at the same place"
-    return f"{_names(late)} is behind, {told[late[0]][1]}"
+    return f"{_names(late)} is behind, {reports[late[0]][1]}"
 
 
 def _names(processes: list[int]) -> str:

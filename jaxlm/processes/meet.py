@@ -8,7 +8,7 @@
     JAXLM_PROCESS_ID    which of them this one is, from 0
     JAXLM_HOSTS         on how many hosts they run, if known: a loopback coordinator is refused when it is above 1
 
-Under SLURM, Open MPI and Cloud TPU nothing need be said. One process without any of these initialises nothing, and does
+Under SLURM, Open MPI and Cloud TPU no setting is needed. One process without any of these initialises nothing, and does
 not even import JAX, which is loaded while the corpus is opened.
 """
 
@@ -54,7 +54,7 @@ def initialize(options: config.Distributed) -> Place | None:
     """Meet the other processes of the run; call it before the first use of a device. None: there are no others.
 
     Raises:
-        UserError: who this process is was said in part only, or the coordinator cannot be right.
+        UserError: the identity of this process is incomplete, or the coordinator cannot be right.
         MissingPeersError: the coordinator or another process was not there in time.
     """
     place = find_place(options, os.environ)
@@ -88,7 +88,7 @@ def find_place(options: config.Distributed, environment: Mapping[str, str]) -> P
     """Who this process is: options first, then environment variables, then the cluster that JAX detects.
 
     Raises:
-        UserError: said in part, or not consistent.
+        UserError: the settings are incomplete or contradict one another.
     """
     coordinator = options.coordinator or environment.get("JAXLM_COORDINATOR", "")
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
@@ -101,11 +101,11 @@ def find_place(options: config.Distributed, environment: Mapping[str, str]) -> P
         processes, process_id = processes or found.processes, process_id if process_id >= 0 else found.process_id
     if not coordinator and not processes and process_id < 0:
         return None
-    said = {"coordinator": coordinator, "processes": processes, "process_id": process_id + 1}
-    missing = [name for name, value in said.items() if not value]
+    settings = {"coordinator": coordinator, "processes": processes, "process_id": process_id + 1}
+    missing = [name for name, value in settings.items() if not value]
     if missing:
         names = ", ".join(f"distributed.{name} (JAXLM_{name.upper()})" for name in missing)
-        raise UserError(f"one of several processes, but not said: {names}", "`jaxlm launch local` says all of them")
+        raise UserError(f"one of several processes, but not set: {names}", "`jaxlm launch local` sets all of them")
     if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"the coordinator {coordinator!r} is not HOST:PORT")
     if process_id >= processes:
@@ -119,8 +119,8 @@ def refuse_loopback(place: Place, environment: Mapping[str, str]) -> None:
     Raises:
         UserError: the coordinator resolves to a loopback address and the processes run on several hosts.
     """
-    said = (_number(environment, name, 0) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
-    hosts = next(filter(None, said), 1)
+    counts = (_number(environment, name, 0) for name in ("JAXLM_HOSTS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    hosts = next(filter(None, counts), 1)
     if hosts > 1 and (address := _loopback(place.coordinator)):
         raise UserError(
             f"the coordinator {place.coordinator} is {address}, which on each of the {hosts} hosts is that host itself",
@@ -149,19 +149,21 @@ def agree(facts: Mapping[str, Any]) -> None:
     place, me = f"jaxlm/agree/{_meetings}", jax.process_index()
     service.key_value_set(f"{place}/{me}", json.dumps(facts))
     if me == 0:
-        told = [json.loads(service.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())]
-        service.key_value_set(f"{place}/verdict", difference(told))
+        all_facts = [
+            json.loads(service.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())
+        ]
+        service.key_value_set(f"{place}/verdict", difference(all_facts))
     if verdict := service.blocking_key_value_get(f"{place}/verdict", _DAY):
         with contextlib.suppress(Exception):  # the first process, whom the others ask, must not leave before them
             service.wait_at_barrier(f"{place}/read", _FAREWELL)
         raise UserError(verdict, "all processes must run the same program on the same data, with one run directory")
 
 
-def difference(told: Sequence[Mapping[str, Any]]) -> str:
+def difference(all_facts: Sequence[Mapping[str, Any]]) -> str:
     """The first fact on which processes differ, and who has what; empty if there is none."""
-    for name in dict.fromkeys(name for facts in told for name in facts):
+    for name in dict.fromkeys(name for facts in all_facts for name in facts):
         holders: dict[str, list[int]] = {}
-        for process_id, facts in enumerate(told):
+        for process_id, facts in enumerate(all_facts):
             holders.setdefault(str(facts.get(name, "absent")), []).append(process_id)
         if len(holders) > 1:
             most = sorted(holders.items(), key=lambda held: -len(held[1]))

@@ -281,7 +281,7 @@ def _words(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _ends(tokenizer: Tokenizer, folder: Path | None, settings: Mapping[str, Any]) -> frozenset[int]:
-    """Ids after which nothing more is said: end of text, end of turn, and what the model's settings name."""
+    """Ids that end a generated text: end of text, end of turn, and what the model's settings name."""
     stored = (_json(folder / "generation_config.json") if folder else {}).get("eos_token_id")
     named = stored if isinstance(stored, list) else [stored]
     ids = {tokenizer.eot, tokenizer.specials.get("end_of_turn"), *(one for one in named if isinstance(one, int))}

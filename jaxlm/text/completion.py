@@ -63,11 +63,11 @@ def check_prompts(cfg: config.Model, prompts: Sequence[Sequence[int]], max_new_t
     longest = max(map(len, prompts))
     if longest + max_new_tokens <= cfg.max_seq_len or not cfg.max_seq_len or cfg.streams:
         return
-    told = f"a prompt of {longest} and {max_new_tokens} new tokens exceed model.max_seq_len = {cfg.max_seq_len}"
+    problem = f"a prompt of {longest} and {max_new_tokens} new tokens exceed model.max_seq_len = {cfg.max_seq_len}"
     if cfg.positions in ("learned", "sinusoidal"):
         room = cfg.max_seq_len - longest
-        raise UserError(told, f"at most {room} new tokens fit" if room > 0 else "shorten the prompt")
-    _log.warning("warning: %s: beyond what the model was trained on", told)
+        raise UserError(problem, f"at most {room} new tokens fit" if room > 0 else "shorten the prompt")
+    _log.warning("warning: %s: beyond what the model was trained on", problem)
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:

@@ -40,7 +40,7 @@ def test_marks_and_the_end_keep_it_quiet():
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("reports", "expected"),
     [
         ({0: (5, "a"), 1: (5, "a")}, "all processes stand at the same place"),
         ({0: (5, "a"), 1: (3, "in a save")}, "process 1 is behind, in a save"),
@@ -48,5 +48,5 @@ def test_marks_and_the_end_keep_it_quiet():
         ({0: (5, "a")}, "no word from process 1"),
     ],
 )
-def test_who_is_behind(told, expected):
-    assert behind(told, max(2, len(told))) == expected
+def test_who_is_behind(reports, expected):
+    assert behind(reports, max(2, len(reports))) == expected

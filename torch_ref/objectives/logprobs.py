@@ -19,7 +19,7 @@ from torch_ref.objectives.blocks import block_count, join, split
 
 
 class TokenLogps(NamedTuple):
-    """What the model said of each target, in nats, float32 or wider."""
+    """The log-probability of each target and the entropy there, in nats, float32 or wider."""
 
     logps: Float[Tensor, "b t"]
     """Log-probability of the target."""

@@ -44,8 +44,8 @@ class GptOssRope(Rope):
 
     def back(self, hf: Hf) -> dict[str, Any]:
         """See `Setting`."""
-        said = hf.get("rope_parameters") or hf.get("rope_scaling")
-        return super().back(hf if said else {**hf, "rope_parameters": self.PUBLISHED})
+        scaling = hf.get("rope_parameters") or hf.get("rope_scaling")
+        return super().back(hf if scaling else {**hf, "rope_parameters": self.PUBLISHED})
 
 
 def _every_other(hf: Hf) -> list[str]:

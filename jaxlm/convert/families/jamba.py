@@ -41,13 +41,13 @@ class Periods:
         """See `Setting`. Layers that keep to no period are left out."""
         blocks = [model.halves(kind) for kind in model.pattern]
         experts = [block.ffn.moe for block in blocks if block.ffn_name == "moe"]
-        said = {
+        periods = {
             "attn_layer": period([block.mixer_name == "attention" for block in blocks], model.repeats),
             "expert_layer": period([block.ffn_name == "moe" for block in blocks], model.repeats) if experts else (1, 0),
         }
         numbers = {
             f"{kind}_{name}": number
-            for kind, found in said.items()
+            for kind, found in periods.items()
             for name, number in zip(("period", "offset"), found, strict=False)
         }
         if not experts:

@@ -83,7 +83,7 @@ class Rope:
         },
     }
 
-    UNSAID: ClassVar[tuple[tuple[str, Any], ...]] = (("attention_factor", 0.0), ("truncate", True))
+    DEFAULTS: ClassVar[tuple[tuple[str, Any], ...]] = (("attention_factor", 0.0), ("truncate", True))
     """What an absent key means."""
     NOT_ZERO: ClassVar[tuple[str, ...]] = ("factor", "attention_factor")
     """0 stands for a default here, and for nothing at all there."""
@@ -95,15 +95,15 @@ class Rope:
         """See `Setting`."""
         theta, scaling = model.rope_theta, model.rope_scaling
         names = self.SCALINGS.get(scaling.kind, {})
-        said = {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
-        said = {key: value for key, value in said.items() if (key, value) not in self.UNSAID}
+        given = {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
+        given = {key: value for key, value in given.items() if (key, value) not in self.DEFAULTS}
         if names and not scaling.factor:
-            said["factor"] = model.max_seq_len / scaling.original_max_seq_len
+            given["factor"] = model.max_seq_len / scaling.original_max_seq_len
         kind = scaling.kind if names else "default"
         return {
             "rope_theta": theta,  # transformers 4
-            "rope_scaling": {"rope_type": kind, **said} if names else None,
-            "rope_parameters": {"rope_type": kind, "rope_theta": theta, **said},  # transformers 5
+            "rope_scaling": {"rope_type": kind, **given} if names else None,
+            "rope_parameters": {"rope_type": kind, "rope_theta": theta, **given},  # transformers 5
         }
 
     def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,21 +113,21 @@ class Rope:
         section = next(filter(None, sections), {})
         if not isinstance(section, Mapping):
             raise ValueError("rope_parameters and rope_scaling are objects or null")
-        said = {key: value for key, value in section.items() if value is not None}
-        kind = said.pop("rope_type", said.pop("type", "default"))
-        theta = said.pop("rope_theta", hf.get("rope_theta") or self.theta)
-        if (share := said.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))) not in (None, 1.0):
+        given = {key: value for key, value in section.items() if value is not None}
+        kind = given.pop("rope_type", given.pop("type", "default"))
+        theta = given.pop("rope_theta", hf.get("rope_theta") or self.theta)
+        if (share := given.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))) not in (None, 1.0):
             raise refusal("partial_rotary_factor", share)
-        said.pop("type", None)
+        given.pop("type", None)
         if kind not in self.SCALINGS:
             raise refusal("rope_type", kind)
         names = self.SCALINGS[kind]
-        if wrong := [key for key in said if key not in names or (key in self.NOT_ZERO and not said[key])]:
-            raise refusal(f"rope_parameters.{wrong[0]}", said[wrong[0]])
+        if wrong := [key for key in given if key not in names or (key in self.NOT_ZERO and not given[key])]:
+            raise refusal(f"rope_parameters.{wrong[0]}", given[wrong[0]])
         if LENGTH in names:
-            said[LENGTH] = outside or said.get(LENGTH) or hf["max_position_embeddings"]
+            given[LENGTH] = outside or given.get(LENGTH) or hf["max_position_embeddings"]
         options = {"rope_scaling.kind": kind} if names else {}
-        return {"rope_theta": theta, **options, **{f"rope_scaling.{names[key]}": said[key] for key in said}}
+        return {"rope_theta": theta, **options, **{f"rope_scaling.{names[key]}": given[key] for key in given}}
 
 
 SILU = Choice("hidden_act", "activation", {"swiglu": ("silu", "swish")}, "silu")

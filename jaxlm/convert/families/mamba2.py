@@ -49,8 +49,10 @@ class Heads:
         """See `Setting`."""
         expand, heads, head_dim = hf.get("expand", 2), hf.get("num_heads", 128), hf.get("head_dim", 64)
         if heads * head_dim != expand * hf["hidden_size"]:
-            told = f"num_heads = {heads} of head_dim = {head_dim}"
-            raise ValueError(f"{told} are not the {expand} * {hf['hidden_size']} channels of expand * hidden_size")
+            heads_given = f"num_heads = {heads} of head_dim = {head_dim}"
+            raise ValueError(
+                f"{heads_given} are not the {expand} * {hf['hidden_size']} channels of expand * hidden_size"
+            )
         return {"mamba.head_dim": head_dim}
 
 

@@ -45,10 +45,10 @@ class Count:
 
     def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """See `Setting`."""
-        said = {hf[key] for key in ("num_experts", "num_local_experts") if key in hf} or {128}
-        if len(said) > 1:
+        counts = {hf[key] for key in ("num_experts", "num_local_experts") if key in hf} or {128}
+        if len(counts) > 1:
             raise ValueError(f"num_experts = {hf['num_experts']}, but num_local_experts = {hf['num_local_experts']}")
-        return {"moe.n_experts": said.pop()}
+        return {"moe.n_experts": counts.pop()}
 
 
 FAMILY = Family(

@@ -87,13 +87,13 @@ class MappedFile:
 
 def header(tensors: Sequence[Planned]) -> tuple[bytes, list[int]]:
     """The first bytes of a file with these tensors, and where in the file the values of each begin."""
-    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, stop = [], 0
     for one in tensors:
         starts.append(stop)
         stop += one.nbytes
-        said[one.name] = {"dtype": DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": [starts[-1], stop]}
-    text = json.dumps(said, separators=(",", ":")).encode()
+        entries[one.name] = {"dtype": DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": [starts[-1], stop]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, [8 + len(text) + start for start in starts]
 
@@ -105,10 +105,10 @@ def header_sha256(text: bytes) -> str:
 
 def _entries(text: bytes, size: int) -> dict[str, Entry]:
     """The header of a file with `size` bytes of values. A ValueError says what is wrong with it."""
-    said = json.loads(text, object_pairs_hook=_unique)
-    if not isinstance(said, dict):
+    stored = json.loads(text, object_pairs_hook=_unique)
+    if not isinstance(stored, dict):
         raise ValueError("the header is no JSON object")
-    found = {name: _entry(name, entry) for name, entry in said.items() if name != "__metadata__"}
+    found = {name: _entry(name, entry) for name, entry in stored.items() if name != "__metadata__"}
     place = 0
     for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != place:
@@ -119,12 +119,12 @@ def _entries(text: bytes, size: int) -> dict[str, Entry]:
     return found
 
 
-def _entry(name: str, said: Any) -> Entry:
+def _entry(name: str, stored: Any) -> Entry:
     if not name.isprintable():
         raise ValueError(f"a tensor is named {name!r}")
-    if not isinstance(said, Mapping) or said.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(stored, Mapping) or stored.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} has no dtype, shape and data_offsets")
-    code, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    code, shape, offsets = stored["dtype"], stored["shape"], stored["data_offsets"]
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if not isinstance(code, str) or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"{name!r} is {code!r}, {shape!r} at {offsets!r}")

@@ -106,7 +106,7 @@ def write_folder(
     layout: str,
     shard_bytes: int | None = None,
     overwrite: bool = False,
-    told: Callable[[int], object] = lambda size: None,
+    report: Callable[[int], object] = lambda size: None,
 ) -> Written:
     """Write tensors, files and manifest; the folder appears complete or not at all.
 
@@ -114,13 +114,13 @@ def write_folder(
         layout: what the names mean (`torch`, `llama`); an earlier result in the same layout is replaced.
         shard_bytes: above this size the weights go into several files with an index; None: always one file.
         overwrite: replace whatever lies at `folder`.
-        told: called with the bytes of each tensor that is written.
+        report: called with the bytes of each tensor that is written.
 
     Raises:
         UserError: something else lies at `folder`, it cannot be written, or the disk is full.
     """
     with staged(folder, overwrite or is_own(Path(folder), layout)) as stage:
-        return write_weights(stage, tensors, files, layout=layout, shard_bytes=shard_bytes, told=told)
+        return write_weights(stage, tensors, files, layout=layout, shard_bytes=shard_bytes, report=report)
 
 
 def write_weights(
@@ -130,10 +130,10 @@ def write_weights(
     *,
     layout: str,
     shard_bytes: int | None = None,
-    told: Callable[[int], object] = lambda size: None,
+    report: Callable[[int], object] = lambda size: None,
 ) -> Written:
     """Write tensors, files and manifest into an empty folder; see `write_folder`."""
-    described, weights = _write_shards(folder, list(tensors), shard_bytes, told)
+    described, weights = _write_shards(folder, list(tensors), shard_bytes, report)
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     others = sorted(path for path in folder.iterdir() if path.name not in described)
@@ -230,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_shards(
-    stage: Path, tensors: Sequence[Planned], shard_bytes: int | None, told: Callable[[int], object]
+    stage: Path, tensors: Sequence[Planned], shard_bytes: int | None, report: Callable[[int], object]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One safetensors file, or several and their index; returns what the manifest says of each file and tensor.
 
@@ -258,7 +258,7 @@ def _write_shards(
             headers.append((file, text))
             targets += [Target(one, file.fileno(), start) for one, start in zip(shard, starts, strict=True)]
             described[name] = {"header_sha256": header_sha256(text[8:]), "bytes": size}
-        digests = write(targets, told)
+        digests = write(targets, report)
         for file, text in headers:  # last, so that a file without all its values is none
             file.write(text)
     weights = {

@@ -43,7 +43,7 @@ class Planned(NamedTuple):
     origin: str = ""
     """Which stored tensor it comes from, unchecked: its values must turn out finite. Empty: any values will do."""
     settle: Callable[[np.ndarray, str], object] = lambda made, digest: None
-    """Told what was made and its sha256; compares what it was made from, which is often the same, with a manifest."""
+    """Called with the values made and their sha256; compares the source, often the same values, with a manifest."""
     source: str = ""
     """Tensors of one source are made one after the other, so that the source need not stay in memory."""
 
@@ -61,13 +61,13 @@ class Target(NamedTuple):
     offset: int
 
 
-def write(targets: Sequence[Target], told: Callable[[int], object]) -> dict[str, str]:
+def write(targets: Sequence[Target], report: Callable[[int], object]) -> dict[str, str]:
     """Write every tensor to its place, several at once; returns the sha256 of each by name.
 
     Of made tensors and what they are made from, at most two of the largest and `SLACK` are in memory together.
 
     Args:
-        told: called with the bytes of each tensor that is written, in this thread.
+        report: called with the bytes of each tensor that is written, in this thread.
 
     Raises:
         UserError: a value is NaN or infinite. Whatever `make` and `settle` raise ends the writing, and so does Ctrl-C.
@@ -86,7 +86,7 @@ def write(targets: Sequence[Target], told: Callable[[int], object]) -> dict[str,
             try:
                 for done in as_completed(waiting):
                     digests[waiting[done].name] = done.result()
-                    told(waiting[done].nbytes)
+                    report(waiting[done].nbytes)
             except BaseException:
                 stop.set()
                 pool.shutdown(cancel_futures=True)

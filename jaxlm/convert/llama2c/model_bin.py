@@ -87,22 +87,22 @@ def header_of(cfg: config.Model) -> list[int]:
     Raises:
         UserError: an option of `[model]` that the layout cannot express, by name.
     """
-    said: dict[str, Any] = {}
+    header: dict[str, Any] = {}
     for setting in SETTINGS:
-        said |= setting.out(cfg)
+        header |= setting.out(cfg)
     try:
-        back = _model(said, NAME)
+        back = _model(header, NAME)
     except UserError as error:
         raise UserError(f"the {NAME} layout has no place for this model: {error}") from None
     require_same(cfg, back, NAME)
-    numbers = [said[name] for name in HEADER]
+    numbers = [header[name] for name in HEADER]
     if large := [name for name, number in zip(HEADER, numbers, strict=True) if number >= 2**31]:
-        raise UserError(f"the {NAME} layout has no place for {large[0]} = {said[large[0]]}")
+        raise UserError(f"the {NAME} layout has no place for {large[0]} = {header[large[0]]}")
     return [*numbers[:5], numbers[5] if cfg.tie_embeddings else -numbers[5], numbers[6]]
 
 
-def _model(said: Mapping[str, Any], where: str) -> config.Model:
-    return toml.from_dict({"model": tree([setting.back(said) for setting in SETTINGS])}, where).model
+def _model(header: Mapping[str, Any], where: str) -> config.Model:
+    return toml.from_dict({"model": tree([setting.back(header) for setting in SETTINGS])}, where).model
 
 
 def rope_tables(cfg: config.Model) -> np.ndarray:
@@ -178,8 +178,8 @@ def read(path: Path) -> File:
     _refuse_others(path, head)
     numbers = dict(zip(HEADER, struct.unpack(f"<{len(HEADER)}i", head), strict=True))
     if problem := _inconsistent(numbers, path.stat().st_size):
-        said = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        raise UserError(f"{path}: {problem}: {said}", "no model.bin of llama2.c, or a damaged one")
+        listed = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        raise UserError(f"{path}: {problem}: {listed}", "no model.bin of llama2.c, or a damaged one")
     tied = numbers["vocab_size"] > 0
     cfg = _model({**numbers, "vocab_size": abs(numbers["vocab_size"]), "tied": tied}, str(path))
     tensors = BinTensors(path, cfg)
@@ -263,7 +263,7 @@ def write(
     parameters: Mapping[str, Any],
     cfg: config.Model,
     kept: bytes | None,
-    told: Callable[[int], object] = lambda size: None,
+    report: Callable[[int], object] = lambda size: None,
 ) -> tuple[int, int]:
     """Write `model.bin` into a folder; returns the number of tensors and bytes. `kept`: tables that a file had.
 
@@ -283,7 +283,7 @@ def write(
             file.write(array.data)
             if one.name == "rms_final":
                 file.write(kept if kept is not None and len(kept) == len(tables) else tables)
-            told(one.nbytes)
+            report(one.nbytes)
         return len(tensors), file.tell()
 
 

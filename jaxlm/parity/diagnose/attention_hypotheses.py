@@ -17,7 +17,7 @@ from jaxlm import config
 from jaxlm.config.pattern import parse_block
 from jaxlm.parity.diagnose import torch_patches
 from jaxlm.parity.diagnose.ffn_hypotheses import activation, experts, mamba
-from jaxlm.parity.diagnose.hypothesis import Try, attends, mixes, patching, rotates, said, values, zeroed
+from jaxlm.parity.diagnose.hypothesis import Try, attends, mixes, patching, rotates, shown, values, zeroed
 from jaxlm.parity.diagnose.variant import Variant, blocks_with, rendered
 
 
@@ -53,7 +53,7 @@ def explain_config(theirs: config.Model) -> Culprit:
                     {key: x for key, x in dataclasses.asdict(a).items() if x != getattr(b, key)}  # pyright: ignore
                     for a, b in ((ours, other), (other, ours))
                 )
-            what = f"{field.name} is {said(other)} instead of {said(ours)}, as its config says"
+            what = f"{field.name} is {shown(other)} instead of {shown(ours)}, as its config says"
             unlike.append((field.name, getattr(theirs, field.name)))
             yield what, functools.partial(_replaced, v, dict(unlike[-1:]))
         if len(unlike) > 1:
@@ -104,7 +104,7 @@ def rope_scaling(v: Variant) -> Iterator[Try]:
     yield f"rope_scaling is missing: frequencies are not scaled by {ours.kind}", make({})
     if ours.kind == "yarn":
         yield "the attention temperature of YaRN is missing", make({**own, "attention_factor": 1.0})
-        without = f"truncate = {said(not ours.truncate)}"
+        without = f"truncate = {shown(not ours.truncate)}"
         yield f"the ends of YaRN's ramp are rounded otherwise: {without}", make({**own, "truncate": not ours.truncate})
     for kind in ("linear", "ntk", "llama3", "yarn"):
         if kind != ours.kind:
@@ -112,7 +112,7 @@ def rope_scaling(v: Variant) -> Iterator[Try]:
     plain = config.RopeScaling()
     for key in ("low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast", "attention_factor"):
         if own[key] != getattr(plain, key):
-            what = f"rope_scaling.{key} is the usual {said(getattr(plain, key))} instead of {said(own[key])}"
+            what = f"rope_scaling.{key} is the usual {shown(getattr(plain, key))} instead of {shown(own[key])}"
             yield what, make({**own, key: getattr(plain, key)})
     for factor in (2.0, 4.0, 8.0, 16.0, 32.0):
         if factor != ours.factor:
@@ -120,7 +120,7 @@ def rope_scaling(v: Variant) -> Iterator[Try]:
 
 
 def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{key} = {said(value)}" for key, value in options.items())
+    return ", ".join(f"{key} = {shown(value)}" for key, value in options.items())
 
 
 def rope_part(v: Variant) -> Iterator[Try]:
@@ -192,8 +192,8 @@ def eps(v: Variant) -> Iterator[Try]:
 
 
 def norm_scale(v: Variant) -> Iterator[Try]:
-    said = {1.0: "norms multiply by (1 + w) instead of w", -1.0: "norms multiply by w instead of (1 + w)"}
-    for add, what in said.items():
+    scales = {1.0: "norms multiply by (1 + w) instead of w", -1.0: "norms multiply by w instead of (1 + w)"}
+    for add, what in scales.items():
         for where, left in (("", ()), (", those of queries and keys excepted", ("q_norm.weight", "k_norm.weight"))):
             if not left or any(name.endswith(left) for name in v.tensors):
                 change = functools.partial(_plus, add, left)

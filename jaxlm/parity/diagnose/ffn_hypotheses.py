@@ -33,8 +33,8 @@ def activation(v: Variant) -> Iterator[Try]:
         if ours in ACTIVATIONS:
             for name, (what, function) in ACTIVATIONS.items():
                 if name != ours:
-                    told = f"the activation is {what} instead of {ACTIVATIONS[ours][0]}"
-                    yield patching(v, told, torch_patches.activation(function))
+                    what_differs = f"the activation is {what} instead of {ACTIVATIONS[ours][0]}"
+                    yield patching(v, what_differs, torch_patches.activation(function))
             continue
         yield patching(v, "gate and up are swapped: the activation is that of up", torch_patches.gate_is_up)
         for name, (what, function) in ACTIVATIONS.items():

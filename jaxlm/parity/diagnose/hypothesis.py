@@ -14,7 +14,7 @@ Try = tuple[str, Callable[[], Variant]]
 """What the other implementation does, and the variant; making it raises ValueError where the config refuses it."""
 
 
-def said(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it stands in a config file."""
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -25,7 +25,7 @@ def values(v: Variant, key: str, others: tuple[Any, ...], section: str = "") -> 
     for value in others:
         if value != ours:
             name = f"{section}.{key}" if section else key
-            what = f"{name} is {said(value)} instead of {said(ours)}"
+            what = f"{name} is {shown(value)} instead of {shown(ours)}"
             yield what, functools.partial(v.with_options, section, **{key: value})
 
 

@@ -35,7 +35,7 @@ FALLS = 100.0
 FEW = 3
 """Modules that rounding may leave as they are: embedding, first norm."""
 OTHERS = 3
-"""Explanations that fit equally well and are told, at most."""
+"""Explanations that fit equally well and are reported, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ def explain(
         base, target = dataclasses.replace(base, rows=inputs.rows), theirs.forward("float64", inputs.rows)
         before = _error(target, attempt(base), base)
     if before <= FLOAT64.allowed and found:
-        told = "; the outputs are the same"
-        return [Explanation(one.what + told, before, before, one.names) for one in found]
+        suffix = "; the outputs are the same"
+        return [Explanation(one.what + suffix, before, before, one.names) for one in found]
     if before <= FLOAT64.allowed:
         subject, target = ours, ours.forward("float64", inputs.rows)
         before = _error(target, attempt(base), base)
@@ -201,7 +201,7 @@ class Search:
             best = fit[0]
             others = [one for one in fit[1:] if set(one.whats) != set(best.whats) and one.whats[:-1] == best.whats[:-1]]
             others = [one for one in others if not best.whats[-1].startswith(one.whats[-1])][:OTHERS]
-            return [*_told(best, start), *(_or(one) for one in others)]
+            return [*_explanations(best, start), *(_or(one) for one in others)]
         return self._unexplained(start, closest)
 
     def _deepen(self, start: _Tried, target: Arrays) -> tuple[list[_Tried], _Tried]:
@@ -211,8 +211,8 @@ class Search:
             tried: list[_Tried] = []
             for front in beam:
                 for culprit in self._culprits:
-                    tried += (kin := list(self._all(front, culprit, target)))
-                    if fit := [one for one in kin if one.error <= FLOAT64.allowed]:
+                    tried += (attempts := list(self._all(front, culprit, target)))
+                    if fit := [one for one in attempts if one.error <= FLOAT64.allowed]:
                         return fit, closest
             self._count = self._count or len(tried)
             closest = min([closest, *tried], key=lambda one: one.error)
@@ -259,11 +259,11 @@ class Search:
         """What has become much smaller, and that no culprit makes the rest vanish."""
         rest = closest.kept()
         rest = rest if rest.error < start.error / FALLS else start
-        told = _told(rest, start)
-        what = f"none of the {self._count} known culprits makes the {'rest of the ' if told else ''}difference vanish"
+        found = _explanations(rest, start)
+        what = f"none of the {self._count} known culprits makes the {'rest of the ' if found else ''}difference vanish"
         if closest.whats[len(rest.whats) :]:
             what += f"; the closest is: {' and '.join(closest.whats[len(rest.whats) :])}"
-        return [*told, Explanation(what + self._size(rest), rest.error, closest.error, rest.first)]
+        return [*found, Explanation(what + self._size(rest), rest.error, closest.error, rest.first)]
 
     def _size(self, rest: _Tried) -> str:
         """Whether everything differs from the first modules on, as much as rounding makes it differ in this model."""
@@ -278,7 +278,7 @@ class Search:
         return ""
 
 
-def _told(one: _Tried, start: _Tried) -> list[Explanation]:
+def _explanations(one: _Tried, start: _Tried) -> list[Explanation]:
     """One explanation for each change that was made."""
     errors = [*(stage.error for stage in one.path), one.error]
     return [Explanation(what, errors[i], errors[i + 1], start.first) for i, what in enumerate(one.whats)]

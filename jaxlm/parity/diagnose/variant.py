@@ -121,11 +121,11 @@ def rendered(kind: str, options: Mapping[str, Any], add: bool = False) -> str:
     mixer, mixer_options, ffn, ffn_options = parse_block(kind)
 
     def half(name: str, own: Mapping[str, Any], known: tuple[str, ...]) -> str:
-        said = {**own, **{key: value for key, value in options.items() if key in (known if add else own)}}
-        told = ", ".join(
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in said.items()
+        chosen = {**own, **{key: value for key, value in options.items() if key in (known if add else own)}}
+        arguments = ", ".join(
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in chosen.items()
         )
-        return f"{name}({told})" if told else name
+        return f"{name}({arguments})" if arguments else name
 
     halves = [half(mixer, mixer_options, MIXERS[mixer])] + ([half(ffn, ffn_options, FFNS[ffn])] if ffn else [])
     return "+".join(halves)

@@ -46,8 +46,8 @@ def recognise(ours: Tensors, theirs: Tensors, model: config.Model) -> list[Recog
         what = relation(mine, other, axes(name, mine.shape, model)) or _mixed(name, ours, other)
         groups[what or "", what is not None].append(name)
     for (what, known), names in groups.items():
-        told = f"{where(names)}: {what}" if known else _unknown(names, ours, theirs)
-        found.append(Recognised(told, tuple(names), known))
+        words = f"{where(names)}: {what}" if known else _unknown(names, ours, theirs)
+        found.append(Recognised(words, tuple(names), known))
     return sorted(found, key=lambda one: (not one.known, -len(one.names)))
 
 
@@ -106,8 +106,8 @@ def _absent(ours: Tensors, theirs: Tensors) -> Iterator[Recognised]:
     if "head.weight" in extra:
         extra.remove("head.weight")
         copy = _equal(theirs["head.weight"], theirs["embed.weight"])
-        told = "a copy of the embedding, not tied to it" if copy else "a tensor of its own, and not the embedding"
-        yield Recognised(f"the tie is missing: head.weight is {told}, where ours is tied", ("head.weight",))
+        what = "a copy of the embedding, not tied to it" if copy else "a tensor of its own, and not the embedding"
+        yield Recognised(f"the tie is missing: head.weight is {what}, where ours is tied", ("head.weight",))
     if "head.weight" in missing:
         missing.remove("head.weight")
         yield Recognised("the head is tied to the embedding, where ours has its own head.weight", ("head.weight",))
@@ -188,16 +188,18 @@ def _last(module: str) -> str:
 def _mixed(name: str, ours: Tensors, other: np.ndarray) -> str | None:
     """Whether the rows are those of several of our tensors of the same module."""
     module, kind = name.rpartition(".")[0].rpartition(".")[0], name.rpartition(".")[2]
-    kin = [n for n in ours if n.startswith(f"{module}.") and n.endswith(f".{kind}") and n.count(".") == name.count(".")]
-    kin = [n for n in kin if ours[n].ndim == other.ndim and ours[n].shape[1:] == other.shape[1:]]
-    if len(kin) < 2 or other.ndim < 2:
+    peers = [
+        n for n in ours if n.startswith(f"{module}.") and n.endswith(f".{kind}") and n.count(".") == name.count(".")
+    ]
+    peers = [n for n in peers if ours[n].ndim == other.ndim and ours[n].shape[1:] == other.shape[1:]]
+    if len(peers) < 2 or other.ndim < 2:
         return None
-    take = source(np.concatenate([_wide(ours[n]) for n in kin]), other)
+    take = source(np.concatenate([_wide(ours[n]) for n in peers]), other)
     if take is None:
         return None
-    ends = np.cumsum([len(ours[n]) for n in kin])
+    ends = np.cumsum([len(ours[n]) for n in peers])
     used = sorted({int(number) for number in np.searchsorted(ends, take, side="right")})
-    return f"rows of {_and([_last(kin[i]) for i in used])}: a joined projection is split in another order"
+    return f"rows of {_and([_last(peers[i]) for i in used])}: a joined projection is split in another order"
 
 
 def _unknown(names: list[str], ours: Tensors, theirs: Tensors) -> str:
@@ -208,8 +210,10 @@ def _unknown(names: list[str], ours: Tensors, theirs: Tensors) -> str:
         shape = f"{list(theirs[worst].shape)} instead of {list(ours[worst].shape)}"
         return f"{where(names)}: not related in any known way; {worst} is {shape}"
     differ = int(np.sum(_wide(ours[worst]) != _wide(theirs[worst])))
-    told = f"{differ} of {ours[worst].size} elements of {worst} differ, the relative difference is {apart[worst]:.1e}"
-    return f"{where(names)}: not related in any known way; {told}"
+    distance = (
+        f"{differ} of {ours[worst].size} elements of {worst} differ, the relative difference is {apart[worst]:.1e}"
+    )
+    return f"{where(names)}: not related in any known way; {distance}"
 
 
 def _apart(mine: np.ndarray, other: np.ndarray) -> float:

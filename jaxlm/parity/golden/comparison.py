@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.parity.compare import Finding, compare_by_ratio, compare_tokens, relative
-from jaxlm.parity.golden.content import DRAWS, Told, digest, frozen_options, tail_of, typical_errors
+from jaxlm.parity.golden.content import DRAWS, Progress, digest, frozen_options, tail_of, typical_errors
 from jaxlm.parity.golden.file import Golden
 from jaxlm.parity.golden.projection import Sketch, relative_distance, sketch
 from jaxlm.parity.inputs import Inputs
@@ -23,7 +23,7 @@ STORED = "stored"
 
 
 def compare(
-    golden: Golden, side: Side, settings: config.Config, told: Told = lambda dtype, part: None
+    golden: Golden, side: Side, settings: config.Config, progress: Progress = lambda dtype, part: None
 ) -> list[Finding]:
     """All findings: options and weights, then float64, then each narrower dtype in the order of computation.
 
@@ -38,7 +38,7 @@ def compare(
     inputs = golden.shown.inputs()
     exact: Trace | None = None
     for dtype in golden.dtypes:
-        now = side.trace(dtype, inputs, lambda part, dtype=dtype: told(dtype, part))
+        now = side.trace(dtype, inputs, lambda part, dtype=dtype: progress(dtype, part))
         if exact is None:
             exact = now
             findings += _compare_exact(golden, now)
@@ -47,7 +47,7 @@ def compare(
             findings += _look_again(dtype, found, golden, side, inputs)
         then = Trace({}, [list(row) for row in golden.tokens[dtype]], {})
         findings += compare_tokens(dtype, inputs, (side, side), (then, now))
-    told("", "")
+    progress("", "")
     return findings
 
 

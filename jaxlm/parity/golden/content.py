@@ -34,7 +34,7 @@ DRAWS = 5
 """Draws of rows, the same at both times, by which an alarm about a gradient below float64 is confirmed."""
 
 
-Told = Callable[[str, str], None]
+Progress = Callable[[str, str], None]
 """Called with a dtype and what begins, and with two empty words at the end."""
 
 
@@ -57,14 +57,14 @@ def freeze(
     settings: config.Config,
     inputs: Inputs,
     dtypes: Sequence[str] = DTYPES,
-    told: Told = lambda dtype, part: None,
+    progress: Progress = lambda dtype, part: None,
 ) -> Golden:
     """Everything that a golden file holds.
 
     Raises:
         UserError: a value is NaN or infinite.
     """
-    trace = lambda dtype: side.trace(dtype, inputs, lambda part: told(dtype, part))  # noqa: E731
+    trace = lambda dtype: side.trace(dtype, inputs, lambda part: progress(dtype, part))  # noqa: E731
     exact = in_order(trace("float64"), settings.model)
     _require_finite(exact)
     levels = {level: {n: sketch(x) for n, x in arrays.items()} for level, arrays in exact.levels.items()}
@@ -79,7 +79,7 @@ def freeze(
                 raise UserError(f"{one.name} is NaN in {dtype}: there is nothing to freeze")
             bounds[dtype][one.level][one.name] = one.bound
     if narrow:
-        told(narrow[-1], "other rows")
+        progress(narrow[-1], "other rows")
     return Golden(
         computed_by=side.name,
         model=describe(settings.model),

@@ -18,13 +18,14 @@ from typing import Any
 
 from jaxlm.convert.open_model import Model
 from jaxlm.errors import UserError
-from jaxlm.parity.check import open_subject, progress
+from jaxlm.parity.check import progress_bars
 from jaxlm.parity.golden.comparison import compare, explanations_of
-from jaxlm.parity.golden.content import Told, freeze
+from jaxlm.parity.golden.content import Progress, freeze
 from jaxlm.parity.golden.file import Golden, read_golden
 from jaxlm.parity.inputs import make_inputs
 from jaxlm.parity.report import Report, describe
 from jaxlm.parity.sides.jax_side import JaxSide
+from jaxlm.parity.subject import open_subject
 from jaxlm.parity.trace import DTYPES, Side
 from jaxlm.processes.compile_cache import enable_compilation_cache
 
@@ -52,9 +53,9 @@ def write_golden(
     subject = open_subject(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
     inputs = make_inputs(subject.settings.model, subject.tokenizer_path)
-    with progress(show) as told:
+    with progress_bars(show) as progress:
         side = _side(subject, computed_by)
-        golden = freeze(side, subject.settings, inputs, dtypes, functools.partial(told, side.name))
+        golden = freeze(side, subject.settings, inputs, dtypes, functools.partial(progress, side.name))
     size = golden.save(path)
     if show:
         count = sum(len(names) for names in golden.levels.values())
@@ -79,9 +80,9 @@ def check_golden(
     subject = open_subject(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
     seconds: dict[str, float] = {}
-    with progress(show) as told:
+    with progress_bars(show) as progress:
         side = _side(subject, computed_by)
-        findings = compare(golden, side, subject.settings, _timed(seconds, functools.partial(told, side.name)))
+        findings = compare(golden, side, subject.settings, _timed(seconds, functools.partial(progress, side.name)))
     seconds["all"] = time.monotonic() - began
     report = Report(
         f"{subject.name} and {path}",
@@ -109,8 +110,8 @@ def assert_golden(model: str | Path | Model, path: str | Path, *, computed_by: s
         raise AssertionError(report.verdict)
 
 
-def _timed(seconds: dict[str, float], told: Told) -> Told:
-    """`told`, which also adds the seconds of a part to `seconds` when the next one begins."""
+def _timed(seconds: dict[str, float], progress: Progress) -> Progress:
+    """`progress`, which also adds the seconds of a part to `seconds` when the next one begins."""
     now: list[Any] = []
 
     def part(dtype: str, name: str) -> None:
@@ -118,7 +119,7 @@ def _timed(seconds: dict[str, float], told: Told) -> Told:
             seconds[now[0]] = seconds.get(now[0], 0.0) + time.monotonic() - now[1]
         now[:] = f"{dtype}, {name}", time.monotonic()
         if name:
-            told(dtype, name)
+            progress(dtype, name)
 
     return part
 

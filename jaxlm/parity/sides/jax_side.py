@@ -225,10 +225,10 @@ def _replayed(decoder: Decoder, params: Params, forced: Any, *places: Any) -> An
     """
     variables = {"params": params} | ({} if forced is None else {"forced": forced})
     with nn.intercept_methods(_force):
-        _, told = decoder.apply(
+        _, collections = decoder.apply(
             variables, *places, capture_intermediates=_captured, mutable=["intermediates", "arriving"]
         )
-    return told["arriving"], told["intermediates"]
+    return collections["arriving"], collections["intermediates"]
 
 
 def _force(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -23,10 +23,10 @@ def watched(modules: Iterable[tuple[str, nn.Module]], returns: Return, arrives: 
         return lambda module, args, kwargs: arrives(name, args, kwargs) if arrives else None
 
     def after(name: str) -> Callable[..., None]:
-        def told(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             returns(name, output)
 
-        return told
+        return hook
 
     handles = []
     for name, module in modules:

@@ -58,22 +58,22 @@ class TorchSide:
         with half_of_the_threads():
             return self._trace(dtype, inputs, told)
 
-    def _trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
+    def _trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
         decoder, batch = self._decoder(dtype), _tensors(inputs.rows)
         levels: dict[str, Arrays] = {}
         if inputs.wants("forward", "loss", "gradients"):
-            told("forward and gradient")
+            progress("forward and gradient")
             sums, gradients = self._gradients(decoder, batch)
             found = {"forward": self._forward(decoder, batch), "gradients": gradients}
             found["loss"] = {name: array_of(sums[name] / sums["weight"]) for name in ("loss", "nll")}
             levels = {level: found[level] for level in ("forward", "loss", "gradients") if inputs.wants(level)}
         tokens = []
         if inputs.wants("generation"):
-            told("greedy tokens")
+            progress("greedy tokens")
             tokens = generate(decoder, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
         weights = {name: array_of(parameter).copy() for name, parameter in decoder.named_parameters()}
         if inputs.wants("update"):
-            told("optimiser steps")
+            progress("optimiser steps")
             levels |= self._updates(decoder, inputs, weights)
         return Trace(levels, tokens, weights)
 

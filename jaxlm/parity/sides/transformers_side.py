@@ -1,6 +1,6 @@
 """The side of transformers: a Hugging Face folder computed by the model that it is meant for, hooks and autograd.
 
-Documents of a packed row are told to it by positions that begin again at 0, where its model knows them
+Documents of a packed row are marked by positions that begin again at 0, where its model knows them
 (`tells_documents_apart`), and padding is a document a token: what is computed there is not compared. Parameters are
 float32 where it computes in bfloat16, as jaxlm has them.
 
@@ -68,8 +68,8 @@ class HuggingFaceSide:
         with half_of_the_threads(), _lifted(dtype):
             return self._trace(dtype, inputs, told)
 
-    def _trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
-        told("forward and gradient")
+    def _trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
+        progress("forward and gradient")
         model, names = self._model(dtype)
         parameters = self._parameters(dtype)
         levels: dict[str, Arrays] = {}
@@ -80,11 +80,11 @@ class HuggingFaceSide:
             levels = {level: found[level] for level in ("forward", "loss", "gradients") if inputs.wants(level)}
         tokens = []
         if inputs.wants("generation"):
-            told("greedy tokens")
+            progress("greedy tokens")
             tokens = [self._continued(model, prompt, inputs.new_tokens) for prompt in inputs.prompts]
         weights = names.tensors(self._state(model, parameters))
         if inputs.wants("update"):
-            told("optimiser steps")
+            progress("optimiser steps")
             levels |= self._updates(model, names, parameters, inputs)
         return Trace(levels, tokens, weights)
 
@@ -153,16 +153,16 @@ class HuggingFaceSide:
 
     def _call(self, model: Any, rows: Mapping[str, Any], parameters: Parameters | None = None) -> Tensor:
         """Logits; of other parameters than the model's own when they are given."""
-        told: dict[str, Any] = {"input_ids": torch.as_tensor(rows["tokens"]).long(), "use_cache": False}
+        arguments: dict[str, Any] = {"input_ids": torch.as_tensor(rows["tokens"]).long(), "use_cache": False}
         if "position_ids" in inspect.signature(model.forward).parameters:
-            told["position_ids"] = torch.as_tensor(rows["positions"]).long()
+            arguments["position_ids"] = torch.as_tensor(rows["positions"]).long()
         if model.config.model_type == "gpt_oss":
-            told["attention_mask"] = _masks(model, told["position_ids"])
+            arguments["attention_mask"] = _masks(model, arguments["position_ids"])
         if parameters is None:
-            return model(**told).logits
+            return model(**arguments).logits
         own = dict(model.named_parameters())
         cast = {name: parameter.to(own[name].dtype) for name, parameter in parameters.items()}
-        found: Any = torch.func.functional_call(model, cast, kwargs=told, tie_weights=True)
+        found: Any = torch.func.functional_call(model, cast, kwargs=arguments, tie_weights=True)
         return found.logits
 
     def _loss(self, model: PreTrainedModel, parameters: Parameters) -> Callable[[Batch], tuple[Tensor, Sums]]:
@@ -255,7 +255,7 @@ class HuggingFaceSide:
         """The model as transformers loads it, with nothing missing, unexpected or of another shape."""
         eager: Any = {"attn_implementation": "eager", "experts_implementation": "eager"}
         with _quiet():
-            model, told = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            model, problems = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 self._folder,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 local_files_only=True,
@@ -264,7 +264,7 @@ class HuggingFaceSide:
                 output_loading_info=True,
                 **eager,
             )
-        for kind, found in told.items():
+        for kind, found in problems.items():
             if found:
                 raise UserError(f"{self._folder}: for transformers there are {kind.replace('_', ' ')}: {found}")
         return model.eval()

@@ -119,8 +119,8 @@ class Program(NamedTuple):
         numbers = [o.arrays[0] for o in operands if o is not None and o.arrays]
         shapes = [array.dims for array in numbers if array.dtype.startswith(("f", "bf"))]
         known = kernels.count(one.name, shapes, one.arrays[-1].dims, self.grouped_rows) if one.arrays else None
-        told = re.search(r'"flops":"?(\d+)', one.attributes)
-        return known or Count(int(told.group(1)) if told else 0, 0)
+        flops = re.search(r'"flops":"?(\d+)', one.attributes)
+        return known or Count(int(flops.group(1)) if flops else 0, 0)
 
 
 def parse(text: str, *, idle: str = "", grouped_rows: int = 0) -> Program:
