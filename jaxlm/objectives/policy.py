@@ -103,13 +103,7 @@ def policy_loss(
     trained_BT = weights_BT != 0
     logps_BT = jnp.where(trained_BT, logps_BT, 0)
     old_BT = jnp.where(trained_BT, _old(logps_BT, old_BT), 0)
-    log_ratio_BT = logps_BT - old_BT
-    length_B1 = jnp.sum(weights_BT, axis=1, keepdims=True)
-    if ratio == "sequence":
-        mean_B1 = jnp.sum(log_ratio_BT * weights_BT, axis=1, keepdims=True) / jnp.maximum(length_B1, 1)
-        rho_BT = jnp.broadcast_to(jnp.exp(mean_B1), logps_BT.shape)
-    else:
-        rho_BT = jnp.exp(log_ratio_BT)
+    rho_BT = _ratios(logps_BT - old_BT, weights_BT, ratio)
     loss_BT = _clipped(rho_BT, logps_BT, advantages_BT, low, high, dual, clipping)
     if correction_BT is not None:
         loss_BT = loss_BT * jax.lax.stop_gradient(correction_BT)
@@ -127,6 +121,15 @@ def policy_loss(
     loss, weight = _divided(loss_BT, weights_BT, divisor, longest)
     rest = (jnp.sum(x * weights_BT) for x in (outside_BT, kl_old_BT, kl_BT, entropy_BT, trained_BT))
     return PolicyLoss(loss, weight, *rest)
+
+
+def _ratios(log_ratio_BT: Array, weights_BT: Array, ratio: Ratio) -> Float[Array, "b t"]:
+    """rho of each token; of a sequence it is the geometric mean over its trained tokens (Zheng et al. 2025, eq. 7)."""
+    if ratio == "token":
+        return jnp.exp(log_ratio_BT)
+    length_B1 = jnp.sum(weights_BT, axis=1, keepdims=True)
+    mean_B1 = jnp.sum(log_ratio_BT * weights_BT, axis=1, keepdims=True) / jnp.maximum(length_B1, 1)
+    return jnp.broadcast_to(jnp.exp(mean_B1), log_ratio_BT.shape)
 
 
 def _clipped(

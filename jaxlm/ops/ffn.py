@@ -41,6 +41,8 @@ def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]
 def _swiglu_backward(inputs: tuple[Array, Array], dout: Array) -> tuple[Array, Array]:
     gate, up = inputs
     sigmoid = jax.nn.sigmoid(gate)
+    # silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g). Written by hand because JAX would keep intermediate arrays of
+    # the hidden width, where the two inputs are enough.
     return dout * up * (sigmoid * (1 + gate * (1 - sigmoid))), dout * gate * sigmoid
 
 

@@ -30,6 +30,7 @@ def gated_rms_norm(
 ) -> Float[Array, "... d"]:
     """`rms_norm(x * silu(gate))` over each of `groups` equal parts of the last axis (Dao & Gu 2024, section 7.1)."""
     width = wide(x.dtype)
+    # The gate is applied before the norm, as in the Mamba-2 paper; some code has it behind, which is another function.
     w = x.astype(width) * jax.nn.silu(gate.astype(width))
     parts = w.reshape(*w.shape[:-1], groups, -1)
     # A product of matrices, because XLA on a CPU does not vectorise a sum over the last axis.
@@ -43,6 +44,8 @@ def layer_norm(
 ) -> Float[Array, "... d"]:
     """Layer normalisation (Ba et al. 2016): `(x - mean) / sqrt(variance + eps) * scale + bias`, biased variance."""
     w = x.astype(wide(x.dtype))
+    # Two passes: the mean is taken away before squares are summed. E[x^2] - E[x]^2 in one pass cancels when the mean is
+    # large against the spread.
     w = w - jnp.mean(w, axis=-1, keepdims=True)
     w = w * jax.lax.rsqrt(jnp.mean(w * w, axis=-1, keepdims=True) + eps)
     return (w * scale_D + bias_D).astype(x.dtype)

@@ -22,6 +22,8 @@ def last_token(x_BTD: Float[Array, "b t d"], segments_BT: Int[Array, "b t"], doc
     """The vector of the last token of each segment 1 to `documents`; zeros for one that the row does not have."""
     members_BTM = _members(segments_BT, documents)
     index_T1 = jnp.arange(segments_BT.shape[1])[:, None]
+    # The largest index of a member. A segment without members gives index 0, whose vector is read and then replaced by
+    # zeros, so that shapes do not depend on the data.
     last_BM = jnp.max(jnp.where(members_BTM, index_T1, 0), axis=1)
     picked_BMD = jnp.take_along_axis(x_BTD, last_BM[..., None], axis=1)
     return jnp.where(members_BTM.any(axis=1)[..., None], picked_BMD, 0)
@@ -31,6 +33,8 @@ def mean(x_BTD: Float[Array, "b t d"], segments_BT: Int[Array, "b t"], documents
     """The mean vector of each segment 1 to `documents`, summed wide; zeros for one that the row does not have."""
     width = wide(x_BTD.dtype)
     members_BTM = _members(segments_BT, documents).astype(width)
+    # A product of matrices with the 0-1 membership sums all documents of a row at once, whatever their lengths. Padding
+    # has segment 0 and is a member of none.
     sum_BMD = jnp.einsum("btm,btd->bmd", members_BTM, x_BTD.astype(width))
     count_BM = jnp.maximum(members_BTM.sum(axis=1), 1)
     return (sum_BMD / count_BM[..., None]).astype(x_BTD.dtype)

@@ -80,6 +80,8 @@ def quantize(weight: Float[Array, "... i"]) -> NF4:
 
 def dequantize(stored: NF4) -> Float32[Array, "... i"]:
     """The weight [..., I] that NF4 stands for."""
+    # High bits first, as they were packed; levels are looked up and scaled in float32, and nothing is rounded to a
+    # narrower type here.
     codes = jnp.stack([stored.codes >> 4, stored.codes & 15], axis=-1)
     codes = codes.reshape(*stored.scales.shape, BLOCK)
     values = jnp.asarray(LEVELS)[codes] * stored.scales[..., None]
@@ -92,6 +94,8 @@ def quantize_scales(scales: Float32[Array, "... g"], offset: float | None = None
     Args:
         offset: their mean; None: rounded once from double precision, as no sum in float32 is the same on every machine.
     """
+    # Scales are all positive, the code is symmetric around 0: without their mean taken away, half the levels would
+    # stand idle.
     mean = jnp.float32(np.asarray(scales, np.float64).mean() if offset is None else offset)
     flat = (scales - mean).reshape(-1)
     padded = jnp.pad(flat, (0, -len(flat) % SCALE_BLOCK)).reshape(-1, SCALE_BLOCK)

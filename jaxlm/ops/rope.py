@@ -39,6 +39,8 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling = UNSCALED) ->
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "llama3":
+        # `kept` is the share of the frequency that stays. Pairs that turn often within the trained length encode near
+        # distances and stay; pairs that do not complete a turn have seen only part of the circle and are slowed down.
         turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -46,6 +48,8 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling = UNSCALED) ->
         first, last = (_pair_with(beta, dim, theta, scaling) for beta in (scaling.beta_fast, scaling.beta_slow))
         if scaling.truncate:
             first, last = math.floor(first), math.ceil(last)
+        # The 1e-3 stands for a ramp of no width, as in the reference code: without it a model whose two ends fall on
+        # one pair divides by zero.
         first, last = max(first, 0), min(last, dim - 1)
         kept = 1 - np.clip((np.arange(dim // 2) - first) / ((last - first) or 1e-3), 0, 1)
     else:
@@ -73,6 +77,7 @@ def rope_table(
 ) -> tuple[Float[Array, "b t p"], Float[Array, "b t p"]]:
     """Sine and cosine of every angle `position * frequency`, times the temperature, in `wide(dtype)`."""
     width = wide(dtype)
+    # Positions times frequencies in float32 or wider: in bfloat16 positions above 256 are no longer distinct.
     angles_BTP = positions_BT[..., None].astype(width) * jnp.asarray(frequencies_P, width)
     sin_BTP, cos_BTP = jnp.sin(angles_BTP), jnp.cos(angles_BTP)
     return (sin_BTP, cos_BTP) if temperature == 1 else (sin_BTP * temperature, cos_BTP * temperature)
@@ -102,6 +107,8 @@ def apply_rope(
     if rotated_dim < x_BTNH.shape[-1]:
         first, rest = jnp.split(x_BTNH, [rotated_dim], axis=-1)
         return jnp.concatenate([apply_rope(first, sin_BTP, cos_BTP, layout=layout), rest], axis=-1)
+    # The table is shared by all heads, hence the axis of size 1. `half` keeps both halves contiguous; `interleaved` is
+    # what GPT-J and the Meta checkpoints have, and reads with a stride of two.
     sin, cos = sin_BTP[:, :, None, :], cos_BTP[:, :, None, :]
     x = x_BTNH.astype(sin.dtype)
     if layout == "half":

@@ -91,6 +91,8 @@ def penalised_rows(
     wanted = (knobs.repetition_penalty != 1) | (knobs.frequency_penalty != 0) | (knobs.presence_penalty != 0)
 
     def penalise(logits_BV: Array) -> Array:
+        # Where one row has penalties the arithmetic runs over all rows; those without keep their own logits, bit for
+        # bit.
         repeated, frequency, presence = (_column(x) for x in knobs[5:])
         punished_BV = penalise_repetition(logits_BV, seen_BV, repeated)
         return jnp.where(_column(wanted), penalise_counts(punished_BV, counts_BV, frequency, presence), logits_BV)
@@ -103,6 +105,8 @@ def filtered_rows(logits_BV: Float[Array, "b v"], knobs: Knobs) -> Float[Array, 
 
     At temperature 0 only the largest is left. A filter runs when some row asks for it.
     """
+    # At temperature 0, top-k of 1 leaves the largest logit alone, so that greedy and sampled rows share one program;
+    # the division is by 1 there.
     greedy_B, v = knobs.temperature == 0, logits_BV.shape[-1]
     top_k = jnp.where(greedy_B, 1, jnp.where(knobs.top_k > 0, jnp.minimum(knobs.top_k, v), v))
     logits_BV = logits_BV / _column(jnp.where(greedy_B, 1, knobs.temperature)).astype(logits_BV.dtype)
@@ -168,6 +172,8 @@ def keep_typical_p(logits_BV: Float[Array, "b v"], p: Any) -> Float[Array, "b v"
     """
     weights_BV = _weights(logits_BV)
     total_B1 = _total(_groups(weights_BV))[:, None]
+    # Probabilities are weights over their sum, so -log q = log(sum) - (logit - largest). Tokens that an earlier filter
+    # dropped have weight 0 and infinite surprise: 0 * inf is NaN, hence the masks.
     surprise_BV = jnp.log(total_B1) - (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
     probable_BV = jnp.where(weights_BV > 0, weights_BV * surprise_BV, 0)
     entropy_B1 = _total(_groups(probable_BV))[:, None] / total_B1
@@ -221,12 +227,16 @@ def draw(logits_BV: Float[Array, "b v"], uniform_B: Float[Array, " b"]) -> Int[A
     `1 - u` is positive, so a token without mass is never drawn, however the sums round.
     """
     weights_BCL = _groups(_weights(logits_BV))
+    # The whole is the last cumulative sum, and not a sum of its own: `_reach` compares with the same sums, so (1 - u)
+    # of it is reached however they round.
     whole_B = _running(jnp.sum(weights_BCL, axis=-1))[:, -1]
     return _reach(weights_BCL, (1 - uniform_B.astype(whole_B.dtype)) * whole_B)
 
 
 def _reach(weights_BCL: Array, amount_B: Array) -> Array:
     """The first token [B] at which the cumulative weight reaches the amount; else the last one that has weight."""
+    # Two steps find the place: first the group whose cumulative sum reaches the amount, then the token within it. That
+    # reads V + L numbers and never forms V cumulative sums.
     sums_BC = jnp.sum(weights_BCL, axis=-1)
     reached_BC = _running(sums_BC)
     group_B1 = _first_or_last(reached_BC >= amount_B[:, None], sums_BC > 0)[:, None]
@@ -238,6 +248,8 @@ def _reach(weights_BCL: Array, amount_B: Array) -> Array:
 
 def _running(x_BN: Array) -> Array:
     """Cumulative sums, as products with a triangle of ones: XLA makes a long program of `cumsum` on a CPU."""
+    # Small rows: one product. Longer ones: cumulative sums within groups, and to each the sum of the groups before it,
+    # found in the same way.
     n = x_BN.shape[-1]
     if n <= GROUP:
         return jnp.matmul(x_BN, jnp.triu(jnp.ones((n, n), x_BN.dtype)), precision="highest")
@@ -275,6 +287,8 @@ def _bits(x: Array) -> Any:
 
 def _ordered(x: Array) -> Array:
     """Integers in the order of the floats, which must be float32 or float64; both zeros are one."""
+    # The bits of positive floats, read as integers, have the order of the floats; those of negative ones have the
+    # reverse order, which flipping all bits but the sign repairs. -0 and 0 are made one first.
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), _bits(x))
     return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
 

@@ -28,6 +28,8 @@ def shift(tree: Tree, axis: str, hops: int = 1, *, around: bool = False) -> Tree
 
 def halo(x_BT: Shaped[Array, "b t ..."], tokens: int, axis: str) -> Shaped[Array, "b j ..."]:
     """The `tokens` tokens before this device's first, zero before the first of the row."""
+    # One device may hold fewer tokens than a window reaches back, so the halo is gathered over as many hops as it
+    # takes; the nearest device's tokens stand last. Beyond the first device `shift` gives zeros.
     own, parts = x_BT.shape[1], []
     for hops, done in enumerate(range(0, tokens, own), 1):
         parts.append(shift(x_BT[:, own - min(own, tokens - done) :], axis, hops))
@@ -42,6 +44,8 @@ def gather(tree: Tree, axis: str) -> Tree:
 def zigzag(tree: Tree, axis: str) -> Tree:
     """Parts r and 2 C - 1 - r of 2 C, one behind the other. T is even."""
     devices, even_device = lax.axis_size(axis), lax.axis_index(axis) % 2 == 0
+    # A permutation sends one part from each device and receives one. Device i holds parts 2 i and 2 i + 1; every device
+    # receives exactly one even and one odd part, so two permutations, each over all devices, do it.
     firsts, seconds = _homes(devices)
 
     def move(x: Array) -> Array:
@@ -82,6 +86,8 @@ def before(ends: Array, decays: Array, axis: str, *, reverse: bool = False) -> A
     ends_C, decays_C = lax.all_gather((ends, decays), axis)
     own, carried = lax.axis_index(axis), jnp.zeros_like(ends)
     devices = lax.axis_size(axis)
+    # All ends and decays are gathered, and every device folds those before its own: the sums are taken in the same
+    # order everywhere, and C steps on small states cost less than C messages one after the other.
     for other in range(devices - 1, 0, -1) if reverse else range(devices - 1):
         passed = other > own if reverse else other < own
         carried = jnp.where(passed, decays_C[other] * carried + ends_C[other], carried)

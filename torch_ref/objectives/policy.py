@@ -103,13 +103,7 @@ def policy_loss(
     trained_BT = weights_BT != 0
     logps_BT = torch.where(trained_BT, logps_BT, 0)
     old_BT = torch.where(trained_BT, _old(logps_BT, old_BT), 0)
-    log_ratio_BT = logps_BT - old_BT
-    length_B1 = torch.sum(weights_BT, dim=1, keepdim=True)
-    if ratio == "sequence":
-        mean_B1 = torch.sum(log_ratio_BT * weights_BT, dim=1, keepdim=True) / length_B1.clamp(min=1)
-        rho_BT = torch.exp(mean_B1).expand_as(logps_BT)
-    else:
-        rho_BT = torch.exp(log_ratio_BT)
+    rho_BT = _ratios(logps_BT - old_BT, weights_BT, ratio)
     loss_BT = _clipped(rho_BT, logps_BT, advantages_BT, low, high, dual, clipping)
     if correction_BT is not None:
         loss_BT = loss_BT * correction_BT.detach()
@@ -127,6 +121,15 @@ def policy_loss(
     loss, weight = _divided(loss_BT, weights_BT, divisor, longest)
     rest = (torch.sum(x * weights_BT) for x in (outside_BT, kl_old_BT, kl_BT, entropy_BT, trained_BT))
     return PolicyLoss(loss, weight, *rest)
+
+
+def _ratios(log_ratio_BT: Tensor, weights_BT: Tensor, ratio: Ratio) -> Float[Tensor, "b t"]:
+    """rho of each token; of a sequence it is the geometric mean over its trained tokens (Zheng et al. 2025, eq. 7)."""
+    if ratio == "token":
+        return torch.exp(log_ratio_BT)
+    length_B1 = torch.sum(weights_BT, dim=1, keepdim=True)
+    mean_B1 = torch.sum(log_ratio_BT * weights_BT, dim=1, keepdim=True) / length_B1.clamp(min=1)
+    return torch.exp(mean_B1).expand_as(log_ratio_BT)
 
 
 def _clipped(

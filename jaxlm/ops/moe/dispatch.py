@@ -26,8 +26,14 @@ class Plan(NamedTuple):
 def sort_by_expert(experts_TK: Int[Array, "t k"], n_experts: int) -> Plan:
     """Sort assignments by expert; E or more: not carried out."""
     flat = experts_TK.reshape(-1)
+    # The sort is stable, so the rows of one expert stay in the order of the tokens: results do not depend on the
+    # sorting algorithm, and both frameworks add in the same order.
     order = jnp.argsort(flat, stable=True)
+    # `rows` is the inverse of the permutation `order`. Writing 0, 1, 2 ... through it is linear, a second sort is not;
+    # unique indices tell the compiler that no two writes meet.
     rows = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    # Assignments that are not carried out have the number E and sort behind all others, so the last end is also the
+    # number of rows that are computed.
     ends = jnp.searchsorted(flat[order], jnp.arange(n_experts, dtype=flat.dtype), side="right")
     return Plan(order, rows.reshape(experts_TK.shape), ends.astype(jnp.int32))
 

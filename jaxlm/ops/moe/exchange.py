@@ -47,6 +47,8 @@ def gather(
 ) -> Float[Array, "t d"]:
     """All tokens to all devices, and the sum of what each of them adds. Arguments: `all_to_all`."""
     x, weights, experts = (jax.lax.all_gather(a, axis, axis=0, tiled=True) for a in (x_TD, weights_TK, experts_TK))
+    # Numbers of this device's own experts, counted from 0. All others become n_local, which `compute` takes as "no
+    # expert" and answers with zeros; so the sum over devices adds each expert exactly once.
     own = experts - jax.lax.axis_index(axis) * n_local
     y = compute(x, weights, jnp.where((own >= 0) & (own < n_local), own, n_local), parameters)
     return jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
@@ -74,9 +76,13 @@ def all_to_all(
     """
     devices = jax.lax.axis_size(axis)
     plan = sort_by_expert(experts_TK, devices * n_local)
+    # Experts are numbered device by device, so rows sorted by expert are sorted by device too: those for device p end
+    # where the rows of its last expert end.
     ends_P = plan.ends[n_local - 1 :: n_local]
     counts_P = jnp.diff(ends_P, prepend=0)
     first, further = sizes(*experts_TK.shape, devices=devices, n_local=n_local)
+    # Every device must enter every collective equally often, or the program hangs. So the number of rounds is that of
+    # the fullest pair of devices anywhere; -((first - most) // further) is the quotient rounded up.
     most = jax.lax.pmax(jnp.max(counts_P), together)
     rounds = jnp.maximum(0, -((first - most) // further))
     send = _Send(compute, axis, n_local, first, further)
@@ -85,6 +91,7 @@ def all_to_all(
 
 def sizes(tokens: int, top_k: int, *, devices: int, n_local: int) -> tuple[int, int]:
     """Rows C of the first round and of each further one: multiples of 8, and no more than can be needed."""
+    # A token chooses each expert at most once, so one device never receives more than min(K, n_local) rows of a token.
     mean, most = tokens * top_k / devices, tokens * min(top_k, n_local)
     first, further = (int(-(-part * mean // 8)) * 8 for part in (SLACK, FURTHER))
     return min(first, most), min(further, most)
@@ -109,21 +116,28 @@ def _round(send: _Send, begin: Any, places: int, where: Where, x_TD: Array, weig
     plan, experts_TK, starts_P, counts_P, _ = where
     (n_tokens, top_k), n_slots = experts_TK.shape, len(starts_P) * places
     # there: which assignment lies in each place of what is sent. back: where each assignment lies.
+    # A block of C places belongs to each device. The places behind its count are read from some row, so that the shape
+    # is static, and are masked below.
     place_C = begin + jnp.arange(places, dtype=starts_P.dtype)
     filled_S = (place_C < counts_P[:, None]).reshape(-1)
     row_S = jnp.minimum(starts_P[:, None] + place_C, plan.order.size - 1).reshape(-1)
     there_S = take(plan.order, row_S)
+    # The same map seen from the assignment: which device it goes to, and which place it has there in this round.
+    # Assignments of other rounds, and those that are not carried out, get the place behind the last.
     device_TK = jnp.minimum(experts_TK // send.n_local, len(starts_P) - 1)
     place_TK = plan.rows - take(starts_P, device_TK) - begin
     present_TK = (place_TK >= 0) & (place_TK < places) & (experts_TK < len(starts_P) * send.n_local)
     back_TK = jnp.where(present_TK, device_TK * places + place_TK, n_slots)
 
+    # With one split and one joined axis, the exchange is its own inverse: the second call brings each result back to
+    # the place where its row was taken from.
     exchange = functools.partial(jax.lax.all_to_all, axis_name=send.axis, split_axis=0, concat_axis=0, tiled=True)
     token_S = jnp.where(filled_S, there_S // top_k, n_tokens)
     assignment_S = jnp.where(filled_S, there_S, n_tokens * top_k)
     expert_S = jnp.where(filled_S, take(experts_TK.reshape(-1), there_S) % send.n_local, send.n_local)
     x_SD = exchange(pick(x_TD, token_S, back_TK))
     weights_S = exchange(pick(weights_TK.reshape(-1, 1), assignment_S, back_TK.reshape(-1, 1))[:, 0])
+    # The weights travel with their rows and are applied where the expert is, so that what comes back is only added up.
     y_SD = send.compute(x_SD, weights_S[:, None], exchange(expert_S)[:, None], own)
     return collect(exchange(y_SD).astype(weights_TK.dtype), back_TK, token_S)
 
@@ -161,6 +175,8 @@ def _rounds_forward(send: _Send, x_TD: Array, weights_TK: Array, parameters: Any
 
 def _rounds_backward(send: _Send, kept: Any, dy_TD: Array) -> tuple[Array, Array, Any, None]:
     pull, x_TD, weights_TK, parameters, where = kept
+    # A round returns its part wide, before the sum is rounded to the dtype of x, so the cotangent of each round must be
+    # wide too.
     dy_TD = dy_TD.astype(weights_TK.dtype)
 
     def add(one: Callable, gradients: Any) -> Any:

@@ -90,6 +90,8 @@ def _naive(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Expert
     y_TD = jnp.zeros(x_TD.shape, weights_TK.dtype)
     for e in range(parameters.up.shape[0]):
         one: Experts = jax.tree.map(lambda p, e=e: p[e], parameters)
+        # The weight of this expert for each token, zero where the token did not choose it: multiplying by zero replaces
+        # the selection of rows, so every shape is that of the whole batch.
         weights_T = jnp.sum(jnp.where(experts_TK == e, weights_TK, 0), axis=-1)
         y_TD = y_TD + _down(_activate(activation, *_hidden(x_TD, one)), weights_T, one)
     return y_TD.astype(x_TD.dtype)
@@ -97,6 +99,8 @@ def _naive(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Expert
 
 def _combine(y_RD: Array, plan: Plan, dtype: Any) -> Array:
     """The sum of each token's rows; those of no expert are zero."""
+    # Rows behind the last end belong to no expert. The last block of the last expert may have written into them, so
+    # they are replaced and not multiplied by zero, which would keep a NaN.
     y_TKD = jnp.where((plan.rows < plan.ends[-1])[..., None], take(y_RD, plan.rows), 0)
     return jnp.sum(y_TKD, axis=1).astype(dtype)
 
@@ -113,8 +117,11 @@ def _grouped(
     token_R = jnp.where(carried_R, plan.order // top_k, n_tokens)
     assignment_R = jnp.where(carried_R, plan.order, plan.order.size)
     back_TK = jnp.where(plan.rows < plan.ends[-1], plan.rows, plan.order.size)
+    # `pick` and `collect` are each other's gradients, so no pass scatters with additions. The weights are picked as
+    # rows of width one for the same reason.
     x_RD = pick(x_TD, token_R, back_TK)
     weights_R = pick(weights_TK.reshape(-1, 1), assignment_R, back_TK.reshape(-1, 1))[:, 0]
+    # Biases are read by row. Rows of no expert read those of the last one; `collect` leaves these rows out.
     expert_R = jnp.minimum(take(experts_TK.reshape(-1), plan.order), n_experts - 1)
 
     def of_row(bias: Array | None) -> Any:  # wide, since its gradient is a sum over rows
@@ -138,6 +145,8 @@ def _grouped(
 
 def _sizes(rows: int, n_experts: int) -> tuple[int, int]:
     """Rows of a large and of a small block: small enough that few rows are computed in vain."""
+    # A block computes up to its size minus one rows in vain for each expert, so it grows only while an expert has 16
+    # blocks of rows on average.
     small = 8
     while small < 128 and 16 * small * n_experts <= rows:
         small *= 2
@@ -156,6 +165,8 @@ def _over_blocks(plan: Plan, parameters: Experts, start: Any, body: Any, finish:
         e = active[i]
         one: Experts = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, e, keepdims=False), parameters)
         row, end = starts[e], plan.ends[e]
+        # Large blocks first; the rest takes small ones, of which the last may be partly empty: hence the quotient is
+        # rounded up for the last size alone.
         for size in sizes:
             blocks = (end - row) // size if size != sizes[-1] else -((row - end) // size)
             block = lambda j, state, row=row, size=size: body(state, one, row + j * size, size, end)  # noqa: E731
@@ -193,6 +204,8 @@ def _blocks_forward(
     spare = _sizes(plan.order.size, parameters.up.shape[0])[0]
     x = _sorted(x_TD, plan.order // top_k, spare)
     weights = _sorted(weights_TK.reshape(-1), plan.order, spare)
+    # The backward pass needs both pre-activations; they are kept, 2 R F numbers, and not computed again. Without a
+    # gradient (`keep` is false) none of it is allocated.
     pre_activation = jnp.zeros((len(x), parameters.up.shape[2]), x.dtype) if keep else None
     gate = None if parameters.gate is None else pre_activation
 
@@ -211,18 +224,23 @@ def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, A
     x_TD, weights_TK, plan, parameters, gates, ups = kept
     top_k, dtype, width = weights_TK.shape[1], x_TD.dtype, weights_TK.dtype
     spare = _sizes(plan.order.size, parameters.up.shape[0])[0]
+    # dy is sorted like x: the gradient of "sum over the K rows of a token" is a copy of dy for each of them.
     x, dy = (_sorted(rows, plan.order // top_k, spare) for rows in (x_TD, dy_TD))
     weights = _sorted(weights_TK.reshape(-1), plan.order, spare)
     product = functools.partial(jnp.matmul, preferred_element_type=width)
 
     def body(state: Any, one: Experts, row: Array, size: int, end: Array) -> Any:
         dx, dweights, total, gradients = state
+        # The backward pass adds into the gradients of the weights, so rows that belong to the next expert must count
+        # zero here. Forward they need no mask, for the next expert overwrites them.
         mine = (row + jnp.arange(size) < end)[:, None]
         x_block, weight = _rows_of(x, row, size), _rows_of(weights, row, size)
         dy_block = jnp.where(mine, _rows_of(dy, row, size), 0)
         hidden, pull = jax.vjp(
             functools.partial(_activate, activation), _rows_of(gates, row, size), _rows_of(ups, row, size)
         )
+        # With y = weight * (h @ down): dh is weight * (dy @ down^T), and the gradient of the weight is <dy @ down^T,
+        # h>. Both need the same product, which is taken once and kept wide.
         dweighted = product(dy_block, one.down.T)
         dgate, dup = pull((dweighted * weight[:, None]).astype(dtype))
         dweight = jnp.sum(dweighted * hidden.astype(width), axis=1)
@@ -232,6 +250,8 @@ def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, A
         if one.down_bias is not None:
             dweight = dweight + jnp.sum(dy_block.astype(width) * one.down_bias.astype(width), axis=1)
         sums = lambda rows: jnp.sum(rows.astype(width), axis=0)  # noqa: E731
+        # Gradients of the kernels are products over the rows of a block, added wide over the blocks of an expert and
+        # rounded once in `finish`.
         new = Experts(
             None if dgate is None else product(x_block.T, dgate),
             product(x_block.T, dup),

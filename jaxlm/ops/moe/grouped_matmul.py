@@ -43,6 +43,8 @@ def grouped_dot(
 def tiles(rows: int, inputs: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
     """Rows, inputs and outputs of a tile: multiples of 128, as the matrix unit takes them, in the 16 MiB of a v5e."""
     fit = lambda size, most: min(most, -(-size // 128) * 128)  # noqa: E731
+    # Tiles of both operands and of the result lie in fast memory together: half as many elements a side when they are
+    # twice as wide.
     side = 2048 // itemsize
     return fit(rows, 512), fit(inputs, side), fit(outputs, side)
 
@@ -64,6 +66,8 @@ def _gmm(x: Array, kernels: Array, sizes: Array, dtype: Any, transpose: bool = F
 
     rows, (inputs, outputs) = len(x), kernels.shape[1:] if not transpose else kernels.shape[:0:-1]
     tiling = tiles(rows, inputs, outputs, x.dtype.itemsize)
+    # The kernel refuses a last tile that is not full. The rows it adds belong to no group, and so do those behind the
+    # sum of the sizes: their memory is never written and must not be read.
     x = jnp.pad(x, ((0, -rows % tiling[0]), (0, 0)))
     product = functools.partial(gmm, preferred_element_type=dtype, tiling=tiling, transpose_rhs=transpose)
     y = _on_tpu(product, x, kernels, sizes)
@@ -80,6 +84,8 @@ def _backward(dtype: Any, kept: Any, dy: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = kept
     dy = dy.astype(x.dtype)  # as ragged_dot's gradient has it: products of narrow numbers, added wide
     tiling = tiles(len(x), x.shape[1], kernels.shape[2], x.dtype.itemsize)
+    # The gradient of the kernels is one product for each group, over its rows. Rows of padding belong to no group and
+    # add nothing.
     x_padded, dy_padded = (jnp.pad(rows, ((0, -len(x) % tiling[0]), (0, 0))) for rows in (x, dy))
     product = functools.partial(tgmm, preferred_element_type=kernels.dtype, tiling=tiling)
     dkernels = _on_tpu(product, x_padded.T, dy_padded, sizes)

@@ -75,6 +75,8 @@ def route(
         renormalize: divide the weights by their sum.
         scale: multiplies the weights.
     """
+    # The bias steers the choice alone; weights come from the scores without it. So the bias moves load and never the
+    # output of a chosen expert (Wang et al. 2024).
     scores = jax.nn.softmax(logits, axis=-1) if router == "softmax" else jax.nn.sigmoid(logits)
     biased = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     eligible = biased if n_groups == 1 else _best_groups(biased, n_groups, top_groups)
@@ -90,6 +92,8 @@ def _best_groups(biased: Array, n_groups: int, top_groups: int) -> Array:
     grouped = biased.reshape(*biased.shape[:-1], n_groups, -1)
     best_two, _ = jax.lax.top_k(grouped, 2)
     _, groups = jax.lax.top_k(jnp.sum(best_two, axis=-1), top_groups)
+    # -inf, and not 0 as in the first public code: biased scores may be negative, and an expert of a group that was not
+    # chosen must lose against each of them.
     kept = jnp.any(groups[..., None] == jnp.arange(n_groups), axis=-2)
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(biased.shape)
 
@@ -105,6 +109,8 @@ def drop_overflow(routing: Routing, factor: float) -> Routing:
     experts, n_experts = routing.experts, routing.scores.shape[-1]
     places = math.ceil(factor * experts.size / n_experts)
     flat = experts.reshape(-1)
+    # The rank of an assignment among those of its expert is its place after a stable sort less the first place of that
+    # expert: earlier tokens keep their places. Expert E, none, has a first place too, hence E + 1.
     order = jnp.argsort(flat, stable=True)
     starts = jnp.searchsorted(flat[order], jnp.arange(n_experts + 1, dtype=flat.dtype))
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype)) - starts[flat]
@@ -118,16 +124,21 @@ def balance(logits: Float[Array, "*t e"], chosen: Routing, carried_out: Routing,
         chosen: before drops, `carried_out`: after them. Both without padding.
     """
     n_experts, top_k = logits.shape[-1], chosen.experts.shape[-1]
+    # Every mean is over real tokens. A microbatch of padding alone divides by 1, so that it gives 0 and not NaN.
     tokens = jnp.maximum(jnp.sum(real), 1).astype(logits.dtype)
     weight = real[..., None].astype(logits.dtype)
     over_tokens = tuple(range(logits.ndim - 1))
 
+    # Integers: the load of several microbatches is added exactly, in any order.
     load = jnp.sum(
         chosen.experts[..., None] == jnp.arange(n_experts), axis=(*over_tokens, logits.ndim - 1), dtype=jnp.int32
     )
     dropped = jnp.sum((carried_out.experts == n_experts) & (chosen.experts != n_experts), dtype=jnp.int32)
+    # Sigmoid scores do not sum to 1, so all statistics are of the scores over their sum; for softmax that changes
+    # rounding alone.
     shares = chosen.scores / (jnp.sum(chosen.scores, axis=-1, keepdims=True) + 1e-20)
     mean_share = jnp.sum(shares * weight, axis=over_tokens) / tokens
+    # x log x goes to 0 with x, but log 0 is -inf and 0 * -inf is NaN: the smallest normal number stands in.
     entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, jnp.finfo(shares.dtype).tiny)), axis=-1, keepdims=True)
     partition = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return Balance(

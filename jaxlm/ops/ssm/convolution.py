@@ -50,6 +50,7 @@ def causal_conv(
     taps = kernel_KF.shape[0]
     if state_BJF is None:
         return _conv_packed(x_BTF, kernel_KF, bias_F, segments_BT, axis), None
+    # The state is the K - 1 tokens before: put in front, every tap of a new token finds what it reads.
     joined_BSF = jnp.concatenate([state_BJF, x_BTF.astype(state_BJF.dtype)], axis=1)
     if x_BTF.shape[1] == 1:
         state = jnp.where((segments_BT != 0)[..., None], joined_BSF[:, 1:], state_BJF)
@@ -61,6 +62,8 @@ def causal_conv(
     joined_BSF = jnp.take_along_axis(joined_BSF, front_BS[..., None], axis=1)
     y_BTF = _convolve(joined_BSF, kernel_KF, bias_F).astype(x_BTF.dtype)
     y_BTF = jnp.take_along_axis(y_BTF, jnp.maximum(rank_BS[:, taps - 1 :, None] - taps, 0), axis=1)
+    # The new state is the last K - 1 real tokens, which after the move to the front stand right before the count of
+    # real ones.
     last_BJ = rank_BS[:, -1:] - (taps - 1) + jnp.arange(taps - 1)
     return y_BTF, jnp.take_along_axis(joined_BSF, last_BJ[..., None], axis=1)
 
@@ -70,6 +73,8 @@ def _convolve(before_BSF: Array, kernel_KF: Array, bias_F: Array | None, segment
     (taps, _), width = kernel_KF.shape, wide(before_BSF.dtype)
     t = before_BSF.shape[1] - taps + 1
     y_BTF = jnp.zeros((), width) if bias_F is None else bias_F.astype(width)
+    # K shifted products, not a convolution: K is small, mostly 4, and XLA fuses these into one loop. A tap counts only
+    # where the token it reads is of the same document as the token it serves, so nothing crosses a boundary.
     for k in range(taps):
         tap_BTF = before_BSF[:, k : k + t].astype(width) * kernel_KF[k].astype(width)
         if segments_BS is not None:
@@ -80,6 +85,7 @@ def _convolve(before_BSF: Array, kernel_KF: Array, bias_F: Array | None, segment
 
 def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None) -> Array:
     """The convolution of whole rows."""
+    # The tokens before the first come with their segments; zeros have segment 0, which is no document.
     before = kernel_KF.shape[0] - 1
     padded_BSF, segments_BS = _preceded(x_BTF, before, axis), _preceded(segments_BT, before, axis)
     return _convolve(padded_BSF, kernel_KF, bias_F, segments_BS).astype(x_BTF.dtype)

@@ -73,6 +73,8 @@ def selective_scan(
     Returns:
         y in the dtype of u, and the state after the last token, with an axis after the last one of this device.
     """
+    # A step size of zero makes padding neutral: the decay is exp(0) = 1 and nothing is added, so the state passes
+    # through without a mask of its own.
     t, width, real_BT = u_BTF.shape[1], wide(u_BTF.dtype), segments_BT != 0
     dt_BTF = jnp.where(real_BT[..., None], dt_BTF.astype(width), 0)
     keep_BT, h_BPF = carried_decay(segments_BT, state_BPF, a_FP.shape[::-1], width, axis)
@@ -120,12 +122,16 @@ def _outer(x_BF: Array, b_BP: Array) -> Array:
 
 def _step(h_BPF: Array, token: tuple[Array, ...], weights: tuple[Array, Array]) -> tuple[Array, Array]:
     (u_BF, dt_BF, b_BP, c_BP, keep_B), (a_PF, d_F) = token, weights
+    # The state lies as [P, F]: channels are the last axis, so each line of the update is a vector operation over
+    # contiguous memory.
     h_BPF = _decay(dt_BF, a_PF, keep_B) * h_BPF + _outer(dt_BF * u_BF, b_BP)
     return h_BPF, jnp.sum(h_BPF * c_BP[:, :, None], axis=1) + d_F * u_BF
 
 
 def _whole_decay(tokens: tuple[Array, ...], weights: tuple[Array, Array]) -> Array:
     """What of a state before the first token is left after the last one [B, P, F]."""
+    # A product of exponentials is the exponential of the sum, so the decay over the whole part costs one exponential;
+    # one boundary of documents in it makes it zero.
     (_, dt_BTF, _, _, keep_BT), (a_PF, _) = tokens, weights
     return _decay(jnp.sum(dt_BTF, axis=1), a_PF, jnp.prod(keep_BT, axis=1))
 
@@ -169,6 +175,8 @@ def _scan_chunks_backward(chunk: int, axis: str | None, residuals: tuple, cotang
     if axis is None:
         return _scan_part_backward(chunk, residuals, cotangents)
     tokens, weights, _ = residuals
+    # The gradient runs the other way: first what this part alone hands to the part before it, then what all later parts
+    # hand to this one, then the pass that counts.
     *_, dfirst_BPF = _scan_part_backward(chunk, residuals, cotangents)
     dnext_BPF = sequence_parallel.before(dfirst_BPF, _whole_decay(tokens, weights), axis, reverse=True)
     dtokens, dweights, _ = _scan_part_backward(chunk, residuals, (dy_BTF, dlast_BPF + dnext_BPF))
@@ -194,6 +202,7 @@ def _scan_part(
 ) -> tuple[tuple[Array, Array], tuple]:
     def work(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         h_BPF, y_BTF, before_CBPF = carry
+        # Kept for the backward pass: the state before each chunk, T / chunk of them, instead of all T.
         before_CBPF = lax.dynamic_update_index_in_dim(before_CBPF, h_BPF, i, axis=0)
         ys = []
         for token in _take(tokens, i, chunk):
@@ -217,12 +226,15 @@ def _scan_part_backward(chunk: int, residuals: tuple, cotangents: tuple[Array, A
         dh_BPF, da_PF, written = carry
         h_BPF = lax.dynamic_index_in_dim(before_CBPF, i, axis=0, keepdims=False)
         inside = []
+        # Compute the states of this chunk anew from the one before it. They live until the end of the chunk only.
         for token in _take((*tokens, dy_BTF), i, chunk):
             u_BF, dt_BF, b_BP, _, keep_B, _ = token
             decay_BPF, new_BPF = _decay(dt_BF, a_PF, keep_B), _outer(dt_BF * u_BF, b_BP)
             h_BPF = decay_BPF * h_BPF + new_BPF
             inside.append((token, decay_BPF, new_BPF, h_BPF))
         gradients, da_BPF = [], jnp.zeros_like(dh_BPF)
+        # Backwards through h_t = decay_t h_(t-1) + new_t: g is the gradient of h_t, from its output and from h_(t+1).
+        # As h_t - new_t = decay_t h_(t-1), the gradient of log decay_t is g (h_t - new_t), with no division.
         for (u_BF, dt_BF, b_BP, c_BP, _, dy_BF), decay_BPF, new_BPF, h_BPF in reversed(inside):
             g_BPF = dh_BPF + _outer(dy_BF, c_BP)
             dh_BPF = decay_BPF * g_BPF
@@ -236,6 +248,8 @@ def _scan_part_backward(chunk: int, residuals: tuple, cotangents: tuple[Array, A
         written = tuple(_put(x, new, i) for x, new in zip(written, gradients, strict=True))
         return dh_BPF, da_PF + jnp.sum(da_BPF, axis=0), written
 
+    # Gradients of u, dt, B and C are written in place of zeros chunk by chunk, last chunk first. `keep` comes from the
+    # segments and has none.
     carry = (dlast_BPF, jnp.zeros_like(a_PF), tuple(jnp.zeros_like(x) for x in tokens[:4]))
     dh_BPF, da_PF, dtokens = lax.fori_loop(0, chunks, work, carry)
     return (*dtokens, None), (da_PF, jnp.sum(dy_BTF * tokens[0], axis=(0, 1))), dh_BPF

@@ -43,6 +43,8 @@ def ssd(
     dt_BTN = jnp.where(real_BT[..., None], dt_BTN.astype(width), 0)
     keep_BT, state_BNHP = carried_decay(segments_BT, state_BNHP, (n, h, p), width, axis)
     state = state_BNHP.reshape(b, g, n // g, h, p)
+    # dt is folded into the input and A into the logarithm of the decay, so that both ways of computing see h_t =
+    # exp(log_t) h_(t-1) + w_t B_t and no other parameters. M heads of a group share B and C.
     w_BTGMH = (x_wide * dt_BTN[..., None]).reshape(b, t, g, n // g, h)
     log_BTGM = (dt_BTN * a_N.astype(width)).reshape(b, t, g, n // g)
     inputs = (w_BTGMH, log_BTGM, b_BTGP.astype(width), c_BTGP.astype(width))
@@ -68,6 +70,8 @@ def _ssd_carried(
         carried_BTGMH = jnp.einsum("btgp,bgmhp->btgmh", c_BTGP, state_BGMHP, precision="highest")
         return y_BTGMH + carried_BTGMH * since_BTGM[..., None]
 
+    # What of an earlier state is left at each token: all decays up to it, and nothing once a document has begun. The
+    # recurrence is linear, so adding that to outputs computed from zero is exact.
     kept_BT = jnp.cumprod(keep_BT, axis=1)
     since_BTGM = jnp.exp(jnp.cumsum(log_BTGM, axis=1)) * kept_BT[..., None, None]
     decay_BGM11 = since_BTGM[:, -1, :, :, None, None]
@@ -78,6 +82,7 @@ def _ssd_carried(
 def _ssd_tokens(w: Array, log: Array, b: Array, c: Array, keep_BT: Array, state: Array) -> tuple[Array, Array]:
     def step(h_BGMHP: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         w_BGMH, log_BGM, b_BGP, c_BGP, keep_B = token
+        # `keep` is 0 at the first token of a document: the state before it is multiplied by zero, forward and backward.
         decay_BGM = jnp.exp(log_BGM) * keep_B[:, None, None]
         h_BGMHP = decay_BGM[..., None, None] * h_BGMHP + w_BGMH[..., None] * b_BGP[:, :, None, None]
         return h_BGMHP, jnp.einsum("bgmhp,bgp->bgmh", h_BGMHP, c_BGP, precision="highest")
@@ -113,6 +118,8 @@ def _ssd_chunks(
     def heads_first(x: Array) -> Array:  # [B, T, G, ..., H] to [C, B, G, ..., Q, H]
         return jnp.moveaxis(_chunks(x, chunk, short), 1, -2)
 
+    # Chunks become the axis of the scan. Tokens of a chunk lie before the head dimension, so that each product below is
+    # a plain batched matrix product. The checkpoint keeps the state before each chunk and computes the rest anew.
     inputs = (heads_first(w), jnp.moveaxis(_chunks(log, chunk, short), 1, -1), heads_first(b), heads_first(c))
     numbers = tuple(jnp.moveaxis(_chunks(x, chunk, 0), 1, -1) for x in (number_BT, before_BT))
     state, y = lax.scan(jax.checkpoint(_ssd_chunk), state, (*inputs, *numbers))
@@ -123,6 +130,9 @@ def _ssd_chunk(h_BGMHP: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]
     """One chunk (Dao & Gu 2024, listing 1): attention inside, the state before it, the state after it."""
     w_BGMQH, log_BGMQ, b_BGQP, c_BGQP, number_BQ, before_BQ = inputs
     q, einsum = log_BGMQ.shape[-1], lambda *args: jnp.einsum(*args, precision="highest")
+    # Attention in a chunk: token t sees s <= t of its own document, weighted by the decay between them, exp(sum_t -
+    # sum_s). The mask enters as -inf before the exponential: above the diagonal the difference is positive, and a
+    # product of inf with 0 would be NaN.
     seen_BQQ = jnp.tril(number_BQ[:, :, None] == number_BQ[:, None, :])
     sum_BGMQ = jnp.cumsum(log_BGMQ, axis=-1)
     between = sum_BGMQ[..., :, None] - sum_BGMQ[..., None, :]
@@ -134,6 +144,8 @@ def _ssd_chunk(h_BGMHP: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]
     since_BGMQ = jnp.where(same_BQ[:, None, None], jnp.exp(sum_BGMQ), 0)
     y_BGMQH += einsum("bgtp,bgmhp->bgmth", c_BGQP, h_BGMHP) * since_BGMQ[..., None]
 
+    # The state after the chunk is the input of each token times its decay up to the last one, which is the last row of
+    # the same matrix: tokens of earlier documents are masked there already.
     until_BGMQ = decay_BGMQQ[..., q - 1, :]
     new_BGMHP = einsum("bgmsh,bgsp->bgmhp", w_BGMQH * until_BGMQ[..., None], b_BGQP)
     return h_BGMHP * since_BGMQ[..., -1, None, None] + new_BGMHP, y_BGMQH
