@@ -60,10 +60,14 @@ class Replayed:
         if self._golden is None:
             self._golden = self._sides[0].replay("float64", self._rows, None)
         golden = self._golden
+        # Both sides get the float64 inputs of the first side at every module. An error made in one module then cannot
+        # reach the next, so the first module that differs is the one at fault, and not a victim.
         inputs = _inputs(golden)
         theirs = self._sides[1].replay(dtype, self._rows, inputs)
         ours = golden if dtype == "float64" else self._sides[0].replay(dtype, self._rows, inputs)
         whole = all(side.mirrors for side in self._sides)
+        # The order is that of a mirror, which has every module. Other implementations have fewer, so there the order is
+        # ours, with what both have.
         order = list(theirs if whole else (event for event in golden if event in theirs))
         return [*self._judged(dtype, order, ours, theirs, whole)]
 
@@ -71,6 +75,7 @@ class Replayed:
         golden = self._golden or {}
         for place, (kind, name) in enumerate(order):
             exact = golden.get((kind, name))
+            # Names with `#` are choices of experts and other whole numbers: equal or not, they have no relative error.
             if "#" in name or exact is None or exact.dtype.kind in "iu" or (kind, name) not in ours:
                 continue
             if name.endswith(".router") and (dtype != "float64" or not whole):
@@ -80,8 +85,11 @@ class Replayed:
                 what = f"{_what(kind, name, order[:place])}, which has another shape"
                 yield Part(dtype, kind, name, float("inf"), 0.0, what)
                 continue
+            # An implementation that is not a mirror computes something else for padding, and may.
             exact, mine, other = (x if whole else real_tokens(x, self._rows) for x in arrays)
             error, bound = relative(other, exact), FLOAT64.allowed
+            # Below float64 both sides err against the exact value. The better of the two is the measure for the worse,
+            # never below a few roundings.
             if dtype != "float64":
                 low, error = low_and_high((relative(mine, exact), error), not whole)
                 bound = RATIO.allowed * max(low, FLOORS[dtype].allowed)
@@ -102,6 +110,8 @@ def _what(kind: str, name: str, before: list[tuple[str, str]]) -> str:
     """The operation whose result is judged, by what happened before it in the same module."""
     parent = name.rpartition(".")[0]
     inside = [other for k, other in before if k == RETURNS and other.rpartition(".")[0] == name]
+    # What a module returns is judged on the right input and with right inputs for all modules inside it. So if it
+    # differs, the fault lies behind the last module inside.
     if kind == RETURNS:
         if name == LOGITS:
             return "the output matrix"
@@ -109,6 +119,8 @@ def _what(kind: str, name: str, before: list[tuple[str, str]]) -> str:
     if re.fullmatch(r"layers\.\d+", name):
         number = int(name.split(".")[1])
         return f"the sum of the residual stream before {name}" if number else "the embeddings before layers.0"
+    # What arrives at a module differs although all modules before it are right: the fault is code between two modules,
+    # which has no name of its own. It is named by its neighbours.
     siblings = [other for k, other in before if k == RETURNS and other.rpartition(".")[0] == parent]
     siblings = [*dict.fromkeys(other.removeprefix(parent + ".") for other in siblings)]
     last = name.removeprefix(parent + ".")

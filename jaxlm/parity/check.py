@@ -94,6 +94,7 @@ def check(
     subject = open_subject(model)
     enable_compilation_cache(subject.settings.data.cache_dir)
     second = subject if other is None else open_subject(other)
+    # Ids and positions must exist in both models: rows are made for the smaller of the two.
     sides, notes, plain = _sides(subject, second, computed_by)
     inputs = make_inputs(
         _smaller(subject.settings.model, second.settings.model),
@@ -104,6 +105,8 @@ def check(
         plain=plain,
     )
     pair = _Pair(subject, second if other is not None else None, sides, inputs)
+    # Options and weights come first and cost nothing. The list keeps the order of the levels, and the verdict names the
+    # first finding that is not the same.
     findings = _of_what_is_stored(pair)
     with progress_bars(show) as progress:
         compared, seconds = compare_sides(sides, inputs, dtypes, progress, subject.settings.model)
@@ -112,6 +115,7 @@ def check(
             findings += _of_stage(subject, progress)
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, progress)
         explanations = _explained(findings, pair, seconds, progress)
+    # A dtype that was left out must be visible in the report: a table with fewer columns would look like a proof.
     left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
     if left_out and parts:
         notes = (*notes, f"{', '.join(left_out)}: not compared, for the outputs differ in {parts[0].dtype}")
@@ -197,6 +201,8 @@ def compare_sides(
         with _timed(side.name, dtype, seconds, progress) as part:
             return side.trace(dtype, inputs, part)
 
+    # XLA compiles without the interpreter lock, so torch computes meanwhile. float64 comes first, because its trace of
+    # our side is the reference of all others.
     with ThreadPoolExecutor(len(sides)) as pool:
         for dtype in ("float64", *(dtype for dtype in dtypes if dtype != "float64")):
             ours, theirs = pool.map(trace, sides, [dtype] * len(sides))
@@ -205,11 +211,15 @@ def compare_sides(
                 golden = ours
                 findings += compare_exact(ours, theirs, [side.name for side in sides])
             else:
+                # An alarm below float64 may be one unlucky draw of rows, so it is judged again on other rows; but only
+                # if float64 is sound, for otherwise the difference is real.
                 found = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
                 sound = all(one.ok for one in findings if one.dtype == "float64")
                 chance = ("gradients", "forward") if model is not None and model.moes else ("gradients",)
                 findings += look_again(dtype, found, inputs, sides, chance) if sound else found
             if model is not None and inputs.wants("routing") and inputs.wants("forward"):
+                # Which experts are chosen is compared apart: near a tie, rounding decides, and everything behind such a
+                # token differs without a fault.
                 forwards = (trace.levels["forward"] for trace in (golden, ours, theirs))
                 findings += compare_routing(dtype, *forwards, model)
             if inputs.wants("generation"):
@@ -247,6 +257,8 @@ def _explained(
     findings: Sequence[Finding], pair: _Pair, seconds: dict[str, float], progress: Progress
 ) -> tuple[str, ...]:
     """Why stored weights or float64 outputs differ, if they do."""
+    # A search for the cause makes sense for exact differences alone. Options that differ are explained by themselves,
+    # and differences below float64 alone are rounding.
     if all(one.ok or one.level == "config" or one.dtype not in ("float64", STORED) for one in findings):
         return ()
     if importlib.util.find_spec("torch") is None:
@@ -264,6 +276,8 @@ def _explained(
 @contextlib.contextmanager
 def _timed(side: str, dtype: str, seconds: dict[str, float], progress: Progress) -> Iterator[Callable[[str], None]]:
     """Yield a function to call with the part that begins; it adds the seconds of the part that has ended."""
+    # The name and the start of the part at work. The part before the first has no name, and its seconds are dropped at
+    # the end.
     now: list[Any] = ["", time.monotonic()]
 
     def part(name: str) -> None:
@@ -281,6 +295,8 @@ def _sides(
     subject: Subject, second: Subject, computed_by: str | None
 ) -> tuple[tuple[Side, Side], tuple[str, ...], bool]:
     """Return the two sides, the notes for the report, and whether the second side needs plain rows."""
+    # A public folder is judged by the implementation it was published for; weights of our own layouts can only be
+    # judged by the mirror.
     chosen, notes = computed_by, ()
     if chosen is None and second.public is not None:
         chosen = "hf" if importlib.util.find_spec("transformers") else "torch"
@@ -299,6 +315,8 @@ def _sides(
     _require_installed("transformers", "hf")
     from jaxlm.parity.sides.transformers_side import HuggingFaceSide
 
+    # transformers has other balancing losses than we have, and they are part of the training loss: both sides leave
+    # them out, so that the rest can be compared.
     ours, settings = without_balancing(subject.settings), without_balancing(settings)
     if ours.model.moes and ours != subject.settings:
         notes = (*notes, "the balancing losses of the routers are left out: transformers has others")
@@ -329,6 +347,7 @@ def _require_known(what: str, names: Sequence[str], known: Sequence[str]) -> Non
 
 def _smaller(one: config.Model, other: config.Model) -> config.Model:
     """The first model with only the ids and positions that both have."""
+    # Ids and positions beyond what one of the two has would be an error there and no difference.
     sizes = {name: min(getattr(one, name), getattr(other, name)) for name in ("vocab_size", "max_seq_len")}
     return dataclasses.replace(one, **sizes)
 
@@ -345,6 +364,7 @@ def progress_bars(show: bool) -> Iterator[Progress]:
     from rich import progress as rich_progress
     from rich.console import Console
 
+    # The bars are drawn on stderr: stdout is the report, which may be piped.
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),

@@ -107,6 +107,8 @@ def make_inputs(
     Raises:
         UserError: the user's text is empty, or there is no tokenizer for it.
     """
+    # Random ids reach every row of the embedding, text does not. But text has the statistics on which a trained model
+    # is confident, so its logits are large and errors show.
     user = prompt or text
     if tokenizer_path is not None:
         stream = np.array(Tokenizer.from_file(tokenizer_path).encode(user or TEXT), np.int32)
@@ -117,11 +119,15 @@ def make_inputs(
         stream = np.random.default_rng(0).integers(0, model.vocab_size, 4 * ROW, dtype=np.int32)
         origin = "random ids"
     longest = model.max_seq_len if model.positions in ("learned", "sinusoidal") else ROW
+    # Prompts of three lengths in one batch, the last a single token of the highest id: left padding, ragged ends, and
+    # the end of the embedding table are all hit.
     lengths = [max(1, min(n, longest // 4)) for n in PROMPTS]
     prompts = [tuple(np.roll(stream, -29 * i)[:n].tolist()) for i, n in enumerate(lengths[:-1])]
     prompts = [*prompts, (model.vocab_size - 1,) * lengths[-1]]
     if prompt:
         prompts = [tuple(stream[: longest // 2].tolist())]
+    # The highest ids are sprinkled into built-in text, since a tokenizer's text seldom reaches the last rows of the
+    # tables; a user's text is left as it is.
     lay, sprinkled = alone if plain else packed, 0 if user else model.vocab_size
     return Inputs(
         lay(stream, min(ROW, longest), sprinkled),
@@ -148,6 +154,8 @@ def packed(stream: Int[np.ndarray, " n"], t: int, vocab_size: int) -> dict[str, 
 
     The four highest ids of the vocabulary are sprinkled over both, unless `vocab_size` is 0.
     """
+    # Fractions of T and not round numbers: no boundary then falls on a multiple of a kernel's block, so a kernel that
+    # looks at whole blocks is found out.
     segments, positions = np.zeros((2, t), np.int32), np.zeros((2, t), np.int32)
     for row, (start, documents) in enumerate([(t // 39, (t // 3, 1, t // 2)), (0, (t // 5, 3 * t // 4))]):
         for number, length in enumerate(documents, start=1):
@@ -161,7 +169,9 @@ def _laid(stream: np.ndarray, segments: np.ndarray, positions: np.ndarray, vocab
     t = segments.shape[1]
     tokens = np.resize(stream, (2, t + 1)).astype(np.int32)
     if vocab_size:
+        # 29 and 5 have no factor in common with rows, blocks or heads.
         tokens[:, 5::29] = vocab_size - 1 - np.arange(tokens[:, 5::29].size).reshape(2, -1) % min(4, vocab_size)
+    # The last token of a document has no target within it, so it counts nothing in the loss; neither does padding.
     following = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return {
         "tokens": np.where(segments > 0, tokens[:, :-1], 0).astype(np.int32),
@@ -179,6 +189,8 @@ def random_params(model: config.Model, seed: int = 0) -> Params:
     def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
         values = random.standard_normal(shape.shape, np.float32)
         kind = path[-1].key
+        # Scales around 1 and other tensors around 0, each value its own. Kernels are a little larger than usual for
+        # their width, so that every nonlinearity leaves its linear part.
         if kind == "scale":
             return 1 + np.float32(0.3) * values
         return values * np.float32(1.2 * model.d_model**-0.5 if kind == "kernel" else 0.4)

@@ -46,17 +46,23 @@ def compare_routing(dtype: str, golden: Arrays, ours: Arrays, theirs: Arrays, mo
 
 def _compare(dtype: str, name: str, sides: tuple[Arrays, Arrays, Arrays], moe: MoE) -> Finding:
     shape = sides[1][f"{name}#experts"].shape[:-1]
+    # Sorted: the order among the chosen experts changes no output, only the sums of their roundings.
     experts_NK, other_NK = (np.sort(side[f"{name}#experts"].reshape(-1, moe.top_k)) for side in sides[1:])
     exact_NE, *scores_NE = (np.asarray(side[f"{name}#biased"], np.float64).reshape(-1, moe.n_experts) for side in sides)
     judged_N = (np.maximum(experts_NK, other_NK) < moe.n_experts).all(-1)  # neither padding nor beyond the capacity
     differing = np.flatnonzero(judged_N & (experts_NK != other_NK).any(-1))
     if not differing.size:
         return Finding(dtype, ROUTING, name, 0.0, 0.0, note=f"{judged_N.sum()} tokens")
+    # How far rounding reaches at a token is measured there, as the error of its scores on the worse side. A choice may
+    # then differ only where the exact margin is within reach.
     margins_N = margins(exact_NE[differing], moe)
     reach_N = np.max([np.abs(side[differing] - exact_NE[differing]).max(-1) for side in scores_NE], axis=0)
+    # In float64 the measured error itself may be the fault that is looked for, so its size is bounded by what rounding
+    # can do.
     if dtype == "float64":
         reach_N = np.minimum(reach_N, FLOAT64.allowed * np.abs(exact_NE[differing]).max(-1))
     bounds_N = (2 if moe.n_groups == 1 else 4) * reach_N
+    # The worst token by ratio; the smallest normal number keeps 0 / 0 out when nothing was rounded.
     worst = int(np.argmax(margins_N / np.maximum(bounds_N, np.finfo(np.float64).tiny)))
     at = differing[worst]
     place = [int(index) for index in np.unravel_index(at, shape)]
@@ -71,6 +77,8 @@ def margins(biased_NE: Float[np.ndarray, "n e"], moe: MoE) -> Float[np.ndarray, 
     margin_N = np.full(len(biased_NE), np.inf)
     if moe.n_groups > 1:
         grouped_NGE = biased_NE.reshape(len(biased_NE), moe.n_groups, -1)
+        # With groups a choice changes at two places: which groups are kept, and which experts within them. The margin
+        # is the smaller of the two.
         sums_NG = np.sort(grouped_NGE)[..., -2:].sum(-1)
         order_NG = np.argsort(-sums_NG, kind="stable")
         margin_N = _gap(sums_NG, moe.top_groups)

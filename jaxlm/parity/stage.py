@@ -40,6 +40,8 @@ def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
     Args:
         params: of the model of the run; other trees are drawn from the seed.
     """
+    # One device and float64: what is proved here is the mathematics of the stage; meshes and narrow types have proofs
+    # of their own.
     cfg = dataclasses.replace(settings_of(settings), numerics=numerics_of("float64"), mesh=config.Mesh(data=1))
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=TOKENS), seed=settings.seed)
     recipe = make_recipe(cfg)
@@ -50,6 +52,8 @@ def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
         trees = _trees(program, params, cfg.seed)
         ours = dict(_of_jax(program, trees, batch))
     theirs = dict(_of_torch(cfg, recipe, trees, batch))
+    # Updates are compared as differences to the start. The parameters themselves agree to many digits even if no update
+    # were made.
     begin = _named({name: trees[name] for name in recipe.models.trained}, program)
     for level in ours:
         for name, value in ours[level].items():
@@ -61,6 +65,7 @@ def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
 def draw_batch(recipe: Recipe, cfg: config.Config) -> Named:
     """Random arrays for every column: two documents a row, whole numbers below the vocabulary or `Column.below`."""
     rng, shape = np.random.default_rng(cfg.seed), (ROWS, TOKENS)
+    # Two documents a row, so that a stage that sums over rows where it should sum over documents is found out.
     half = np.arange(TOKENS) % (TOKENS // 2), 1 + np.arange(TOKENS) // (TOKENS // 2)
     known = {"positions": np.broadcast_to(half[0], shape), "segments": np.broadcast_to(half[1], shape)}
     known |= {name: rng.integers(0, cfg.model.vocab_size, shape) for name in ("tokens", "targets")}
@@ -74,6 +79,7 @@ def draw_batch(recipe: Recipe, cfg: config.Config) -> Named:
 
 def _trees(program: Program, params: Params, seed: int) -> dict[str, Params]:
     """Parameters of every tree in float64: those of the run's model, the others drawn."""
+    # Each tree has its own draw: equal trees would hide that a loss takes the policy where it means the reference.
     draws = {name: jax.random.key(seed + number) for number, name in enumerate(program.modules, 1)}
     trees = {
         name: params if name == MODEL else init_params(module, draws[name]) for name, module in program.modules.items()
@@ -85,6 +91,8 @@ def _of_jax(program: Program, trees: Mapping[str, Params], batch: Named) -> Iter
     models = program.recipe.models
     trained = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.trained}
     frozen = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.frozen}
+    # One trained tree is handed over as itself, several as a mapping: the same convention as in the engine, so the
+    # objective sees what it sees in training.
     state = init_states(trained if models.several else trained[MODEL], program.parts)
     rows = {name: jax.numpy.asarray(array) for name, array in batch.items()}
     sums = program.loss_fn(state.params, frozen, rows, None)[1]  # pyright: ignore[reportArgumentType]
@@ -112,6 +120,8 @@ def _of_torch(
     for name, tree in models.items():
         modules[name] = TorchDecoder(_reference(tree.model), policy).eval()
         tensors = {key: torch.tensor(np.asarray(x)) for key, x in to_torch(trees[name], tree.model)}
+        # Everything is frozen first, and then opened by the filter of the stage: what the filter forgets would
+        # otherwise still move.
         modules[name].load_state_dict(tensors, strict=True)
         modules[name].requires_grad_(False)
     parts = []

@@ -78,6 +78,8 @@ def compile_step(cfg: config.Config, topology: Topology) -> Measured:
         UserError: the config does not fit the mesh, or the compiler fails.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # Another process, because platform and number of devices are fixed when JAX is imported; and because a compiler
+        # that aborts must not take this one with it. The answer is a file, since compilers print on both streams.
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
         request = {"config": toml.to_dict(cfg), "topology": str(topology), "answer": str(answer)}
         with log.open("wb") as errors:
@@ -106,6 +108,7 @@ def measure(cfg: config.Config, topology: Topology) -> Measured:
 
     start, goal = time.perf_counter(), target(topology)
     layout = Layout.from_config(cfg.mesh, goal.devices)
+    # Without the switch JAX would compile a float64 config in float32, and memory would be counted as half.
     wide = "float64" in (cfg.numerics.params, cfg.numerics.compute)
     with jax.enable_x64(wide):
         program = training_program(cfg, layout, make_recipe(cfg))
@@ -113,6 +116,8 @@ def measure(cfg: config.Config, topology: Topology) -> Measured:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
+            # "Does not fit" is an answer: the message has the bytes that would be needed. Any other failure is an
+            # error.
             used = _asked_for(str(error))
             if not used:
                 raise UserError(f"{topology}: the compiler fails: {str(error).splitlines()[0][:300]}") from None
@@ -138,11 +143,14 @@ def _read(
     from jaxlm.plan.hlo.collectives import collectives
     from jaxlm.plan.links import bandwidth
 
+    # Outputs that alias arguments are the donated state, overwritten in place: counted once, with the arguments.
     memory = compiled.memory_analysis()
     flops, devices = program.flops(), list(layout.mesh.devices.flat)
     sums: dict[tuple[str, tuple[str, ...]], Traffic] = {}
     for one in collectives(program, layout.mesh.shape):
         if one.axes:
+            # Groups of one collective are alike; collectives of one kind and axes are added, at the slowest of their
+            # speeds.
             speed = bandwidth(one.groups[0].tolist(), devices, topology, one_way=one.kind == "collective-permute")
             old = sums.get((one.kind, one.axes), Traffic(one.kind, one.axes, 0, 0, speed))
             moved, runs = old.bytes + one.times * one.moved, old.runs + one.times

@@ -101,6 +101,7 @@ def cuda_devices(chip: str, count: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # jax asks the driver, which is not here
+    # The shape decides which devices XLA takes to be joined by NVLink: those of one host.
     per_host = min(count, CHIPS[chip].host)
     shape = f"1x{-(-count // per_host)}x{per_host}"  # slices, hosts, devices of a host
     try:

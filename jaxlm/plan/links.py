@@ -21,9 +21,12 @@ def bandwidth(group: Sequence[int], devices: Sequence[Any], topology: Topology, 
     Args:
         one_way: a permutation, which uses one direction of one link.
     """
+    # All groups of a mesh axis look alike, so one group stands for all of them.
     chip, members = topology.chip, [devices[i] for i in group]
     if len(members) < 2:
         return float("inf")
+    # Members on one side talk over the fast links. What must leave the side is shared by the members there, each with
+    # its own network card: so the network counts once for each of them, and the slower of the two paths decides.
     sides = [_side(device, topology) for device in members]
     inner = [one for one, side in zip(members, sides, strict=True) if side == sides[0]]
     fast = chip.link
@@ -44,6 +47,8 @@ def _directions(members: Sequence[Any], topology: Topology) -> int:
     if not hasattr(members[0], "coords"):  # virtual devices: as if the axis had one dimension to itself
         side = max(topology.shape)
         return 2 if len(members) >= side and side % topology.chip.wrap == 0 else 1
+    # In how many coordinates the members differ is the number of torus dimensions they extend in; a ring closes if they
+    # fill a side that has wrap-around links.
     places = np.array([device.coords[: topology.chip.dims] for device in members])
     extents = [len(np.unique(axis)) for axis in places.T]
     rings = [n == side and side % topology.chip.wrap == 0 for n, side in zip(extents, topology.shape, strict=True)]

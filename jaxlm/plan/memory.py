@@ -50,11 +50,16 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     Raises:
         UserError: the mesh does not fit the devices, or a size does not divide.
     """
+    # An abstract mesh: the rules of the real one, no devices behind it.
     layout, policy = Layout.abstract(cfg.mesh, devices, slices), Policy.from_config(cfg.numerics)
+    # Only one microbatch is at work at a time; activations are those of its rows.
     rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
     split = layout.parts("batch") * layout.parts("seq")
+    # Layers stacked: shapes and axes are the same for any depth, and the count takes no time.
     model = dataclasses.replace(cfg.model, remat="none", layer_loop="scan")
+    # AdamW keeps two moments of every parameter, in the dtype of the parameters; they may be split further than these
+    # (ZeRO-1).
     leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(model, policy)]
     parameters = sum(_held(layout, *leaf) for leaf in leaves) * policy.params.itemsize
     moments = 2 * sum(_held(layout.optimizer, *leaf) for leaf in leaves) * policy.params.itemsize
@@ -65,6 +70,8 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     # of a layer: itself, the next one on its way, its gradient; of the table: itself, its gradient summed and cast
     narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
     gathered = layer * 3 * narrow_width + table * (2 * narrow_width + wide_width)
+    # Microbatches keep a running sum of gradients beside those of the microbatch at work. A batch has five columns of
+    # four bytes a token.
     return Memory(
         parameters=parameters,
         optimizer=moments,
@@ -94,6 +101,8 @@ def _gathered(layout: Layout, leaves: list[tuple[str, tuple[int, ...], Axes]], r
     """Elements of one layer, and of the largest table, that a device computes with and does not hold."""
     layer = table = 0
     for name, shape, axes in leaves:
+        # Axes of data are gathered before use (ZeRO-3). Tensor and expert axes are not: there a device computes with
+        # its own part.
         along = {one for axis in axes for one in layout.along(axis)} & {"data", "fsdp", "context"}
         split = math.prod(layout.mesh.shape[one] for one in along)
         size = split * _held(layout, name, shape, axes) if split > 1 else 0

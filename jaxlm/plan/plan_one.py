@@ -40,9 +40,12 @@ def make(
     """
     if not cfg.model.vocab_size:
         raise UserError("model.vocab_size is 0", "name the size of the vocabulary: a plan reads no corpus")
+    # Two counts of memory: ours, which is instant and for all chips, and the compiler's, which is exact for the chip
+    # whose compiler it is.
     counted = estimate(cfg, topology.devices, topology.slices)
     measured = compile_step(cfg, topology) if compiling else None
     rows = cfg.train.batch_size * cfg.data.seq_len
+    # FLOP that the mathematics needs, for MFU: recomputation is work but no progress, so it does not count here.
     decoder = Decoder(cfg.model, Policy.from_config(cfg.numerics))
     needed = flops_per_token(cfg.model, matmul_params(decoder), cfg.data.seq_len)
     layout = Layout.abstract(cfg.mesh, topology.devices, topology.slices)

@@ -125,6 +125,8 @@ class Plan:
 
     def _memory(self) -> Any:
         table = _table("memory of a device", "our count, GiB", "compiler, GiB")
+        # A compiler that refused for want of memory names one number only, what it would need: the table then shows the
+        # sum and leaves its parts empty.
         own, compiled = self.estimate, self.measured
         measured = compiled is not None and not compiled.used_when_refused
         rows = [("parameters", own.parameters), ("optimiser", own.optimizer), ("batch", own.batch)]

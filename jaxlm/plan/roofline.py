@@ -45,6 +45,8 @@ class Times:
 
 def times(measured: Measured, chip: Chip) -> Times:
     """The bounds of a compiled step."""
+    # Collectives along one axis share its links and follow one another; along different axes they may run side by side.
+    # So times are added by axis.
     axes: dict[str, float] = {}
     for one in measured.traffic:
         name = "+".join(one.axes)

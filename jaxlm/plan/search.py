@@ -108,6 +108,7 @@ def search_plans(cfg: config.Config, topology: Topology, **options: Any) -> Rank
     if not found:
         hint = f"train.batch_size = {cfg.train.batch_size} rows must divide over the devices that split it"
         raise UserError(f"{topology}: no mesh of {topology.devices} devices divides this config", hint)
+    # Our count has an error; a candidate that barely fits by it would be compiled in vain.
     room = USABLE * MARGIN * topology.chip.hbm
     fitting = [one for one in found if one.memory.bytes <= room]
     if not fitting:
@@ -116,6 +117,8 @@ def search_plans(cfg: config.Config, topology: Topology, **options: Any) -> Rank
         raise UserError(
             f"{topology}: none of {len(found)} ways fits", f"the least needs {need} of {have} GiB: {least.overrides}"
         )
+    # One candidate for each kind of mesh (fsdp, tensor, expert), the fastest: otherwise all that are compiled would be
+    # neighbours of one another.
     best: dict[Any, Candidate] = {}
     for one in sorted(fitting, key=lambda one: one.seconds):
         best.setdefault(one.cfg.mesh.fsdp * 10**6 + one.cfg.mesh.tensor * 10**3 + one.cfg.mesh.expert, one)
@@ -127,6 +130,7 @@ def search_plans(cfg: config.Config, topology: Topology, **options: Any) -> Rank
 
 def _candidates(cfg: config.Config, topology: Topology) -> Iterator[Candidate]:
     decoder = Decoder(cfg.model, Policy.from_config(cfg.numerics))
+    # FLOP of a forward pass do not depend on the mesh: counted once for all candidates.
     forward = forward_flops(cfg.model, matmul_params(decoder), cfg.data.seq_len)
     for mesh, remat, parts in itertools.product(_meshes(cfg, topology), _RECOMPUTED, _powers(cfg.train.batch_size)):
         model = dataclasses.replace(cfg.model, remat=remat)
@@ -141,6 +145,8 @@ def _candidates(cfg: config.Config, topology: Topology) -> Iterator[Candidate]:
 def _meshes(cfg: config.Config, topology: Topology) -> Iterator[config.Mesh]:
     """Sizes whose product is a slice, replicas across slices; no axis where the model has nothing to split."""
     per_slice = topology.devices // topology.slices
+    # An axis is only as long as the model can be split along it: all mixtures must divide, a context part keeps 2048
+    # tokens, a head is not cut.
     experts = math.gcd(*(moe.n_experts for moe in cfg.model.moes)) if cfg.model.moes else 1
     limits = {"expert": experts, "context": max(1, cfg.data.seq_len // 2048), "tensor": min(16, cfg.model.n_heads)}
     for expert, context, tensor in itertools.product(*(_divisors(per_slice, limits[axis]) for axis in limits)):
@@ -165,6 +171,7 @@ def _seconds(cfg: config.Config, topology: Topology, memory: Memory, forward: in
     """Expected time of a step, nothing overlapping: products at the peak, and what each axis must carry."""
     mesh, model, chip, again = cfg.mesh, cfg.model, topology.chip, _RECOMPUTED[cfg.model.remat]
     width, parts = Policy.from_config(cfg.numerics).compute.itemsize, cfg.train.microbatches
+    # Devices along `tensor` share their tokens, hence the factor.
     tokens = cfg.train.batch_size * cfg.data.seq_len // topology.devices * mesh.tensor
     held = memory.parameters * width / Policy.from_config(cfg.numerics).params.itemsize
     stream, layers = tokens * model.d_model * width, model.n_layers
@@ -172,6 +179,10 @@ def _seconds(cfg: config.Config, topology: Topology, memory: Memory, forward: in
     halves = [model.halves(kind) for kind in model.pattern]
     branches = sum(1 + bool(half.ffn_name) for half in halves) / len(halves)
     keys = 2 * model.n_kv_heads * model.head_dim * tokens * width / mesh.tensor
+    # What an axis carries in a step. data: the sum of gradients, which costs twice the size. fsdp: parameters gathered
+    # forward and backward and gradients scattered, once more when the forward pass is repeated. expert: tokens there
+    # and back, both passes. context: keys and values around the ring. tensor: one sum for each branch of a layer, both
+    # passes.
     sent = {
         "data": 2 * memory.parameters * parts,
         "fsdp": held * mesh.fsdp * (3 + (again > 0)) * parts,
@@ -181,6 +192,8 @@ def _seconds(cfg: config.Config, topology: Topology, memory: Memory, forward: in
     }
     moved = (_time(float(sent[axis]), axis, mesh, topology) for axis in AXES)
     flops = (3 + again) * forward * tokens / mesh.tensor
+    # Memory traffic: the optimiser reads the gradients and reads and writes parameters and moments; each microbatch
+    # reads the gathered parameters three times and moves its activations four times.
     traffic = (
         7 * memory.parameters + 3 * parts * held * mesh.fsdp + 4 * parts * memory.activations
     ) / chip.hbm_bandwidth
@@ -192,6 +205,8 @@ def _time(size: float, axis: str, mesh: config.Mesh, topology: Topology) -> floa
     n = mesh.sizes[axis] * (topology.slices if axis == "data" else 1)
     if n == 1:
         return 0.0
+    # The last axes of the mesh vary fastest, so their members are neighbours. On TPUs a ring of four or more sends both
+    # ways; on GPUs an axis that reaches beyond a host goes over its network cards.
     chip, inner = topology.chip, math.prod(mesh.sizes[one] for one in AXES[AXES.index(axis) + 1 :])
     speed = chip.link
     if chip.platform == "tpu":

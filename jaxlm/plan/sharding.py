@@ -93,6 +93,8 @@ class Sharding:
         table.add_column("a device holds", no_wrap=True)
         table.add_column("MiB", footer=held, justify="right", no_wrap=True)
         table.add_column("copies", justify="right", no_wrap=True)
+        # Moments are shown only where they lie elsewhere than their parameter, as under ZeRO-1; else they would double
+        # every row.
         parameters = {leaf.name: leaf for leaf in self.leaves if leaf.kind == "parameter"}
         moments = {f"optimiser of {leaf.of}": leaf for leaf in self.moved}  # both moments of a parameter lie alike
         for name, leaf in (parameters | moments).items():
@@ -145,6 +147,8 @@ def _state(
     with precision(numerics):
         shapes, axes = abstract_params(Decoder(model, Policy.from_config(numerics)))
         moments = jax.eval_shape(optimizer.init, shapes)
+    # Optax knows which of its leaves mirror parameters. Mapping "name and axes" instead of arrays through it labels
+    # each moment with the parameter it belongs to; counters belong to none.
     owners: Any = jax.tree_util.tree_map_with_path(lambda path, _, at: _Owner(_dotted(path), at), shapes, axes)
     moment_owners = optax.tree.map_params(
         optimizer, lambda _, owner: owner, moments, owners, transform_non_params=lambda _: _Owner("", ())
@@ -161,6 +165,8 @@ def _leaves(kind: Literal["parameter", "optimizer"], arrays: Iterable[_Array], l
     """Each array as the engine's `state_shardings` lays it."""
     prefix = "optimizer." if kind == "optimizer" else ""
     for name, array, of, axes in arrays:
+        # The same call that the engine makes: what is printed is what will be, and a size that does not divide is
+        # refused here as there.
         sharding = layout.sharding(axes, array.shape, prefix + of)
         local = tuple(sharding.shard_shape(array.shape))
         yield Leaf(

@@ -82,6 +82,8 @@ def parse(text: str, slices: int = 1) -> Topology:
     found = _FORM.fullmatch(text.strip().lower())
     if found is None:
         raise UserError(f"topology {text!r}", "write CHIP:SHAPE, such as v5p:4x4x4, v6e:16x16, h100:512, 2*v5p:8x8x8")
+    # The vendor sells slices of certain shapes only. Refusing others here costs nothing; the compiler would refuse them
+    # after a minute with a message of its own.
     many, name, shape_text = found.groups()
     if name not in CHIPS:
         raise UserError(f"topology {text!r}: unknown chip {name!r}", did_you_mean(name, CHIPS))
@@ -116,6 +118,8 @@ def compiler(topology: Topology) -> str:
 
 def prepare_environment(topology: Topology) -> None:
     """Set what must stand in the environment before JAX is imported: nothing is asked of a cloud, logs are quiet."""
+    # JAX reads these once, at import. Without them libtpu asks the metadata server of a cloud and waits for an answer
+    # that does not come.
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -151,6 +155,8 @@ def target(topology: Topology) -> Target:
 def _tpu_devices(topology: Topology) -> Sequence[Any]:
     from jax.experimental import topologies
 
+    # Names as libtpu has them: v4 compiles for both cores of a chip together, and a single chip needs bounds of its
+    # own, since a host has four.
     name, shape = topology.chip.name, "x".join(map(str, topology.shape))
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if name == "v4":

@@ -85,6 +85,7 @@ def rope_layout(v: Variant) -> Iterator[Try]:
 def rope_theta(v: Variant) -> Iterator[Try]:
     if rotates(v):
         yield from values(v, "rope_theta", THETAS)
+        # A base that other blocks of this model have is a likely mistake: the two were exchanged.
         own = {rope.theta for rope in v.model.ropes}
         if len(own) > 1:
             for theta in own - {v.model.rope_theta, *THETAS}:
@@ -100,6 +101,7 @@ def rope_scaling(v: Variant) -> Iterator[Try]:
         for options in SCALINGS:
             yield f"rotary frequencies are scaled: {_options(options)}", make(options)
         return
+    # From likely to unlikely: the scaling was forgotten, one of its keys was, another kind was taken, another factor.
     own = dataclasses.asdict(ours)
     yield f"rope_scaling is missing: frequencies are not scaled by {ours.kind}", make({})
     if ours.kind == "yarn":
@@ -148,6 +150,7 @@ def positions(v: Variant) -> Iterator[Try]:
         what = what if step > 0 else "positions are off by one: the second token is at 0"
         yield what, lambda step=step: v.with_rows(positions=np.maximum(places + step, 0))
     yield "positions do not restart at each document", lambda: v.with_rows(positions=_running(places))
+    # Positions as transformers makes them of an attention mask: real tokens are counted, wherever they stand.
     counted = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     yield "positions do not restart at each document, padding not counted", lambda: v.with_rows(positions=counted)
     if v.model.positions == "learned":
@@ -169,6 +172,8 @@ def documents(v: Variant) -> Iterator[Try]:
         if attends(v):
             yield patching(v, "the document mask is missing in attention", torch_patches.documents_joined)
         if mixes(v, "mamba", "mamba2"):
+            # A state space has two memories, the scan and the convolution; an implementation may reset one and forget
+            # the other.
             crossing = torch_patches.state_goes_on, torch_patches.convolution_goes_on
             yield patching(v, "state and convolution of Mamba run on into the next document", *crossing)
             yield patching(v, "the state of Mamba runs on into the next document", crossing[0])
@@ -226,6 +231,7 @@ def embedding(v: Variant) -> Iterator[Try]:
     root = v.model.d_model**0.5
     table = np.asarray(v.tensors["embed.weight"], np.float64)
     head = np.asarray(v.tensors.get("head.weight", v.tensors["embed.weight"]), np.float64)
+    # With a tied table the two factors could not differ, so it is untied first: the same function with two tensors.
     untied = v.with_options(tie_embeddings=False) if v.model.tie_embeddings else v
 
     def scaled(embed: float = 1.0, unembed: float = 1.0) -> Variant:
@@ -270,6 +276,7 @@ def windows(v: Variant) -> Iterator[Try]:
 
 def _windows(v: Variant, sizes: list[int]) -> Variant:
     """The pattern with these windows, one for each of its blocks; a pattern of one block is written out."""
+    # Where the layers of one block differ, the pattern must be written out before each can have its window.
     kinds = v.model.pattern * (len(sizes) // len(v.model.pattern))
     attends = [parse_block(kind).mixer == "attention" for kind in kinds]
     pattern = [

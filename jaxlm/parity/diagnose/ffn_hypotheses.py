@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 
 def activation(v: Variant) -> Iterator[Try]:
     blocks = [*blocks_with(v.model, ffn="mlp"), *blocks_with(v.model, ffn="moe")]
+    # Blocks may have different activations; each is questioned once.
     for ours in dict.fromkeys(block.activation for block in blocks):
         if ours in ACTIVATIONS:
             for name, (what, function) in ACTIVATIONS.items():
@@ -63,6 +64,8 @@ def experts(v: Variant) -> Iterator[Try]:
     else:
         what = "the weights of the chosen experts are renormalised: softmax after top-k"
         yield what, lambda: set_to(renormalize=True)
+    # Scores and renormalisation are often wrong together, since softmax over the chosen equals softmax over all,
+    # renormalised; so both are also tried at once.
     router = "sigmoid" if moe.router == "softmax" else "softmax"
     yield f"the router's scores are a {router} instead of a {moe.router}", lambda: set_to(router=router)
     other = f"the router's scores are a {router}, {'not ' if moe.renormalize else ''}renormalised"
@@ -92,6 +95,8 @@ def experts(v: Variant) -> Iterator[Try]:
 def mamba(v: Variant) -> Iterator[Try]:
     if not mixes(v, "mamba", "mamba2"):
         return
+    # The parts of a scan that leave outputs plausible when they are missing: skip, bias of the step size, activation
+    # behind the convolution, order of the taps.
     yield from zeroed(v, "the skip D u of the scan is missing", "mixer.D")
     yield from zeroed(v, "the bias of the step size is missing", "dt_proj.bias", "dt_bias")
     twice = lambda name, x: 2 * np.asarray(x, np.float64) if name.endswith(("mixer.dt_proj.bias", "dt_bias")) else None  # noqa: E731

@@ -31,6 +31,7 @@ def values(v: Variant, key: str, others: tuple[Any, ...], section: str = "") -> 
 
 def zeroed(v: Variant, what: str, *endings: str, fill: float = 0.0) -> Iterator[Try]:
     """The tensors whose names end so are left out of the computation."""
+    # A tensor that already has the neutral value makes no difference, and the try would be the model itself.
     if any(name.endswith(endings) and np.any(tensor != fill) for name, tensor in v.tensors.items()):
         change = lambda name, x: np.full(x.shape, fill) if name.endswith(endings) else None  # noqa: E731
         yield what, lambda: v.with_tensors(change)

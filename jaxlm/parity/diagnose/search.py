@@ -72,6 +72,8 @@ def explain(
     """
     model = settings_of(settings).model
     mine, other = ours.weights(), theirs.weights()
+    # Short rows first: every hypothesis costs a forward pass. What fits there is confirmed on the full rows, and what
+    # differs on the full rows alone is searched there.
     short = _short(inputs)
     base, subject = Variant(model, mine, short), theirs
     target = theirs.forward("float64", short)
@@ -80,6 +82,7 @@ def explain(
     if before <= FLOAT64.allowed:
         base, target = dataclasses.replace(base, rows=inputs.rows), theirs.forward("float64", inputs.rows)
         before = _error(target, attempt(base), base)
+    # Weights differ and outputs do not: the difference has no effect, such as rows of a vocabulary that no id reaches.
     if before <= FLOAT64.allowed and found:
         suffix = "; the outputs are the same"
         return [Explanation(one.what + suffix, before, before, one.names) for one in found]
@@ -108,6 +111,7 @@ def _short(inputs: Inputs) -> Mapping[str, np.ndarray]:
 
 def structure(model: config.Model, tensors: Mapping[str, np.ndarray]) -> config.Model:
     """`model` with the options that the names of tensors, by torch_ref, and the rows of the embedding tell."""
+    # The other side's tensors tell its structure, whatever its config says: what has no bias in the file has no bias.
     has = lambda *endings: any(name.endswith(endings) for name in tensors)  # noqa: E731
     kinds = {
         "qkv": "mixer.q_proj.bias",
@@ -138,6 +142,8 @@ def _weights(
     """What each difference of the weights does to the error, one after the other."""
     tensors = dict(base.tensors)
     for one in found:
+        # The differences are put in one after the other, each on top of those before, so that the last error is that of
+        # all of them.
         for name in one.names:
             tensors.pop(name, None)
             tensors |= {name: other[name]} if name in other else {}
@@ -172,6 +178,7 @@ class _Tried:
         """As far as each change made more modules agree, or the error much smaller."""
         stages = (*self.path, self)
         for before, after in itertools.pairwise(stages):
+            # A step that brings neither agreement nor a much smaller error was a guess on the way and explains nothing.
             if after.agree <= before.agree and after.error > before.error / FALLS:
                 return before
         return self
@@ -187,6 +194,8 @@ class Search:
         """The explanations of the difference between `base` and `target`, or the word that there is none."""
         start = self._measure(base, target, (), ())
         fit, closest = self._deepen(start, target)
+        # A hypothesis that fits short rows may be wrong on long ones: windows, scalings and late positions show there
+        # only.
         if fit and base.rows is not self._rows:
             full = dataclasses.replace(base, rows=self._rows)
             target = self._side.forward("float64", self._rows)
@@ -198,6 +207,7 @@ class Search:
                 sound, closest = self._deepen(min(found, key=lambda one: one.error, default=start), target)
             fit = sound
         if fit:
+            # Others are reported too if they differ in the last step alone: equally good explanations of the same rest.
             best = fit[0]
             others = [one for one in fit[1:] if set(one.whats) != set(best.whats) and one.whats[:-1] == best.whats[:-1]]
             others = [one for one in others if not best.whats[-1].startswith(one.whats[-1])][:OTHERS]
@@ -206,6 +216,8 @@ class Search:
 
     def _deepen(self, start: _Tried, target: Arrays) -> tuple[list[_Tried], _Tried]:
         """Those of the first culprit that fit, or none; and the closest."""
+        # A beam search: two faults in one model are found one after the other, if the first makes more modules agree.
+        # One blind step is allowed where two faults hide each other.
         beam, closest, guessed = [start], start, False
         for _ in range(STEPS):
             tried: list[_Tried] = []
@@ -216,6 +228,8 @@ class Search:
                         return fit, closest
             self._count = self._count or len(tried)
             closest = min([closest, *tried], key=lambda one: one.error)
+            # Agreement of modules counts before the error of the logits: it grows from the front of the model, where
+            # the first fault lies, and is not misled by chance.
             better = [one for one in tried if one.agree > beam[0].agree or one.error < beam[0].error / FALLS]
             better.sort(key=lambda one: (-one.agree, one.error))
             if not better and guessed:
@@ -269,6 +283,8 @@ class Search:
         """Whether everything differs from the first modules on, as much as rounding makes it differ in this model."""
         if rest.agree > FEW:
             return ""
+        # An error as large as rounding to a narrow dtype makes in this very model, at every module from the first on,
+        # is most likely that.
         mine, real = attempt(rest.variant).get("logits"), rest.variant.rows["segments"] != 0
         for dtype in ("bfloat16", "float16", "float32"):
             change = lambda name, x, dtype=dtype: rounded(x + 2.0**-40 * x, dtype)  # noqa: E731

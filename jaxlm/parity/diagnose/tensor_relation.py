@@ -30,6 +30,8 @@ def relation(mine: np.ndarray, theirs: np.ndarray, axes: Sequence[Axis]) -> str 
     """What was done to `mine` to make `theirs`, in words that follow the name of the tensor; None: nothing known."""
     if theirs.size and np.all(theirs == theirs.flat[0]) and not np.all(mine == mine.flat[0]):
         return f"{'all ' if theirs.size > 1 else ''}{theirs.flat[0]:g}: never loaded, or left out"
+    # Cheap and exact relations first: an order of entries is compared bit for bit, a scale or shift only up to float32.
+    # A relation after rounding is tried last, for rounding makes more things look alike.
     if theirs.shape == mine.shape:
         if what := rounding(mine, theirs):
             return what
@@ -37,6 +39,8 @@ def relation(mine: np.ndarray, theirs: np.ndarray, axes: Sequence[Axis]) -> str 
             return what
         for dtype in NARROW:
             narrow = _narrow(mine, dtype)
+            # Rounding is an explanation only if it changes ours and leaves theirs: otherwise every tensor that happens
+            # to be narrow would fit.
             changed = not np.array_equal(narrow, mine) and np.array_equal(_narrow(theirs, dtype), theirs)
             if changed and (what := _moved(narrow, theirs, axes)):
                 return f"{what}, and rounded to {dtype}"
@@ -51,6 +55,8 @@ def rounding(mine: np.ndarray, theirs: np.ndarray) -> str | None:
             return f"rounded to {dtype}"
         if np.array_equal(_narrow(theirs, dtype), mine):
             return f"wider: ours is rounded to {dtype}"
+    # bfloat16 is the upper half of float32. Who copies the upper half instead of rounding is off by up to one unit,
+    # always towards zero.
     bits = mine.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
     if np.array_equal(bits.view(np.float32), theirs):
         return "cut off to bfloat16 instead of rounded"
@@ -66,6 +72,7 @@ def _other_shape(mine: np.ndarray, theirs: np.ndarray) -> str | None:
     if theirs.shape == mine.shape[::-1] and np.array_equal(theirs, mine.T):
         return "transposed"
     if theirs.ndim == mine.ndim and theirs.shape[1:] == mine.shape[1:]:
+        # A vocabulary that was padded to a round number, or cut back, on one side.
         shared = min(len(mine), len(theirs))
         if np.array_equal(mine[:shared], theirs[:shared]):
             more = len(theirs) - len(mine)
@@ -81,9 +88,11 @@ def _moved(mine: np.ndarray, theirs: np.ndarray, axes: Sequence[Axis]) -> str | 
             return "transposed"
         if np.array_equal(turned.reshape(theirs.shape), theirs):
             return "transposed, and read in the old shape"
+        # A square matrix has the old shape after a transpose, so the reshaped forms say nothing new there.
         if mine.shape[-1] != mine.shape[-2] and np.array_equal(mine.reshape(turned.shape).swapaxes(-1, -2), theirs):
             return "transposed, and read in the old shape"
     for number, axis in enumerate(axes):
+        # The axis moves to the front, so that an entry of it is a row and rows can be looked up by their bytes.
         take = source(np.moveaxis(mine, number, 0), np.moveaxis(theirs, number, 0))
         if take is not None:
             return order(take, axis)
@@ -92,6 +101,7 @@ def _moved(mine: np.ndarray, theirs: np.ndarray, axes: Sequence[Axis]) -> str | 
 
 def source(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
     """The entry of `mine` that each entry of `theirs` along the first axis is; None where one is not there."""
+    # By bytes and not by distance: an order is an exact relation, and a table of bytes finds it in linear time.
     places: dict[bytes, list[int]] = {}
     for index, row in enumerate(mine):
         places.setdefault(np.ascontiguousarray(row).tobytes(), []).append(index)
@@ -109,20 +119,25 @@ def source(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
 def order(take: np.ndarray, axis: Axis) -> str:
     """An order of entries in words; entry i is `take[i]` of ours."""
     n, heads = len(take), axis.block
+    # An entry that occurs twice displaces another: heads that were repeated to match the number of query heads are the
+    # common case.
     if len(set(take.tolist())) < n:
         return f"{_heads(take, heads)} are repeated and others missing: {_first(_blocks(take, heads))}"
     if np.array_equal(take, np.arange(n)[::-1]):
         return f"reversed: the {axis.unit}s run the other way"
     if heads and axis.rotated:
+        # The two layouts of rotary pairs are orders within each head; the rest of a head that is not rotated stays.
         for name, one in _layouts(heads, axis.rotated):
             if np.array_equal(take, (np.arange(0, n, heads)[:, None] + one).ravel()):
                 return f"in the order of {name} rotary pairs"
+    # The largest blocks that stay together name the order in the fewest words: heads, halves, groups of heads.
     size = _block(take)
     size = heads if heads and size % heads == 0 else size
     blocks = take[::size] // size
     if len(blocks) == 2 and size != heads:
         return f"with its halves along the {axis.unit}s swapped"
     unit = axis.unit if size == 1 else "head" if size == heads else f"block of {size} {axis.unit}"
+    # [groups, each] read as [each, groups]: a reshape with two axes exchanged, as of grouped queries.
     for groups in range(2, len(blocks)):
         each, left = divmod(len(blocks), groups)
         if not left and np.array_equal(np.arange(len(blocks)).reshape(groups, each).T.ravel(), blocks):
@@ -178,6 +193,8 @@ def _elementwise(mine: np.ndarray, theirs: np.ndarray) -> str | None:
     size = float(np.linalg.norm(theirs.ravel()))
     if not size or not np.isfinite(size) or mine.size < 2:
         return None
+    # A shift is the mean difference if all differences lie near it. One operation in float32 may have made it, so its
+    # spread may be one rounding of the largest value.
     shift = float(np.mean(theirs - mine))
     spread = float(np.max(np.abs(theirs - mine - shift)))
     reach = float(np.max(np.abs(theirs)) + np.max(np.abs(mine)))
@@ -186,6 +203,7 @@ def _elementwise(mine: np.ndarray, theirs: np.ndarray) -> str | None:
         if near and abs(shift - near) <= FLOAT32 * reach:
             return f"{'larger' if near > 0 else 'smaller'} by {abs(near)}: the scale of a norm is (1 + w) on one side"
         return f"larger by {shift:.6g} in every element"
+    # The scale by least squares; a relation only if what it leaves is one rounding, and if it is not 1.
     factor = float(np.sum(theirs * mine) / np.sum(mine * mine))
     left = float(np.linalg.norm((theirs - factor * mine).ravel())) / size
     if left <= FLOAT32 and abs(factor - 1) > max(4 * left, 1e-15):

@@ -88,6 +88,8 @@ def scaled_scores(factor: float) -> Patch:
 
 
 def _tiled_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # `repeat` lays the kv heads one after the other, 0 1 0 1; grouped queries need 0 0 1 1. Both have the right shape,
+    # which is why the mistake is common.
     groups = q.shape[2] // k.shape[2]
     k, v = (x.transpose(1, 2).repeat(1, groups, 1, 1) for x in (k, v))
     return q.transpose(1, 2), k, v
@@ -100,6 +102,8 @@ def _visible(causal: bool, documents: bool) -> Callable[..., Tensor]:
     """Visibility by place in the row; `documents`: within one."""
 
     def visible(q: Any, k: Any, window: int = 0, beyond: int = 0) -> Tensor:
+        # Order by place in the row instead of by position: the same within one document, but not over several, nor
+        # where positions restart.
         real = (q.segments[:, :, None] != 0) & (k.segments[:, None, :] != 0)
         seen = real & (q.segments[:, :, None] == k.segments[:, None, :]) if documents else real
         rows, columns = torch.arange(q.segments.shape[1]), torch.arange(k.segments.shape[1])
@@ -124,6 +128,8 @@ def norm_after_rotation() -> Iterator[None]:
     def attend(self: Any, *inputs: Any) -> Any:
         if not self.config.qk_norm or inputs[2] is None:
             return forward(self, *inputs)
+        # The norms are taken out of the module and applied behind the rotation, queries first, in the order in which
+        # the module rotates.
         norms = self.q_norm, self.k_norm
         waiting[:] = norms
         self.q_norm = self.k_norm = torch.nn.Identity()
@@ -166,6 +172,8 @@ def tables_in(dtype: str) -> Patch:
     def wrap(original: Any) -> Any:
         def table(positions: Tensor, frequencies: Any, wide: torch.dtype, temperature: float = 1.0) -> Any:
             kind = DTYPES[dtype]
+            # Positions are rounded too: in bfloat16 no two neighbours above 256 are distinct, which is the error that
+            # this variant looks for.
             angles = positions[..., None].to(kind) * torch.as_tensor(frequencies).to(kind)
             return tuple((wave(angles) * temperature).to(wide) for wave in (torch.sin, torch.cos))
 
@@ -213,6 +221,7 @@ def _biased_weights(original: Any) -> Any:
         routing = original(logits, bias, **options)
         if bias is None:
             return routing
+        # The choice is made as before: only the weights of what is chosen include the bias.
         weights = (routing.scores + bias).gather(-1, routing.experts)
         if options["renormalize"]:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -225,6 +234,7 @@ bias_in_weights = patched(router, "route", _biased_weights)
 
 
 def _unweighted_bias(hidden: Tensor, weights: Tensor, one: Any) -> Tensor:
+    # The product is linear, so weighting the hidden layer or the output is the same; for the bias it is not.
     y = (hidden * weights[:, None]) @ one.down
     return y if one.down_bias is None else y + one.down_bias
 
@@ -244,6 +254,7 @@ softplus_twice = patched(selective_scan, "softplus", lambda original: lambda x: 
 
 
 def _no_reset(segments: Tensor) -> Tensor:
+    # A state that begins at the first token of the row and nowhere else.
     first = torch.zeros_like(segments, dtype=torch.bool)
     first[:, 0] = True
     return first

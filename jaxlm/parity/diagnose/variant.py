@@ -42,10 +42,14 @@ class Variant:
         with contextlib.ExitStack() as stack:
             for patch in self.patches:
                 stack.enter_context(patch())
+            # The kernels of torch cannot be patched, so variants run the readable path, on one thread if the model is
+            # small: hundreds of variants are tried, and threads cost more than they bring.
             model = dataclasses.replace(self.model, attention_impl="xla")  # the code that is patched
             stack.enter_context(_threads(1 if model.d_model <= SMALL else torch.get_num_threads()))
             decoder = Decoder(model, Policy.from_config(numerics_of(self.dtype)))
             arrays = fitted(model, self.tensors)
+            # `assign` takes the tensors as they are. Together with `made` no variant copies weights that it shares with
+            # the first.
             decoder.load_state_dict({name: self._tensor(x) for name, x in arrays.items()}, assign=True)
             if not self.made and self.dtype == "float64":
                 state = decoder.state_dict()
@@ -68,6 +72,7 @@ class Variant:
 
     def with_tensors(self, change: Callable[[str, np.ndarray], np.ndarray | None]) -> Variant:
         """With every tensor changed for which `change(name, tensor)` is not None."""
+        # Unchanged arrays stay the same objects: `made` knows tensors by identity.
         made = {name: change(name, tensor) for name, tensor in self.tensors.items()}
         return dataclasses.replace(
             self, tensors={name: self.tensors[name] if x is None else x for name, x in made.items()}
@@ -110,6 +115,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def changed(model: config.Model, section: str = "", **options: Any) -> config.Model:
     """`model` with these options everywhere, also in the blocks that have their own."""
+    # A block of the pattern that sets an option itself would override the new value: it is written into the block too.
     pattern = tuple(rendered(kind, options) for kind in model.pattern)
     if section:
         options = {section: dataclasses.replace(getattr(model, section), **options)}
@@ -139,6 +145,8 @@ def fitted(model: config.Model, tensors: Mapping[str, np.ndarray]) -> dict[str, 
     """
     found = {}
     for name, shape in shapes(model).items():
+        # A variant may have a tensor that the weights lack. It gets the value with which the operation does nothing, so
+        # that the option alone is what changes.
         tensor = tensors.get(name)
         if tensor is None and name == "head.weight":
             tensor = tensors["embed.weight"]
@@ -171,6 +179,7 @@ def distance(theirs: np.ndarray | None, mine: np.ndarray | None, real_BT: np.nda
     """Relative error of outputs [B, T, ...] over the tokens that are no padding; infinite where they do not compare."""
     if theirs is None or mine is None or theirs.shape != mine.shape:
         return math.inf
+    # Padding is left out: each implementation computes something else there.
     if theirs.shape[:2] == real_BT.shape:
         theirs, mine = theirs[real_BT], mine[real_BT]
     size, error = _length(theirs), _length(np.asarray(mine, np.float64) - theirs)
@@ -187,6 +196,8 @@ def sample(real_BT: np.ndarray, count: int = 24) -> np.ndarray:
 def agrees(theirs: np.ndarray, mine: np.ndarray, real_BT: np.ndarray, bound: float) -> bool:
     """Whether the outputs of a module are the same at a sample of tokens."""
     if theirs.shape == mine.shape and theirs.shape[:2] == real_BT.shape:
+        # 24 tokens decide whether a module agrees: a wrong computation is wrong at nearly every token, and thousands of
+        # comparisons are made.
         some = sample(real_BT)
         theirs, mine = (x.reshape(real_BT.size, -1)[some][None] for x in (theirs, mine))
     return distance(theirs, mine, np.ones(theirs.shape[:2], bool)) <= bound

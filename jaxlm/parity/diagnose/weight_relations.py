@@ -37,9 +37,12 @@ def recognise(ours: Tensors, theirs: Tensors, model: config.Model) -> list[Recog
     shared = [name for name in ours if name in theirs]
     unlike = [name for name in shared if not _equal(ours[name], theirs[name])]
     found = [*_absent(ours, theirs)]
+    # Values that stand under another name are exchanged tensors. They are taken out first, for as a relation of one
+    # tensor to itself they would look like noise.
     elsewhere = _elsewhere(ours, theirs, unlike)
     found += _exchanged(elsewhere)
     rest = [name for name in unlike if name not in elsewhere]
+    # Tensors with the same explanation are one finding: 28 layers of transposed kernels are one fault.
     groups: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for name in rest:
         mine, other = _wide(ours[name]), _wide(theirs[name])
@@ -62,6 +65,7 @@ def axes(name: str, shape: tuple[int, ...], model: config.Model) -> list[Axis]:
         return [Axis("expert"), *plain[1:]]
     if module in ("conv", "bc_conv"):
         return [Axis("channel"), Axis("tap")][: len(shape)]
+    # Heads and rotary pairs are those of the block that the layer belongs to: blocks of a pattern may differ.
     block = model.halves(model.pattern[int(layer[1]) % len(model.pattern)]).mixer if layer else model
     size, rotated = block.head_dim, block.rotary_dim if block.positions == "rope" else 0
     if module in ("q_proj", "k_proj", "q_norm", "k_norm"):
@@ -120,6 +124,8 @@ def _elsewhere(ours: Tensors, theirs: Tensors, unlike: list[str]) -> dict[str, s
     """Of tensors that differ: the name under which we have the very same values."""
     if not unlike:
         return {}
+    # By digest of the values. Constant tensors (zeros, ones) are left out: they are everywhere and tell nothing. In
+    # reverse, so that the first of equal tensors wins.
     names = {_key(ours[name]): name for name in reversed(list(ours)) if np.ptp(_wide(ours[name])) > 0}
     return {name: names[key] for name in unlike if (key := _key(theirs[name])) in names}
 
@@ -135,6 +141,7 @@ def _exchanged(sources: Mapping[str, str]) -> Iterator[Recognised]:
     by_module: dict[str, dict[int, int]] = defaultdict(dict)
     for name, origin in sources.items():
         (layer, module), (other, old) = _split(name), _split(origin)
+        # Moved within the same module name: layers are exchanged or shifted. Else two modules of a layer are exchanged.
         if module == old:
             by_module[module][layer] = other
         else:
@@ -144,6 +151,8 @@ def _exchanged(sources: Mapping[str, str]) -> Iterator[Recognised]:
     yield from (_shifted(dict(moves), names) for moves, names in layers.items())
     while parts:
         (module, old), names = next(iter(parts.items()))
+        # If A holds B and B holds A in the same layers, that is one swap, whatever the kind: weights and biases are
+        # reported together.
         pair = {_last(module), _last(old)}
         same = [key for key in parts if {_last(key[0]), _last(key[1])} == pair and _returned(parts, key)]
         if (module, old) in same:
@@ -191,12 +200,14 @@ def _mixed(name: str, ours: Tensors, other: np.ndarray) -> str | None:
     peers = [
         n for n in ours if n.startswith(f"{module}.") and n.endswith(f".{kind}") and n.count(".") == name.count(".")
     ]
+    # Only tensors whose rows have the same length can have been joined and split again.
     peers = [n for n in peers if ours[n].ndim == other.ndim and ours[n].shape[1:] == other.shape[1:]]
     if len(peers) < 2 or other.ndim < 2:
         return None
     take = source(np.concatenate([_wide(ours[n]) for n in peers]), other)
     if take is None:
         return None
+    # Rows are numbered over the joined tensors; the ends say which tensor a row comes from.
     ends = np.cumsum([len(ours[n]) for n in peers])
     used = sorted({int(number) for number in np.searchsorted(ends, take, side="right")})
     return f"rows of {_and([_last(peers[i]) for i in used])}: a joined projection is split in another order"

@@ -38,6 +38,7 @@ def compare(
     inputs = golden.shown.inputs()
     exact: Trace | None = None
     for dtype in golden.dtypes:
+        # float64 comes first in the file too; its trace of today is what narrower dtypes are measured against.
         now = side.trace(dtype, inputs, lambda part, dtype=dtype: progress(dtype, part))
         if exact is None:
             exact = now
@@ -75,6 +76,8 @@ def _compare_weights(then: Mapping[str, tuple[str, Sketch]], now: Arrays) -> Ite
 
 def _compare_exact(golden: Golden, now: Trace) -> Iterator[Finding]:
     """Every tensor of float64 by its sketch; gradients that are nothing but rounding as in `compare.compare_exact`."""
+    # Gradients that are zero in exact arithmetic hold rounding alone, and their relative error is of order 1. They are
+    # measured against all gradients together, and their updates are left out, since AdamW blows noise up to full size.
     norms = {name: one.norm for name, one in golden.levels["gradients"].items()}
     everything = math.hypot(*norms.values())
     noise = {name for name, norm in norms.items() if norm <= ZERO_GRADIENT.allowed * everything}
@@ -87,6 +90,8 @@ def _compare_exact(golden: Golden, now: Trace) -> Iterator[Finding]:
             if note := _unlike(name, then, arrays):
                 yield Finding("float64", level, name, math.inf, bound, note=note)
                 continue
+            # The sketch estimates the length of a difference, and the estimate is never wrong by orders of magnitude:
+            # see `projection`.
             scale = everything if level == "gradients" and name in noise else 0.0
             yield Finding("float64", level, name, relative_distance(then[name], sketch(arrays[name]), scale), bound)
         if level == "forward" and "logits" in arrays:
@@ -95,6 +100,8 @@ def _compare_exact(golden: Golden, now: Trace) -> Iterator[Finding]:
 
 def _compare_narrow(dtype: str, golden: Golden, exact: Trace, now: Trace) -> Iterator[Finding]:
     """How far each tensor lies from float64, against twice as far as it lay when the file was written."""
+    # Both places hold the trace of today: the file has no arrays of the past, only how far they lay from float64, and
+    # that is the bound.
     found = {(one.level, one.name): one for one in compare_by_ratio(dtype, exact, now, now)}
     for level, names in golden.bounds[dtype].items():
         for name, bound in names.items():
@@ -106,6 +113,7 @@ def _compare_narrow(dtype: str, golden: Golden, exact: Trace, now: Trace) -> Ite
 
 def _look_again(dtype: str, found: Sequence[Finding], golden: Golden, side: Side, inputs: Inputs) -> Iterator[Finding]:
     """`found`, with every alarm about a gradient judged anew by its median error; see `compare.look_again`."""
+    # The median over several draws of rows is stable where one draw is not; the file holds the medians of its own time.
     suspects = [one.name for one in found if one.level == "gradients" and not one.ok and math.isfinite(one.error)]
     medians = typical_errors(side, inputs, [dtype], suspects)[dtype] if suspects else {}
     for one in found:

@@ -74,6 +74,8 @@ def freeze(
         now = trace(dtype)
         tokens[dtype] = now.tokens
         bounds[dtype] = {level: {} for level in levels}
+        # The trace is compared with itself. What remains is its distance to float64, and the bound is a multiple of
+        # that.
         for one in compare_by_ratio(dtype, exact, now, in_order(now, settings.model)):
             if not math.isfinite(one.bound):
                 raise UserError(f"{one.name} is NaN in {dtype}: there is nothing to freeze")
@@ -97,10 +99,12 @@ def freeze(
 
 def in_order(trace: Trace, model: config.Model) -> Trace:
     """The outputs in the order of computation; a jitted function returns them sorted by name."""
+    # The first tensor that differs is named in the report, so the order of the file must be the order of computation.
     place = {name: number for number, name in enumerate(_modules(model))}
     forward = trace.levels["forward"]
     names = sorted(forward, key=lambda name: place.get(name, len(place)))
     levels = {"forward": {name: forward[name] for name in names}, "loss": trace.levels["loss"]}
+    # Parameters have the place of their module: forwards in updates, backwards in gradients.
     key = lambda name: place.get(name.rpartition(".")[0], len(place))  # noqa: E731
     for level in ("gradients", *(f"update {steps}" for steps in STEPS)):
         backwards = level == "gradients"  # which flow from the last module to the first
@@ -123,6 +127,8 @@ def _modules(model: config.Model) -> list[str]:
     row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     with nn.intercept_methods(note):
         jax.eval_shape(lambda params, x: decoder.apply({"params": params}, x, x, x), abstract_params(decoder)[0], row)
+    # Traced as a scan, a block of the pattern runs once, whatever the depth. Its modules are repeated here for every
+    # layer of that slot.
     inside = [name for name in found if name.startswith("layers.")]
     layers = []
     for number in range(model.n_layers):
@@ -135,6 +141,8 @@ def _modules(model: config.Model) -> list[str]:
 
 def frozen_options(settings: config.Config) -> dict[str, Any]:
     """Every option that decides the numbers, by its full name, as JSON has it."""
+    # Options that change no number are left out: a golden file must not alarm because a faster kernel was chosen.
+    # Through JSON once, so that lists and tuples compare equal later.
     tree = toml.to_dict(settings_of(settings))
     found = {f"train.{name}": tree["train"][name] for name in _STEPS}
 
@@ -155,6 +163,7 @@ def typical_errors(
     """By dtype and parameter, the median over other draws of rows of the error of a gradient against float64."""
     seen: dict[str, dict[str, list[float]]] = {dtype: {name: [] for name in names} for dtype in dtypes}
     for number in range(1, DRAWS + 1) if dtypes else ():
+        # The same draws when the file is written and when it is checked: they are numbered, and the numbers seed them.
         rows = inputs.other_rows(number)
         exact = side.gradients("float64", rows)
         for dtype in dtypes:

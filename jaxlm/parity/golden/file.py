@@ -62,6 +62,8 @@ class Shown:
             {name: np.array(one[name], dtype) for name, dtype in _COLUMNS.items()}
             for one in (self.rows, self.step_rows)
         )
+        # The file may come from anywhere. Rows of several shapes or ids outside the vocabulary would fail deep inside a
+        # model, with a message about anything but the file.
         for one in (rows, step_rows):
             if len({array.shape for array in one.values()}) != 1 or one["tokens"].ndim != 2:
                 raise ValueError("its rows have several shapes")
@@ -99,6 +101,7 @@ class Golden:
 
     def __post_init__(self) -> None:
         for sketches in (*self.levels.values(), {name: one for name, (_, one) in self.weights.items()}):
+            # A sketch of fewer values than its shape asks for would compare fewer, and so hide differences.
             for name, (shape, _, values) in sketches.items():
                 if len(values) != min(int(np.prod(shape, dtype=object)), PROJECTIONS):
                     raise ValueError(f"the sketch of {name} has {len(values)} values")
@@ -116,7 +119,10 @@ class Golden:
         """
         path = Path(path)
         content = {"format": FORMAT, "version": VERSION, **_ADAPTER.dump_python(self, mode="json")}
+        # No time stamp in the archive: the same content gives the same bytes, so version control sees a change only if
+        # there is one.
         packed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
+        # Written beside and renamed: a reader sees the old file or the new one, never a part.
         stage = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +149,7 @@ def read_golden(path: str | Path) -> Golden:
         raise UserError(f"{path}: no golden file", f"jaxlm parity MODEL --golden write {path}")
     try:
         with gzip.open(path) as file:
+            # A few kilobytes of gzip can unpack to gigabytes: no more is read than one byte above the limit.
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise ValueError(f"more than {LARGEST >> 20} MB")

@@ -40,9 +40,12 @@ class Sketch(NamedTuple):
 
 def sketch(x: Shaped[np.ndarray, "..."]) -> Sketch:
     """The sketch of a tensor, in float64."""
+    # A tensor of no more elements than projections is kept whole: that is smaller and exact.
     wide = np.asarray(x, np.float64).ravel()
     if wide.size <= PROJECTIONS:
         return Sketch(x.shape, float(np.linalg.norm(wide)), tuple(wide.tolist()))
+    # The matrix is made chunk by chunk, each from its own counter of the bit generator. So memory is bounded, and a
+    # chunk does not depend on the length of the tensor.
     values = np.zeros(PROJECTIONS)
     for number, start in enumerate(range(0, wide.size, CHUNK)):
         part = wide[start : start + CHUNK]
@@ -66,5 +69,6 @@ def relative_distance(then: Sketch, now: Sketch, scale: float = 0.0) -> float:
 @functools.lru_cache(maxsize=_KEPT)
 def _matrix(number: int) -> Int8[np.ndarray, "k c"]:
     """The columns of S for the elements of one chunk."""
+    # Raw bits, read as bytes in a fixed order: the same matrix on machines of either byte order.
     words = np.random.Philox(key=np.array([SEED, number], np.uint64)).random_raw(PROJECTIONS * CHUNK // 8)
     return _ONES[words.astype("<u8").view(np.uint8)].reshape(PROJECTIONS, CHUNK)

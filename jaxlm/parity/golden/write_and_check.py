@@ -112,6 +112,7 @@ def assert_golden(model: str | Path | Model, path: str | Path, *, computed_by: s
 
 def _timed(seconds: dict[str, float], progress: Progress) -> Progress:
     """`progress`, which also adds the seconds of a part to `seconds` when the next one begins."""
+    # The part at work and when it began. Two empty words at the end close the last part without opening another.
     now: list[Any] = []
 
     def part(dtype: str, name: str) -> None:

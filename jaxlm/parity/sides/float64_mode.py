@@ -21,6 +21,7 @@ class Lifted(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchFunctionMode`."""
+        # `x.float()` names no dtype, so it is caught by itself; all other casts pass a dtype among their arguments.
         if func is torch.Tensor.float:
             return args[0].double()
         lift = lambda value: torch.float64 if value is torch.float32 else value  # noqa: E731

@@ -94,9 +94,13 @@ class JaxSide:
         """See `Side`."""
         with _precision(dtype):
             decoder, params = self._decoder(dtype)
+            # A scan has one module for all layers, whose outputs are stacked and cannot be replaced one by one.
+            # Unrolled, every layer is a module by its own name, as in torch.
             opened, params = unrolled(without_remat(decoder)), unstack_layers(params, decoder.config)
             forced = None if inputs is None else _nested(inputs)
             places = tuple(rows[name] for name in ("tokens", "positions", "segments"))
+            # Two dictionaries of Flax, one for each kind of event; merged in the order of computation, which jit does
+            # not keep.
             arrived, returned = jax.device_get(_replayed(opened, params, forced, *places))
             found = {(ARRIVES, name): x for name, x in _outputs(arrived).items()}
             found |= {(RETURNS, name): x for name, x in _outputs(returned).items()}
@@ -114,6 +118,7 @@ class JaxSide:
         opened = unrolled(without_remat(decoder))
         params = unstack_layers(params, decoder.config)
         computed = _forward_and_gradient(opened, self._settings.train, gradients, params, dict(rows))
+        # One program gives outputs, sums and gradients: to compile it is what costs here, not to run it.
         captured, sums, derived = jax.device_get(computed)
         levels = {"forward": self._ordered(_outputs(captured)), "loss": {name: sums[name] for name in ("loss", "nll")}}
         return levels | ({"gradients": dict(to_torch(derived, opened.config))} if gradients else {})
@@ -126,6 +131,7 @@ class JaxSide:
     def _updates(self, decoder: Decoder, params: Params, inputs: Inputs) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
         train = self._settings.train
+        # The steps run with the model as configured, scanned or not: the loop over layers is part of what is proved.
         state = init_state(params, make_optimizer(train))
         begin, levels = dict(to_torch(jax.device_get(params), decoder.config)), {}
         for number in range(1, max(STEPS) + 1):
@@ -146,10 +152,13 @@ def events_of(model: config.Model) -> tuple[tuple[str, str], ...]:
     events: dict[tuple[str, str], None] = {}
 
     def watch(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        # Dropout is skipped on both sides: without noise it does nothing.
         if not _is_watched(context):
             return call(*args, **kwargs)
         name = _dotted(context.module.path)
         events.setdefault((ARRIVES, name))
+        # The choice of experts arrives as a tuple beside the tokens. Its parts are events of their own, so that it can
+        # be forced: one token sent elsewhere would be taken for an error of the experts.
         if name.endswith(".experts"):
             events.update(dict.fromkeys((ARRIVES, f"{name}#{what}") for what in ROUTING))
         output = call(*args, **kwargs)
@@ -209,6 +218,7 @@ def _forward_and_gradient(decoder: Decoder, train: config.Train, gradients: bool
         loss, sums = objective(params, {}, batch, None)  # pyright: ignore[reportArgumentType]  (no dropout, no key)
         return loss / sums["weight"], {name: value / sums["weight"] for name, value in sums.items()}
 
+    # The gradient of the mean, as torch differentiates it; sums leave as means too, for comparison over frameworks.
     derived, means = jax.grad(mean, has_aux=True)(params) if gradients else (None, mean(params)[1])
     return captured["intermediates"], means, derived
 
@@ -234,6 +244,8 @@ def _replayed(decoder: Decoder, params: Params, forced: Any, *places: Any) -> An
 def _force(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     if not _is_watched(context) or not context.module.path:
         return call(*args, **kwargs)
+    # The first argument of every watched module is its input. Positions, masks and caches behind it are the same on
+    # both sides and stay.
     x, *rest = args
     x = _exchanged(context.module, "__call__", x)
     if rest and isinstance(rest[0], Routing):
@@ -244,6 +256,7 @@ def _force(call: Callable, args: Any, kwargs: Any, context: nn.module.Intercepto
 
 def _exchanged(module: nn.Module, key: str, x: jax.Array) -> jax.Array:
     """Note what arrives, and give what is forced."""
+    # Noted before it is replaced: what would have arrived is what is compared, what is forced is what is computed with.
     module.sow("arriving", key, x)
     forced = module.get_variable("forced", key)
     return x if forced is None or forced.shape != x.shape else jnp.asarray(forced, x.dtype)
@@ -276,6 +289,7 @@ def _nested(inputs: Arrays) -> dict[str, Any]:
     """The inverse of `_outputs`, for modules whose input is no matter of ids."""
     tree: dict[str, Any] = {}
     for name, x in inputs.items():
+        # `layers.3` of torch is `layers_3` of Flax, and the method is the last key, as `sow` writes it.
         module, _, key = name.partition("#")
         path = re.sub(r"^layers\.(\d+)", r"layers_\1", module).split(".")
         inside = tree

@@ -28,6 +28,8 @@ def watched(modules: Iterable[tuple[str, nn.Module]], returns: Return, arrives: 
 
         return hook
 
+    # Hooks are removed whatever happens: the module is used again for the next dtype, and a hook left behind would
+    # write into an old comparison.
     handles = []
     for name, module in modules:
         if arrives:

@@ -59,6 +59,8 @@ class TorchSide:
             return self._trace(dtype, inputs, told)
 
     def _trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
+        # The optimiser steps come last, because they change the parameters in place; the weights are copied before
+        # that.
         decoder, batch = self._decoder(dtype), _tensors(inputs.rows)
         levels: dict[str, Arrays] = {}
         if inputs.wants("forward", "loss", "gradients"):
@@ -87,6 +89,8 @@ class TorchSide:
 
     def replay(self, dtype: str, rows: Mapping[str, np.ndarray], inputs: Arrays | None) -> Events:
         """See `trace.Side`."""
+        # The same events as on the side of JAX. A module may be called twice (sinks are embedded as well as tokens):
+        # the first call counts.
         events: Events = {}
 
         def exchanged(name: str, x: Any) -> Any:
@@ -138,6 +142,7 @@ class TorchSide:
 
     def _gradients(self, decoder: Decoder, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Arrays]:
         """Sums of the loss, and the gradient of its mean."""
+        # Parameters without a gradient are experts that no token chose; in JAX their gradient is zero and not absent.
         loss, sums = torch_loss(decoder, self._settings.train)(batch)
         (loss / sums["weight"]).backward()
         gradients = {
@@ -159,6 +164,8 @@ class TorchSide:
 
     def _updates(self, decoder: Decoder, inputs: Inputs, begin: Arrays) -> dict[str, Arrays]:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
+        # `moved` keeps the difference to the start in float64: a relative error of the parameters would hide a wrong
+        # update behind their size.
         train, batch, levels = self._settings.train, _tensors(inputs.step_rows), {}
         step = make_step(torch_loss(decoder, train), make_optimizer(decoder, train), train, seed=0, decoder=decoder)
         state = TrainState()

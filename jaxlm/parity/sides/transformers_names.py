@@ -57,6 +57,8 @@ class Names:
 
     def tensors(self, values: Mapping[str, Tensor]) -> Arrays:
         """Tensors by the names of the model in memory, by the names of torch_ref. All of them: rows join several."""
+        # From memory to the published layout, which transformers itself does when it saves; from there to ours by the
+        # rows of the family. No table of module names is written by hand.
         stored = revert_weight_conversion(self._model, dict(values))
         known, canonical = leaves(self._cfg), {}
         for row in self._rows:
@@ -73,6 +75,8 @@ class Names:
     def places(self) -> dict[str, list[Place]]:
         """The modules of torch_ref that each module in memory computes."""
         places: dict[str, list[Place]] = {}
+        # Each weight is replaced by the number of its input, or output, channel. Where these numbers come out tells
+        # which channel of torch_ref is which of transformers: reorderings are found and not assumed.
         taken = self._indices(1), self._indices(0)
         for canonical, name in self._canonical().items():
             found = self._leaf(canonical, name, *(index[name] for index in taken))
@@ -101,10 +105,14 @@ class Names:
         path, _, kind = name.rpartition(".")
         last = path.rpartition(".")[2]
         owners = self._owners[name]
+        # Several owners mean that one of our tensors is joined of several of theirs (or the other way round): then no
+        # single module in memory computes what ours does.
         if kind != "weight" or last in OPAQUE or len(owners) > 1 or self._is_hidden(path):
             return None
         owner = owners[0].rpartition(".")[0]
         module, leaf = self._model.get_submodule(owner), leaves(self._cfg)[canonical]
+        # A linear map: both its channels may be reordered. An embedding takes ids and gives channels in order. A
+        # vector, of a norm, has one index for both.
         if isinstance(module, nn.Linear | Conv1D):
             gives, takes = leaf.shape[inputs(leaf) :], leaf.shape[: inputs(leaf)]
             return owner, Place(path, outputs[:, 0].astype(int), taken[0].astype(int), gives, takes)
@@ -123,6 +131,8 @@ class Names:
 
     def _parents(self) -> dict[str, str]:
         """Blocks and their halves: the module that holds all parameters of one, and no others."""
+        # A block in memory is the module that holds all the parameters of ours and no others. The deepest common path
+        # finds it, without knowing what it is called.
         inside: dict[str, set[str]] = {}
         for name, owners in self._owners.items():
             parts = name.split(".")[:-1]
@@ -140,6 +150,8 @@ class Names:
     def _found_owners(self) -> dict[str, list[str]]:
         """Which parameters in memory a tensor of torch_ref is made of."""
         state = self._model.state_dict()
+        # Every parameter is filled with its own number and sent through the conversion: the numbers that come out in
+        # one of our tensors name the parameters it is made of.
         numbers = {name: torch.full(state[name].shape, float(i)).double() for i, name in enumerate(self._names)}
         return {
             name: [self._names[int(number)] for number in np.unique(array)]
@@ -151,6 +163,7 @@ class Names:
         numbers = {}
         for name, tensor in self._model.state_dict().items():
             module = self._model.get_submodule(name.rpartition(".")[0])
+            # Conv1D of transformers stores [inputs, outputs], Linear the transpose.
             axis = 0 if tensor.ndim < 2 or bool(along) != isinstance(module, Conv1D) else 1
             shape = [-1 if at == axis else 1 for at in range(tensor.ndim)]
             length = torch.arange(tensor.shape[axis] if tensor.ndim else 1).double()

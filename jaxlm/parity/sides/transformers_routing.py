@@ -28,6 +28,8 @@ def choice_of(router: nn.Module, output: Any, name: str, moe: MoE, shape: tuple[
     if not isinstance(output, tuple) or len(output) != 3:
         return {}
     logits, _, experts = output
+    # `compare_routing` wants the scores that decide, with the selection bias. They are computed anew, since
+    # transformers returns the logits alone.
     scores = logits.float()
     scores = torch.sigmoid(scores) if moe.router == "sigmoid" else torch.softmax(scores, dim=-1)
     if moe.selection_bias:
@@ -42,6 +44,8 @@ def replayed(arriving: tuple, forced: Arrays, name: str, rows: Mapping[str, np.n
 
     `name` may be that of the whole feed-forward, where the experts alone are what transformers has for it.
     """
+    # Choices of the other side replace theirs, so that a token near a tie goes the same way on both sides. At padding
+    # theirs stays: nothing there is compared.
     name = next((one for one in (name, f"{name}.experts") if f"{one}#experts" in forced), "")
     if not name or len(arriving) != 2:
         return arriving

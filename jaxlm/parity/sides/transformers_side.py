@@ -57,6 +57,8 @@ class HuggingFaceSide:
     @property
     def tells_documents_apart(self) -> bool:
         """Whether a document that comes second in a row is computed as if it were alone, found by trying."""
+        # The same document twice in one row: if the second is computed like the first, positions that begin again
+        # separate documents.
         ids = np.arange(3) % self._cfg.vocab_size
         rows = {"tokens": np.tile(ids, (1, 2)), "positions": np.tile(np.arange(3), (1, 2))}
         with _lifted("float64"), torch.no_grad():
@@ -162,6 +164,8 @@ class HuggingFaceSide:
             return model(**arguments).logits
         own = dict(model.named_parameters())
         cast = {name: parameter.to(own[name].dtype) for name, parameter in parameters.items()}
+        # Master parameters in float32 are cast to the dtype of the model inside the graph, so gradients flow to the
+        # masters, as in jaxlm.
         found: Any = torch.func.functional_call(model, cast, kwargs=arguments, tie_weights=True)
         return found.logits
 
@@ -171,6 +175,8 @@ class HuggingFaceSide:
 
         def compute(batch: Batch) -> tuple[Tensor, Sums]:
             logits = self._call(model, batch, parameters)
+            # The objective is ours and not that of the library, which shifts labels and knows no weights; in float32 or
+            # wider, as in both our frameworks.
             logits = logits.float() if logits.dtype == torch.bfloat16 else logits
             partition = torch.logsumexp(logits, dim=-1)
             nll = partition - logits.gather(-1, batch["targets"].long()[..., None])[..., 0]
@@ -208,6 +214,7 @@ class HuggingFaceSide:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
         train, batch, levels = self._settings.train, _tensors(inputs.step_rows), {}
         state, decayed = TrainState(), names.decayed()
+        # The updates run on copies: the model in memory serves all levels.
         now = {name: parameter.detach().clone().requires_grad_() for name, parameter in parameters.items()}
         optimizer = adamw([(parameter, name in decayed) for name, parameter in now.items()], train)
         step = make_step(self._loss(model, now), optimizer, train, seed=0)
@@ -233,6 +240,8 @@ class HuggingFaceSide:
 
     def _state(self, model: PreTrainedModel, values: Parameters, zeros: bool = False) -> Parameters:
         """Values of the parameters with buffers, or zeros for them, and with both names of what is tied."""
+        # A tied tensor stands twice in the state but is one parameter. Buffers are constants of the model: they have no
+        # gradient and no update.
         by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
         state = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -292,6 +301,7 @@ def _modules(model: PreTrainedModel, places: Mapping[str, Any]) -> Iterator[tupl
 def _taken(x: Tensor, index: np.ndarray | None, rows: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """What a module of torch_ref would take or give: its channels in its order, tokens on two axes."""
     array, (b, t) = array_of(x), rows["tokens"].shape
+    # Channels of theirs in the order of ours. Tokens may lie flat, [B T, ...], inside of experts.
     array = array if index is None else array[..., index]
     if shape:
         return array.reshape(b, t, *shape)
@@ -300,6 +310,8 @@ def _taken(x: Tensor, index: np.ndarray | None, rows: Mapping[str, np.ndarray], 
 
 def _given(forced: np.ndarray, index: np.ndarray | None, like: Tensor) -> Tensor:
     """The inverse of `_taken` for what is given to a module."""
+    # `index` says where each of our channels lies in theirs, so writing through it is the inverse of reading through
+    # it.
     flat = forced.reshape(-1, like.shape[-1])
     if index is not None:
         turned = np.empty_like(flat)

@@ -71,6 +71,8 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         kind = one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        # On TPUs a reduce-scatter appears as the fusion of an all-reduce with a slice: half the bytes of what its
+        # opcode says.
         if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
             kind = "reduce-scatter"  # how the TPU compiler writes it: a fusion of the sum and the slice
         groups = groups_of(one.attributes, math.prod(mesh.values()))
@@ -116,6 +118,8 @@ def _iota(text: str) -> np.ndarray:
     """`[8,64]<=[64,8]T(1,0)`: numbers in the shape after `<=`, transposed, read in the first shape if there is one."""
     *shape, source = (tuple(map(int, part.split(","))) for part in re.findall(r"\[([\d,]+)\]", text))
     order = re.search(r"T\(([\d,]+)\)", text)
+    # The compact form is a numbering of a box, its axes exchanged and cut into rows of one group: exactly reshape,
+    # transpose, reshape.
     counted = np.arange(math.prod(source)).reshape(source)
     counted = counted.transpose([int(i) for i in order.group(1).split(",")]) if order else counted
     return counted.reshape(shape[0]) if shape else counted
@@ -123,6 +127,7 @@ def _iota(text: str) -> np.ndarray:
 
 def _of_mesh(sizes: str, between: str, axes: str) -> np.ndarray:
     """`mesh['a'=64,'b'=8] {'a'}`, or of an axis only a part: `'a':(2)4` is what varies after the first 2."""
+    # An axis of which only a part takes part is split into before, part and behind; grouped are the named pieces alone.
     dims, names = [], []
     parts = {name: (int(pre), int(size)) for name, pre, size in re.findall(r"'?([^',]+)'?:\((\d+)\)(\d+)", axes)}
     whole = re.findall(r"'?([^',:(){}]+)'?(?=,|$)", axes)
@@ -137,6 +142,7 @@ def _of_mesh(sizes: str, between: str, axes: str) -> np.ndarray:
             names.append(name if name in whole else "")
     devices = re.search(r"device_ids=\(?((?:\[[\d,]+\]<=)?\[[\d,]+\](?:T\([\d,]+\))?)", between)
     ids = _iota(devices.group(1)).reshape(dims) if devices else np.arange(math.prod(dims)).reshape(dims)
+    # The grouped dimensions go last, so that each row of the result is one group.
     grouped = [i for i, name in enumerate(names) if name]
     rest = [i for i, name in enumerate(names) if not name]
     return ids.transpose(rest + grouped).reshape(-1, math.prod(dims[i] for i in grouped))
@@ -144,6 +150,8 @@ def _of_mesh(sizes: str, between: str, axes: str) -> np.ndarray:
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     """The axes along which the members of a group differ, and how many devices these have together."""
+    # Coordinates of every member in the mesh. An axis along which any group varies is one that the collective talks
+    # along.
     places = np.stack(np.unravel_index(groups, tuple(mesh.values())))
     varies = (places != places[:, :, :1]).any(axis=(1, 2))
     axes = tuple(name for name, differs in zip(mesh, varies, strict=True) if differs)

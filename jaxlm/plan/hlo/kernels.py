@@ -33,6 +33,8 @@ def count(name: str, operands: Sequence[Sequence[int]], result: Sequence[int], f
         result: shape of its last result.
         filled: rows of a grouped product that belong to a group, as the others are not multiplied; 0: all.
     """
+    # The splash kernels: each product of [T, H] with [S, H] is 2 T S H for every head, and the causal mask lets half of
+    # it through.
     for prefix, (products, again) in _ATTENTION.items():
         if name.startswith((prefix, prefix.replace("mha", "mqa"))):
             heads = [shape for shape in operands if len(shape) >= 3]
@@ -40,6 +42,7 @@ def count(name: str, operands: Sequence[Sequence[int]], result: Sequence[int], f
             return Count(products * product, again * product)
     tables = [shape for shape in operands if len(shape) >= 2]
     if name.startswith(("gmm", "tgmm")) and tables:  # rows times [D, F] of their expert, or rows of both: [E, D, F]
+        # Products of rows that belong to no group are skipped by the kernel, so at most `filled` rows count.
         size = math.prod(tables[0][-2:])
         rows = result[-2] if name.startswith("gmm") else size // result[-2]
         return Count(2 * min(rows, filled or rows) * (size // rows) * result[-1], 0)

@@ -98,6 +98,8 @@ class Program(NamedTuple):
 
     def _operations(self) -> Iterator[tuple[int, int, int]]:
         """How often, bytes moved and FLOP of all that runs outside fusions, collectives left out."""
+        # Inside a fusion nothing touches memory: its FLOP count with the fusion, its traffic is that of the fusion's
+        # operands and results.
         fused = {name for _, _, one in self.walk() if one.opcode == "fusion" for name in called_by(one)}
         within = {
             name: sum(self._flops(self.computations[name], one).total for one in inside.instructions.values())
@@ -130,6 +132,8 @@ def parse(text: str, *, idle: str = "", grouped_rows: int = 0) -> Program:
         idle: the name scope of loops that depend on data and do not turn as a rule.
         grouped_rows: rows of a grouped product that belong to a group, as a rule; 0: all.
     """
+    # Callees stand before callers in the text, so a walk from the end has the number of runs of a caller before it
+    # reaches what is called. Loops multiply, several callers add.
     computations, entry = read_computations(text)
     runs, unknown = {entry: 1}, []
     for name in reversed(computations):  # a computation stands before those that call it
@@ -169,6 +173,8 @@ def _step(computations: Mapping[str, Computation], body: Computation, one: Instr
     """What one turn adds to element `counter` of what a loop carries, as far as instruction `one` of its body."""
     if one.opcode == "get-tuple-element" and f"index={counter}" in one.attributes.split(", "):
         return 0
+    # The increment of the counter may be an instruction of the body or sit inside a fusion, whose parameters then stand
+    # for what the body hands in.
     inside = computations[called_by(one)[0]] if one.opcode == "fusion" else body
     added = inside.root if one.opcode == "fusion" else one
     if added.opcode != "add":
@@ -223,6 +229,8 @@ def _convolution(computation: Computation, one: Instruction) -> int:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     if left is None or right is None or labels is None:
         return 0
+    # A convolution by its labels: gradients of convolutions are convolutions with the roles of batch, features and
+    # places exchanged, so no position may be assumed.
     of_left, of_right, of_out = ({label: i for i, label in enumerate(part)} for part in labels.groups())
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", option(one, r"window=\{([^}]*)\}", "")))
     groups = int(option(one, r"feature_group_count=(\d+)", "1"))
@@ -252,6 +260,7 @@ def _convolution(computation: Computation, one: Instruction) -> int:
 @functools.cache
 def _meeting(size: int, taps: int, out: int, low: int, stride: int, dilate: int, spread: int) -> int:
     """Pairs of a place of the output and of the kernel that meet an element of the input."""
+    # Counted place by place: with padding and dilation there is no product formula, and the sizes are small.
     last = (size - 1) * dilate
     at = (place * stride - low + tap * spread for place in range(out) for tap in range(taps))
     return sum(0 <= where <= last and where % dilate == 0 for where in at)
@@ -262,6 +271,8 @@ def _moved(program: Program, computation: Computation, one: Instruction) -> int:
     if one.opcode.endswith(("-done", "-update")) or one.opcode == "copy-start":
         return one.bytes // 2 if one.opcode == "copy-start" else 0
     read = written = 0
+    # A fusion that only slices an operand reads the slice and not the operand; one that updates a part in place writes
+    # that part. Inside of loops over layers this is the difference between one layer and all.
     inner = program.computations[called_by(one)[0]] if one.opcode == "fusion" else None
     for index in range(len(one.operands)):
         read_from = operand(computation, one, index)

@@ -80,6 +80,8 @@ def read_computations(text: str) -> tuple[dict[str, Computation], str]:
 
 def _joined(text: str) -> Iterator[str]:
     """Its lines, those put together that an attribute of an instruction breaks."""
+    # Long attributes (a layout of groups, a literal) are broken over lines; whatever does not begin an instruction or a
+    # computation belongs to the line before.
     held = ""
     for line in text.splitlines():
         if _INSTRUCTION.match(line) or _COMPUTATION.match(line) or line in ("", "}"):
@@ -92,6 +94,7 @@ def _joined(text: str) -> Iterator[str]:
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
+    # The shape of a tuple is in parentheses and may nest, so it is closed by counting and not by a pattern.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
