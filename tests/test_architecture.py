@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import collections
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,10 @@ NEUTRAL_MODULES |= {
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
 MAX_FILES = 14
+VAGUE = re.compile(r"\b(?:told|said|kin)\b")  # words that stood for a callback, a message, a mapping, a set of tensors
+MAX_VAGUE = 20
+EXPLAINED = ("jaxlm/ops", "jaxlm/parity", "jaxlm/plan")  # rooms of arrays and counts
+MIN_COMMENTS = 0.04
 ONE_PROGRAM = "jaxlm.sandbox.inside"  # its files start as one program, which loads them as it needs them
 
 
@@ -206,6 +212,36 @@ def circles(root: Path) -> list[str]:
     return [f"{file}: imports itself through others" for module, file in apart.items() if module in reachable(module)]
 
 
+def vague_words(root: Path) -> list[str]:
+    """A name and a sentence say what is meant."""
+    files = python_files(root, "jaxlm", "torch_ref")
+    lines = [
+        f"{file}: {line.strip()}"
+        for file in files
+        for line in (root / file).read_text(encoding="utf-8").splitlines()
+        if VAGUE.search(line)
+    ]
+    return lines if len(lines) > MAX_VAGUE else []
+
+
+def unexplained_rooms(root: Path) -> list[str]:
+    """Of the lines of a room at least one in 25 says why."""
+    found = []
+    for room in EXPLAINED:
+        texts = [(root / file).read_text(encoding="utf-8") for file in python_files(root, room)]
+        lines, comments = sum(text.count("\n") for text in texts), sum(map(comment_lines, texts))
+        if comments < MIN_COMMENTS * lines:
+            found.append(f"{room}: {comments} of {lines} lines have a comment")
+    return found
+
+
+def comment_lines(text: str) -> int:
+    """Lines with a comment; one that is for a tool alone does not count."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = (token for token in tokens if token.type == tokenize.COMMENT)
+    return len({one.start[0] for one in comments if not re.match(r"#\s*(noqa|pyright:|type:)", one.string)})
+
+
 RULES = [
     wrong_direction,
     torch_in_jaxlm,
@@ -215,6 +251,8 @@ RULES = [
     full_folders,
     private_imports,
     circles,
+    vague_words,
+    unexplained_rooms,
 ]
 FAULTS: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (wrong_direction, "jaxlm/ops/norm.py", "from jaxlm.models import layers"),
@@ -284,6 +322,16 @@ def test_rules_of_several_files_find_planted_faults(tmp_path: Path) -> None:
     plant(tmp_path, "jaxlm/ops/rope.py", "from jaxlm.ops import norm")
     assert full_folders(tmp_path) == [f"jaxlm/ops: {MAX_FILES + 2} files"]
     assert circles(tmp_path) == [f"jaxlm/ops/{name}.py: imports itself through others" for name in ("norm", "rope")]
+
+
+def test_rules_of_counts_find_planted_faults(tmp_path: Path) -> None:
+    plant(tmp_path, "torch_ref/train/loop.py", "told = said = 0\n" * MAX_VAGUE)
+    plant(tmp_path, "jaxlm/ops/norm.py", "# why\n" + "x = '# no comment'\n" * 24)
+    assert vague_words(tmp_path) == unexplained_rooms(tmp_path) == []
+    plant(tmp_path, "jaxlm/train/loop.py", '"""Calls what it is told."""\n')
+    plant(tmp_path, "jaxlm/ops/rope.py", "x = 0  # noqa: E731\n")
+    assert len(vague_words(tmp_path)) == MAX_VAGUE + 1
+    assert unexplained_rooms(tmp_path) == ["jaxlm/ops: 1 of 26 lines have a comment"]
 
 
 @pytest.mark.parametrize(("rule", "file", "source"), ALLOWED)

@@ -115,10 +115,7 @@ def check(
             findings += _of_stage(subject, progress)
         parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, progress)
         explanations = _explained(findings, pair, seconds, progress)
-    # A dtype that was left out must be visible in the report: a table with fewer columns would look like a proof.
-    left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
-    if left_out and parts:
-        notes = (*notes, f"{', '.join(left_out)}: not compared, for the outputs differ in {parts[0].dtype}")
+    notes = (*notes, *_left_out(dtypes, compared, parts))
     seconds["all"] = time.monotonic() - began
     report = _report(pair, tuple(findings), seconds, tuple(parts), explanations, notes)
     _deliver(report, Path(out) if out is not None else subject.folder, show)
@@ -156,6 +153,13 @@ def _report(
         explanations=explanations,
         notes=notes,
     )
+
+
+def _left_out(dtypes: Sequence[str], compared: Sequence[Finding], parts: Sequence[Part]) -> Iterator[str]:
+    """Name the dtypes that were not compared: a table with fewer columns would look like a proof."""
+    left_out = [dtype for dtype in dtypes if compared and dtype not in {finding.dtype for finding in compared}]
+    if left_out and parts:
+        yield f"{', '.join(left_out)}: not compared, for the outputs differ in {parts[0].dtype}"
 
 
 def _deliver(report: Report, folder: Path | None, show: bool) -> None:
