@@ -60,27 +60,8 @@ def generate(
         options: Any = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "n": num_samples}
         _answer_file(run, prompt, prompts, out, rows, {"sampling": sampling, **options})
         return
-    streaming = not as_json and num_samples == 1
-    shown: list[str] = []
-
-    def stream(_: int, text: str) -> None:
-        write(text if shown else prompt + text)  # nothing is printed before the model is open
-        shown.append(text)
-
-    completions = open_model(run).generate(
-        [prompt],
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop=stop or (),
-        seed=seed,
-        num_samples=num_samples,
-        backend=backend.value,
-        stream=stream if streaming else None,
-    )
-    if streaming:
-        write("\n" if shown else prompt + "\n")
-    for completion in completions if not streaming else ():
-        print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
+    options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "num_samples": num_samples}
+    _answer_prompt(run, prompt, as_json, {"sampling": sampling, "backend": backend.value, **options})
 
 
 def _answer_file(
@@ -94,3 +75,19 @@ def _answer_file(
     for done in open_model(run).answer_file(prompts, out, Request((), **options), rows=rows):
         write(f"\r{done} texts")
     write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")
+
+
+def _answer_prompt(run: Path, prompt: str, as_json: bool, options: dict[str, Any]) -> None:
+    """Print the completions of one prompt; a single one appears as it is made."""
+    streaming = not as_json and options["num_samples"] == 1
+    shown: list[str] = []
+
+    def stream(_: int, text: str) -> None:
+        write(text if shown else prompt + text)  # nothing is printed before the model is open
+        shown.append(text)
+
+    completions = open_model(run).generate([prompt], stream=stream if streaming else None, **options)
+    if streaming:
+        write("\n" if shown else prompt + "\n")
+    for completion in completions if not streaming else ():
+        print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
