@@ -10,7 +10,7 @@ from jaxlm.convert.files.stream import Planned
 
 
 def test_the_library_finds_each_tensor_where_the_header_puts_it() -> None:
-    arrays = {"a": np.arange(3, dtype=np.uint8), "b": np.ones((2, 2), np.float32), "c": np.float64(7.0)[None]}
+    arrays = {"a": np.arange(3, dtype=np.uint8), "b": np.ones((2, 2), np.float32), "c": np.array([7.0])}
     plans = [Planned(name, x.shape, str(x.dtype), lambda x=x: x) for name, x in arrays.items()]
     text, starts = header(plans)
     assert len(text) % 8 == 0 and int.from_bytes(text[:8], "little") == len(text) - 8
