@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,9 +16,11 @@ import jaxlm
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.convert.native import to_torch
+from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
 from jaxlm.infer.model import Model
 from jaxlm.recipes import make_recipe, reward, start  # two threads that import at once break Python's ast
+from jaxlm.recipes.rewards import find_rewards
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine
 from parity_tests import pairs
@@ -109,6 +112,26 @@ def test_a_fault_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_reward, "reward_loss", lambda scores, *args, **kw: original(-scores, *args, **kw))
     with pytest.raises(AssertionError, match="loss"):
         compare(folder, "fault", train={**SETTINGS["train"], "steps": 1, "init_from": str(folder / "start")})
+
+
+def test_a_reward_model_rewards_samples(folder: Path) -> None:
+    """Its score of an answer is that of a packed row of its training; what is no reward model is refused at once."""
+    start.run(settings(folder, "judge", numerics={}))
+    pair = {"prompt": "say abc", "chosen": "abc please", "rejected": "gf"}
+    (folder / "one.jsonl").write_text(json.dumps(pair))
+    data = {**SETTINGS["data"], "source": str(folder / "one.jsonl"), "validation_source": str(folder / "pairs.jsonl")}
+    batch = next(PreferenceSource.open(settings(folder, "x", data=data), BYTES).batches(batch_size=1, rows=None))
+    places = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments")]
+    model, how = jaxlm.load(folder / "judge"), {"documents": 2, "method": "score_documents"}
+    wanted: Any = model.decoder.apply({"params": model.params}, *places, **how)  # pyright: ignore[reportArgumentType]
+    reward_of = find_rewards([f"reward_model(path={str(folder / 'judge')!r}) * 0.5"])[0]
+    found = np.array([reward_of(pair["prompt"], pair[side], {}) for side in ("chosen", "rejected")], np.float64)
+    np.testing.assert_allclose(found, np.asarray(wanted[0])[0, :, 0], rtol=1e-4, atol=1e-6)
+    assert reward_of.weight == 0.5 and found[0] != found[1]
+    with pytest.raises(UserError, match=r"model\.head = 'lm' is no reward model"):
+        find_rewards([f"reward_model(path={str(folder / 'start')!r})"])
+    with pytest.raises(UserError, match="no such folder"):
+        find_rewards(["reward_model(path='nowhere')"])
 
 
 def test_mistakes(folder: Path) -> None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -68,6 +69,8 @@ def _parsed(spec: str) -> Reward:
         for key in options:
             if key not in known:
                 raise UserError(f"the reward {name} has no option {key!r}", did_you_mean(key, known))
+    if name == "reward_model":
+        _scorer(str(options.get("path", "")))  # a model that is not there is known before anything is sampled
     judge_of(name)
     return Reward(name, options, weight)
 
@@ -181,6 +184,16 @@ def math_verify(prompt: str, completion: str, row: Row) -> float:
     return float(package.verify(gold, given))
 
 
+def reward_model(prompt: str, completion: str, row: Row, *, path: str = "") -> float:
+    """The score of a reward model, the run at `path`, for the completion as an answer to the prompt."""
+    return float(_scorer(path).score([(prompt, completion)])[0])
+
+
+@functools.lru_cache(maxsize=4)
+def _scorer(path: str) -> Any:
+    return importlib.import_module("jaxlm.infer.scores").Scorer.open(path)
+
+
 REWARDS: dict[str, Judge] = {
     "exact_number": exact_number,
     "exact_text": exact_text,
@@ -191,6 +204,7 @@ REWARDS: dict[str, Judge] = {
     "overlong": overlong,
     "repetition": repetition,
     "math_verify": math_verify,
+    "reward_model": reward_model,
 }
 """Rewards by name."""
 QUICK = frozenset(REWARDS) - {"matches", "math_verify"}
