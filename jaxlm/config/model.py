@@ -244,6 +244,14 @@ class Model:
         """
         return self.init_std / ((1 + ("+" in self.pattern[0])) * self.n_layers) ** 0.5
 
+    @property
+    def portable(self) -> Model:
+        """This model with kernels chosen by the platform where one was named that not every platform has: a run that
+        was trained on a TPU is used on a CPU."""
+        impl = self.attention_impl if self.attention_impl in ("xla", "blockwise") else "auto"
+        moe = dataclasses.replace(self.moe, impl="auto") if self.moe.impl == "megablox" else self.moe
+        return dataclasses.replace(self, attention_impl=impl, moe=moe)
+
     def halves(self, kind: str) -> Halves:
         """The two halves of a block of the pattern, each with the options that hold for it."""
         return _halves(self, kind)

@@ -11,6 +11,7 @@ import jax
 from jaxlm import config
 from jaxlm.counts.activation_memory import activations
 from jaxlm.counts.flops import forward_flops
+from jaxlm.counts.kernels import kernels_of
 from jaxlm.mesh import Axes, Layout
 from jaxlm.models.decoder import Decoder, abstract_params, init_cache
 from jaxlm.numerics import Policy
@@ -42,6 +43,8 @@ class Account:
     """What the cache of one row grows by with each token: keys and values of attention without a window."""
     cache_bytes_fixed: int
     """What the cache of one row has whatever its length: windows, convolution and SSM state."""
+    kernels: str
+    """Which kernels a training step uses on the devices of this process: see `jaxlm.counts.kernels`."""
 
     @property
     def bytes(self) -> int:
@@ -65,6 +68,7 @@ class Account:
             ("  activations, estimated", _mib(self.activation_bytes)),
             ("cache of a row, for each token", f"{self.cache_bytes_per_token:,} B"),
             ("  and at any length", f"{self.cache_bytes_fixed:,} B"),
+            ("kernels here", self.kernels),
         ):
             table.add_row(label, value)
         table.columns[1].justify = "right"
@@ -99,6 +103,7 @@ def account(cfg: config.Config) -> Account:
         activation_bytes=sum(activations(cfg, layout)),
         cache_bytes_per_token=growing,
         cache_bytes_fixed=fixed,
+        kernels=kernels_of(cfg, layout.platform),
     )
 
 

@@ -54,7 +54,7 @@ def score(cfg: config.Config, run: str | Path, out: str | Path) -> np.ndarray:
     tokenizer = Tokenizer.from_file(model.tokenizer_path)
     corpus = prepare(dataclasses.replace(cfg, model=model.config.model), tokenizer)
     enable_compilation_cache(cfg.data.cache_dir)
-    decoder = Decoder(model.config.model, Policy.from_config(model.config.numerics))
+    decoder = Decoder(model.config.model.portable, Policy.from_config(model.config.numerics))
     shards = [part.shards.train for part in corpus.parts]
     params = jax.device_put(model.params)
     scores = np.concatenate([_of_shard(decoder, params, shard, cfg.data.seq_len, tokenizer.pad) for shard in shards])

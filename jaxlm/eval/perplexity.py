@@ -143,7 +143,7 @@ def position(
     with precision(numerics), settings_restored():
         enable_compilation_cache(settings.data.cache_dir)
         measured = []
-        for name, cfg in _variants(settings.model, window, keep_first):
+        for name, cfg in _variants(settings.model.portable, window, keep_first):
             decoder = Decoder(cfg, Policy.from_config(numerics))
             nll_T, cache_bytes = losses(decoder, model.params, rows_BT, f"perplexity, {name}")
             measured.append(Variant(name, cfg.window, cfg.keep_first, cache_bytes, _buckets(nll_T, buckets)))

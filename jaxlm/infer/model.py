@@ -80,7 +80,7 @@ def load(
     with precision(settings.numerics):
         wanted = np.dtype(settings.numerics.params) if dtype else None
         params = jax.tree.map(lambda leaf: np.asarray(leaf, wanted), stored.params)
-        decoder = Decoder(settings.model, Policy.from_config(settings.numerics))
+        decoder = Decoder(settings.model.portable, Policy.from_config(settings.numerics))
         layout = Layout.from_config(mesh) if mesh is not None else None
         if layout is None:
             params = jax.device_put(params)
@@ -118,7 +118,7 @@ class Model:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The architecture, without parameters: `decoder.apply({"params": params}, tokens, positions, segments)`."""
-        return Decoder(self.config.model, Policy.from_config(self.config.numerics))
+        return Decoder(self.config.model.portable, Policy.from_config(self.config.numerics))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as a document begins in training; special tokens may be spelled out.

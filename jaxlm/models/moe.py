@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jaxlm import config
-from jaxlm.mesh import Layout, split_layout
+from jaxlm.mesh import Layout, platform, split_layout
 from jaxlm.models import adapted
 from jaxlm.models.ffn import MLP
 from jaxlm.models.layers import Linear, logical
@@ -119,7 +119,12 @@ class Experts(nn.Module):
         up, up_bias = self._stack("up_proj", d_model, width)
         down, down_bias = self._stack("down_proj", width, d_model)
         parameters = moe.Experts(gate, up, down, gate_bias, up_bias, down_bias)
-        compute = functools.partial(moe.moe, activation=cfg.activation, impl=cfg.moe.impl)
+        options: Any = {
+            "activation": cfg.activation,
+            "impl": "auto" if self.is_initializing() else cfg.moe.impl,
+            "platform": platform(),
+        }
+        compute = functools.partial(moe.moe, **options)
         layout = split_layout()
         if layout is not None:
             return _split_moe(layout, x_BTD, routing, parameters, cfg.moe, compute)

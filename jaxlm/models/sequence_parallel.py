@@ -1,7 +1,8 @@
 """Context parallelism: ops that mix tokens, each device with its part of every row.
 
 What works token by token is left to XLA's partitioner. Attention, convolutions and scans run in `jax.shard_map`, where
-they pass to each other just what they need: `ops/ring.py` and the `axis` of `ops/ssm.py`. See docs/context.md.
+they pass to each other just what they need: `ops/attention/ring.py` and the `axis` of `ops/ssm`. See
+docs/context.md.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from jaxlm.errors import UserError
-from jaxlm.mesh import Axes, split_layout
+from jaxlm.mesh import Axes, platform, split_layout
+from jaxlm.ops.attention.visible import Mixed
+from jaxlm.ops.site import Site
 
 ROW = ("batch", "seq")
+HEADS = (*ROW, "heads", "head_dim")
 
 
 def sequence_axis() -> str | None:
@@ -60,6 +64,18 @@ def over_sequence(op: Callable[..., Any], arguments: Sequence[Axes], results: An
         return jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
     return run
+
+
+def attention_site(cached: bool) -> Site:
+    """Where attention computes, on the active layout; the queries of a cache see all of it, so nothing is split."""
+    return Site(platform(), split_layout(), _attend_over_sequence if sequence_axis() and not cached else None)
+
+
+def _attend_over_sequence(op: Callable[..., Any], merged: bool, q: Array, k: Array, v: Array, places: Any) -> Any:
+    """See `Site.over_sequence`; every device has a kv head for each of its query heads."""
+    results = Mixed(HEADS, HEADS[:3]) if merged else HEADS  # pyright: ignore[reportArgumentType]
+    split = over_sequence(op, (HEADS, HEADS, HEADS, ROW), results)
+    return split(q, repeated(k, 2, "heads"), repeated(v, 2, "heads"), places)
 
 
 def repeated(x: Shaped[Array, "..."], dimension: int, name: str) -> Shaped[Array, "..."]:

@@ -88,7 +88,8 @@ def numerics_of(dtype: str) -> config.Numerics:
 
 
 def settings_of(settings: config.Config) -> config.Config:
-    """The config that both sides follow: no dropout, and a run of twenty steps that has both ends of the schedule."""
+    """The config that both sides follow: no dropout, kernels of any platform, twenty steps with both ends of the
+    schedule."""
     train = dataclasses.replace(
         settings.train,
         steps=max(STEPS),
@@ -97,7 +98,7 @@ def settings_of(settings: config.Config) -> config.Config:
         batch_size=2,
         microbatches=1,
     )
-    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, dropout=0.0), train=train)
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model.portable, dropout=0.0), train=train)
 
 
 def without_balancing(settings: config.Config) -> config.Config:

@@ -64,6 +64,8 @@ def _train(cfg: config.Config, recipe: Recipe, source: DataSource, resume: bool,
     meet.agree(shared_facts(cfg, source.identity(), resume))
     with precision(cfg.numerics):
         engine = JaxEngine(cfg, recipe, completer(cfg, source.tokenizer))
+        if engine.process_index == 0:
+            tell(f"kernels: {engine.kernels} ({engine.layout.platform})")
         frozen = give_parameters(cfg, recipe, source, engine, resume)
         return train(cfg, recipe, source, engine, resume=resume, frozen=frozen)
 

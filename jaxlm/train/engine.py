@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from jaxlm import config
 from jaxlm.counts.flops import flops_per_token
+from jaxlm.counts.kernels import kernels_of
 from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
@@ -45,6 +46,7 @@ class JaxEngine:
         if self.process_count > 1 and cfg.distributed.hang_seconds:
             self._watch = Watch(cfg.distributed.hang_seconds, self.process_index, self.process_count, meet.client())
         self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
+        self.kernels = kernels_of(cfg, self.layout.platform)
         self.program = program = training_program(cfg, self.layout, recipe)
         self.decoder, self._step = program.decoder, program.step
         self._frozen: dict[str, Any] = {}

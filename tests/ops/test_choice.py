@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm import config
-from jaxlm.ops import kernel_choice
-from jaxlm.ops.kernel_choice import Attention
+from jaxlm.errors import UserError
+from jaxlm.ops.attention import kernels
+from jaxlm.ops.attention.kernels import Call
+from jaxlm.ops.moe import experts
 
 LONG: dict[str, Any] = {"dtype": jnp.bfloat16, "length": 4096, "head_dim": 128, "aligned": True}
 
@@ -40,38 +42,50 @@ LONG: dict[str, Any] = {"dtype": jnp.bfloat16, "length": 4096, "head_dim": 128, 
     ],
 )
 def test_the_default_kernel(platform: str, change: dict[str, Any], kernel: str) -> None:
-    assert kernel_choice.attention("auto", Attention(platform, **(LONG | change))) == kernel
+    assert kernels.choose("auto", Call(platform, **(LONG | change))) == kernel
 
 
 @pytest.mark.parametrize(
-    ("asked", "platform", "change", "kernel"),
+    ("asked", "platform", "change", "objection"),
     [
-        ("splash", "tpu", {"length": 8}, "splash"),
-        ("splash", "cpu", {}, "blockwise"),
-        ("splash", "gpu", {}, "cudnn"),
-        ("cudnn", "tpu", {}, "blockwise"),
-        ("cudnn", "gpu", {"softcap": True}, "blockwise"),
-        ("cudnn", "gpu", {"aligned": False}, "xla"),
-        ("blockwise", "tpu", {}, "blockwise"),
-        ("blockwise", "cpu", {"aligned": False}, "xla"),
-        ("xla", "tpu", {}, "xla"),
-        ("xla", "gpu", {}, "xla"),
+        ("splash", "tpu", {"length": 8}, ""),
+        ("splash", "cpu", {}, "runs on tpu, not on cpu"),
+        ("splash", "gpu", {}, "runs on tpu, not on gpu"),
+        ("splash", "tpu", {"merged": True}, "no log-sum-exp"),
+        ("splash", "tpu", {"dtype": jnp.float16}, "bfloat16 or float32"),
+        ("cudnn", "gpu", {}, ""),
+        ("cudnn", "tpu", {}, "runs on gpu, not on tpu"),
+        ("cudnn", "gpu", {"softcap": True}, "no sinks and no soft cap"),
+        ("cudnn", "gpu", {"head_dim": 100}, "head_dim = 100 is no multiple of 8"),
+        ("cudnn", "gpu", {"length": 4097}, "rows of 4097 tokens are odd"),
+        ("blockwise", "tpu", {}, ""),
+        ("blockwise", "cpu", {"aligned": False}, "not the same tokens"),
+        ("xla", "tpu", {}, ""),
+        ("xla", "gpu", {"aligned": False}, ""),
     ],
 )
-def test_what_is_asked_for_is_taken_where_it_applies(
-    asked: str, platform: str, change: dict[str, Any], kernel: str
+def test_what_is_asked_for_is_taken_or_refused(
+    asked: str, platform: str, change: dict[str, Any], objection: str
 ) -> None:
-    assert kernel_choice.attention(asked, Attention(platform, **(LONG | change))) == kernel
+    call = Call(platform, **(LONG | change))
+    if objection:
+        with pytest.raises(UserError, match=f"model.attention_impl = '{asked}' does not apply here: .*{objection}"):
+            kernels.choose(asked, call)
+    else:
+        assert kernels.choose(asked, call) == asked
 
 
-@pytest.mark.parametrize("asked", ["auto", "megablox"])
-def test_experts_have_a_kernel_on_tpus(asked: str) -> None:
-    narrow = [kernel_choice.experts(asked, platform, jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")]
+def test_experts_have_a_kernel_on_tpus() -> None:
+    narrow = [experts.choose("auto", platform, jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")]
     assert narrow == ["blocks", "blocks", "megablox"]
-    assert kernel_choice.experts(asked, "tpu", jnp.float64) == "blocks"
-    assert kernel_choice.experts("naive", "tpu", jnp.bfloat16) == "naive"
+    assert experts.choose("auto", "tpu", jnp.float64) == "blocks"
+    assert experts.choose("naive", "tpu", jnp.bfloat16) == "naive"
+    assert experts.choose("megablox", "tpu", jnp.bfloat16) == "megablox"
+    for platform, dtype, why in (("gpu", jnp.bfloat16, "on tpu, not on gpu"), ("tpu", jnp.float64, "float32")):
+        with pytest.raises(UserError, match=f"megablox.*{why}"):
+            experts.choose("megablox", platform, dtype)
 
 
 def test_the_names_of_the_table_are_those_of_the_config() -> None:
-    for name in kernel_choice.ATTENTION:
+    for name in kernels.KERNELS:
         assert config.Model(attention_impl=name).attention_impl == name

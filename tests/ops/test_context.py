@@ -19,7 +19,8 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxlm.ops import sequence_parallel
 from jaxlm.ops.attention import attend as whole
 from jaxlm.ops.attention import blockwise, ring
-from jaxlm.ops.attention.visible import Mixed, Places
+from jaxlm.ops.attention.kernels import KERNELS
+from jaxlm.ops.attention.visible import Form, Mixed, Places
 from jaxlm.ops.ssm import convolution, selective_scan, ssd
 
 B, N, K, H = 2, 4, 2, 4
@@ -73,7 +74,11 @@ def heads(t: int) -> list[jax.Array]:
 def check_attention(devices: int, t: int, impl: str, window: int, softcap: float) -> None:
     options: Any = {"window": window, "softcap": softcap}
     one = lambda q, k, v, places: whole.attend(q, k, v, places, places, impl="xla", **options)  # noqa: E731
-    split = over(devices, functools.partial(ring.attend, impl=impl, **options), (True,) * 4)
+    split = over(
+        devices,
+        functools.partial(ring.part, kernel=KERNELS[impl], form=Form(window, softcap, jnp.dtype("float64"))),
+        (True,) * 4,
+    )
     same(one, split, heads(t), rows_of(t))
 
 
@@ -108,13 +113,17 @@ def test_first_tokens_that_lie_on_other_devices(devices: int, keep_first: int) -
     same(one, split, heads(24), rows_of(24))
 
 
+def around(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, axis: str) -> jax.Array:
+    return ring.part(q, k, v, places, axis=axis, kernel=KERNELS["blockwise"], form=Form(0, 0.0, v.dtype)).out
+
+
 def test_the_ring_halves_the_square() -> None:
     """Each of two devices does half of what one does alone, which leaves out blocks of late keys."""
     t = 1024
     places = Places(*[jax.ShapeDtypeStruct((1, t), jnp.int32)] * 2)
     arrays = [jax.ShapeDtypeStruct((1, t, n, H), jnp.float32) for n in (N, K, K)]
     one = lambda q, k, v, places: whole.attention(q, k, v, places, places, impl="blockwise", aligned=True)  # noqa: E731
-    split = over(2, functools.partial(ring.attention, impl="blockwise"), (True,) * 4)
+    split = over(2, around, (True,) * 4)
     alone, each = (jax.jit(op).lower(*arrays, places).compile().cost_analysis()["flops"] for op in (one, split))
     assert 0.49 < each / alone < 0.52
 
@@ -129,7 +138,7 @@ def test_low_precision_sums_are_wide() -> None:
         return [np.asarray(x, np.float64) for x in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)]
 
     one = lambda q, k, v, places: whole.attention(q, k, v, places, places, impl="blockwise", aligned=True)  # noqa: E731
-    split = over(2, functools.partial(ring.attention, impl="blockwise"), (True,) * 4)
+    split = over(2, around, (True,) * 4)
     for golden, alone, ringed in zip(
         gradients(one, wide_heads), gradients(one, narrow), gradients(split, narrow), strict=True
     ):

@@ -16,8 +16,7 @@ from jaxlm import config
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.numerics import Policy
-from jaxlm.ops import kernel_choice
-from jaxlm.ops.attention import splash
+from jaxlm.ops.attention import kernels, splash
 from jaxlm.ops.attention.attend import attend, attention
 from jaxlm.ops.attention.visible import Places, merge, visible
 
@@ -25,8 +24,8 @@ from jaxlm.ops.attention.visible import Places, merge, visible
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may run on a CPU."""
-    kernel = kernel_choice.ATTENTION["splash"]
-    monkeypatch.setitem(kernel_choice.ATTENTION, "splash", kernel._replace(platforms=("tpu", "cpu")))  # pyright: ignore
+    kernel = kernels.KERNELS["splash"]
+    monkeypatch.setitem(kernels.KERNELS, "splash", kernel._replace(platforms=("tpu", "cpu")))
 
 
 def packed(lengths: list[int], padding: list[int]) -> Places:

@@ -75,7 +75,7 @@ class ModelCompleter:
         self.wide = "float64" in (model.config.numerics.params, model.config.numerics.compute)
         self.tokenizer = Tokenizer.from_file(model.tokenizer_path)
         with jax.enable_x64(self.wide or jax.config.read("jax_enable_x64")):
-            decoder = Decoder(model.config.model, Policy.from_config(model.config.numerics))
+            decoder = Decoder(model.config.model.portable, Policy.from_config(model.config.numerics))
             self.generator = Generator(decoder, jax.device_put(model.params), self.tokenizer)
 
     def complete(self, prompts: Sequence[str], seed: int) -> list[tuple[str, bool]]:

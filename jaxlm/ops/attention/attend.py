@@ -18,12 +18,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.mesh import platform
 from jaxlm.numerics import wide
-from jaxlm.ops import kernel_choice
-from jaxlm.ops.attention.blockwise import Form, folded
-from jaxlm.ops.attention.cudnn import cudnn
+from jaxlm.ops.attention.kernels import KERNELS, Call, choose
 from jaxlm.ops.attention.visible import (
+    Form,
     Keys,
     Mixed,
     Places,
@@ -33,6 +31,7 @@ from jaxlm.ops.attention.visible import (
     tokens_first,
     visible,
 )
+from jaxlm.ops.site import Site, here
 
 
 def attention(
@@ -46,13 +45,13 @@ def attention(
     aligned: bool = False,
     window: int = 0,
     softcap: float = 0.0,
+    site: Site | None = None,
 ) -> Float[Array, "b t n h"]:
     """Causal attention within documents (Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023).
 
     Args:
         q_places, k_places: positions and segments of queries [B, T] and keys [B, S].
-        impl: `xla`, `blockwise`, `cudnn`, `splash`, or `auto` for the platform that is compiled for. Where one does not
-            apply, the next in the table of `ops.choice` takes its place.
+        impl: a name of `kernels.KERNELS`, or `auto` for the first that applies.
         aligned: queries and keys are the same tokens in the same order (no cache), so no key at a later index is seen,
             and the tokens of a document follow one another. All but `xla` need this.
         window: tokens that a query sees, itself included (Beltagy et al. 2020, section 3.1); 0: all before it.
@@ -61,14 +60,12 @@ def attention(
     Returns:
         The mixed values [B, T, N, H], in the dtype of `v`. Softmax runs in float32 or wider.
     """
-    impl = choose(impl, q_BTNH, aligned, softcap=bool(softcap))
-    if impl == "splash":
-        from jaxlm.ops.attention.splash import splash  # loads Pallas, which only TPUs need
-
-        return splash(q_BTNH, k_BSKH, v_BSKH, q_places.segments, window=window, softcap=softcap)
-    if impl == "cudnn":
-        return cudnn(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, window, aligned)
-    return _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, v_BSKH.dtype).out
+    site, form = site or here(), Form(window, softcap, v_BSKH.dtype)
+    kernel = KERNELS[choose(impl, call_of(site, q_BTNH, aligned, softcap=bool(softcap)))]
+    if kernel.whole is not None:
+        return kernel.whole(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, form, None, site)
+    assert kernel.part is not None
+    return kernel.part(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, form).out
 
 
 def attend(
@@ -82,11 +79,13 @@ def attend(
     aligned: bool = False,
     window: int = 0,
     softcap: float = 0.0,
+    site: Site | None = None,
 ) -> Mixed:
     """`attention`, to be merged with other keys."""
-    impl = choose(impl, q_BTNH, aligned, softcap=bool(softcap), merged=True)
-    width = wide(q_BTNH.dtype)
-    return _mixed(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, impl, aligned, window, softcap, width)
+    call = call_of(site or here(), q_BTNH, aligned, softcap=bool(softcap), merged=True)
+    kernel, form = KERNELS[choose(impl, call)], Form(window, softcap, wide(q_BTNH.dtype))
+    assert kernel.part is not None
+    return kernel.part(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, form)
 
 
 def attend_first(
@@ -165,7 +164,7 @@ def cached_attention(
     Both products are plain matrix products of the cache as it lies, so a decoding step moves nothing but its query.
     """
     mask_BTS = visible(q_places, k_places, window)
-    return _cached(q_BTNH, keys_BKHS, values_BKSH, mask_BTS, softcap, values_BKSH.dtype).out
+    return cached(q_BTNH, keys_BKHS, values_BKSH, mask_BTS, softcap, values_BKSH.dtype).out
 
 
 def cached_attend(
@@ -181,42 +180,19 @@ def cached_attend(
 ) -> Mixed:
     """`cached_attention`, to be merged with other keys; `beyond`: only of keys at this distance or further."""
     mask_BTS = visible(q_places, k_places, window, beyond)
-    return _cached(q_BTNH, keys_BKHS, values_BKSH, mask_BTS, softcap, wide(q_BTNH.dtype))
+    return cached(q_BTNH, keys_BKHS, values_BKSH, mask_BTS, softcap, wide(q_BTNH.dtype))
 
 
-def choose(asked: str, q_BTNH: Float[Array, "b t n h"], aligned: bool, **needs: bool) -> str:
-    """The implementation of a call: see `ops.choice`, whose `needs` are `softcap`, `sinks` and `merged`."""
+def call_of(site: Site, q_BTNH: Float[Array, "b t n h"], aligned: bool, **needs: bool) -> Call:
+    """A call of attention as the table of kernels sees it; `needs` are `softcap`, `sinks` and `merged`."""
     _, t, _, h = q_BTNH.shape
-    return kernel_choice.attention(asked, kernel_choice.Attention(platform(), q_BTNH.dtype, t, h, aligned, **needs))
+    return Call(site.platform, q_BTNH.dtype, t, h, aligned, **needs)
 
 
-def _mixed(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    q_places: Places,
-    k_places: Places,
-    impl: str,
-    aligned: bool,
-    window: int,
-    softcap: float,
-    dtype: DTypeLike,
-) -> Mixed:
-    """The kernels that know every option; `out` in `dtype`."""
-    if impl == "blockwise":
-        return folded(q_BTNH, k_BSKH, v_BSKH, q_places, k_places, Form(window, softcap, jnp.dtype(dtype)))
-    q_BTKGH, width = grouped_heads(q_BTNH, k_BSKH.shape[2]), wide(q_BTNH.dtype)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=width)
-    scores_BKGTS = capped(scores_BKGTS * q_BTNH.shape[-1] ** -0.5, softcap)
-    mask_BTS = visible(q_places, k_places, window)
-    weights, lse = masked_softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf))
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=dtype)
-    return Mixed(out.reshape(q_BTNH.shape), tokens_first(lse))
-
-
-def _cached(
+def cached(
     q_BTNH: Array, keys_BKHS: Array, values_BKSH: Array, mask_BTS: Array, softcap: float, dtype: DTypeLike
 ) -> Mixed:
+    """Attention to the keys of a cache that `mask_BTS` leaves; the mixed values in `dtype`."""
     (b, t, n, h), (_, k, _, s) = q_BTNH.shape, keys_BKHS.shape
     q_BKRH = jnp.einsum("btkgh->bkgth", grouped_heads(q_BTNH, k)).reshape(
         b, k, -1, h
@@ -228,10 +204,3 @@ def _cached(
     out_BKRH = jnp.matmul(weights_BKRS, values_BKSH, preferred_element_type=dtype)
     out_BTNH = jnp.einsum("bkgth->btkgh", out_BKRH.reshape(b, k, -1, t, h)).reshape(b, t, n, h)
     return Mixed(out_BTNH, tokens_first(lse))
-
-
-# Blockwise: queries in blocks, each against the keys from its window's begin up to its own end, which makes causal
-# attention half the square and attention within a window a band. Recomputing the probabilities in the backward pass
-# keeps memory linear in T (Dao 2023, section 3). Scores s = cap tanh(x / cap) of the products x, probabilities p:
-#   ds = p (dp - p . dp + dlse),   dx = ds (1 - (s / cap)^2).
-# The G queries of one kv head and one token are neighbours, [B, K, T, G, H]: a block is then one matrix [T G, H].

@@ -6,7 +6,7 @@ Shapes: B batch, T query length, S key length, N heads, K kv heads, G = N/K quer
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from jaxlm.numerics import wide
 from jaxlm.ops.attention.visible import (
+    Form,
     Mixed,
     Places,
     capped,
@@ -24,18 +25,6 @@ from jaxlm.ops.attention.visible import (
 
 BLOCK = 128  # least query block of `blockwise`
 MAX_BLOCKS = 16  # `blockwise` unrolls at most this many
-
-
-class Form(NamedTuple):
-    """What a blockwise program is made for."""
-
-    window: int
-    softcap: float
-    dtype: Any
-    """Of the output."""
-    sees: Literal["window", "before", "all"] = "window"
-    """Which keys, the last of which are of the queries' own tokens: none behind its own, and none before its window
-    if the tokens of a document follow one another. `all`: they are any keys."""
 
 
 def folded(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places: Places, k_places: Places, form: Form) -> Mixed:

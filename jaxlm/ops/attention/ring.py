@@ -3,8 +3,8 @@
 Keys travel, queries stay: with grouped heads they are the smaller part. Which keys, and how, follows from what is seen:
 
     window of at most half the row     the window - 1 tokens before a device's own, from its neighbours
-    `blockwise`                        a ring: keys and values pass from device to device, one part at a time
-    `xla`, `cudnn`                     all keys and values are gathered (Llama 3, arXiv 2407.21783, section 3.3.2)
+    a kernel that `rings`              a ring: keys and values pass from device to device, one part at a time
+    any other                          all keys and values are gathered (Llama 3, arXiv 2407.21783, section 3.3.2)
 
 The ring (Liu et al. 2023, arXiv 2310.01889) keeps memory linear in the tokens of one device. Tokens are exchanged into
 `sequence_parallel.zigzag` order for it, so that with every part of keys that comes by, each device has exactly two
@@ -23,53 +23,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxlm.numerics import wide
 from jaxlm.ops import sequence_parallel
-from jaxlm.ops.attention import attend as whole
-from jaxlm.ops.attention import blockwise, cudnn, visible
-from jaxlm.ops.attention.blockwise import Form
-from jaxlm.ops.attention.visible import Keys, Mixed, Places
+from jaxlm.ops.attention import attend, blockwise, visible
+from jaxlm.ops.attention.kernels import KERNELS, Kernel
+from jaxlm.ops.attention.visible import Form, Keys, Mixed, Places
+from jaxlm.ops.site import here
 
 
-def attention(
-    q_BTNH: Float[Array, "b t n h"],
-    k_BTKH: Float[Array, "b t k h"],
-    v_BTKH: Float[Array, "b t k h"],
-    places: Places,
-    *,
-    axis: str,
-    impl: str = "auto",
-    window: int = 0,
-    softcap: float = 0.0,
-) -> Float[Array, "b t n h"]:
-    """`ops.attention.attention` of tokens to themselves, each device with its part of every row along `axis`.
-
-    Every implementation but `xla` and `cudnn` is `blockwise` here.
-    """
-    impl = whole.choose(impl, q_BTNH, aligned=True, softcap=bool(softcap))
-    if impl == "cudnn":
-        k, v, k_places = _reach(Keys(k_BTKH, v_BTKH, places), axis, window)
-        return cudnn.cudnn(q_BTNH, k, v, places, k_places, window, aligned=False)
-    return _mixed(q_BTNH, Keys(k_BTKH, v_BTKH, places), axis, impl, window, softcap, v_BTKH.dtype).out
+def whole(q: Array, k: Array, v: Array, places: Places, *, axis: str, kernel: Kernel, form: Form) -> Array:
+    """Attention of a device's tokens by a kernel that gives no log-sum-exp, to all keys that they see."""
+    assert kernel.whole is not None
+    k, v, k_places = _reach(Keys(k, v, places), axis, form.window)
+    return kernel.whole(q, k, v, places, k_places, form, None, here())
 
 
-def attend(
-    q_BTNH: Float[Array, "b t n h"],
-    k_BTKH: Float[Array, "b t k h"],
-    v_BTKH: Float[Array, "b t k h"],
-    places: Places,
-    *,
-    axis: str,
-    impl: str = "auto",
-    window: int = 0,
-    softcap: float = 0.0,
-) -> Mixed:
-    """`attention`, to be merged with other keys."""
-    impl = whole.choose(impl, q_BTNH, aligned=True, softcap=bool(softcap), merged=True)
-    return _mixed(q_BTNH, Keys(k_BTKH, v_BTKH, places), axis, impl, window, softcap, wide(q_BTNH.dtype))
+def part(q: Array, k: Array, v: Array, places: Places, *, axis: str, kernel: Kernel, form: Form) -> Mixed:
+    """Attention of a device's tokens to those of all, with the log-sum-exp of its scores."""
+    assert kernel.part is not None
+    keys, near = Keys(k, v, places), _near(q.shape[1], axis, form.window)
+    if kernel.rings and not near and q.shape[1] % 2 == 0:
+        mixed: Any = _ring(*sequence_parallel.zigzag((q, keys), axis), axis, form)
+        return Mixed(*sequence_parallel.unzigzag(mixed, axis))
+    k, v, k_places = _reach(keys, axis, form.window)
+    if kernel.rings and near:
+        return kernel.part(q, k, v, places, k_places, form)
+    # A kernel of blocks needs the queries' own tokens at the end of the keys, which gathering does not give.
+    gathered = KERNELS["xla"] if kernel.rings else kernel
+    assert gathered.part is not None
+    out, lse = gathered.part(q, k, v, places, k_places, form._replace(dtype=jnp.dtype(wide(q.dtype))))
+    return Mixed(out.astype(form.dtype), lse)
 
 
 def attend_first(
@@ -107,20 +92,7 @@ def attend_first(
     segments_BF = jnp.where(source_BF >= 0, earlier.places.segments, 0)
     earlier = earlier._replace(places=earlier.places._replace(segments=segments_BF))
     options: Any = {"keep_first": keep_first, "window": window, "softcap": softcap, "earlier": earlier}
-    return whole.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
-
-
-def _mixed(q_BTNH: Array, keys: Keys, axis: str, impl: str, window: int, softcap: float, dtype: DTypeLike) -> Mixed:
-    t, form = q_BTNH.shape[1], Form(window, softcap, jnp.dtype(dtype))
-    in_blocks = impl != "xla"
-    if in_blocks and not _near(t, axis, window) and t % 2 == 0:
-        mixed: Any = _ring(*sequence_parallel.zigzag((q_BTNH, keys), axis), axis, form)
-        return Mixed(*sequence_parallel.unzigzag(mixed, axis))
-    k, v, k_places = _reach(keys, axis, window)
-    if in_blocks and _near(t, axis, window):
-        return blockwise.folded(q_BTNH, k, v, keys.places, k_places, form)
-    out, lse = whole.attend(q_BTNH, k, v, keys.places, k_places, impl="xla", window=window, softcap=softcap)
-    return Mixed(out.astype(dtype), lse)
+    return attend.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
 
 
 def _near(tokens: int, axis: str, window: int) -> bool:

@@ -10,7 +10,7 @@ Shapes: B batch, T query length, R rows, S slots, N heads, K kv heads, G = N/K q
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -82,8 +82,3 @@ def attend_slots(
     out_BTNH = jnp.einsum("bkgth->btkgh", (out_BKQH / some_BKQ[..., None]).reshape(b, k, -1, t, h))
     lse_BTN = jnp.einsum("bkgt->btkg", lse_BKQ.reshape(b, k, -1, t)).reshape(b, t, n)
     return Mixed(out_BTNH.reshape(b, t, n, h), lse_BTN)
-
-
-def mix_slots(q_BTNH: Float[Array, "b t n h"], *held: Any, softcap: float = 0.0) -> Float[Array, "b t n h"]:
-    """The mixed values of `attend_slots`, in the dtype of the values."""
-    return attend_slots(q_BTNH, *held, softcap=softcap).out.astype(held[1].dtype)

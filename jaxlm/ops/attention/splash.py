@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jaxtyping import Array, Float, Int
 
-from jaxlm.mesh import platform, split_layout
+from jaxlm.ops.site import Site, here
 
 LANES = 128  # rows are padded to a multiple of this, the width of a vector register
 BLOCKS = (512, 256, 128)  # of queries and of keys: the first that divides the row
@@ -35,6 +35,7 @@ def splash(
     window: int = 0,
     softcap: float = 0.0,
     sink_logits_N: Float[Array, " n"] | None = None,
+    site: Site | None = None,
 ) -> Float[Array, "b t n h"]:
     """`ops.attention` of aligned rows, in bfloat16 or float32; on a CPU the kernel is interpreted, which is slow.
 
@@ -45,7 +46,8 @@ def splash(
         window, softcap: as in `ops.attention`.
         sink_logits_N: as in `ops.merge`.
     """
-    layout = split_layout()
+    site = site or here()
+    layout = site.layout
     _, t, n, h = q_BTNH.shape
     shards, head_shards = (1, 1) if layout is None else (layout.parts("seq"), layout.parts("heads"))
     pad = -t % (LANES * shards)
@@ -55,7 +57,7 @@ def splash(
     q, k, v = (jnp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)]) for x in (q_BTNH * h**-0.5, k, v))
     q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     padded_BT = jnp.pad(segments_BT, [(0, 0), (0, pad)])
-    kernel = _kernel(n, t + pad, head_shards, shards, window, softcap)
+    kernel = _kernel(n, t + pad, head_shards, shards, window, softcap, site.platform == "cpu")
 
     def mixed(kernel: Any, q: Array, k: Array, v: Array, mine: Array, theirs: Array, sinks: Array | None) -> Array:
         def row(q: Array, k: Array, v: Array, mine: Array, theirs: Array) -> Array:
@@ -79,7 +81,9 @@ def splash(
     return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, 0)
 
 
-def _kernel(n_heads: int, length: int, head_shards: int, shards: int, window: int, softcap: float) -> Any:
+def _kernel(
+    n_heads: int, length: int, head_shards: int, shards: int, window: int, softcap: float, interpret: bool
+) -> Any:
     """The kernel for all heads of a row, with the tables that tell it which blocks to visit."""
     square = (length, length)
     mask = pallas.LocalMask(square, (window - 1, 0), 0) if window else pallas.CausalMask(square)
@@ -101,5 +105,5 @@ def _kernel(n_heads: int, length: int, head_shards: int, shards: int, window: in
         head_shards=head_shards,
         q_seq_shards=shards,
         attn_logits_soft_cap=softcap or None,
-        interpret=platform() == "cpu",
+        interpret=interpret,
     )

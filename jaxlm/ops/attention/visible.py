@@ -6,7 +6,7 @@ Shapes: B batch, T query length, S key length, N heads, K kv heads, G = N/K quer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,18 @@ class Mixed(NamedTuple):
     """Values weighted by the softmax over these keys alone; zero where none is seen."""
     lse: Float[Array, "b t n"]
     """Logarithm of the sum of the exponentials of the scores; -inf where none is seen."""
+
+
+class Form(NamedTuple):
+    """What a program of attention is made for."""
+
+    window: int
+    softcap: float
+    dtype: Any
+    """Of the output."""
+    sees: Literal["window", "before", "all"] = "window"
+    """Of blocks of queries: which keys, the last of which are of the queries' own tokens: none behind its own, and none
+    before its window if the tokens of a document follow one another. `all`: they are any keys."""
 
 
 def merge(

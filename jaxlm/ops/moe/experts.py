@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlm.mesh import platform
+from jaxlm.errors import UserError
 from jaxlm.numerics import wide
-from jaxlm.ops import ffn, kernel_choice
+from jaxlm.ops import ffn
 from jaxlm.ops.moe.dispatch import Plan, collect, pick, sort_by_expert, take
 from jaxlm.ops.moe.grouped_matmul import GROUPED, grouped_dot
 
@@ -42,6 +42,7 @@ def moe(
     *,
     activation: str,
     impl: str = "auto",
+    platform: str | None = None,
 ) -> Float[Array, "t d"]:
     """`sum_k weight_k expert_k(x)` for each token (Shazeer et al. 2017, equation 1), in the dtype of x.
 
@@ -50,8 +51,9 @@ def moe(
         experts_TK: the chosen experts; E or more: none.
         activation: a name of `ops.ffn`.
         impl: `naive`, `blocks`, `ragged`, `megablox` (TPUs), or `auto` for the hardware.
+        platform: what is compiled for, `cpu`, `gpu` or `tpu`; None: the default platform of this process.
     """
-    impl = kernel_choice.experts(impl, platform(), x_TD.dtype)
+    impl = choose(impl, platform or jax.default_backend(), x_TD.dtype)
     if impl == "naive":
         return _naive(x_TD, weights_TK, experts_TK, parameters, activation)
     if impl == "blocks":
@@ -59,6 +61,24 @@ def moe(
     if impl in GROUPED:
         return _grouped(impl, x_TD, weights_TK, experts_TK, parameters, activation)
     raise ValueError(f"unknown implementation {impl!r}")
+
+
+def choose(asked: str, platform: str, dtype: Any) -> str:
+    """The implementation of a mixture of experts: the one asked for, or under `auto` the fastest of the platform.
+
+    TPUs have the kernel `megablox`. XLA's own `ragged_dot` takes the gradient of the kernels as if every row passed
+    every expert, and on GPUs and CPUs all products, so there the rows are computed in `blocks` (docs/experts.md).
+
+    Raises:
+        UserError: `megablox` is asked for where it does not apply.
+    """
+    fits = platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32)
+    if asked == "megablox" and not fits:
+        why = "it computes in bfloat16 or float32" if platform == "tpu" else f"it runs on tpu, not on {platform}"
+        raise UserError(f"model.moe.impl = 'megablox' does not apply here: {why}", "`auto` takes what does")
+    if asked == "auto":
+        return "megablox" if fits else "blocks"
+    return asked
 
 
 def _activate(activation: str, gate: Array | None, up: Array) -> Array:
