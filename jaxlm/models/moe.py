@@ -119,11 +119,8 @@ class Experts(nn.Module):
         up, up_bias = self._stack("up_proj", d_model, width)
         down, down_bias = self._stack("down_proj", width, d_model)
         parameters = moe.Experts(gate, up, down, gate_bias, up_bias, down_bias)
-        options: Any = {
-            "activation": cfg.activation,
-            "impl": "auto" if self.is_initializing() else cfg.moe.impl,
-            "platform": platform(),
-        }
+        impl = "auto" if self.is_initializing() else cfg.moe.impl  # nothing is computed then
+        options: Any = {"activation": cfg.activation, "impl": impl, "platform": platform()}
         compute = functools.partial(moe.moe, **options)
         layout = split_layout()
         if layout is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from jaxlm.run.metrics import SECONDS
+from jaxlm.run.metrics import OF_THE_MACHINE, SECONDS
 
 
 def plot_loss(
@@ -31,6 +32,43 @@ def plot_loss(
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:  # a run that ends before its first report has nothing to show
         axes.legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+ELSEWHERE = re.compile(r"step|tokens|weight|skipped|loss|learning_rate|validation_loss(_.+)?|share_.+")
+"""Names of metrics that other plots show, or that need none."""
+PANELS = 24
+
+
+def plot_measures(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw each measure of the recipe against the step, a panel each, into a PNG; nothing if there is none.
+
+    Rewards, margins, KL, entropy, lengths and gradients' norms are such measures: all numbers of `metrics.jsonl` that
+    are reported more than once and do not depend on the machine.
+    """
+    counts: dict[str, int] = {}
+    for row in rows:
+        for name, value in row.items():
+            counts[name] = counts.get(name, 0) + isinstance(value, float)
+    names = [name for name, count in counts.items() if count > 1]
+    names = [name for name in names if not ELSEWHERE.fullmatch(name) and not OF_THE_MACHINE.fullmatch(name)][:PANELS]
+    if not names:
+        return
+    from matplotlib.figure import Figure
+
+    height = -(-len(names) // 3)
+    figure = Figure(figsize=(9, 2 * height), dpi=120)
+    panels = figure.subplots(height, 3, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float)]
+        axes.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 20 else "")
+        axes.set_title(name.replace("_", " "), fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    for axes in list(panels):  # those that are left
+        axes.axis("off")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -21,7 +21,7 @@ from jaxlm.config import toml
 from jaxlm.data.rows.validation import check_watch, measure
 from jaxlm.errors import UserError
 from jaxlm.processes.stop_signals import Interrupted, Stopped, StopRequest
-from jaxlm.report.plots import plot_loss, plot_time
+from jaxlm.report.plots import plot_loss, plot_measures, plot_time
 from jaxlm.report.run_page import write_report
 from jaxlm.run.alerts import Alerts
 from jaxlm.run.clock import Clock, stragglers
@@ -241,6 +241,7 @@ class _Run:
         if self.first:
             rows = read_metrics(self.log.path)
             plot_loss(rows, self.dir / "plots" / "loss.png", self.judge.baseline, self.judge.baseline_name)
+            plot_measures(rows, self.dir / "plots" / "measures.png")
             plot_time(rows, self.dir / "plots" / "time.png")
             write_report(self.cfg, rows, self.judge.baseline)
 

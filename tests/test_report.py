@@ -1,0 +1,79 @@
+"""Report pages: one kit, everything escaped, and the figures of a whole run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlm import config
+from jaxlm.report.page import render
+from jaxlm.report.plots import plot_loss, plot_measures, plot_time
+from jaxlm.report.run_page import whole_run, write_report
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "step": 10,
+        "tokens": 1000,
+        "loss": 3.0,
+        "tokens_per_second": 100.0,
+        "mfu": 0.2,
+        "reward": 0.1,
+        "goodput": 0.5,
+        "seconds_steps": 9.0,
+    },
+    {
+        "step": 20,
+        "tokens": 4000,
+        "loss": 2.0,
+        "tokens_per_second": 300.0,
+        "mfu": 0.6,
+        "reward": 0.4,
+        "goodput": 0.9,
+        "seconds_steps": 9.0,
+    },
+    {"step": 20, "validation_loss": 2.5},
+]
+
+
+def test_speed_is_that_of_the_whole_run() -> None:
+    """1,000 tokens in 10 s and 3,000 in 10 s are 200 tokens/s, and so is the share of the peak."""
+    assert whole_run(ROWS) == {"tokens_per_second": pytest.approx(200), "mfu": pytest.approx(0.4)}
+    assert whole_run([]) == {}
+
+
+def test_the_page_of_a_run(tmp_path: Path) -> None:
+    """It has every figure with its unit, its plots inside, and how it was made; text of the run cannot break it."""
+    cfg = dataclasses.replace(config.Config(), out_dir=str(tmp_path / "a<b>"))
+    out = Path(cfg.out_dir)
+    (out / "samples").mkdir(parents=True)
+    (out / "samples" / "00000020.txt").write_text("def f(): return '<script>'")
+    plot_loss(ROWS, out / "plots" / "loss.png")
+    plot_measures(ROWS, out / "plots" / "measures.png")
+    plot_time(ROWS, out / "plots" / "time.png")
+    page = write_report(cfg, ROWS, baseline=4.0).read_text()
+    rows = {
+        "tokens per second": "200 tokens/s, whole run",
+        "mfu": "40.0% of the peak, whole run",
+        "validation loss": "2.5 nats a token",
+        "unigram loss": "4 nats a token",
+    }
+    for name, value in rows.items():
+        assert f"<td>{name}</td><td>{value}</td>" in page
+    assert "<script>" not in page and "<b>" not in page
+    assert page.count("data:image/png;base64,") == 3
+    assert re.search(r"<footer><code>\S+.*</code><br>Python 3.*jax 0\..*<br>20\d\d-\d\d-\d\d", page)
+    assert "prefers-color-scheme:dark" in page and "src=http" not in page
+
+
+def test_a_run_without_measures_has_no_plot_of_them(tmp_path: Path) -> None:
+    plot_measures([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}], tmp_path / "measures.png")
+    assert not (tmp_path / "measures.png").exists()
+
+
+def test_a_value_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(Exception, match="'figures' is undefined"):
+        render("run.html", title="x")
