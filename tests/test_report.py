@@ -12,6 +12,7 @@ import pytest
 from jaxlm import config
 from jaxlm.report.page import render
 from jaxlm.report.plots import plot_loss, plot_measures, plot_time
+from jaxlm.report.printed_page import write_printed
 from jaxlm.report.run_page import whole_run, write_report
 
 ROWS: list[dict[str, Any]] = [
@@ -77,3 +78,12 @@ def test_a_run_without_measures_has_no_plot_of_them(tmp_path: Path) -> None:
 def test_a_value_that_a_template_lacks_is_an_error() -> None:
     with pytest.raises(Exception, match="'figures' is undefined"):
         render("run.html", title="x")
+
+
+def test_what_is_printed_is_a_page(tmp_path: Path) -> None:
+    from rich.table import Table
+
+    table = Table("name", "value")
+    table.add_row("a<b>", "[red]1[/red]")
+    page = write_printed("Plan of x", ["a line & more", table], tmp_path / "new" / "plan.html").read_text()
+    assert "a&lt;b&gt;" in page and "a line &amp; more" in page and "<b>" not in page and page.count("<pre>") == 2

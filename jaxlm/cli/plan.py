@@ -54,6 +54,7 @@ def plan(
         float | None, typer.Option(min=0, help="USD for an hour of one chip; else the list price.")
     ] = None,
     compiling: Annotated[bool, typer.Option("--compile/--no-compile", help="Ask the compiler of the chip.")] = True,
+    page: Annotated[Path | None, typer.Option(help="Write what is printed to this HTML file too.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Say whether CONFIG fits a machine that is not here, what limits it, what it takes and costs."""
@@ -65,8 +66,14 @@ def plan(
     from jaxlm.plan.overview import plan_all
 
     options = {"tokens": tokens, "price": price, "compiling": compiling, "name": Path(path).stem}
+    parts = []
     for part in plan_all(sized(cfg), goal, search=search, show_sharding=show_sharding, **options):
+        parts.append(part)
         if isinstance(part, str):
             print(end="" if as_json else f"{part}\n")
         else:
             print(json.dumps(part.as_dict())) if as_json else show(part)
+    if page is not None:
+        from jaxlm.report.printed_page import write_printed
+
+        write_printed(f"Plan of {Path(path).stem}", parts, page)
