@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from jaxlm.processes import meet
 from jaxlm.processes.compile_cache import RUN_ONCE, enable_compilation_cache
 from jaxlm.processes.hang_watch import Watch
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
+from jaxlm.run.peak import peak_flops
 from jaxlm.train.program import training_program
 from jaxlm.train.recipe import MODEL, Recipe
 from jaxlm.train.step import TrainState, make_eval
@@ -82,7 +82,7 @@ class JaxEngine:
         """Of all devices together: the vendor's figure where it is known, else a matrix product timed here."""
         if self._peak_flops is None:
             known = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-            self._peak_flops = known * jax.device_count() if known else measured_flops()
+            self._peak_flops = known * jax.device_count() if known else measured_flops(self.config.data.cache_dir)
         return self._peak_flops
 
     @property
@@ -223,14 +223,13 @@ def _lay(leaf: np.ndarray, place: Any) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
 
 
-def measured_flops(size: int = 1536, tries: int = 3) -> float:
-    """FLOP/s of the best of a few float32 matrix products on the default device: a peak for where none is published."""
-    x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(jnp.dot)
-    product(x, x).block_until_ready()
-    times = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+def measured_flops(folder: str | Path) -> float:
+    """FLOP/s of the default device, a peak for where none is published; see `jaxlm.run.peak`."""
+    device = jax.devices()[0]
+
+    def multiply(a: np.ndarray, b: np.ndarray) -> Callable[[], Any]:
+        product, (x, y) = jax.jit(jnp.dot), jax.device_put((a, b))
+        return lambda: product(x, y).block_until_ready()
+
+    name = "" if device.platform == "cpu" else device.device_kind
+    return peak_flops(folder, name, f"jax {jax.__version__}", multiply)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from jaxlm import config
 from jaxlm.counts.flops import flops_per_token
 from jaxlm.errors import UserError
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
+from jaxlm.run.peak import peak_flops
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.recipe import MODEL, Recipe, Trained, parameter_name
@@ -75,7 +75,7 @@ class TorchEngine:
         """Of the device: the vendor's figure where it is known, else a matrix product timed here."""
         if self._peak_flops is None:
             known = PEAK_FLOPS.get(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-            self._peak_flops = known or measured_flops(self.device)
+            self._peak_flops = known or measured_flops(self.config.data.cache_dir, self.device)
         return self._peak_flops
 
     def checkpoints(self) -> list[int]:
@@ -196,15 +196,15 @@ def matmul_params(decoder: Decoder) -> int:
     return total
 
 
-def measured_flops(device: torch.device, size: int = 1536, tries: int = 3) -> float:
-    """FLOP/s of the best of a few float32 matrix products: a peak for where none is published."""
-    x = torch.ones(size, size, device=device)
-    times = []
-    for _ in range(tries + 1):  # the first one warms up
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[1:])
+def measured_flops(folder: str | Path, device: torch.device) -> float:
+    """FLOP/s of a device, a peak for where none is published; see `jaxlm.run.peak`."""
+
+    def multiply(a: np.ndarray, b: np.ndarray) -> Callable[[], Any]:
+        x, y = torch.tensor(a, device=device), torch.tensor(b, device=device)
+        return lambda: (x @ y)[0, 0].item()  # waits for the device
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "" if device.type == "cpu" else device.type
+    return peak_flops(folder, name, f"torch {torch.__version__}", multiply)
 
 
 def _require_one_device(mesh: config.Mesh) -> None:
