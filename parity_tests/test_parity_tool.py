@@ -320,6 +320,24 @@ def test_a_nan_differs_and_is_valid_json(truth: Callable[[str], Truth], tmp_path
     assert name in (tmp_path / "parity.html").read_text()
 
 
+@pytest.mark.parametrize(("lucky", "ok"), [(True, True), (False, False)])
+def test_a_margin_is_judged_by_several_draws(lucky: bool, ok: bool) -> None:
+    """Of the text where tokens part, both sides err by 0.01; of shorter ones by 1 if that draw was lucky. The margin
+    between the two tokens is 0.5."""
+
+    class Fake:
+        def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
+            error = 0.0 if dtype == "float64" else 0.01 if len(ids) == 5 or not lucky else 1.0
+            return np.array([0.0, 0.5, -9.0]) + error
+
+    side: Any = Fake()
+    traces = [Trace({}, [tokens], {}) for tokens in ([2, 2, 1], [2, 2, 0])]
+    inputs = dataclasses.replace(make_inputs(settings().model), prompts=((5, 6, 7),))
+    (finding,) = compare_tokens("bfloat16", inputs, (side, side), (traces[0], traces[1]))
+    assert (finding.error, finding.ok) == (0.5, ok)
+    assert finding.note == "parts at token 3, margin of the logits, bound of 5 draws"
+
+
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such folder"):
         check(tmp_path / "nothing")
