@@ -325,12 +325,15 @@ def test_a_margin_is_judged_by_several_draws(lucky: bool, ok: bool) -> None:
     """Of the text where tokens part, both sides err by 0.01; of shorter ones by 1 if that draw was lucky. The margin
     between the two tokens is 0.5."""
 
-    class Fake:
+    class Fake(TorchSide):
+        def __init__(self) -> None:
+            pass
+
         def next_logits(self, dtype: str, ids: list[int]) -> np.ndarray:
             error = 0.0 if dtype == "float64" else 0.01 if len(ids) == 5 or not lucky else 1.0
             return np.array([0.0, 0.5, -9.0]) + error
 
-    side: Any = Fake()
+    side = Fake()
     traces = [Trace({}, [tokens], {}) for tokens in ([2, 2, 1], [2, 2, 0])]
     inputs = dataclasses.replace(make_inputs(settings().model), prompts=((5, 6, 7),))
     (finding,) = compare_tokens("bfloat16", inputs, (side, side), (traces[0], traces[1]))

@@ -59,7 +59,7 @@ EXCEPTIONS = {
     "infer/generate.py: only torch_ref has open_folder": "jaxlm opens models in convert.open_model",
     "infer/generate.py: only torch_ref has main": "the command line of a machine without JAX",
     "models/layers.py: only torch_ref has normal_": "Flax has initialisers of its own",
-    "ops/attention/attend.py: only torch_ref has default_impl": "jaxlm chooses kernels in ops.kernel_choice",
+    "ops/attention/attend.py: only torch_ref has default_impl": "jaxlm chooses kernels in ops.attention.kernels",
     "ops/attention/attend.py: only torch_ref has merge": "in jaxlm it stands in ops.attention.visible",
     "ops/attention/attend.py: only torch_ref has visible": "in jaxlm it stands in ops.attention.visible",
     "ops/attention/attend.py: attend_first differs in earlier": "tokens of earlier devices: torch_ref has one",
