@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("ops", "models", "objectives", "train", "infer", "recipes")
 
 DIALECT = {
-    *("key", "seed", "axis", "device", "layout", "matmul"),
+    *("key", "seed", "axis", "device", "layout", "site", "platform", "matmul"),
     *("params", "decoder", "model", "routing", "moves"),
 }
 """Parameters that one framework needs for what the other keeps elsewhere: random numbers, the mesh, precision; and

@@ -15,6 +15,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.mesh import Layout
+from jaxlm.models.sequence_parallel import attention_site
 from jaxlm.ops.attention.attend import attention
 from jaxlm.ops.attention.visible import Places
 
@@ -62,7 +63,7 @@ def attention_program(devices: Sequence[Any], impl: str, t: int, head_dim: int, 
     places = Places(*[jax.ShapeDtypeStruct((1, t), jnp.int32, sharding=layout.replicated)] * 2)
 
     def summed(qkv: list[jax.Array], places: Places) -> jax.Array:
-        out = attention(*qkv, places, places, impl=impl, aligned=True, **options)
+        out = attention(*qkv, places, places, impl=impl, aligned=True, site=attention_site(cached=False), **options)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     with layout.active():
