@@ -11,7 +11,7 @@ import pytest
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.mesh import RULES, Layout
-from jaxlm.models import attention, sequence_parallel
+from jaxlm.models import sequence_parallel
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.recipes.pretrain import loss_fn
 
@@ -70,8 +70,7 @@ def test_no_device_gathers_rows():
 
 
 def test_rows_gathered_by_the_partitioner_are_seen(monkeypatch):
-    for module in (attention, sequence_parallel):
-        monkeypatch.setattr(module, "sequence_axis", lambda: None)
+    monkeypatch.setattr(sequence_parallel, "sequence_axis", lambda: None)
     with pytest.raises(AssertionError):
         check(dataclasses.replace(MODEL, n_layers=1, pattern=("mamba",)))
 
