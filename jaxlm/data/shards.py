@@ -35,14 +35,14 @@ import numpy as np
 
 from jaxlm.data import repository
 from jaxlm.data.readers import Document
-from jaxlm.data.sources import Documents, Side, pieces
+from jaxlm.data.sources import Documents, Side, separable
 from jaxlm.errors import UserError
 from jaxlm.processes.file_lock import hold
 from jaxlm.text.tokenizer import Tokenizer
 
 FORMAT = 1
 PIECE_CHARS = 1 << 18
-"""Longer documents are tokenised in pieces of this length, cut at line ends, so that one large file is parallel too."""
+"""Longer documents are tokenised in parts of this length, so that one large file is parallel too."""
 
 SIDES: tuple[Side, ...] = get_args(Side)
 
@@ -160,6 +160,8 @@ def open_shards(
     identity = f"{FORMAT} {documents.identity()} {tokenizer.fingerprint()}"
     if tokenizer.bos is not None or not tokenizer.cuts_at_lines:  # earlier shards have no begin, and more spaces
         identity += " 2"
+    if documents.size > PIECE_CHARS:  # earlier shards of long documents may be cut where ids change
+        identity += " cuts"
     if documents.marked:
         identity += f" {row_limit}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
@@ -243,7 +245,7 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
             jobs = (
                 [pool.submit(encode_repository, document)]
                 if document.marks
-                else [pool.submit(encode, part) for part in pieces(document.text, piece_chars)]
+                else [pool.submit(encode, part) for part in separable(document.text, piece_chars)]
             )
             pending.append((side, document, jobs))
             queued += len(document.text)

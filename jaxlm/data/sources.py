@@ -275,6 +275,31 @@ def pieces(text: str, size: int) -> Iterator[str]:
         start = end
 
 
+def separable(text: str, size: int) -> Iterator[str]:
+    """Cut a text into parts of `size` characters or more whose ids, one after the other, are those of the whole text.
+
+    The patterns by which tokenizers split a text before they merge (GPT-2's, GPT-4's, DeepSeek's) let runs of blanks
+    depend on what stands around them: the last blank of a run goes to the word behind it. So the only cut is one that
+    no run of blanks touches: behind a line end with something else before it and something else after it. A text
+    without such a place, such as one of `\\r\\n` lines, is one part.
+    """
+    start = 0
+    while start < len(text):
+        cut = _next_cut(text, start + max(size, 2) - 1)
+        yield text[start:cut]
+        start = cut
+
+
+def _next_cut(text: str, start: int) -> int:
+    """Behind the first line end at `start` or later that no other blank touches; else the end of the text."""
+    end = text.find("\n", start)
+    while 0 < end < len(text) - 1:
+        if not text[end - 1].isspace() and not text[end + 1].isspace():
+            return end + 1
+        end = text.find("\n", end + 1)
+    return len(text)
+
+
 def describe_skipped(skipped: dict[str, str]) -> str:
     """`3 skipped, e.g. a.bin is binary, not text`; empty when nothing was."""
     return f"{len(skipped)} skipped{_example(skipped)}" if skipped else ""

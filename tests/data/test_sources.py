@@ -9,11 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlm.config import Data
 from jaxlm.data import readers, sources
-from jaxlm.data.sources import Documents, describe_skipped, open_source, pieces
+from jaxlm.data.sources import Documents, describe_skipped, open_source, pieces, separable
 from jaxlm.errors import UserError
+from jaxlm.text.tokenizer import Tokenizer
 
 
 def read(source: Path | str, **options) -> list[tuple[str, str, str]]:
@@ -250,3 +253,44 @@ def test_pieces_join_to_the_text_and_end_at_lines():
         assert "".join(pieces(text, size)) == text
         assert all(0 < len(piece) <= size for piece in pieces(text, size))
     assert list(pieces("ab\ncd\nef", 4)) == ["ab\n", "cd\n", "ef"]
+
+
+def test_parts_are_cut_where_no_blank_touches_the_line_end():
+    assert list(separable("ab\ncd\n\nef \ngh\n ij\nkl\n", 1)) == ["ab\n", "cd\n\nef \ngh\n ij\n", "kl\n"]
+    assert list(separable("ab\ncd\nef", 4)) == ["ab\ncd\n", "ef"]
+    assert list(separable("ab\r\ncd\r\nef", 1)) == ["ab\r\ncd\r\nef"], "GPT-2 puts the two blanks apart"
+    assert list(separable("", 1)) == []
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    """Our own tokenizer, and where the shared data are, GPT-2's and DeepSeek's."""
+    found = {"ours": Tokenizer.train(["def f(x):\n    return x\n\n\n  a b 12 é\n"] * 9, 300)}
+    data = Path(os.environ.get("JAXLM_DATA") or Path(__file__).parents[3] / "shared" / "data") / "tokenizers"
+    if data.is_dir():
+        unpacked = tmp_path_factory.mktemp("deepseek") / "tokenizer.json"
+        unpacked.write_bytes(gzip.decompress((data / "deepseek_r1" / "tokenizer.json.gz").read_bytes()))
+        found["gpt2"] = Tokenizer.from_file(data / "gpt2" / "tokenizer.json")
+        found["deepseek_r1"] = Tokenizer.from_file(unpacked)
+    return found
+
+
+BITS = ["\n", "\n\n", " ", "    ", "\t", "\r\n", "a", "def", "x1", "12", "é", "中", ".", ");", "'s"]
+BITS += ["\u0301", "\u00a0", "\u2028", "<|endoftext|>"]
+TEXTS = st.lists(st.sampled_from(BITS), max_size=60).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS, size=st.integers(1, 30))
+def test_ids_of_parts_are_those_of_the_text(public: dict[str, Tokenizer], text: str, size: int):
+    """GPT-2's, DeepSeek's and our own pattern; any cut at a line end would not do."""
+    for name, tokenizer in public.items():
+        parts = [i for part in separable(text, size) for i in tokenizer.encode(part)]
+        assert parts == tokenizer.encode(text), name
+
+
+def test_other_cuts_change_ids(public: dict[str, Tokenizer]):
+    text = "a\n\nb"
+    for name in {"gpt2", "deepseek_r1"} & public.keys():
+        cut = [i for part in pieces(text, 3) for i in public[name].encode(part)]
+        assert cut != public[name].encode(text), name
