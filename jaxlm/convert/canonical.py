@@ -118,7 +118,7 @@ def from_canonical(tensors: Mapping[str, Any], cfg: config.Model, where: str = "
     for name, leaf in leaves(cfg).items():
         if name in tensors and (found := fault(np.asarray(tensors[name]), leaf.shape)):
             problems.add(found[0], [f"{name} {found[1]}".rstrip()])
-    problems.refuse(where, "does the config belong to these weights?")
+    problems.refuse(where)
     return fill(tensors, cfg, where)
 
 
@@ -134,6 +134,18 @@ def fill(tensors: Mapping[str, Any], cfg: config.Model, where: str) -> Params:
     return params
 
 
+DEQUANTISE = "dequantise them first: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained(...)"
+CONFIG = "does the config belong to these weights?"
+HINTS = {
+    "no float": DEQUANTISE,
+    "missing": CONFIG,
+    "not expected": CONFIG,
+    "of another shape": CONFIG,
+    "NaN or infinite": "the training went wrong before they were saved: take an earlier checkpoint",
+}
+"""What to do about a kind of fault, the gravest first."""
+
+
 class Problems:
     """Faults by kind; all of them become one line."""
 
@@ -144,14 +156,20 @@ class Problems:
         """Note tensors that have one kind of fault."""
         self._found.setdefault(kind, []).extend(names)
 
-    def refuse(self, where: str, hint: str) -> None:
-        """Raise the `UserError` that counts each kind and names the first few, or do nothing."""
+    def refuse(self, where: str, hint: str = "") -> None:
+        """Raise the `UserError` that counts each kind and names the first few, or do nothing.
+
+        Args:
+            hint: what to do; empty: what `HINTS` says of the gravest kind.
+        """
         lines = [
             f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {kind}: {_first(names)}"
             for kind, names in self._found.items()
             if names
         ]
         if lines:
+            kinds = [kind for kind, names in self._found.items() if names]
+            hint = hint or next((HINTS[kind] for kind in HINTS if kind in kinds), "write them anew in one dtype")
             raise UserError(f"{where}: {'; '.join(lines)}", hint)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config import toml
+from jaxlm.convert.canonical import DEQUANTISE
 from jaxlm.convert.rows import Row
 from jaxlm.convert.settings import Key, Setting, require_same, tree
 from jaxlm.errors import UserError
@@ -28,7 +29,7 @@ class Unquantised:
         """See `Setting`."""
         if found := hf.get("quantization_config"):
             method = found.get("quant_method")
-            hint = "dequantise them first: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained(...)"
+            hint = DEQUANTISE
             if method == "mxfp4":
                 hint = "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
             raise ValueError(f"quantization_config = {found!r}: jaxlm reads no quantised weights", hint)

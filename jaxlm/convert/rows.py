@@ -198,7 +198,7 @@ class Parameters(Mapping[str, np.ndarray]):
         wrong = [name for name in found if found[name] != shapes[name]]
         problems.add("of another shape", (f"{name} {list(found[name])} for {list(shapes[name])}" for name in wrong))
         problems.add("no float", (f"{name} {self._type(name)}" for name in found if self._type(name) not in DTYPES))
-        problems.refuse(where, "does the config belong to these weights?")
+        problems.refuse(where)
 
     def _type(self, theirs: str) -> str:
         of = getattr(self._tensors, "dtype", lambda name: self._tensors[name].dtype.name)
@@ -245,7 +245,7 @@ class Parameters(Mapping[str, np.ndarray]):
                 problems.add(found[0], [f"{theirs} {found[1]}".rstrip()])
             elif x.dtype != xs[0].dtype:
                 problems.add(f"in another dtype than {row.theirs[0]}", [f"{theirs} {x.dtype}"])
-        problems.refuse(self._where, "does the config belong to these weights?")
+        problems.refuse(self._where)
         made = row.back(xs, [self._leaves[mine] for mine in row.ours])[row.ours.index(name)]
         release(*xs)
         return made

@@ -34,6 +34,10 @@ _LONG = 2**28
 """Bytes that take more than a moment to write: from here on there is a progress bar."""
 
 
+MEASURABLE = 100_000_000
+"""Bytes of a conversion whose rate is worth telling."""
+
+
 class Summary(NamedTuple):
     """What a conversion wrote."""
 
@@ -44,11 +48,10 @@ class Summary(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        rate = self.bytes / 1e9 / self.seconds
-        return (
-            f"{self.destination}: {self.to}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB "
-            f"in {self.seconds:.1f} s, {rate:.2g} GB/s"
-        )
+        size = f"{self.tensors} tensors, {self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
+        # The rate of a small model says how long opening files takes.
+        rate = f", {self.bytes / 1e9 / self.seconds:.2f} GB/s" if self.bytes > MEASURABLE else ""
+        return f"{self.destination}: {self.to}, {size}{rate}"
 
 
 def convert(

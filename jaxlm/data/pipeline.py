@@ -24,9 +24,10 @@ from jaxlm.data.fim import SLACK
 from jaxlm.data.packing import PackedRows
 from jaxlm.data.rows.build import run_rows
 from jaxlm.data.rows.compose import FilledRows, RunRows
-from jaxlm.data.shards import Part, Shard, exclusive, joined, open_shards
+from jaxlm.data.shards import Part, Shard, joined, open_shards
 from jaxlm.data.sources import Documents, describe_skipped, pieces
 from jaxlm.errors import UserError
+from jaxlm.processes.file_lock import exclusive
 from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 Batch = dict[str, np.ndarray]

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
@@ -37,7 +37,7 @@ from jaxlm.data import repository
 from jaxlm.data.readers import Document
 from jaxlm.data.sources import Documents, Side, separable
 from jaxlm.errors import UserError
-from jaxlm.processes.file_lock import hold
+from jaxlm.processes.file_lock import exclusive
 from jaxlm.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -188,27 +188,6 @@ def open_shards(
         return shards
 
 
-@contextlib.contextmanager
-def exclusive(target: Path) -> Iterator[None]:
-    """Hold the lock file beside `target`; turns a full or read-only disk into a `UserError`.
-
-    The system drops the lock with the process, so a killed one blocks nobody.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with hold(target.with_suffix(".lock")):
-            yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"{target.parent}: the disk is full", "free space, or choose another data.cache_dir"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            hint = "choose another data.cache_dir"
-            raise UserError(f"{target.parent}: cannot write here: {error.strerror}", hint) from None
-        raise
-
-
 def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: int, row_limit: int) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     begin, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eot))
@@ -222,16 +201,22 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
 
         def write_first() -> None:
             side, document, parts = pending.popleft()
-            size = len(document.text.encode())
-            tokens = [array for part in parts for array in part.result()]
+            text = document.text
+            size = len(text) if text.isascii() else len(text.encode())  # a long text is not copied to be counted
             name = f"{document.name}\t{document.language}"
             if document.marks:  # a repository: each part is a document, which fits into a row
-                for number, part in enumerate(tokens):
+                for number, part in enumerate(done(parts)):
                     writers[side].add([part], size if number == 0 else 0, name, document.value)
             else:
                 edges = np.asarray(begin, dtype), np.asarray(end, dtype)
-                writers[side].add([edges[0], *tokens, edges[1]], size, name, document.value)
+                writers[side].add(itertools.chain([edges[0]], done(parts), [edges[1]]), size, name, document.value)
             progress.advance(size)
+
+        def done(parts: list[Future[list[np.ndarray]]]) -> Iterator[np.ndarray]:
+            """The parts as they are tokenised; each is let go as soon as it is written."""
+            parts.reverse()
+            while parts:
+                yield from parts.pop().result()
 
         def encode(piece: str) -> list[np.ndarray]:
             return [np.asarray(tokenizer.encode(piece), dtype)]
@@ -301,15 +286,17 @@ class _Writer:
                     np.save(file, np.asarray(self._values), allow_pickle=False)
                     _sync(file)
 
-    def add(self, parts: list[np.ndarray], text_bytes: int, name: str, value: float) -> None:
+    def add(self, parts: Iterable[np.ndarray], text_bytes: int, name: str, value: float) -> None:
         """Append one document, given in parts."""
         self._values.append(value)
         self._names.append(name.replace("\n", " ").replace("\r", " "))
-        tokens = np.concatenate(parts)
-        self._file.write(tokens.data)
-        self._sha.update(tokens.data)
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        self._ends.append(self._ends[-1] + len(tokens))
+        end = self._ends[-1]
+        for tokens in parts:
+            self._file.write(tokens.data)
+            self._sha.update(tokens.data)
+            self.counts += np.bincount(tokens, minlength=len(self.counts))
+            end += len(tokens)
+        self._ends.append(end)
         self._text_bytes += text_bytes
 
     def digest(self) -> str:

@@ -124,3 +124,24 @@ def _held(path: Path) -> UserError:
     who = f"process {owner['process']} on {owner['host']}" if owner.keys() >= {"process", "host"} else "another process"
     hint = f"wait for it or end it, or choose another out_dir; if it is long dead, remove {path}"
     return UserError(f"{path.parent}: {who} has this run", hint)
+
+
+@contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Hold the lock file beside `target`; turns a full or read-only disk into a `UserError`.
+
+    The system drops the lock with the process, so a killed one blocks nobody.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with hold(target.with_suffix(".lock")):
+            yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{target.parent}: the disk is full", "free space, or choose another data.cache_dir"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            hint = "choose another data.cache_dir"
+            raise UserError(f"{target.parent}: cannot write here: {error.strerror}", hint) from None
+        raise

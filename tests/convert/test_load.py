@@ -51,7 +51,7 @@ def test_around_all_layouts(write_torch: Callable, make_model: Callable, same: C
     at = src.parent
 
     told = str(convert(src, at / "llama", "llama"))
-    assert told.startswith(f"{at / 'llama'}: llama, 51 tensors, {_size(at / 'llama')} MB in 0.") and "GB/s" in told
+    assert told.startswith(f"{at / 'llama'}: llama, 51 tensors, {_size(at / 'llama')} MB in 0.") and told.endswith(" s")
     llama = load(at / "llama")
     assert (llama.kind, llama.tokenizer_path) == ("llama", at / "llama" / "tokenizer.json")
     assert json.loads((at / "llama" / "config.json").read_text())["dtype"] == dtype

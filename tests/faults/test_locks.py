@@ -11,9 +11,8 @@ import threading
 
 import pytest
 
-from jaxlm.data.shards import exclusive
 from jaxlm.errors import UserError
-from jaxlm.processes.file_lock import hold, only_trainer
+from jaxlm.processes.file_lock import exclusive, hold, only_trainer
 
 NONE = [None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
 

@@ -1,12 +1,15 @@
 """Refusals that say what a thing is and what to do about it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from jaxlm.config.run import Distributed
+from jaxlm.convert.canonical import Problems
 from jaxlm.convert.files.side_files import content
 from jaxlm.convert.open_model import open_model
+from jaxlm.convert.write_model import Summary
 from jaxlm.errors import UserError
 from jaxlm.launch.job import Job
 from jaxlm.processes.meet import find_place
@@ -64,3 +67,26 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(type(path), "read_bytes", refuse)
     with pytest.raises(UserError, match=r"generation_config.json: cannot be read: Permission denied"):
         content(path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "hint"),
+    [
+        ({"no float": ["a F8_E4M3"], "not expected": ["a_scale"]}, "dequantise them first"),
+        ({"missing": ["a"]}, "does the config belong to these weights?"),
+        ({"NaN or infinite": ["a"]}, "take an earlier checkpoint"),
+        ({"in another dtype than b": ["a float16"]}, "in one dtype"),
+    ],
+)
+def test_a_hint_is_about_the_fault(kinds: dict[str, list[str]], hint: str) -> None:
+    problems = Problems()
+    for kind, names in kinds.items():
+        problems.add(kind, names)
+    with pytest.raises(UserError) as caught:
+        problems.refuse("model")
+    assert caught.value.hint is not None and hint in caught.value.hint
+
+
+def test_only_large_conversions_have_a_rate() -> None:
+    small, large = (str(Summary(Path("x"), "llama", 3, size, 2.0)) for size in (10_000, 4_000_000_000))
+    assert small == "x: llama, 3 tensors, 0.0 MB in 2.0 s" and large.endswith("in 2.0 s, 2.00 GB/s")

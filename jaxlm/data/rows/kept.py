@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.data.shards import exclusive
+from jaxlm.processes.file_lock import exclusive
 
 
 def kept_beside(folder: Path | None) -> Callable[[str, Callable[[], np.ndarray]], np.ndarray] | None:
