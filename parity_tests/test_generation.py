@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -185,6 +186,19 @@ def test_texts_of_both_backends_and_of_the_command(folder: Any, capsys: pytest.C
     flags += ["--repetition-penalty=1.1", "--presence-penalty=0.3", "--stop=z"]
     assert torch_generate.main([str(folder), "def add", *flags]) == 0
     assert capsys.readouterr().out == f"def add{ours[0].text}\n"
+
+
+def test_a_file_of_prompts_in_both_backends(folder: Any, tmp_path: Any) -> None:
+    from jaxlm.infer.engine import Request
+
+    lines = [{"prompt": "def add"}, {"prompt": "x", "seed": 3, "n": 2}, {"prompt": 5}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = []
+    for backend in ("jax", "torch"):
+        out, defaults = tmp_path / f"{backend}.jsonl", Request("", sampling=WARM, max_new_tokens=6)
+        assert [*load(folder).answer_file(tmp_path / "in.jsonl", out, defaults, rows=2, backend=backend)] == [1, 2, 3]
+        found.append([json.loads(line) | {"key": 0} for line in out.read_text().splitlines()])
+    assert found[0] == found[1] and "error" in found[0][2]
 
 
 def test_mistakes_of_the_torch_command(folder: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,33 @@ def test_rows_with_options_of_their_own(rng: np.random.Generator) -> None:
     assert drawn[0].tolist() == drawn[1].tolist() == alone
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-45, 1e-300])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_small_temperature_is_greedy(temperature: float, dtype: str, rng: np.random.Generator) -> None:
+    """However small, with every filter, alone and as a row among others; nothing becomes NaN."""
+    logits = (30 * rng.permuted(np.linspace(-1, 1, V)[None].repeat(B, 0), axis=1)).astype(dtype)
+    logits[1] += 1000
+    logits[2, ::3] = -np.inf
+    uniform, expected = rng.random(B), logits.argmax(axis=-1).tolist()
+    options = {"temperature": temperature, "typical_p": 0.9, "top_p": 0.9, "min_p": 0.1}
+    values = [[value] * B for value in (temperature, 0, 0.9, 0.9, 0.1, 1.0, 0.0, 0.0)]
+    for ops, array in ((jax_ops, jnp.asarray), (torch_ops, torch.tensor)):
+        knobs = ops.Knobs(*(array(np.array(value)) for value in values))
+        assert np.asarray(ops.sample(array(logits), array(uniform), temperature=temperature)).tolist() == expected
+        assert np.asarray(ops.sample(array(logits), array(uniform), **options)).tolist() == expected
+        kept = ops.filtered_rows(array(logits), knobs)
+        assert np.asarray(ops.draw(kept, array(uniform))).tolist() == expected
+        assert not np.isnan(np.asarray(kept)).any()
+
+
+def test_a_row_without_any_token_stays_one() -> None:
+    """All of it is forbidden: a small temperature does not make it even."""
+    logits = np.array([[-np.inf] * 4, [0.0, 1.0, -np.inf, 2.0]])
+    for ops, array in ((jax_ops, jnp.asarray), (torch_ops, torch.tensor)):
+        cold = np.asarray(ops.over_temperature(array(logits), 2.0**-30))
+        assert (cold[0] == -np.inf).all() and cold[1].tolist() == [-(2.0**31), -(2.0**30), -np.inf, 0.0]
+
+
 def test_the_order_of_ties() -> None:
     """The values are too few to sort apart: only the rule of the lower token makes both orders the same."""
     logits = np.random.default_rng(0).integers(0, 3, (B, V)).astype(np.float64)

@@ -51,7 +51,10 @@ NEUTRAL_MODULES = {
 }  # and single modules of others
 NEUTRAL_MODULES |= {
     f"jaxlm.infer.engine.{name}"
-    for name in ("engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler", "structured")
+    for name in (
+        *("engine", "growing", "memory", "orders", "prefix", "reply", "request", "runner", "scheduler"),
+        *("speculative", "structured"),
+    )
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400

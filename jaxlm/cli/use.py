@@ -58,21 +58,28 @@ def generate(
     )
     if prompts is not None or out is not None or prompt is None:
         options: Any = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "n": num_samples}
-        _answer_file(run, prompt, prompts, out, rows, {"sampling": sampling, **options})
+        _answer_file(
+            run, prompt, prompts, out, {"rows": rows, "backend": backend.value}, {"sampling": sampling, **options}
+        )
         return
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "num_samples": num_samples}
     _answer_prompt(run, prompt, as_json, {"sampling": sampling, "backend": backend.value, **options})
 
 
 def _answer_file(
-    run: Path, prompt: str | None, prompts: Path | None, out: Path | None, rows: int, options: dict[str, Any]
+    run: Path,
+    prompt: str | None,
+    prompts: Path | None,
+    out: Path | None,
+    engine: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     from jaxlm.infer.engine import Request
 
     if prompt is not None or prompts is None or out is None:
         raise UserError("give a PROMPT, or --prompts IN.jsonl and --out OUT.jsonl")
     done = 0
-    for done in open_model(run).answer_file(prompts, out, Request((), **options), rows=rows):
+    for done in open_model(run).answer_file(prompts, out, Request((), **options), **engine):
         write(f"\r{done} texts")
     write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")
 

@@ -261,16 +261,22 @@ class Model:
                     yield part.text
 
     def answer_file(
-        self, prompts: str | Path, out: str | Path, defaults: Request, *, rows: int = 16, context: int = 0
+        self,
+        prompts: str | Path,
+        out: str | Path,
+        defaults: Request,
+        *,
+        rows: int = 16,
+        context: int = 0,
+        backend: config.Backend = "jax",
     ) -> Iterator[int]:
-        """Answer a file of prompts; see `batch.answer_file`. Yields the lines done.
-
-        Raises:
-            UserError: the model has no tokenizer, or a file is not what it should be.
-        """
-        options: Any = {"prefix_memory": "256M", "threaded": False, "warm_up": False}
+        """Answer a file of prompts; see `batch.answer_file`, also for errors. Yields the lines done."""
+        options: Any = {"rows": rows, "context": context, "prefix_memory": "256M", "threaded": False}
         with precision(self.config.numerics):
-            engine = self.generator.engine(rows=rows, context=context, **options)
+            if backend == "torch":
+                engine: Any = self._torch_generator.engine(**options)
+            else:
+                engine = self.generator.engine(warm_up=False, **options)
         name = f"{(self.path or Path()).resolve()}\0{engine.prefixes.fingerprint}"
         with engine:
             yield from answer_file(engine, Path(prompts), Path(out), defaults, name)
@@ -348,7 +354,7 @@ class Model:
         module = self.to_torch()
         from torch_ref.infer.generate import Generator as TorchGenerator
 
-        return TorchGenerator(module, self._tokenizer)
+        return TorchGenerator(module, self._tokenizer, end_ids(self.path) if self.path else ())
 
     def _ids(self, text: Any) -> list[int]:
         return self.encode(text) if isinstance(text, str) else np.asarray(text).tolist()

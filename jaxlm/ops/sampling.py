@@ -72,7 +72,7 @@ def sample(
     if temperature == 0:
         return greedy(logits_BV)
     assert uniform_B is not None
-    logits_BV = logits_BV / temperature
+    logits_BV = over_temperature(logits_BV, temperature)
     if 0 < top_k < logits_BV.shape[-1]:
         logits_BV = keep_top_k(logits_BV, top_k)
     if typical_p < 1:
@@ -109,7 +109,7 @@ def filtered_rows(logits_BV: Float[Array, "b v"], knobs: Knobs) -> Float[Array, 
     # the division is by 1 there.
     greedy_B, v = knobs.temperature == 0, logits_BV.shape[-1]
     top_k = jnp.where(greedy_B, 1, jnp.where(knobs.top_k > 0, jnp.minimum(knobs.top_k, v), v))
-    logits_BV = logits_BV / _column(jnp.where(greedy_B, 1, knobs.temperature)).astype(logits_BV.dtype)
+    logits_BV = over_temperature(logits_BV, _column(jnp.where(greedy_B, 1, knobs.temperature)))
     for wanted_B, keep, amount_B in (
         (top_k < v, keep_top_k, top_k),
         (~greedy_B & (knobs.typical_p < 1), keep_typical_p, knobs.typical_p),
@@ -127,6 +127,18 @@ def filtered_rows(logits_BV: Float[Array, "b v"], knobs: Knobs) -> Float[Array, 
 def greedy(logits_BV: Float[Array, "b v"]) -> Int[Array, " b"]:
     """The token with the largest logit; of equal ones the lowest."""
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def over_temperature(logits_BV: Float[Array, "b v"], temperature: Any) -> Float[Array, "b v"]:
+    """Distance of each logit to the largest of its row, over the temperature: 0 for the largest, else negative.
+
+    The difference is taken first, so a small temperature overflows to -inf and never to inf - inf. As the temperature
+    goes to 0 only the largest stay.
+    """
+    top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    finite_B1 = jnp.where(jnp.isfinite(top_B1), top_B1, 0)  # a row of -inf stays one
+    cold_BV = (logits_BV - finite_B1) / jnp.asarray(temperature, logits_BV.dtype)
+    return jnp.where(logits_BV == finite_B1, 0, cold_BV)
 
 
 def penalise_repetition(logits_BV: Float[Array, "b v"], seen_BV: Bool[Array, "b v"], penalty: Any) -> Array:

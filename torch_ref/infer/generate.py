@@ -23,9 +23,12 @@ from torch import Tensor
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
+from jaxlm.infer.engine import Engine
+from jaxlm.infer.engine.memory import bytes_of, context_of, rows_within
 from jaxlm.text.completion import STREAM_BLOCK, Completion, check_prompts, complete, encode_prompts, right_padded
 from jaxlm.text.sampling import Sampling, uniforms
 from jaxlm.text.tokenizer import Tokenizer, check_usable
+from torch_ref.infer.runner import TorchRunner
 from torch_ref.models.decoder import Decoder, init_cache
 from torch_ref.numerics import Policy
 from torch_ref.ops.sampling import sample
@@ -108,12 +111,17 @@ def blocks(
 
 
 class Generator:
-    """A decoder with its tokenizer, ready to complete many prompts."""
+    """A decoder with its tokenizer, ready to complete many prompts at once, and to make engines.
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    Args:
+        ends: ids that end a text of an engine besides the tokenizer's end and begin of text.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> None:
         decoder.config.require_language_model("generation")
         check_usable(tokenizer, decoder.config.vocab_size)
         self.decoder, self.tokenizer = decoder, tokenizer
+        self.ends = tuple(dict.fromkeys([*sorted(tokenizer.ends), *ends]))
 
     def complete(
         self,
@@ -141,6 +149,23 @@ class Generator:
             size=STREAM_BLOCK if stop or stream else 0,
         )
         return complete(drawn, self.tokenizer, prompts, stop=stop, stream=stream)
+
+    def engine(self, *, rows: int = 8, context: int = 0, prefix_memory: str | int = 0, threaded: bool = True) -> Engine:
+        """An engine on this decoder's device; see `jaxlm.infer.text.Generator.engine` for the arguments.
+
+        Raises:
+            UserError: a size is none, or the model has fewer positions.
+        """
+        cfg = self.decoder.config
+        runner = TorchRunner(self.decoder, rows=rows_within(rows, None, 0, context), slots=context_of(cfg, context))
+        return Engine(
+            runner,
+            self.tokenizer,
+            ends=self.ends,
+            prefix_memory=bytes_of(prefix_memory, "prefix_memory"),
+            fingerprint=f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}",
+            threaded=threaded,
+        )
 
 
 def decoder_of(settings: config.Config, tensors: Mapping[str, np.ndarray]) -> Decoder:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jaxlm import config
-from torch_ref.models.cache import KVCache, Slots, WindowCache
+from torch_ref.models.cache import KVCache, RowCache, Slots, WindowCache
 from torch_ref.models.layers import Linear, Norm, Rotation, normal_
 from torch_ref.numerics import Policy
 from torch_ref.ops.attention import attend as ops
@@ -59,8 +59,8 @@ class Attention(nn.Module):
         x_BTD: Float[Tensor, "b t d"],
         places: Places,
         rope: tuple[Tensor, Tensor] | None,
-        cache: KVCache | WindowCache | None,
-    ) -> tuple[Float[Tensor, "b t d"], KVCache | WindowCache | None]:
+        cache: KVCache | RowCache | WindowCache | None,
+    ) -> tuple[Float[Tensor, "b t d"], KVCache | RowCache | WindowCache | None]:
         cfg = self.config
         q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if cfg.qk_norm:

@@ -143,3 +143,35 @@ class WindowCache(NamedTuple):
         if keep_first:
             self.first.write(k_BTKH, v_BTKH, positions_BT, torch.where(real_BT, positions_BT, keep_first))
         return attended, self
+
+
+class RowCache(NamedTuple):
+    """Rows of S slots, each for one text: slot s holds the token at position s, so rows begin and end on their own.
+
+    Tokens are written from left to right without a gap. What lies behind the last token, of a text before or of a
+    cut, is later than every query and never seen; it is overwritten as the text grows.
+    """
+
+    keys: Float[Tensor, "r k h s"]
+    values: Float[Tensor, "r k s h"]
+    row: int
+    """The first row that a call is about: one row where the call has one, row 0 where it has all."""
+
+    def extend(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> tuple[Slots, RowCache]:
+        """What the new tokens attend to, and the cache after them, whose buffers are the same."""
+        self.append(k_BTKH, v_BTKH, places)
+        b = k_BTKH.shape[0]
+        rows = slice(self.row, self.row + b)
+        end = (
+            int(torch.where(places.segments != 0, places.positions, 0).max()) + 1
+        )  # of the longest row: no more is read
+        positions_BS = torch.arange(end, dtype=torch.int32, device=self.keys.device).expand(b, end)
+        return Slots(self.keys[rows, :, :, :end], self.values[rows, :, :end], positions_BS), self
+
+    def append(self, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> None:
+        """Write T tokens of B rows into the slots of their positions, in place; padding is not written."""
+        real_BT = places.segments != 0
+        rows_BT = (self.row + torch.arange(k_BTKH.shape[0], device=real_BT.device))[:, None].expand_as(real_BT)
+        rows, slots = rows_BT[real_BT], places.positions[real_BT].long()
+        self.keys[rows, :, :, slots] = k_BTKH[real_BT].to(self.keys.dtype)
+        self.values[rows, :, slots] = v_BTKH[real_BT].to(self.values.dtype)

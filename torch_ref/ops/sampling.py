@@ -72,7 +72,7 @@ def sample(
     if temperature == 0:
         return greedy(logits_BV)
     assert uniform_B is not None
-    logits_BV = logits_BV / temperature
+    logits_BV = over_temperature(logits_BV, temperature)
     if 0 < top_k < logits_BV.shape[-1]:
         logits_BV = keep_top_k(logits_BV, top_k)
     if typical_p < 1:
@@ -105,7 +105,7 @@ def filtered_rows(logits_BV: Float[Tensor, "b v"], knobs: Knobs) -> Float[Tensor
     """
     greedy_B, v = knobs.temperature == 0, logits_BV.shape[-1]
     top_k = torch.where(greedy_B, 1, torch.where(knobs.top_k > 0, knobs.top_k.clamp(max=v), v))
-    logits_BV = logits_BV / _column(torch.where(greedy_B, 1, knobs.temperature)).to(logits_BV.dtype)
+    logits_BV = over_temperature(logits_BV, _column(torch.where(greedy_B, 1, knobs.temperature)))
     for wanted_B, keep, amount_B in (
         (top_k < v, keep_top_k, top_k),
         (~greedy_B & (knobs.typical_p < 1), keep_typical_p, knobs.typical_p),
@@ -125,6 +125,18 @@ def filtered_rows(logits_BV: Float[Tensor, "b v"], knobs: Knobs) -> Float[Tensor
 def greedy(logits_BV: Float[Tensor, "b v"]) -> Int[Tensor, " b"]:
     """The token with the largest logit; of equal ones the lowest."""
     return _first(logits_BV == logits_BV.amax(dim=-1, keepdim=True))
+
+
+def over_temperature(logits_BV: Float[Tensor, "b v"], temperature: Any) -> Float[Tensor, "b v"]:
+    """Distance of each logit to the largest of its row, over the temperature: 0 for the largest, else negative.
+
+    The difference is taken first, so a small temperature overflows to -inf and never to inf - inf. As the temperature
+    goes to 0 only the largest stay.
+    """
+    top_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    finite_B1 = torch.where(top_B1.isfinite(), top_B1, 0)  # a row of -inf stays one
+    cold_BV = (logits_BV - finite_B1) / _as(temperature, logits_BV)
+    return torch.where(logits_BV == finite_B1, 0, cold_BV)
 
 
 def penalise_repetition(logits_BV: Float[Tensor, "b v"], seen_BV: Bool[Tensor, "b v"], penalty: Any) -> Tensor:

@@ -274,7 +274,10 @@ def _draw(logits_RV: Array, state: State, orders: Orders, knobs: ops.Knobs, step
     """The next token of each row, and the logits that the draw was from, those not kept at -inf."""
     seen_RV = lambda: state.seen_RV | (state.counts_RV > 0)  # noqa: E731
     logits_RV = ops.penalised_rows(logits_RV, seen_RV(), state.counts_RV, knobs)
-    logits_RV = lax.cond(jnp.any(orders.biased != 0), lambda x: x + state.bias_RV, lambda x: x, logits_RV)
+    biased_R1 = (orders.biased != 0)[:, None]  # the others may still have the bias of a text before
+    logits_RV = lax.cond(
+        jnp.any(biased_R1), lambda x: jnp.where(biased_R1, x + state.bias_RV, x), lambda x: x, logits_RV
+    )
 
     # Ends are forbidden until the text has its least length; then the grammar has its say.
     early_R1 = (orders.made + step < orders.least)[:, None]
