@@ -23,7 +23,7 @@ from torch import Tensor
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
-from jaxlm.infer.engine import Engine
+from jaxlm.infer.engine.engine import Engine
 from jaxlm.infer.engine.memory import bytes_of, context_of, rows_within
 from jaxlm.text.completion import STREAM_BLOCK, Completion, check_prompts, complete, encode_prompts, right_padded
 from jaxlm.text.sampling import Sampling, uniforms
