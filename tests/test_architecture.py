@@ -49,10 +49,10 @@ NEUTRAL_MODULES = {
     "jaxlm.counts.flops",
     *(f"jaxlm.train.{name}" for name in ("backend", "judges", "loop", "recipe")),
 }  # and single modules of others
-NEUTRAL_MODULES |= {
+NEUTRAL_MODULES |= {"jaxlm.infer.memory"} | {
     f"jaxlm.infer.engine.{name}"
     for name in (
-        *("engine", "growing", "memory", "orders", "prefix", "reply", "request", "runner", "scheduler"),
+        *("engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler"),
         *("speculative", "structured"),
     )
 }

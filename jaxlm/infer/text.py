@@ -14,9 +14,9 @@ from typing import Any
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.infer.engine import Engine, Reply, Request
-from jaxlm.infer.engine.memory import bytes_of, context_of, rows_within
 from jaxlm.infer.engine.runner_jax import JaxRunner, row_bytes
 from jaxlm.infer.generate import unrolled_for_decoding
+from jaxlm.infer.memory import bytes_of, context_of, rows_within
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.text.completion import Completion, check_prompts, encode_prompts
 from jaxlm.text.sampling import Sampling
@@ -51,6 +51,7 @@ class Generator:
         context: int = 0,
         cache_memory: str | int | None = None,
         prefix_memory: str | int = 0,
+        speculate: int = 0,
         threaded: bool = True,
         warm_up: bool = True,
         **options: int,
@@ -62,6 +63,7 @@ class Generator:
             context: tokens of the longest prompt with its text; 0: model.max_seq_len.
             cache_memory: bytes, or such as "512M"; None: whatever the rows take.
             prefix_memory: the same for the known beginnings of prompts; 0 keeps none.
+            speculate: tokens guessed and checked in one call where a text repeats itself, up to 7; 0: none.
             threaded: in a thread of its own; otherwise whoever awaits a reply makes the steps.
             warm_up: compile all programs now; otherwise each when it is first needed.
             options: `budget` and `most_waiting` of `Engine`.
@@ -73,14 +75,15 @@ class Generator:
         context = context_of(cfg, context)
         memory = None if cache_memory is None else bytes_of(cache_memory, "cache_memory")
         rows = rows_within(rows, memory, row_bytes(self.decoder, context), context)
-        runner = JaxRunner(self.decoder, self.params, rows=rows, slots=context)
+        runner = JaxRunner(self.decoder, self.params, rows=rows, slots=context, speculates=speculate > 0)
         print_of = f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}"
         return Engine(
             runner,
             self.tokenizer,
             ends=self.ends,
             prefix_memory=bytes_of(prefix_memory, "prefix_memory"),
-            fingerprint=print_of,
+            fingerprint=f"{print_of}{speculate > 0}",
+            speculate=speculate,
             threaded=threaded,
             warm_up=warm_up,
             **options,

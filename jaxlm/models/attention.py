@@ -63,11 +63,12 @@ class Attention(nn.Module):
         return Linear((cfg.d_model,), axes, **options, name="o_proj")(mixed_BTNH), cache
 
     @staticmethod
-    def empty_rows(cfg: config.Model, policy: Policy, rows: int, slots: int) -> RowCache | WindowCache:
-        """Rows for texts that begin and end on their own; see `empty_cache`."""
+    def empty_rows(cfg: config.Model, policy: Policy, rows: int, slots: int, room: int = 0) -> RowCache | WindowCache:
+        """Rows for texts that begin and end on their own, of which `room` tokens may be taken back."""
+        sizes = cfg.n_kv_heads, cfg.head_dim, policy.compute
         if cfg.window:
-            return Attention.empty_cache(cfg, policy, rows, slots)  # pyright: ignore[reportReturnType]
-        return RowCache.empty(rows, slots, cfg.n_kv_heads, cfg.head_dim, policy.compute)
+            return WindowCache.empty(rows, min(slots, cfg.window + room), cfg.keep_first, *sizes)
+        return RowCache.empty(rows, slots, *sizes)
 
     @staticmethod
     def empty_cache(cfg: config.Model, policy: Policy, batch: int, slots: int) -> KVCache | WindowCache:

@@ -105,7 +105,8 @@ class WindowCache(NamedTuple):
     """The newest W tokens of each row, and its first F: memory is the window, not the text. A row holds one document.
 
     The slot of a token is its position modulo W, so that it takes the place of the one that has left the window, in
-    rows of any lengths; padding takes no slot. The first tokens have slots of their own.
+    rows of any lengths; padding takes no slot. The first tokens have slots of their own. With W larger than the window
+    by some tokens, so many of the newest may be taken back: what they replaced had left the window by then.
     """
 
     window: Slots
@@ -133,7 +134,12 @@ class WindowCache(NamedTuple):
             first = first.write(
                 k_BTKH, v_BTKH, positions_BT, jnp.where(real_BT, positions_BT, first.positions.shape[1])
             )
-        return (window if places.positions.shape[1] == 1 else self.window), WindowCache(window, first)
+        if places.positions.shape[1] == 1:
+            return window, WindowCache(window, first)
+        # What stands at the new tokens' positions or later was taken back, and is not what they attend to.
+        from_B1 = jnp.min(jnp.where(real_BT, positions_BT, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+        held_BS = jnp.where(self.window.positions < from_B1, self.window.positions, -1)
+        return self.window._replace(positions=held_BS), WindowCache(window, first)
 
 
 class RowCache(NamedTuple):

@@ -98,7 +98,7 @@ class NumpyRunner:
             allowed = np.flatnonzero(bits) if orders.ruled[row] else np.arange(97, 123)
             tokens[0, row] = allowed[int(orders.uniforms[0, row] * len(allowed))]
         nothing = np.zeros((1, self.rows, 20))
-        return Drawn(tokens, tokens < 0, nothing[:, :, 0], nothing, nothing, np.asarray(1))
+        return Drawn(tokens, tokens < 0, nothing[:, :, 0], nothing, nothing, np.ones(self.rows, np.int32))
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **options: None

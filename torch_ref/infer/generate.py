@@ -24,7 +24,7 @@ from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.infer.engine.engine import Engine
-from jaxlm.infer.engine.memory import bytes_of, context_of, rows_within
+from jaxlm.infer.memory import bytes_of, context_of, rows_within
 from jaxlm.text.completion import STREAM_BLOCK, Completion, check_prompts, complete, encode_prompts, right_padded
 from jaxlm.text.sampling import Sampling, uniforms
 from jaxlm.text.tokenizer import Tokenizer, check_usable

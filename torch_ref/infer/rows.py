@@ -11,14 +11,32 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_ref.models.cache import KVCache, RowCache, WindowCache
+from torch_ref.models.cache import KVCache, RowCache, Slots, WindowCache
 from torch_ref.models.decoder import Cache, Decoder, init_cache
 
 
-def empty_rows(decoder: Decoder, rows: int, slots: int) -> Cache:
-    """A cache of `rows` texts of up to `slots` tokens each."""
-    cache = init_cache(decoder, rows, slots)
-    return tuple(RowCache(layer.keys, layer.values, 0) if isinstance(layer, KVCache) else layer for layer in cache)
+def empty_rows(decoder: Decoder, rows: int, slots: int, room: int = 0) -> Cache:
+    """A cache of `rows` texts of up to `slots` tokens each, of which windows may take back `room`."""
+
+    def make(layer: Any) -> Any:
+        if isinstance(layer, KVCache):
+            return RowCache(layer.keys, layer.values, 0)
+        if not isinstance(layer, WindowCache):
+            return layer
+        (_, heads, width, size), keys = layer.window.keys.shape, layer.window.keys
+        return layer._replace(window=Slots.empty(rows, min(slots, size + room), heads, width, keys.dtype, keys.device))
+
+    return tuple(make(layer) for layer in init_cache(decoder, rows, slots))
+
+
+def has_states(cache: Cache) -> bool:
+    """Whether a layer has a state, which cannot be cut back."""
+    return not all(isinstance(layer, RowCache | WindowCache) for layer in cache)
+
+
+def before_states(cache: Cache, after: Cache) -> Cache:
+    """The cache after some tokens, but with the states from before them: for tokens that are fed again."""
+    return tuple(new if isinstance(new, RowCache | WindowCache) else old for old, new in zip(cache, after, strict=True))
 
 
 def one_row(cache: Cache, row: int) -> Cache:

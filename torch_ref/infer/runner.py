@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from jaxlm.errors import UserError
-from jaxlm.infer.engine.request import MOST_LOGPROBS
-from jaxlm.infer.engine.runner import Drawn, Orders, Scored
+from jaxlm.infer.engine.runner import BURST, Drawn, Orders, Scored
 from torch_ref.infer import rows as row_ops
+from torch_ref.infer.draw import State, draw, log_probs
 from torch_ref.models.decoder import Cache, Decoder
 from torch_ref.numerics import wide
-from torch_ref.ops import sampling as ops
 
 
 class TorchRunner:
@@ -29,23 +28,30 @@ class TorchRunner:
     Args:
         slots: the longest text of a row.
         widths: tokens of the pieces of a prompt, rising; the last is the chunk.
+        speculates: windows get room for tokens that are taken back, which `verify` needs.
     """
 
-    def __init__(self, decoder: Decoder, *, rows: int, slots: int, widths: Sequence[int] = (16, 64, 256)) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        rows: int,
+        slots: int,
+        widths: Sequence[int] = (16, 64, 256),
+        speculates: bool = False,
+    ) -> None:
         self.decoder = decoder.eval()
         self.rows, self.length, self.widths = rows, slots, tuple(widths)
-        self.vocab = decoder.config.vocab_size
+        self.vocab, self.speculates = decoder.config.vocab_size, speculates
         self.programs: dict[str, str] = {}
         self._device = decoder.embed.weight.device
         self.clear()
 
     def clear(self) -> None:
         """Empty all rows."""
-        self._cache: Cache = row_ops.empty_rows(self.decoder, self.rows, self.length + self.widths[-1])
-        shape = (self.rows, self.vocab)
-        self._seen_RV = torch.zeros(shape, dtype=torch.bool, device=self._device)
-        self._counts_RV = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        self._bias_RV = torch.zeros(shape, dtype=wide(self.decoder.policy.compute), device=self._device)
+        room = BURST if self.speculates else 0
+        self._cache: Cache = row_ops.empty_rows(self.decoder, self.rows, self.length + self.widths[-1], room)
+        self.state = State.empty(self.rows, self.vocab, wide(self.decoder.policy.compute), self._device)
 
     def update(self, params: Mapping[str, Tensor]) -> None:
         """Take other weights, by the names of `state_dict`.
@@ -66,31 +72,51 @@ class TorchRunner:
     def score(self, row: int, tokens: Sequence[int], targets: Sequence[int], start: int, width: int) -> Scored:
         """As `prefill`, with the log-probabilities of the tokens that follow."""
         logits_CV = self.decoder.unembed(self._run_chunk(row, tokens, start))[0]
-        return Scored(*(x.cpu().numpy() for x in _log_probs(logits_CV, torch.tensor(targets, device=self._device))))
+        return Scored(*(x.cpu().numpy() for x in log_probs(logits_CV, torch.tensor(targets, device=self._device))))
 
     @torch.inference_mode()
     def decode(self, orders: Orders) -> Drawn:
         """Draw in every running row until `orders.until` tokens, or until a row ends."""
         given: Any = _tensors(orders, self._device)
-        active_R, token_R, row_R = given.active != 0, given.token, torch.arange(self.rows, device=self._device)
+        active_R, token_R = given.active != 0, given.token
         drawn: list[tuple[Tensor, ...]] = []
         for step in range(int(given.until)):
-            position_R1 = (given.position + step)[:, None]
-            inputs = token_R[:, None], position_R1, active_R.int()[:, None], self._cache
-            hidden_R1D, after = self.decoder.hidden(*inputs)
-            assert after is not None
-            self._cache = after
-            logits_RV = self.decoder.unembed(hidden_R1D)[:, 0]
-            token_R, kept_RV = self._draw(logits_RV, given, step)
-            top_R = torch.minimum(logits_RV.amax(dim=-1), kept_RV.amax(dim=-1))  # -inf where nothing may be drawn
-            bad_R = active_R & ~top_R.isfinite()
-            self._counts_RV[row_R, token_R.long()] += active_R.int()
-            scored_RV = torch.where(given.processed[:, None] != 0, kept_RV, logits_RV)
-            drawn.append((token_R, bad_R, *_scored(scored_RV, token_R, bool(given.scored.any()))))
+            inputs = token_R[:, None], (given.position + step)[:, None], active_R.int()[:, None], self._cache
+            hidden_R1D, self._cache = self.decoder.hidden(*inputs)  # pyright: ignore[reportAttributeAccessIssue]
+            token_R, bad_R, *scored = draw(self.state, self.decoder.unembed(hidden_R1D)[:, 0], given, step, active_R)
+            drawn.append((token_R, bad_R, *scored))
             if (active_R & ((token_R[:, None] == given.ends).any(dim=-1) | bad_R)).any():
                 break
-        arrays = [torch.stack(values).cpu().numpy() for values in zip(*drawn, strict=True)]
-        return Drawn(*arrays, steps=np.asarray(len(drawn), np.int32))
+        return _drawn(drawn, torch.full_like(given.token, len(drawn)))
+
+    @torch.inference_mode()
+    def verify(self, orders: Orders, guess: np.ndarray, masks: np.ndarray) -> Drawn:
+        """Draw in every running row while its guesses [N, R] are drawn, and one token more; -1: no guess.
+
+        Args:
+            masks: in place of `orders.mask`, one for each token [N, R, W].
+        """
+        given: Any = _tensors(orders, self._device)
+        guess_NR, masks_NRW = (torch.as_tensor(array, device=self._device) for array in (guess, masks))
+        guesses_R = (guess_NR >= 0).int().cumprod(dim=0).sum(dim=0)
+        tokens_RN = torch.cat([given.token[None], guess_NR[:-1].clamp(min=0)]).T
+        alive_R, before = given.active != 0, self._cache
+        hidden_RND, after = self._feed(tokens_RN, given, guesses_R + 1, before)
+        logits_RNV, taken_R, drawn = self.decoder.unembed(hidden_RND), torch.zeros_like(given.token), []
+        for step in range(len(guess)):
+            masked = given._replace(mask=masks_NRW[step])
+            drawn.append(draw(self.state, logits_RNV[:, step], masked, step, alive_R))
+            (token_R, bad_R, *_), taken_R = drawn[-1], taken_R + alive_R.int()
+            over_R = (token_R[:, None] == given.ends).any(dim=-1) | bad_R | (token_R != guess_NR[step])
+            alive_R = alive_R & ~over_R
+            if not alive_R.any():
+                break
+
+        # Of slots by position, guesses that were wrong are overwritten. States are computed again, from before.
+        if row_ops.has_states(after) and ((given.active != 0) & (taken_R != guesses_R + 1)).any():
+            after = self._feed(tokens_RN, given, taken_R, row_ops.before_states(before, after))[1]
+        self._cache = after
+        return _drawn(drawn, taken_R)
 
     @torch.inference_mode()
     def reset(self, row: int, *, scrub: bool = False) -> None:
@@ -99,7 +125,7 @@ class TorchRunner:
 
     def penalise(self, row: int, seen_V: np.ndarray, counts_V: np.ndarray, bias_V: np.ndarray) -> None:
         """Set what the penalties of a row count, and its bias."""
-        for ours, values_V in ((self._seen_RV, seen_V), (self._counts_RV, counts_V), (self._bias_RV, bias_V)):
+        for ours, values_V in zip(self.state, (seen_V, counts_V, bias_V), strict=True):
             ours[row] = torch.as_tensor(values_V).to(ours)
 
     def keep(self, row: int, start: int) -> Any:
@@ -118,6 +144,15 @@ class TorchRunner:
     def warm_up(self) -> None:
         """Do nothing: there is nothing to compile."""
 
+    def _feed(self, tokens_RN: Tensor, given: Any, count_R: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """The first so many tokens of each row that draws; returns what the head would see [R, N, D]."""
+        index_1N = torch.arange(tokens_RN.shape[1], dtype=torch.int32, device=self._device)[None]
+        real_RN = (given.active != 0)[:, None] & (index_1N < count_R[:, None])
+        positions_RN = given.position[:, None] + torch.where(real_RN, index_1N, 0)
+        hidden_RND, after = self.decoder.hidden(tokens_RN, positions_RN, real_RN.int(), cache)
+        assert after is not None
+        return hidden_RND, after
+
     @torch.inference_mode()
     def _run_chunk(self, row: int, tokens: Sequence[int], start: int) -> Tensor:
         """A piece of one row's prompt; returns what the head would see [1, C, D]."""
@@ -129,45 +164,10 @@ class TorchRunner:
         row_ops.put_row(part, after)
         return hidden_1CD
 
-    def _draw(self, logits_RV: Tensor, orders: Any, step: int) -> tuple[Tensor, Tensor]:
-        """The next token of each row, and the logits that the draw was from, those not kept at -inf."""
-        knobs = ops.Knobs(*orders.knobs)
-        logits_RV = ops.penalised_rows(logits_RV, self._seen_RV | (self._counts_RV > 0), self._counts_RV, knobs)
-        if orders.biased.any():
-            logits_RV = torch.where(orders.biased[:, None] != 0, logits_RV + self._bias_RV, logits_RV)
 
-        # Ends are forbidden until the text has its least length; then the grammar has its say.
-        index_V = torch.arange(self.vocab, device=self._device)
-        early_R1 = (orders.made + step < orders.least)[:, None]
-        if early_R1.any():
-            end_RV = (orders.ends[:, :, None] == index_V).any(dim=1)
-            logits_RV = logits_RV.masked_fill(early_R1 & end_RV, -torch.inf)
-        if orders.ruled.any():
-            allowed_RV = (orders.mask[:, index_V // 32] >> (index_V % 32)) & 1
-            logits_RV = logits_RV.masked_fill((allowed_RV == 0) & (orders.ruled[:, None] != 0), -torch.inf)
-        if ((orders.active != 0) & ((knobs.temperature > 0) | (orders.processed != 0))).any():
-            kept_RV = ops.filtered_rows(logits_RV, knobs)
-            token_R = ops.draw(kept_RV, orders.uniforms[step])
-        else:
-            kept_RV, token_R = logits_RV, ops.greedy(logits_RV)
-        forced_R = orders.forced[step]
-        return torch.where(forced_R >= 0, forced_R, token_R).int(), kept_RV
-
-
-def _scored(logits_RV: Tensor, token_R: Tensor, wanted: bool) -> tuple[Tensor, ...]:
-    """`_log_probs`; zeros where no row wants them."""
-    if wanted:
-        return _log_probs(logits_RV, token_R)
-    few, many = logits_RV.new_zeros(len(token_R)), logits_RV.new_zeros(len(token_R), MOST_LOGPROBS)
-    return few, many.int(), many
-
-
-def _log_probs(logits_RV: Tensor, token_R: Tensor) -> tuple[Tensor, ...]:
-    """Log-probability of each token, and the likeliest tokens with theirs; of equal ones the lower first."""
-    total_R = logits_RV.logsumexp(dim=-1)
-    own_R = logits_RV.gather(1, token_R[:, None].long())[:, 0] - total_R
-    top_RV, ids_RV = torch.sort(logits_RV, dim=-1, descending=True, stable=True)
-    return own_R, ids_RV[:, :MOST_LOGPROBS].int(), top_RV[:, :MOST_LOGPROBS] - total_R[:, None]
+def _drawn(drawn: Sequence[tuple[Tensor, ...]], steps_R: Tensor) -> Drawn:
+    arrays = [torch.stack(values).cpu().numpy() for values in zip(*drawn, strict=True)]
+    return Drawn(*arrays, steps=steps_R.cpu().numpy())
 
 
 def _tensors(x: Any, device: torch.device) -> Any:

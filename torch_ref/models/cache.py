@@ -106,7 +106,8 @@ class WindowCache(NamedTuple):
     """The newest W tokens of each row, and its first F: memory is the window, not the text. A row holds one document.
 
     The slot of a token is its position modulo W, so that it takes the place of the one that has left the window, in
-    rows of any lengths; padding takes no slot. The first tokens have slots of their own.
+    rows of any lengths; padding takes no slot. The first tokens have slots of their own. With W larger than the window
+    by some tokens, so many of the newest may be taken back: what they replaced had left the window by then.
     """
 
     window: Slots
@@ -137,6 +138,10 @@ class WindowCache(NamedTuple):
         newest_B1 = positions_BT.amax(dim=1, keepdim=True)
         several = places.positions.shape[1] > 1
         attended = Slots(*(buffer.clone() for buffer in self.window)) if several else self.window
+        # What stands at the new tokens' positions or later was taken back, and is not what they attend to.
+        from_B1 = torch.where(real_BT, positions_BT, torch.iinfo(torch.int32).max).amin(dim=1, keepdim=True)
+        if several:
+            attended.positions.masked_fill_(attended.positions >= from_B1, -1)
         slots_BT = torch.where(real_BT & (positions_BT > newest_B1 - size), positions_BT % size, size)
         self.window.write(k_BTKH, v_BTKH, positions_BT, slots_BT)
         keep_first = self.first.positions.shape[1]

@@ -28,6 +28,7 @@ from jaxlm.infer.engine.reply import Reply
 from jaxlm.infer.engine.request import ENDS, Finish, LogProb, Request
 from jaxlm.infer.engine.runner import BURST, Drawn, Runner, Scored
 from jaxlm.infer.engine.scheduler import Piece, Scheduler
+from jaxlm.infer.engine.speculative import Speculation
 from jaxlm.infer.engine.structured import Grammars
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class Engine:
         prefix_memory: bytes that known beginnings of prompts may take; 0: none is kept.
         budget: tokens of prompts a step; 0: one chunk.
         most_waiting: texts in the queue.
+        speculate: tokens that are guessed and checked in one call, up to 7; 0: none.
         threaded: steps run in a thread of the engine; otherwise whoever waits for a reply makes them.
     """
 
@@ -56,6 +58,7 @@ class Engine:
         fingerprint: str = "",
         budget: int = 0,
         most_waiting: int = 4096,
+        speculate: int = 0,
         threaded: bool = True,
         warm_up: bool = True,
     ) -> None:
@@ -63,6 +66,9 @@ class Engine:
         self.prefixes = PrefixTable(runner.widths[-1], prefix_memory, fingerprint)
         self._scheduler = Scheduler(runner.rows, runner.widths, budget=budget, most_waiting=most_waiting)
         self._orders = RowOrders(runner.rows, runner.vocab)
+        self._speculation = Speculation(speculate)
+        if speculate and not runner.speculates:
+            raise UserError("this runner has no room for speculation", "make it with speculates=True")
         self._texts: dict[int, tuple[Reply, Growing]] = {}
         self._leaders: dict[int, int] = {}  # of a choice, the one whose prompt it shares
         self._shared: dict[int, list[Any]] = {}  # what leaders' rows had after each chunk, while others need it
@@ -280,11 +286,19 @@ class Engine:
         if not draws:
             return
         growing = {row: self._texts[key][1] for key, row in draws}
-        orders, steps = self._orders.make(growing, burst)
-        drawn = self.runner.decode(orders._replace(until=np.asarray(steps, np.int32)))
+        guesses = self._speculation.guess({row: (key, self._texts[key][1]) for key, row in draws})
+        if guesses:
+            drawn = self.runner.verify(*self._orders.check(growing, guesses))
+        else:
+            orders, steps = self._orders.make(growing, burst)
+            drawn = self.runner.decode(orders._replace(until=np.asarray(steps, np.int32)))
         for key, row in draws:
             reply, one = self._texts[key]
-            for step in range(int(drawn.steps)):
+            steps = int(drawn.steps[row])
+            if guessed := guesses.get(row):
+                reply.count_guesses(len(guessed), steps - 1)
+                self._speculation.learn(key, len(guessed), steps - 1)
+            for step in range(steps):
                 if drawn.bad[step, row]:
                     one.end("error", "no token can be drawn: the logits are not finite, or all are forbidden")
                 elif one.finish is None:
@@ -315,6 +329,7 @@ class Engine:
         if growing.finish is None:
             growing.end(finish, why or None)
         self._deadlines.pop(key, None)
+        self._speculation.forget(key)
         leader = self._leaders.pop(key, key)
         if leader not in self._leaders.values() and leader not in self._texts:
             self._shared.pop(leader, None)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxlm.infer.engine.growing import Growing
 from jaxlm.infer.engine.request import ENDS
 from jaxlm.infer.engine.runner import BURST, Orders, Runner
+from jaxlm.infer.engine.speculative import follow
 from jaxlm.infer.engine.structured import Guide
 from jaxlm.text.sampling import Sampling
 
@@ -82,6 +83,24 @@ class RowOrders:
             forced = one.request.forced[len(one.ids) : len(one.ids) + steps]
             orders.forced[: len(forced), row] = forced
         return orders, steps
+
+    def check(
+        self, growing: Mapping[int, Growing], guesses: dict[int, list[int]]
+    ) -> tuple[Orders, np.ndarray, np.ndarray]:
+        """The orders of a call in which these rows draw as far as their guesses are right, guesses [N, R], masks."""
+        orders = self._orders
+        guess_NR = np.full((BURST, len(orders.active)), -1, np.int32)
+        masks_NRW = follow(growing, guesses, orders.mask)
+        orders.active[:], orders.forced[:] = 0, -1
+        for row, one in growing.items():
+            ids = guesses.get(row, [])
+            steps = len(ids) + 1
+            orders.active[row] = 1
+            guess_NR[: len(ids), row] = ids
+            orders.uniforms[:steps, row] = one.uniforms(steps)
+            forced = one.request.forced[len(one.ids) : len(one.ids) + steps]
+            orders.forced[: len(forced), row] = forced
+        return orders._replace(until=np.asarray(BURST, np.int32)), guess_NR, masks_NRW
 
     def _penalise(self, row: int, growing: Growing, runner: Runner) -> None:
         request = growing.request

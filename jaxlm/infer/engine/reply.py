@@ -67,6 +67,11 @@ class Reply:
         """Whoever waits makes the engine's steps: it has no thread of its own."""
         self._pump = step
 
+    def count_guesses(self, guessed: int, right: int) -> None:
+        """So many tokens were guessed in one call, and so many of them drawn."""
+        self.drafted += guessed
+        self.accepted += right
+
     def deliver(self, growing: Growing) -> None:
         """Hand on what is new in a choice; called by the engine."""
         part = growing.part()

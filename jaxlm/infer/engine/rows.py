@@ -30,16 +30,16 @@ class Kept(NamedTuple):
     """What the other layers have, whole."""
 
 
-def empty_rows(decoder: Decoder, rows: int, slots: int) -> Cache:
-    """A cache of `rows` texts of up to `slots` tokens each, shaped as the decoder's layers are."""
+def empty_rows(decoder: Decoder, rows: int, slots: int, room: int = 0) -> Cache:
+    """A cache of `rows` texts of up to `slots` tokens each, of which windows may take back `room`."""
     cfg = decoder.config
     kinds = cfg.pattern if cfg.scanned else cfg.pattern * cfg.repeats
     layers = []
     for kind in kinds:
         halves = cfg.halves(kind)
         mixer = MIXERS[halves.mixer_name]
-        make = getattr(mixer, "empty_rows", mixer.empty_cache)
-        layers.append(make(halves.mixer, decoder.policy, rows, slots))
+        sizes = halves.mixer, decoder.policy, rows, slots
+        layers.append(mixer.empty_rows(*sizes, room) if hasattr(mixer, "empty_rows") else mixer.empty_cache(*sizes))
     if not cfg.scanned:
         return tuple(layers)
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cfg.repeats, *leaf.shape)), tuple(layers))
@@ -69,6 +69,16 @@ def put_row(decoder: Decoder, cache: Cache, row: Int[Array, ""], part: Cache) ->
         )
 
     return tuple(put(layer, after) for layer, after in zip(cache, part, strict=True))
+
+
+def has_states(cache: Cache) -> bool:
+    """Whether a layer has a state, which cannot be cut back."""
+    return not all(isinstance(layer, RowCache | WindowCache) for layer in cache)
+
+
+def before_states(cache: Cache, after: Cache) -> Cache:
+    """The cache after some tokens, but with the states from before them: for tokens that are fed again."""
+    return tuple(new if isinstance(new, RowCache | WindowCache) else old for old, new in zip(cache, after, strict=True))
 
 
 def reset_row(decoder: Decoder, cache: Cache, row: Int[Array, ""], scrub: Int[Array, ""]) -> Cache:

@@ -68,7 +68,7 @@ class Orders(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What `decode` returns; the first `steps` of N are real."""
+    """What `decode` and `verify` return; of each row the first `steps` of N are real."""
 
     tokens: np.ndarray
     """[N, R]."""
@@ -80,6 +80,7 @@ class Drawn(NamedTuple):
     """The likeliest tokens, falling [N, R, Q]."""
     top_log_probs: np.ndarray
     steps: np.ndarray
+    """Tokens of each row that are real [R]."""
 
 
 class Scored(NamedTuple):
@@ -97,6 +98,8 @@ class Runner(Protocol):
     rows: int
     length: int
     """Tokens that a row has room for."""
+    speculates: bool
+    """Whether `verify` may be called: windows need room for it."""
     vocab: int
     widths: tuple[int, ...]
     """Of the pieces of a prompt, rising; the last is the chunk that `keep` keeps."""
@@ -107,6 +110,7 @@ class Runner(Protocol):
     def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None: ...
     def score(self, row: int, tokens: Sequence[int], targets: Sequence[int], start: int, width: int) -> Scored: ...
     def decode(self, orders: Orders) -> Drawn: ...
+    def verify(self, orders: Orders, guess: np.ndarray, masks: np.ndarray) -> Drawn: ...
     def reset(self, row: int, *, scrub: bool = False) -> None: ...
     def penalise(self, row: int, seen_V: np.ndarray, counts_V: np.ndarray, bias_V: np.ndarray) -> None: ...
     def keep(self, row: int, start: int) -> Any: ...

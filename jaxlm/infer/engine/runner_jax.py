@@ -6,6 +6,7 @@ may choose is an array.
     prefill   a chunk of one row's prompt, one program a width
     score     the same with log-probabilities of the chunk's tokens
     decode    every running row draws, up to BURST tokens a call
+    verify    every running row draws as far as its guesses are right, in one look at all of them
     reset     empty a row; penalise: counts and bias of a row
     keep, put_back   a chunk and its states, out of a row and into one
 
@@ -22,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxlm.errors import UserError
 from jaxlm.infer.engine import rows as row_ops
+from jaxlm.infer.engine.draw_jax import State, draw_rows, log_probs, score_rows
 from jaxlm.infer.engine.request import MOST_LOGPROBS
 from jaxlm.infer.engine.runner import BURST, Drawn, Orders, Scored
 from jaxlm.infer.generate import unrolled_for_decoding
@@ -38,28 +40,24 @@ WIDTHS = (16, 64, 256)
 """Tokens of the pieces of a prompt."""
 
 
-class State(NamedTuple):
-    """What the device keeps between calls."""
-
-    cache: Cache
-    seen_RV: Bool[Array, "r v"]
-    """Tokens of the prompt, for rows with a penalty."""
-    counts_RV: Int[Array, "r v"]
-    """How often a token stands in the text so far."""
-    bias_RV: Float[Array, "r v"]
-    """Added to the logits, -inf for forbidden ids."""
-
-
 class JaxRunner:
     """Rows of a decoder on one device. Not for several threads at once; see `runner.Runner` for the contract.
 
     Args:
         slots: the longest text of a row; rounded up to whole blocks.
         widths: tokens of the prefill programs, rising; the last is the chunk.
+        speculates: windows get room for tokens that are taken back, and `verify` is compiled.
     """
 
     def __init__(
-        self, decoder: Decoder, params: Params, *, rows: int, slots: int, widths: Sequence[int] = WIDTHS
+        self,
+        decoder: Decoder,
+        params: Params,
+        *,
+        rows: int,
+        slots: int,
+        widths: Sequence[int] = WIDTHS,
+        speculates: bool = False,
     ) -> None:
         self.original = decoder
         self._x64 = decoder.policy.compute == jnp.float64 or bool(jax.config.read("jax_enable_x64"))
@@ -67,14 +65,14 @@ class JaxRunner:
             self.decoder, self.params = unrolled_for_decoding(decoder, params)
         self.rows, self.widths, self.length = rows, tuple(widths), slots
         self.slots = rounded_slots(slots, self.widths[-1])
-        self.vocab = decoder.config.vocab_size
+        self.vocab, self.speculates = decoder.config.vocab_size, speculates
         self.programs: dict[str, str] = {}
         self.clear()
 
     def clear(self) -> None:
         """Empty all rows."""
         with self._numbers():
-            self.state = _empty(self.decoder, self.rows, self.slots)
+            self.state = _empty(self.decoder, self.rows, self.slots, BURST if self.speculates else 0)
 
     def update(self, params: Params) -> None:
         """Take other parameters, as the decoder that was handed in has them; no program is compiled anew.
@@ -106,6 +104,16 @@ class JaxRunner:
         """Draw in every running row until `orders.until` tokens, or until a row ends."""
         with self._numbers():
             self.state, drawn = _decode(self.decoder, self.params, self.state, orders)
+            return Drawn(*(np.asarray(x) for x in drawn))
+
+    def verify(self, orders: Orders, guess: np.ndarray, masks: np.ndarray) -> Drawn:
+        """Draw in every running row while its guesses [N, R] are drawn, and one token more; -1: no guess.
+
+        Args:
+            masks: in place of `orders.mask`, one for each token [N, R, W].
+        """
+        with self._numbers():
+            self.state, drawn = _verify(self.decoder, self.params, self.state, orders, guess, masks)
             return Drawn(*(np.asarray(x) for x in drawn))
 
     def reset(self, row: int, *, scrub: bool = False) -> None:
@@ -145,6 +153,11 @@ class JaxRunner:
         self.decode(Orders.empty(self.rows, self.vocab))
         shape = f"rows {self.rows}, slots {self.slots}, vocabulary {self.vocab}"
         self.programs |= dict.fromkeys(("penalise", "decode", "reset"), shape)
+        if self.speculates:
+            empty = Orders.empty(self.rows, self.vocab)
+            guess, mask = np.full_like(empty.forced, -1), np.broadcast_to(empty.mask, (BURST, *empty.mask.shape))
+            self.verify(empty, guess, mask)
+            self.programs["verify"] = f"{shape}, guesses {BURST - 1}"
         for row in range(self.rows):
             self.reset(row)
 
@@ -163,13 +176,13 @@ def row_bytes(decoder: Decoder, slots: int, chunk: int = WIDTHS[-1]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def _make_state(decoder: Decoder, rows: int, slots: int) -> State:
+def _make_state(decoder: Decoder, rows: int, slots: int, room: int = 0) -> State:
     shape = (rows, decoder.config.vocab_size)
     counters = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, wide(decoder.policy.compute))
-    return State(row_ops.empty_rows(decoder, rows, slots), *counters)
+    return State(row_ops.empty_rows(decoder, rows, slots, room), *counters)
 
 
-_empty = jax.jit(_make_state, static_argnums=(0, 1, 2))
+_empty = jax.jit(_make_state, static_argnums=(0, 1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -198,7 +211,7 @@ def _score(
 ) -> tuple[State, tuple[Array, ...]]:
     state, hidden_1CD = _run_chunk(decoder, params, state, row, tokens_1C, start, count)
     logits_CV: Array = _unembed(decoder, params, hidden_1CD)[0]
-    return state, _log_probs(logits_CV, targets_1C[0])
+    return state, log_probs(logits_CV, targets_1C[0])
 
 
 def _run_chunk(
@@ -237,97 +250,85 @@ def _decode(decoder: Decoder, params: Params, state: State, orders: Orders) -> t
         cache, step = loop.state.cache, loop.step
         hidden_R1D, cache = _hidden(decoder, params, token_R1, position_R1, active_R1, cache)
         logits_RV = _unembed(decoder, params, hidden_R1D)[:, 0]
-        token_R, kept_RV = _draw(logits_RV, loop.state, orders, knobs, step)
+        token_R, kept_RV = draw_rows(logits_RV, loop.state, orders, knobs, step)
         top_R = jnp.minimum(jnp.max(logits_RV, axis=-1), jnp.max(kept_RV, axis=-1))  # -inf where nothing may be drawn
         bad_R = active_R & ~jnp.isfinite(top_R)
 
         counts_RV = loop.state.counts_RV.at[jnp.arange(r), token_R].add(active_R.astype(jnp.int32))
         state = loop.state._replace(cache=cache, counts_RV=counts_RV)
-        scored = _scored(logits_RV, kept_RV, token_R, orders)
+        scored = score_rows(logits_RV, kept_RV, token_R, orders)
         new = (token_R, bad_R, *scored)
         drawn = tuple(
             lax.dynamic_update_index_in_dim(all_NR, one_R, step, 0)
             for all_NR, one_R in zip(loop.drawn[:-1], new, strict=True)
         )
         ended_R = jnp.any(token_R[:, None] == orders.ends, axis=-1) | bad_R
-        return _Loop(step + 1, active_R & ended_R, token_R, state, (*drawn, step + 1))
+        return _Loop(step + 1, active_R & ended_R, token_R, state, (*drawn, jnp.full(r, step + 1)))
 
     def goes_on(loop: _Loop) -> Array:
         return (loop.step < orders.until) & ~jnp.any(loop.ended_R)
 
-    width = wide(decoder.policy.compute)
-    few, many = (BURST, r), (BURST, r, min(MOST_LOGPROBS, decoder.config.vocab_size))
-    drawn = (
-        jnp.zeros(few, jnp.int32),
-        jnp.zeros(few, bool),
-        jnp.zeros(few, width),
-        jnp.zeros(many, jnp.int32),
-        jnp.zeros(many, width),
-        jnp.int32(0),
-    )
+    drawn = _nothing_drawn(decoder, r)
     loop = _Loop(jnp.int32(0), jnp.zeros(r, bool), jnp.asarray(orders.token), state, drawn)
     loop = lax.while_loop(goes_on, body, loop)
     return loop.state, loop.drawn
 
 
-def _draw(logits_RV: Array, state: State, orders: Orders, knobs: ops.Knobs, step: Array) -> tuple[Array, Array]:
-    """The next token of each row, and the logits that the draw was from, those not kept at -inf."""
-    seen_RV = lambda: state.seen_RV | (state.counts_RV > 0)  # noqa: E731
-    logits_RV = ops.penalised_rows(logits_RV, seen_RV(), state.counts_RV, knobs)
-    biased_R1 = (orders.biased != 0)[:, None]  # the others may still have the bias of a text before
-    logits_RV = lax.cond(
-        jnp.any(biased_R1), lambda x: jnp.where(biased_R1, x + state.bias_RV, x), lambda x: x, logits_RV
-    )
-
-    # Ends are forbidden until the text has its least length; then the grammar has its say.
-    early_R1 = (orders.made + step < orders.least)[:, None]
-    rows_R1 = jnp.arange(logits_RV.shape[0])[:, None]
-    ends_RE = jnp.where(early_R1 & (orders.ends >= 0), orders.ends, logits_RV.shape[1])
-    logits_RV = lax.cond(
-        jnp.any(early_R1), lambda x: x.at[rows_R1, ends_RE].set(-jnp.inf, mode="drop"), lambda x: x, logits_RV
-    )
-    logits_RV = lax.cond(
-        jnp.any(orders.ruled != 0),
-        lambda x: jnp.where(_unpacked(orders, x.shape[1]), x, -jnp.inf),
-        lambda x: x,
-        logits_RV,
-    )
-
-    def sampled(logits_RV: Array) -> tuple[Array, Array]:
-        kept_RV = ops.filtered_rows(logits_RV, knobs)
-        return ops.draw(kept_RV, orders.uniforms[step]), kept_RV
-
-    some = jnp.any((orders.active != 0) & ((knobs.temperature > 0) | (orders.processed != 0)))
-    token_R, kept_RV = lax.cond(some, sampled, lambda x: (ops.greedy(x), x), logits_RV)
-    forced_R = orders.forced[step]
-    return jnp.where(forced_R >= 0, forced_R, token_R).astype(jnp.int32), kept_RV
+def _nothing_drawn(decoder: Decoder, rows: int) -> tuple[Array, ...]:
+    """The arrays of `Drawn`, without a token."""
+    width, count = wide(decoder.policy.compute), min(MOST_LOGPROBS, decoder.config.vocab_size)
+    few, many = (BURST, rows), (BURST, rows, count)
+    counts = jnp.zeros(few, jnp.int32), jnp.zeros(few, bool), jnp.zeros(few, width)
+    return (*counts, jnp.zeros(many, jnp.int32), jnp.zeros(many, width), jnp.zeros(rows, jnp.int32))
 
 
-def _scored(logits_RV: Array, kept_RV: Array, token_R: Array, orders: Orders) -> tuple[Array, ...]:
-    """Log-probabilities of the drawn tokens and the likeliest, raw or of the distribution drawn from."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _verify(
+    decoder: Decoder, params: Params, state: State, orders: Orders, guess_NR: Array, masks_NRW: Array
+) -> tuple[State, tuple[Array, ...]]:
+    """Feed each row its last token and its guesses at once, then draw from left to right while they are right."""
+    n, r = guess_NR.shape
+    knobs = ops.Knobs(*(jnp.asarray(values) for values in orders.knobs))
+    active_R, index_1N = orders.active != 0, jnp.arange(n)[None]
+    guesses_R = jnp.sum(jnp.cumprod(guess_NR >= 0, axis=0), axis=0)
+    tokens_RN = jnp.concatenate([jnp.asarray(orders.token)[None], jnp.maximum(guess_NR[:-1], 0)]).T.astype(jnp.int32)
 
-    def score(_: None) -> tuple[Array, ...]:
-        return _log_probs(jnp.where(orders.processed[:, None] != 0, kept_RV, logits_RV), token_R)
+    def feed(cache: Cache, count_R: Array) -> tuple[Array, Cache]:
+        real_RN = active_R[:, None] & (index_1N < count_R[:, None])
+        positions_RN = orders.position[:, None] + jnp.where(real_RN, index_1N, 0)
+        return _hidden(decoder, params, tokens_RN, positions_RN.astype(jnp.int32), real_RN.astype(jnp.int32), cache)
 
-    def nothing(_: None) -> tuple[Array, ...]:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(score, None))
+    hidden_RND, after = feed(state.cache, guesses_R + 1)
+    logits_RNV = _unembed(decoder, params, hidden_RND)
 
-    return lax.cond(jnp.any(orders.scored != 0), score, nothing, None)
+    def body(loop: _Loop) -> _Loop:
+        step, alive_R = loop.step, ~loop.ended_R
+        logits_RV = lax.dynamic_index_in_dim(logits_RNV, step, 1, keepdims=False)
+        masked = orders._replace(mask=lax.dynamic_index_in_dim(masks_NRW, step, 0, keepdims=False))
+        token_R, kept_RV = draw_rows(logits_RV, loop.state, masked, knobs, step)
+        top_R = jnp.minimum(jnp.max(logits_RV, axis=-1), jnp.max(kept_RV, axis=-1))
+        bad_R = alive_R & ~jnp.isfinite(top_R)
+        counts_RV = loop.state.counts_RV.at[jnp.arange(r), token_R].add(alive_R.astype(jnp.int32))
+        new = (token_R, bad_R, *score_rows(logits_RV, kept_RV, token_R, orders))
+        drawn = tuple(
+            lax.dynamic_update_index_in_dim(all_NR, one_R, step, 0)
+            for all_NR, one_R in zip(loop.drawn[:-1], new, strict=True)
+        )
+        over_R = jnp.any(token_R[:, None] == orders.ends, axis=-1) | bad_R | (token_R != guess_NR[step])
+        counted = (*drawn, loop.drawn[-1] + alive_R.astype(jnp.int32))
+        return _Loop(step + 1, loop.ended_R | over_R, token_R, loop.state._replace(counts_RV=counts_RV), counted)
 
+    begun = state._replace(cache=after)
+    loop = _Loop(jnp.int32(0), ~active_R, jnp.asarray(orders.token), begun, _nothing_drawn(decoder, r))
+    loop = lax.while_loop(lambda loop: (loop.step < n) & ~jnp.all(loop.ended_R), body, loop)
 
-def _log_probs(logits_RV: Array, token_R: Array) -> tuple[Array, ...]:
-    """Log-probability of each token, and the likeliest tokens with theirs."""
-    total_R = jax.nn.logsumexp(logits_RV, axis=-1)
-    own_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)[:, 0] - total_R
-    top_RQ, ids_RQ = lax.top_k(logits_RV, min(MOST_LOGPROBS, logits_RV.shape[-1]))
-    return own_R, ids_RQ.astype(jnp.int32), top_RQ - total_R[:, None]
-
-
-def _unpacked(orders: Orders, vocab: int) -> Array:
-    """Which tokens the grammar of each row allows; all in rows without one."""
-    bits_RW32 = (orders.mask[:, :, None] >> jnp.arange(32)) & 1
-    allowed_RV = bits_RW32.reshape(bits_RW32.shape[0], -1)[:, :vocab] != 0
-    return allowed_RV | (orders.ruled == 0)[:, None]
+    # Of slots by position, guesses that were wrong are overwritten. States are computed again, from before the call.
+    taken_R, after = loop.drawn[-1], loop.state.cache
+    if row_ops.has_states(after):
+        right = jnp.all(~active_R | (taken_R == guesses_R + 1))
+        again = lambda new: feed(row_ops.before_states(state.cache, new), taken_R)[1]  # noqa: E731
+        after = lax.cond(right, lambda new: new, again, after)
+    return loop.state._replace(cache=after), loop.drawn
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

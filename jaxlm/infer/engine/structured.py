@@ -72,6 +72,26 @@ class Guide:
         """Take the next token."""
         self._matcher.consume_token(token)
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as there is only one way to go on."""
+        return self._matcher.compute_ff_tokens()
+
+    def ahead(self, guesses: Sequence[int], masks_NRW: np.ndarray, row: int) -> list[int]:
+        """Look ahead along guessed tokens and come back; returns those that may come.
+
+        Args:
+            masks_NRW: gets the bits of the ids that may come after each guess, in this row, from index 1 on.
+        """
+        matcher = self._matcher
+        kept = [*guesses][: matcher.validate_tokens([*guesses])]
+        for index, token in enumerate(kept):
+            matcher.consume_token(token)
+            if self.over or self.allow(masks_NRW[index + 1], row):
+                kept = kept[: index + (not matcher.is_error())]
+                break
+        matcher.rollback(len(kept))
+        return kept
+
     @property
     def over(self) -> bool:
         """Whether nothing more may come."""

@@ -1,0 +1,208 @@
+"""Speculation changes no text: whatever is guessed, with every kind of cache, in both frameworks, in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.infer.engine import Engine, Grammar, Request, Result
+from jaxlm.infer.engine.growing import Growing
+from jaxlm.infer.engine.runner_jax import JaxRunner
+from jaxlm.text.sampling import GREEDY, Sampling
+from jaxlm.text.tokenizer import Tokenizer
+from parity_tests.options import small
+from parity_tests.pairs import Pair, model, pair, random_params
+from parity_tests.tolerances import FLOAT64
+from tests.infer.test_engine import PROMPTS, WARM, V, random_request, run
+from torch_ref.infer import rows
+from torch_ref.infer.runner import TorchRunner
+
+PATTERNS: dict[str, Any] = {
+    "every mixer": ("attention(window=5, keep_first=1)+mlp", "mamba", "mamba2", "attention+mlp"),
+    "windows": ("attention(window=5, keep_first=1)+mlp", "attention(window=9)+mlp"),
+}
+SIZES: dict[str, Any] = {"rows": 3, "slots": 96, "widths": (16,), "speculates": True}
+
+
+@functools.cache
+def models(name: str) -> Pair:
+    cfg = model(pattern=PATTERNS[name], n_layers=len(PATTERNS[name]), mamba=small(), vocab_size=V)
+    return pair(cfg, random_params(cfg, np.random.default_rng(7)))
+
+
+def engine(name: str, framework: str, speculate: int = 7, **options: Any) -> Engine:
+    both = models(name)
+    if framework == "jax":
+        runner: Any = JaxRunner(both.jax, both.params, **SIZES)
+    else:
+        runner = TorchRunner(both.torch, **SIZES)
+    return Engine(runner, Tokenizer.bytes_level(), speculate=speculate, threaded=False, warm_up=False, **options)
+
+
+class Knowing:
+    """Guesses that are right for a random number of tokens, then wrong: every place of a cut, beside every other."""
+
+    def __init__(self, texts: list[Result]) -> None:
+        self.most, self._rng = 7, np.random.default_rng(0)
+        self._texts = {(id(text.request), i): choice.ids for text in texts for i, choice in enumerate(text.choices)}
+        self.counts = np.zeros((8, 8), int)
+
+    def guess(self, growing: Mapping[int, tuple[int, Growing]]) -> dict[int, list[int]]:
+        guesses = {}
+        for row, (_, one) in growing.items():
+            made = len(one.ids)
+            count = min(int(self._rng.integers(0, 8)), one.limit - made - 1)
+            ids = [*self._texts[id(one.request), one.index][made : made + count]]
+            right = int(self._rng.integers(0, count + 1))
+            if ids := ids[:right] + [(token + 1) % V for token in ids[right:]]:
+                guesses[row] = ids
+        return guesses
+
+    def learn(self, key: int, guessed: int, right: int) -> None:
+        self.counts[guessed, right] += 1
+
+    def forget(self, key: int) -> None:
+        pass
+
+
+def requests() -> list[Request]:
+    rng = np.random.default_rng(3)
+    some = [random_request(rng) for _ in range(5)]
+    some.append(Request(PROMPTS[4], sampling=GREEDY, max_new_tokens=24, logprobs=2))
+    some.append(Request(PROMPTS[5], sampling=Sampling(repetition_penalty=1.3), max_new_tokens=24, logprobs=0))
+    return some
+
+
+def same(ours: list[Result], theirs: list[Result]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        for choice, twin in zip(one.choices, other.choices, strict=True):
+            assert (choice.ids, choice.text, choice.finish) == (twin.ids, twin.text, twin.finish)
+            for mine, its in zip(choice.log_probs, twin.log_probs, strict=True):
+                assert mine.log_prob == its.log_prob or abs(mine.log_prob - its.log_prob) <= FLOAT64.allowed
+                assert [token for token, _ in mine.top] == [token for token, _ in its.top]
+
+
+def checked(name: str, framework: str, asked: list[Request], texts: list[Result]) -> np.ndarray:
+    """The same texts when anything is guessed; returns how often so many of so many guesses were right."""
+    other = engine(name, framework)
+    knowing: Any = Knowing(texts)
+    other._speculation = knowing
+    same(run(other, asked), texts)
+    return knowing.counts
+
+
+@functools.cache
+def plain(name: str) -> tuple[list[Request], list[Result]]:
+    """Requests, and their texts without speculation."""
+    asked = requests()
+    return asked, run(engine(name, "torch", 0), asked)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_any_guess(framework: str) -> None:
+    """Rights and wrongs of every number in neighbouring rows (trap 14): texts and log-probabilities stay."""
+    counts = checked("every mixer", framework, *plain("every mixer"))
+    assert (counts.sum(axis=0)[:6] > 0).all() and counts.sum() > 20
+
+
+def test_windows_alone() -> None:
+    """Of two sizes, without a state that would be computed again."""
+    checked("windows", "torch", *plain("windows"))
+
+
+FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
+    "a window without room": ("windows", lambda patch: patch.setattr(rows, "empty_rows", without_room)),
+    "a state that keeps wrong guesses": (
+        "every mixer",
+        lambda patch: patch.setattr(rows, "has_states", lambda _: False),
+    ),
+    "the first guess is not checked": ("windows", lambda patch: patch.setattr(TorchRunner, "verify", believing)),
+}
+
+
+def without_room(decoder: Any, count: int, slots: int, room: int) -> Any:
+    return empty_rows(decoder, count, slots)
+
+
+def believing(runner: TorchRunner, orders: Any, guess: np.ndarray, masks: np.ndarray) -> Any:
+    forced = orders.forced.copy()
+    forced[0] = guess[0]
+    return verify(runner, orders._replace(forced=forced), guess, masks)
+
+
+empty_rows, verify = rows.empty_rows, TorchRunner.verify
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, plant = FAULTS[fault]
+    asked, texts = plain(name)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        checked(name, "torch", asked, texts)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_prompt_lookup(framework: str) -> None:
+    """A text that repeats itself takes fewer calls and is the same; forced tokens need no call each."""
+    likely = {"logit_bias": {9: 14.0, 10: 13.5}, "sampling": Sampling(temperature=0.3, top_k=2)}
+    asked = [
+        Request([5, 6, 7, 8] * 8, max_new_tokens=30, logprobs=2, **likely),  # pyright: ignore[reportArgumentType]
+        Request([9, 10] * 8, forced=range(20, 34), max_new_tokens=20, logprobs=1),
+        Request(PROMPTS[3], sampling=WARM, max_new_tokens=10),
+    ]
+    calls = {0: 0, 7: 0}
+    texts = []
+    for speculate in calls:
+        one = engine("every mixer", framework, speculate)
+        count_calls(
+            one.runner, lambda forwards, speculate=speculate: calls.update({speculate: calls[speculate] + forwards})
+        )
+        texts.append([one.submit(request).result() for request in asked])
+    same(texts[1], texts[0])
+    usage = [text.usage for text in texts[1]]
+    assert usage[0].accepted > 8 and usage[1].accepted >= 12 and usage[0].drafted >= usage[0].accepted
+    assert all(text.usage.drafted == 0 for text in texts[0])
+    assert calls[0] == 60 and calls[7] < 40, calls
+
+
+def count_calls(runner: Any, count: Callable[[int], None]) -> None:
+    """Count the forwards of a runner."""
+    decode, check = runner.decode, runner.verify
+
+    def counted(orders: Any) -> Any:
+        count(int(orders.until))
+        return decode(orders)
+
+    def checked_once(*arguments: Any) -> Any:
+        count(1)
+        return check(*arguments)
+
+    runner.decode, runner.verify = counted, checked_once
+
+
+def test_grammars_with_guesses() -> None:
+    """Texts that follow a grammar are the same, and what it forces takes no call of its own."""
+    pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
+    schema = '{"type": "object", "properties": {"name": {"enum": ["abcdefgh", "x"]}}, "required": ["name"]}'
+    grammars = [Grammar(json_schema=schema), Grammar(regex="(abcdef|abczzz){2}[0-9]"), None]
+    asked = [
+        Request("a", grammar=one, max_new_tokens=40, sampling=Sampling(temperature=1.3), seed=i, n=1 + (i < 1))
+        for i, one in enumerate(grammars)
+    ]
+    texts = [run(engine("windows", "torch", speculate, ends=(256,)), asked) for speculate in (0, 7)]
+    same(texts[1], texts[0])
+    assert texts[1][1].usage.accepted >= 6 and texts[0][1].finish == "stop"
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match="speculate = 9"):
+        engine("windows", "torch", 9)
+    runner = TorchRunner(models("windows").torch, **SIZES | {"speculates": False})
+    with pytest.raises(UserError, match="no room for speculation"):
+        Engine(runner, speculate=2)
