@@ -364,7 +364,7 @@ def test_grammars_among_neighbours(engine: Engine) -> None:
     ("options", "line"),
     [
         ({"prompt": ()}, "no token"),
-        ({"prompt": [1] * 96}, "96 tokens.*room for 96"),
+        ({"prompt": [1] * 96}, "96 tokens.*room for 96"),  # trap 18
         ({"prompt": [1, V]}, f"{V}.*0 to {V - 1}"),
         ({"forced": [V]}, "forced has ids"),
         ({"logit_bias": {V: 1.0}}, "logit_bias"),
