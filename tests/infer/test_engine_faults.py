@@ -15,7 +15,7 @@ from jaxlm.infer.engine.prefix import PrefixTable
 from jaxlm.infer.engine.runner_jax import JaxRunner
 from jaxlm.infer.engine.structured import Guide
 from jaxlm.text.tokenizer import Tokenizer
-from tests.infer.test_engine import engine, run, runner, schedule
+from tests.infer.test_engine import engine, runner, schedule
 from tests.infer.test_structured import NumpyRunner
 
 __all__ = ["engine", "runner"]  # fixtures
@@ -77,7 +77,8 @@ def test_a_salt_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         numpy_runner: Any = NumpyRunner(300)
         numpy_runner.kept_bytes = lambda _: 1
         made = Engine(numpy_runner, prefix_memory=1 << 10, threaded=False)
-        run(made, asked)
+        for request in asked:  # one after the other
+            made.submit(request).result()
         return made.prefixes.counts.hits
 
     assert hits() == 0
