@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxlm import __version__
-from jaxlm.cli import data, evaluate, launch, plan, sandbox, train, use, weights
+from jaxlm.cli import data, evaluate, launch, plan, rollouts, sandbox, train, use, weights
 from jaxlm.errors import UserError
 
 TRACEBACK = "JAXLM_TRACEBACK"
@@ -31,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (train, use, weights, evaluate, plan, data, sandbox):
+for group in (train, use, weights, evaluate, rollouts, plan, data, sandbox):
     app.add_typer(group.commands)
 app.add_typer(launch.app, name="launch")
 

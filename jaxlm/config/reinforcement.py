@@ -81,6 +81,8 @@ class RL:
     """Phases between two greedy answers to the held-out prompts."""
     grader_seconds: PositiveFloat = 10.0
     """Longest time that a reward of your own may take for one sample."""
+    keep_every: NonNegativeInt = 10
+    """Phases between two whose samples are kept in `rollouts/` of the run, for `jaxlm rollouts`; 0: none."""
 
     def __post_init__(self) -> None:
         require(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from jaxlm.errors import UserError
 from jaxlm.recipes.graders import GraderPool
 from jaxlm.recipes.rewards import find_rewards
 from jaxlm.recipes.rollout import Actor, Batch, Drawn, Phase, Phases, lay
+from jaxlm.run.rollouts import write_rollouts
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -77,9 +79,35 @@ class RolloutData:
         self.phase = self.phases.run(actor, number)
         if number % self.config.rl.evaluate_every == 0:
             self._held_out_reward = self.greedy_reward(actor, self.config.rl.held_out)
+        if self.config.rl.keep_every and number % self.config.rl.keep_every == 0:
+            step = number * self.updates_per_phase + 1
+            write_rollouts(Path(self.config.out_dir), step, self._kept(self.phase, actor))
         measured = self.phase.metrics | {"held_out_reward": self._held_out_reward}
         for batch in self.phase.batches:
             batch |= {name: np.asarray(measured[name], np.float32) for name in self.stage.measures}
+
+    def _kept(self, phase: Phase, actor: Actor) -> list[dict[str, Any]]:
+        """The samples of a phase, each with the means over its tokens; see `run.rollouts.Rollouts`."""
+        batch = lay(phase.samples, self.config.data.seq_len, self.tokenizer.pad)
+        means: dict[str, Any] = {"advantage": phase.advantages, "logp": actor.logps(batch, reference=False)}
+        if "reference_logps" in self.config.rl.columns:
+            means["reference_logp"] = actor.logps(batch, reference=True)
+        count_B = batch["weights"].sum(1).clip(min=1)
+        means = {name: (x_BT * batch["weights"]).sum(1) / count_B for name, x_BT in means.items()}
+        rewards = [reward.name for reward in self.pool.rewards]
+        return [
+            {
+                "prompt": sample.prompt.text,
+                "answer": sample.prompt.answer,
+                "text": sample.text,
+                "tokens": len(sample.ids),
+                "ended": sample.ended,
+                "grades": dict(zip(rewards, sample.grades, strict=True)),
+                "reward": sample.reward,
+                **{"reference_logp": None, **{name: float(mean_B[row]) for name, mean_B in means.items()}},
+            }
+            for row, sample in enumerate(phase.samples)
+        ]
 
     def actor(self, engine: Any) -> Actor:
         """The policy of an engine, in its framework."""

@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import jaxlm
 from jaxlm import config
+from jaxlm.cli.app import app
 from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.recipes import answers, grpo, make_recipe, start  # two threads that import at once break Python's ast
+from jaxlm.run.rollouts import best_and_worst, read_rollouts
 from jaxlm.train import engine
 
 IMPORTED = answers, grpo, engine
@@ -106,6 +109,33 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, re
     jax.tree.map(np.testing.assert_array_equal, *trees)
     assert ours[1][3] > 0, "after the first update the policy is no longer its reference"
     assert np.isfinite([row[0] for row in ours]).all()
+
+
+def test_the_samples_of_a_step_are_kept(begun: Path, tmp_path: Path) -> None:
+    """Ids of the phase as texts, with their rewards, advantages and distances from the reference; best and worst."""
+    options = {"rl": 'keep_every = 2\nkl = "loss"', "train": f'init_from = "{begun / "answers"}"'}
+    start.run(load(tmp_path, "grpo", steps=4, **options))
+    run = tmp_path / "grpo"
+    assert [file.name for file in sorted((run / "rollouts").iterdir())] == ["00000001.jsonl", "00000003.jsonl"]
+    first, last = read_rollouts(run, 2), read_rollouts(run)
+    assert (first.step, last.step) == (1, 3) and len(last.rows) == 16
+    for row in first.rows:
+        assert abs(row["logp"] - row["reference_logp"]) < 1e-5, "the first phase is drawn from the reference"
+        assert row["reward"] == float(row["text"] == row["answer"]) == row["grades"]["exact_text"]
+    assert any(abs(row["logp"] - row["reference_logp"]) > 1e-4 for row in last.rows)
+    for group in range(0, 16, 4):
+        rows = first.rows[group : group + 4]
+        assert len({row["prompt"] for row in rows}) == 1
+        assert sum(row["advantage"] for row in rows) == pytest.approx(0, abs=1e-5)
+    best, worst = best_and_worst(last.rows, 3)
+    assert best[0]["reward"] == max(row["reward"] for row in last.rows)
+    assert worst[0]["reward"] == min(row["reward"] for row in last.rows) and len(best) == len(worst) == 3
+    found = CliRunner().invoke(app, ["rollouts", str(run), "--step", "2"])
+    assert found.exit_code == 0 and "step 1: 16 samples, 0 ungraded" in found.output and "best" in found.output
+    lines = CliRunner().invoke(app, ["rollouts", str(run), "--json"]).output.splitlines()
+    assert len(lines) == 16 and json.loads(lines[0])["step"] == 3
+    with pytest.raises(UserError, match="no samples are kept here"):
+        read_rollouts(begun / "answers")
 
 
 @pytest.mark.parametrize(

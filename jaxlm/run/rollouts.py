@@ -1,0 +1,65 @@
+"""The samples of phases of reinforcement learning, kept in `rollouts/` of a run: one line of JSON each.
+
+A file has the name of the first update that its samples are for. A run that resumes draws the same samples again, and
+writes the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.errors import UserError
+
+FOLDER = "rollouts"
+
+
+class Rollouts(NamedTuple):
+    """The kept samples of one phase."""
+
+    step: int
+    """The first update that they are for."""
+    rows: list[dict[str, Any]]
+    """`prompt`, `answer`, `text`, `tokens` (their number), `ended` (`end` or `length`), `grades` by the names of the
+    rewards, `reward` (None where a grade is missing), and means over its tokens: `advantage`, `logp` under the policy
+    that drew it, `reference_logp` (None without a reference)."""
+
+
+def write_rollouts(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Keep the samples that the updates from `step` on are made of."""
+    path = run_dir / FOLDER / f"{step:08d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def read_rollouts(run_dir: Path, step: int = 0) -> Rollouts:
+    """The kept samples of the phase nearest before update `step`; 0: the last ones.
+
+    Raises:
+        UserError: there are none, or none so early.
+    """
+    files = sorted((run_dir / FOLDER).glob("*.jsonl"))
+    if not files:
+        raise UserError(
+            f"{run_dir}: no samples are kept here", "runs of reinforcement learning keep them, where rl.keep_every > 0"
+        )
+    fitting = [file for file in files if not step or int(file.stem) <= step]
+    if not fitting:
+        raise UserError(f"{run_dir}: no samples are kept of step {step}", f"the first are of step {int(files[0].stem)}")
+    file = fitting[-1]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return Rollouts(int(file.stem), [json.loads(line) for line in lines])
+
+
+def best_and_worst(rows: Sequence[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples of the largest and of the smallest rewards, by their advantages where these are equal.
+
+    A sample without a reward is neither. None is in both.
+    """
+    graded = [row for row in rows if row["reward"] is not None]
+    ordered = sorted(graded, key=lambda row: (-row["reward"], -row["advantage"]))
+    best = ordered[:count]
+    return best, ordered[len(best) :][::-1][:count]
