@@ -1,4 +1,5 @@
-"""Red flags while training: a loss or a gradient norm far above what was usual a moment ago.
+"""Red flags while training: a loss or a gradient norm far above what was usual a moment ago, samples that grow or do
+not end.
 
 Imports neither jax nor torch.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 FLAGS = {"loss": 1.5, "grad_norm": 10.0}
@@ -16,6 +17,10 @@ FLAGS = {"loss": 1.5, "grad_norm": 10.0}
 RECENT = 100
 ENOUGH = 20
 """Steps that make a median worth comparing with."""
+GROWN = 1.5
+"""How many times their first length samples may have before a line."""
+ENDLESS = 50
+"""Steps without a sample that ends before a line."""
 SILENT = 100
 """Steps between two lines of one kind."""
 
@@ -23,9 +28,13 @@ SILENT = 100
 class Alerts:
     """Looks at every step and speaks seldom."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends: Sequence[int] = ()) -> None:
+        """Args:
+        ends: the ids that end a sample, of a stage that draws some.
+        """
         self._recent = {name: deque[float](maxlen=RECENT) for name in FLAGS}
-        self._told = dict.fromkeys(FLAGS, -SILENT)
+        self._told = dict.fromkeys((*FLAGS, "length", "ended"), -SILENT)
+        self._ends, self._endless, self._lengths = ends, 0, list[float]()
 
     def look(self, step: int, metrics: Mapping[str, Any]) -> Iterator[str]:
         """Lines about a step, if it stands out."""
@@ -35,7 +44,25 @@ class Alerts:
                 continue
             if len(recent) >= ENOUGH and step - self._told[name] >= SILENT:
                 usual = statistics.median(recent)
-                if value > factor * usual:
+                if value > factor * usual > 0:
                     self._told[name] = step
                     yield f"step {step}: {name} {value:.3g}, {value / usual:.1f} times the median of the last steps"
             recent.append(value)
+        if "ended" in metrics and "length" in metrics:
+            yield from self._look_at_samples(step, float(metrics["length"]), float(metrics["ended"]))
+
+    def _look_at_samples(self, step: int, length: float, ended: float) -> Iterator[str]:
+        """Samples that none ends, and samples that grow: a reward may be chased by talking on."""
+        self._endless = self._endless + 1 if ended == 0 else 0
+        if self._endless >= ENDLESS and step - self._told["ended"] >= SILENT:
+            self._told["ended"] = step
+            ids = ", ".join(map(str, self._ends))
+            yield f"step {step}: no sample has ended for {ENDLESS} steps; the ids that end one: {ids or 'none'}"
+        self._lengths.append(length)
+        begun, now = statistics.median(self._lengths[:5]), statistics.median(self._lengths[-3:])
+        if len(self._lengths) > 5 and now > GROWN * begun and step - self._told["length"] >= SILENT:
+            self._told["length"] = step
+            yield (
+                f"step {step}: samples have grown from {begun:.1f} to {now:.1f} tokens, {ended:.0%} of them end; "
+                "is the reward for length? `jaxlm rollouts RUN` shows them"
+            )

@@ -117,7 +117,8 @@ class _Run:
         self.log = MetricsLog(self.dir, cfg.log, toml.to_dict(cfg), self.progress.step, writes=self.first)
         self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
-        self.alerts, self.saved_at, self.starting, self.save_due = Alerts(), time.monotonic(), True, False
+        self.alerts = Alerts(getattr(source, "ends", ()))
+        self.saved_at, self.starting, self.save_due = time.monotonic(), True, False
 
     def _resume(self, reached: int) -> None:
         record = self.engine.restore(lambda message: self._tell(f"warning: {message}"))

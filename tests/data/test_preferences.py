@@ -135,6 +135,13 @@ def test_what_counts_and_what_is_left_out() -> None:
     assert encoded(rows, 200, ties=True).ties.tolist() == [False, True]
 
 
+def test_answers_within_a_prompt_do_not_count() -> None:
+    before = "\n\nHuman: q\n\nAssistant: early\n\nHuman: r\n\nAssistant: "
+    examples = encoded([record(chosen=before + "late", rejected=before + "b")], 200).examples
+    assert chat().tokenizer.decode(examples.ids[examples.weights != 0].tolist()).count("late") == 1
+    assert "early" not in chat().tokenizer.decode(examples.ids[examples.weights != 0].tolist())
+
+
 def test_long_answers_lose_their_ends() -> None:
     rows = [
         record(prompt="q", chosen="x" * 300, rejected="x" * 400),  # equal once they are cut

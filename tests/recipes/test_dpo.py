@@ -14,8 +14,10 @@ import pytest
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
+from jaxlm.mesh import Layout
 from jaxlm.recipes import dpo, make_recipe, sft, start  # two threads that import at once break Python's ast
 from jaxlm.train import engine
+from jaxlm.train.program import abstract_inputs, training_program
 
 IMPORTED = dpo, sft, engine
 SOAK = pytest.mark.soak
@@ -79,7 +81,8 @@ def dpo_run(begun: Path, folder: Path, *, loss: str = "dpo", **sections: dict[st
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_the_first_step_is_where_the_reference_stands(begun: Path, tmp_path: Path, backend: Any) -> None:
     """Loss ln 2 to 1e-12, margins 0, and the run learns the order of held-out pairs."""
-    start.run(dpo_run(begun, tmp_path, train={"steps": 12}, preference={"beta": 0.5}), backend=backend)
+    options: Any = {"model": {"dropout": 0.2}, "preference": {"beta": 0.5}}  # it is off on both sides
+    start.run(dpo_run(begun, tmp_path, train={"steps": 12}, **options), backend=backend)
     steps = [row for row in rows(tmp_path / "run") if "loss" in row]
     first, last = steps[0], steps[-1]
     assert abs(first["loss"] - np.log(2)) < 1e-12
@@ -150,6 +153,16 @@ def test_kto_orders_held_out_pairs(begun: Path, tmp_path: Path) -> None:
     judged = [row for row in rows(tmp_path / "run") if "validation_loss" in row][-1]
     assert judged["validation_accuracy"] > 0.9 and "validation_chosen_logp" in judged
     assert judged["validation_desirable_reward"] > judged["validation_undesirable_reward"]
+
+
+def test_the_config_of_the_repository_is_planned() -> None:
+    """The program takes the model, its reference and what belongs to each pair, split over a mesh."""
+    cfg = toml.load(Path(__file__).parents[2] / "configs" / "preference" / "dpo.toml", ["model.vocab_size=262"])
+    layout = Layout.from_config(config.Mesh(data=2, fsdp=2, tensor=2))
+    state, frozen, batch = abstract_inputs(cfg, layout, training_program(cfg, layout, make_recipe(cfg)))
+    assert frozen.keys() == {"reference"}
+    assert jax.tree.map(lambda x: x.shape, frozen["reference"]) == jax.tree.map(lambda x: x.shape, state.params)
+    assert batch["labels"].shape == batch["margins"].shape == (4, 8) and batch["tokens"].shape == (4, 1024)
 
 
 def test_mistakes_of_the_config(begun: Path, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, re
     start.run(load(parts, recipe, steps=4, **options), resume=True, backend=backend)
     names = ("loss", "reward", "grad_norm", "kl_reference", "clip_share", "held_out_reward", "ended", "length")
     names = (*names, *CRITIC) if recipe == "ppo" else names
+    ours: list[list[Any]]
     ours, theirs = (
         [[row.get(name) for name in names] for row in rows(folder / recipe) if "loss" in row]
         for folder in (whole, parts)

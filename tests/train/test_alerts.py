@@ -28,4 +28,28 @@ def test_what_is_usual_is_not_told() -> None:
     falling = [10 - 0.1 * step for step in range(60)]
     assert told(falling) == []
     assert told([1.0] * 5 + [100.0] + [1.0] * 5) == [], "too early to know what is usual"
+    assert told([-0.1] * 30 + [0.1] * 30) == [], "a loss around 0 has no factor"
     assert told([4.0] * 30 + [float("nan"), float("inf")]) == [], "the guard speaks of these"
+
+
+def of_samples(lengths: list[float], ended: list[float]) -> list[str]:
+    alerts = Alerts(ends=[2, 7])
+    return [
+        line
+        for step, (length, share) in enumerate(zip(lengths, ended, strict=True), 1)
+        for line in alerts.look(step, {"loss": 0.0, "grad_norm": 1.0, "length": length, "ended": share})
+    ]
+
+
+def test_samples_that_do_not_end_are_told_with_the_ids() -> None:
+    lines = of_samples([8.0] * 120, [0.0] * 120)
+    assert lines == ["step 50: no sample has ended for 50 steps; the ids that end one: 2, 7"]
+    assert of_samples([8.0] * 120, ([0.0] * 49 + [0.1]) * 2 + [0.0] * 20) == []
+
+
+def test_samples_that_grow_are_told() -> None:
+    lines = of_samples([3.0] * 6 + [3.0 + 0.3 * step for step in range(14)], [0.9] * 20)
+    assert len(lines) == 1 and lines[0].startswith(
+        "step 14: samples have grown from 3.0 to 4.8 tokens, 90% of them end"
+    )
+    assert of_samples([3.0, 4.0] * 20, [0.9] * 40) == []
