@@ -80,6 +80,12 @@ def test_generate_prints_json(workplace: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out) == first
 
 
+def test_generate_takes_a_message_of_a_chat(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(workplace / "run"), "hi", "--greedy", "--max-new-tokens", "4", "--json"]
+    assert run(*command, "--chat") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"].endswith("hi<|end|><|assistant|>")
+
+
 def test_generate_answers_a_file(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bad line has its error; a killed command goes on with nothing twice; another run's output is not touched."""
     lines = [

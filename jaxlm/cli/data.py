@@ -56,11 +56,14 @@ def data_inspect(
     step: Annotated[int, typer.Option(min=1, help="Of which step of the run.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the corpus of CONFIG, the shares of its mixture, and the rows of any step of the run."""
-    from jaxlm.config import toml
-    from jaxlm.data.rows.inspect import inspect_corpus
+    """Show the corpus of CONFIG, the shares of its mixture, and the rows of any step of the run.
 
-    report = inspect_corpus(toml.load(path, overrides or ()), step=step, rows=rows)
+    Of a stage of conversations: how many there are, what of them is trained, token by token, and the padding.
+    """
+    from jaxlm.config import toml
+    from jaxlm.recipes.start import inspect_data
+
+    report = inspect_data(toml.load(path, overrides or ()), step=step, rows=rows)
     if as_json:
         for row in report.rows:
             print(json.dumps(row.as_dict()))

@@ -34,6 +34,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seeds the sampling.")] = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
     as_json: JsonFlag = False,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, in the model's template.")] = False,
     backend: BackendOption = Backend.jax,
     prompts: Annotated[Path | None, typer.Option(help="A file of many prompts, one JSON object a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the texts of --prompts go.")] = None,
@@ -63,7 +64,16 @@ def generate(
         )
         return
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "num_samples": num_samples}
-    _answer_prompt(run, prompt, as_json, {"sampling": sampling, "backend": backend.value, **options})
+    _answer_prompt(run, prompt, as_json, chat, {"sampling": sampling, "backend": backend.value, **options})
+
+
+def _as_chat(model: Any, message: str) -> str:
+    """The text up to where the assistant answers a message, by the template that lies beside the tokenizer."""
+    from jaxlm.text.chat import Chat
+
+    model.encode(message)  # which needs a tokenizer
+    chat = Chat.of(model.tokenizer, beside=model.tokenizer_path.parent if model.tokenizer_path else None)
+    return chat.render([{"role": "user", "content": message}], generation_prompt=True).text
 
 
 def _answer_file(
@@ -84,17 +94,19 @@ def _answer_file(
     write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")
 
 
-def _answer_prompt(run: Path, prompt: str, as_json: bool, options: dict[str, Any]) -> None:
+def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, options: dict[str, Any]) -> None:
     """Print the completions of one prompt; a single one appears as it is made."""
     streaming = not as_json and options["num_samples"] == 1
     shown: list[str] = []
+    model = open_model(run)
+    echo, prompt = ("", _as_chat(model, prompt)) if chat else (prompt, prompt)
 
     def stream(_: int, text: str) -> None:
-        write(text if shown else prompt + text)  # nothing is printed before the model is open
+        write(text if shown else echo + text)
         shown.append(text)
 
-    completions = open_model(run).generate([prompt], stream=stream if streaming else None, **options)
+    completions = model.generate([prompt], stream=stream if streaming else None, **options)
     if streaming:
-        write("\n" if shown else prompt + "\n")
+        write("\n" if shown else echo + "\n")
     for completion in completions if not streaming else ():
-        print(json.dumps(dataclasses.asdict(completion)) if as_json else completion.prompt + completion.text + "\n")
+        print(json.dumps(dataclasses.asdict(completion)) if as_json else echo + completion.text + "\n")

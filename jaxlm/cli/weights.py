@@ -15,7 +15,8 @@ commands = typer.Typer()
 
 
 _LAYOUTS = (
-    "`jaxlm` (a run), `torch` (torch_ref), `hf` (the first public layout that can hold the model), or one by its name: "
+    "`jaxlm` (a run), `torch` (torch_ref), `hf` (the first public layout that can hold the model), "
+    "`peft` (the adapters of a run alone), or one by its name: "
     "llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen3_moe, gpt_oss, dots1, mamba, mamba2, jamba, llama2c."
 )
 

@@ -27,6 +27,7 @@ from jaxlm.config.preference import Preference as Preference
 from jaxlm.config.preference import Reward as Reward
 from jaxlm.config.reinforcement import RL as RL
 from jaxlm.config.stages import SFT as SFT
+from jaxlm.config.stages import LoRA as LoRA
 
 Backend = Literal["jax", "torch"]
 LARGEST_SEED = 2**63 - 1
@@ -315,6 +316,7 @@ class Config:
     sft: SFT = dataclasses.field(default_factory=SFT)
     preference: Preference = dataclasses.field(default_factory=Preference)
     reward: Reward = dataclasses.field(default_factory=Reward)
+    lora: LoRA = dataclasses.field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
         self.data.check_steps(self.train.steps)
@@ -324,6 +326,11 @@ class Config:
             f"train.batch_size = {self.train.batch_size}",
         )
         require(self.seed <= LARGEST_SEED, f"seed = {self.seed} is above {LARGEST_SEED}")
+        require(
+            not self.lora.rank or bool(self.train.init_from),
+            f"lora.rank = {self.lora.rank}: adapters need a base",
+            "train.init_from names a run or a folder with a model",
+        )
         require(bool(self.data.source), "data.source is empty", "name a file, a folder or a data set")
         require(bool(self.data.cache_dir), "data.cache_dir is empty", "name a folder")
         if not self.model.max_seq_len:

@@ -59,8 +59,6 @@ class LoRA:
     """Other ranks, by pattern; the first that matches."""
     alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
     """Other alphas, by pattern."""
-    modules_to_save: tuple[str, ...] = ()
-    """Patterns of parameters that are trained whole and saved beside the adapters, such as `head` or `*_norm`."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen linear maps lie in memory in four bits (QLoRA, Dettmers et al. 2023)."""
     double_quantize: bool = True

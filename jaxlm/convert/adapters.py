@@ -206,6 +206,9 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
         raise UserError(f"{folder / CONFIG}: {used} = {stated[used]!r}: jaxlm has no such adapters")
     file = MappedFile(folder / WEIGHTS)
     stored = {name: file.read(name) for name in file.entries}
+    if cfg.tie_embeddings and any(name.startswith(f"{PREFIX}lm_head.") for name in stored):
+        hint = "merging would change the embedding too: train without lm_head, or give the base a head of its own"
+        raise UserError(f"{folder}: an adapter of lm_head, which is the embedding of this base", hint)
     family = next((one for one in FAMILIES.values() if _holds(one, cfg, stored)), None)
     if family is None:
         raise UserError(f"{folder}: its modules are in no layout of this base", "is it an adapter of another model?")
@@ -220,10 +223,15 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
         if others:
             raise UserError(f"{key}: one adapter of several linear maps", "jaxlm trains one for each; merge it in PEFT")
         name = mine.removesuffix(".kernel")
+        if name not in sites:  # an embedding or a head: refused below
+            continue
         adapters[name] = _from_row(row, key, stored, sites[name])
         used |= {f"{key}.{suffix}" for suffix in _NAMES.values()}
     if unused := sorted(stored.keys() - used):
-        raise UserError(f"{folder}: {unused[0]} fits nowhere", "modules_to_save and embeddings are not read")
+        raise UserError(
+            f"{folder}: {unused[0]} fits nowhere",
+            "jaxlm reads adapters of linear maps: no modules_to_save, embedding or head",
+        )
     lora = _options(stated, adapters)
     targets = [site for site in all_sites if any(name in adapters for name in site.names)]
     flat = {f"{name}.adapter.{key}": value for name, parts in adapters.items() for key, value in parts.items()}
@@ -243,7 +251,12 @@ def _holds(family: Family, cfg: config.Model, stored: Mapping[str, np.ndarray]) 
 def _from_row(row: Row, key: str, stored: Mapping[str, np.ndarray], site: Site) -> dict[str, np.ndarray]:
     """An adapter in torch_ref's layout: the row read backwards gives its outputs our order."""
     a, b = stored[f"{key}.lora_A.weight"], stored[f"{key}.lora_B.weight"]
-    rank = b.shape[1]
+    rank, (ins, outs) = b.shape[1], (math.prod(site.ins), math.prod(site.outs))
+    if a.shape != (rank, ins) or b.shape[0] != outs:
+        raise UserError(
+            f"{key}: an adapter of {b.shape[0]} x {a.shape[1]}, the base has {outs} x {ins}",
+            "it is an adapter of another model",
+        )
     leaf = Leaf((rank, *site.outs), (None, *site.axes[site.stacked + site.inputs :]))
     ours = row.back([b if _turned(row) else b.T], [leaf])[0]
     parts = {"a": a, "b": ours.reshape(rank, -1).T}

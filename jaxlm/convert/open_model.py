@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm import config
 from jaxlm.config import toml
-from jaxlm.convert import gguf, native
+from jaxlm.convert import adapters, base, gguf, native
 from jaxlm.convert.canonical import canonical, fill
 from jaxlm.convert.families import FAMILIES, REFUSED
 from jaxlm.convert.files import hub, storage
@@ -120,12 +120,8 @@ def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
         return _open_family(path)
     if (path / model_bin.MODEL).is_file():
         return _open_llama2c(path / model_bin.MODEL)
-    if (path / "adapter_config.json").is_file():
-        base = storage.read_json(path / "adapter_config.json").get("base_model_name_or_path") or "a base model"
-        hint = (
-            f"merge it: PeftModel.from_pretrained({str(base)!r}, {str(path)!r}).merge_and_unload().save_pretrained(DIR)"
-        )
-        raise UserError(f"{path}: an adapter (LoRA) of {base}, not a whole model", hint)
+    if (path / adapters.CONFIG).is_file():
+        return _open_peft(path)
     raise UserError(f"{path}: not a model", _WANTED)
 
 
@@ -147,11 +143,58 @@ def _open_gguf(path: Path) -> Opened:
 def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
     settings = _settings(path, str(path))
     newest = checkpoint_folder(path, step)
+    if settings.lora.rank:
+        return _open_with_adapters(path, settings, step)
     if any(newest.glob("model.safetensors*")):  # of `--backend torch`, or of a conversion
         parameters = _torch_parameters(newest, settings, several=True)
     else:
         parameters = canonical(_orbax_params(path, settings, step, orbax), settings.model)
     return Opened(path, settings, parameters, "run")
+
+
+def _open_with_adapters(path: Path, settings: config.Config, step: int | None) -> Opened:
+    """A run with adapters as a whole model: its base, with the adapters added."""
+    below = open_model(base.base_path(path, settings))
+    dtype = np.dtype(settings.numerics.params)
+    with jax.enable_x64(True):  # float64 parameters stay so; the others have their own dtype
+        params = base.cast(fill(below.parameters, settings.model, str(below.path)), dtype)
+        params = base.whole_model(path, settings, params, _trained(path, settings, step))
+    train = dataclasses.replace(settings.train, init_from="")
+    merged = dataclasses.replace(settings, lora=config.LoRA(), train=train)
+    return Opened(path, merged, canonical(params, settings.model), "run")
+
+
+def _trained(path: Path, settings: config.Config, step: int | None) -> Params:
+    """The live tree of the adapters of a run."""
+    newest = checkpoint_folder(path, step)
+    if any(newest.glob("model.safetensors*")):
+        return base.from_torch(storage.read_folder(newest), settings)
+    return _orbax_params(path, settings, step, _restored, base.adapter_shapes(settings))
+
+
+def open_adapters(path: str | Path, step: int | None = None) -> tuple[config.Config, Params]:
+    """The config of a run with adapters, and their live tree.
+
+    Raises:
+        UserError: it is no run, or has none.
+    """
+    path = Path(path)
+    if not (path / "config.toml").is_file() or not (settings := _settings(path, str(path))).lora.rank:
+        raise UserError(f"{path}: not a run with adapters", "a run has some when lora.rank is above 0")
+    with jax.enable_x64(True):
+        return settings, _trained(path, settings, step)
+
+
+def _open_peft(path: Path) -> Opened:
+    """A folder of PEFT: its base, with the adapters merged."""
+    where = storage.read_json(path / adapters.CONFIG).get("base_model_name_or_path")
+    if not where:
+        raise UserError(f"{path / adapters.CONFIG} names no base", "base_model_name_or_path = the folder of the base")
+    below = open_model(where)
+    params = fill(below.parameters, below.config.model, str(below.path))
+    merged = base.merged_peft(path, params, below.config)
+    own = {"tokenizer": below.tokenizer_path}
+    return dataclasses.replace(below, parameters=canonical(merged, below.config.model), **own)
 
 
 _Reader = Callable[[Any, Any, int | None], Params]
@@ -168,13 +211,15 @@ def _stored(checkpoints: Any, like: Params, step: int | None) -> Params:
     return checkpoints.stored_params(like, step)
 
 
-def _orbax_params(path: Path, settings: config.Config, step: int | None, reader: _Reader) -> Params:
+def _orbax_params(
+    path: Path, settings: config.Config, step: int | None, reader: _Reader, shapes: Params | None = None
+) -> Params:
     from jaxlm.train.checkpoint import Checkpointer  # Orbax takes a second to import
 
     # On the host: the mesh that trained the model need not exist here.
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with jax.enable_x64(True):  # float64 parameters stay so; the others have their own dtype
-        shapes, _ = abstract_params(Decoder(settings.model, Policy.from_config(settings.numerics)))
+        shapes = shapes or abstract_params(Decoder(settings.model, Policy.from_config(settings.numerics)))[0]
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), shapes)
         checkpoints = Checkpointer(path, read_only=True)
         params = reader(checkpoints, like, step)

@@ -75,6 +75,8 @@ def convert_state(
     if not (src / "config.toml").is_file() or not (src / "checkpoints").is_dir():
         raise UserError(f"{src}: not a run", "only a run, with config.toml and checkpoints/, has an optimiser to carry")
     settings = toml.load(src / "config.toml")
+    if settings.lora.rank:
+        raise UserError(f"{src}: a run with adapters resumes in its own framework", "without --backend it goes merged")
     where = checkpoint_folder(src, step)
     source = _backend_of(where)
     if source == backend:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from jaxlm import config
 from jaxlm.config import toml
-from jaxlm.convert import native
+from jaxlm.convert import base, native
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
 from jaxlm.convert.files import storage
 from jaxlm.convert.files.side_files import PUBLIC, SENTENCEPIECE, content, no_tokenizer
 from jaxlm.convert.llama2c import model_bin
-from jaxlm.convert.open_model import TOKENIZER, Opened, open_model
+from jaxlm.convert.open_model import TOKENIZER, Opened, open_adapters, open_model
 from jaxlm.convert.rows import plan
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.text.beside import end_ids
@@ -36,6 +36,7 @@ _LONG = 2**28
 
 MEASURABLE = 100_000_000
 """Bytes of a conversion whose rate is worth telling."""
+PEFT = "peft"
 
 
 class Summary(NamedTuple):
@@ -70,7 +71,7 @@ def convert(
     model is never in memory as a whole. The files of the tokenizer go along as they are.
 
     Args:
-        to: `hf` is the first public layout that can hold the model.
+        to: `hf` is the first public layout that can hold the model; `peft`: the adapters of a run alone.
         overwrite: replace whatever lies at `dst`.
         step: which checkpoint of a run; None: the newest.
         shard_bytes: above this size a run and a public layout have several weight files and an index.
@@ -82,6 +83,8 @@ def convert(
     src, dst = Path(src), Path(dst)
     _require_layout(to)
     require_apart(src, dst)
+    if to == PEFT:
+        return _write_peft(src, dst, step, overwrite)
     model = open_model(src, step=step, tokenizer=tokenizer)
     return write_model(model, dst, to, overwrite=overwrite, shard_bytes=shard_bytes)
 
@@ -117,8 +120,18 @@ def write_model(
     return Summary(dst, to, *written, time.perf_counter() - began)
 
 
+def _write_peft(src: Path, dst: Path, step: int | None, overwrite: bool) -> Summary:
+    began = time.perf_counter()
+    settings, tree = open_adapters(src, step)
+    where = base.base_path(src, settings)
+    if (Path(where) / "config.toml").is_file():
+        _log.warning("PEFT reads the base from config.json: `jaxlm convert %s DIR --to hf` makes such a folder", where)
+    written = base.write_peft(settings, tree, dst, where, overwrite=overwrite)
+    return Summary(dst, PEFT, *written, time.perf_counter() - began)
+
+
 def _require_layout(to: str) -> None:
-    targets = ("jaxlm", "torch", "hf", model_bin.NAME, *FAMILIES)
+    targets = ("jaxlm", "torch", "hf", PEFT, model_bin.NAME, *FAMILIES)
     if to not in targets:
         raise UserError(f"--to {to}: no such layout", did_you_mean(to, targets))
 

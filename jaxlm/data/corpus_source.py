@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.data.pipeline import Corpus, make_train_iterator, prepare
+from jaxlm.data.rows.inspect import Report, inspect_corpus
 from jaxlm.data.rows.validation import HeldOut, held_out_sets
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -47,6 +48,10 @@ class CorpusSource:
         """All held-out rows, and by corpus, language and middles what the config asks for."""
         options: Any = {"batch_size": batch_size, "rows": rows, "max_batches": max_batches}
         return held_out_sets(self.cfg.data, self.corpus, by_language=self.cfg.eval.by_language, **options)
+
+    def inspect(self, *, step: int = 1, rows: int = 1) -> Report:
+        """See `rows.inspect.inspect_corpus`."""
+        return inspect_corpus(self.cfg, step=step, rows=rows, corpus=self.corpus)
 
     def begin_phase(self, number: int, engine: Any) -> None:
         """Nothing comes before an update."""

@@ -10,7 +10,7 @@ second.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,21 @@ ADAPTERS, SCALES, NF4 = "adapters", "adapter_scale", "nf4"
 
 VARIABLE_AXES: Mapping[str, int] = {ADAPTERS: 0, SCALES: 0, NF4: 0}
 """Along which axis the repeats of a scanned pattern lie in each collection."""
+
+
+class Adapted(NamedTuple):
+    """Parameters of a model of which only adapters are trained."""
+
+    adapters: Any
+    base: Mapping[str, Any]
+    """The collections that are frozen: `params`, `adapter_scale` and, of a base in four bits, `nf4`."""
+
+
+def variables(params: Any) -> dict[str, Any]:
+    """The Flax variables of a model: of its tree of parameters, or of adapters beside their base."""
+    if isinstance(params, Adapted):
+        return {**params.base, ADAPTERS: params.adapters}
+    return {"params": params}
 
 
 def stored_kernel(module: nn.Module, shape: tuple[int, ...], inputs: int) -> Float32[Array, "..."] | None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxlm.errors import UserError
 from jaxlm.models.adapted import unpacked
@@ -49,16 +49,24 @@ def split(params: Tree, all_sites: Sequence[Site], *, double: bool) -> tuple[Tre
     chosen = [site for site in all_sites if quantizable(site)]
     if not chosen:
         raise UserError(f"lora.quantize: no linear map has a multiple of {quantized.BLOCK} inputs")
-    rest, packs = jax.tree.map(lambda leaf: leaf, params), {}
+    packs: Tree = {}
     for site in chosen:
-        holder, pack = rest, packs
-        for key in site.path[:-1]:
+        holder, pack = params, packs
+        for key in site.path:
             holder, pack = holder[key], pack.setdefault(key, {})
-        module = dict(holder[site.path[-1]])
-        kernel = module.pop("kernel")
-        pack[site.path[-1]] = _stacked(kernel, site, double)
-        holder[site.path[-1]] = module
-    return _without_empty(rest), packs
+        pack.update(_stacked(holder["kernel"], site, double))
+    return without_packed(params, all_sites), packs
+
+
+def without_packed(params: Tree, all_sites: Sequence[Site]) -> Tree:
+    """The parameters, or their shapes, without the kernels that lie in four bits."""
+    rest = jax.tree.map(lambda leaf: leaf, params)
+    for site in filter(quantizable, all_sites):
+        holder = rest
+        for key in site.path:
+            holder = holder[key]
+        del holder["kernel"]
+    return _without_empty(rest)
 
 
 def joined(rest: Tree, packs: Tree, all_sites: Sequence[Site], dtype: Any) -> Tree:
@@ -75,9 +83,9 @@ def joined(rest: Tree, packs: Tree, all_sites: Sequence[Site], dtype: Any) -> Tr
             holder = holder.setdefault(key, {})
         if site.axes[0] == "layers":
             layers = [jax.tree.map(lambda leaf, i=i: leaf[i], pack) for i in range(site.shape[0])]
-            kernel = np.stack([np.asarray(unpacked(one, site.shape[1:], site.inputs)) for one in layers])
+            kernel = jnp.stack([unpacked(one, site.shape[1:], site.inputs) for one in layers])
         else:
-            kernel = np.asarray(unpacked(pack, site.shape, site.inputs))
+            kernel = unpacked(pack, site.shape, site.inputs)
         holder["kernel"] = kernel.astype(dtype)
     return whole
 
@@ -109,7 +117,7 @@ def abstract(all_sites: Sequence[Site], *, double: bool) -> tuple[Tree, Tree]:
     return shapes, axes
 
 
-def _stacked(kernel: Array, site: Site, double: bool) -> Tree:
+def _stacked(kernel: Float[Any, "..."], site: Site, double: bool) -> Tree:
     if site.axes[0] != "layers":
         return jax.tree.map(np.asarray, packed(kernel, site.inputs, double=double))
     layers = [packed(one, site.inputs, double=double) for one in np.asarray(kernel)]

@@ -198,23 +198,30 @@ def _rank(site: Site, lora: config.LoRA) -> int:
     return rank
 
 
-def merged(params: Tree, adapters: Tree, scale: Tree, targets: Sequence[Site]) -> Tree:
-    """The base with its adapters added: computed in float64, rounded once to the dtype of the base."""
+def merged(
+    params: Tree, adapters: Tree, scale: Tree, targets: Sequence[Site], xp: Any = np, dtype: Any = np.float64
+) -> Tree:
+    """The base with its adapters added: computed in float64, rounded once to the dtype of the base.
+
+    Args:
+        xp: the array library, numpy or `jax.numpy`.
+        dtype: to compute in.
+    """
     copy = jax.tree.map(lambda leaf: leaf, params)
     for site in targets:
         leaves, lead = _leaf(adapters, site.path), len(site.lead)
-        kernel = np.asarray(_leaf(params, site.path)["kernel"])
-        a, b = (np.asarray(leaves[name], np.float64) for name in ("a", "b"))
+        kernel = xp.asarray(_leaf(params, site.path)["kernel"])
+        a, b = (xp.asarray(leaves[name], dtype) for name in ("a", "b"))
         a = a.reshape(*site.lead, math.prod(site.ins), -1)
         b = b.reshape(*site.lead, a.shape[-1], math.prod(site.outs))
-        factor = np.asarray(_leaf(scale, site.path)["scale"], np.float64)
+        factor = xp.asarray(_leaf(scale, site.path)["scale"], dtype)
         factor = factor.reshape(*factor.shape, *(1,) * (lead + 2 - factor.ndim))
-        whole = kernel.astype(np.float64) + (factor * (a @ b)).reshape(kernel.shape)
+        whole = kernel.astype(dtype) + (factor * (a @ b)).reshape(kernel.shape)
         if "magnitude" in leaves:
             summed = tuple(range(lead, lead + site.inputs))
-            norm = np.sqrt(np.square(whole).sum(summed, keepdims=True))
-            magnitude = np.asarray(leaves["magnitude"], np.float64)
-            whole = whole * (np.expand_dims(magnitude, summed) / norm)
+            norm = xp.sqrt(xp.square(whole).sum(summed, keepdims=True))
+            magnitude = xp.asarray(leaves["magnitude"], dtype)
+            whole = whole * (xp.expand_dims(magnitude, summed) / norm)
         _leaf(copy, site.path)["kernel"] = whole.astype(kernel.dtype)
     return copy
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import torch
 
 from jaxlm import config
+from jaxlm.config import toml
+from jaxlm.convert.adapters import to_torch as adapters_to_torch
 from jaxlm.convert.native import to_torch
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Params, init_params
@@ -21,9 +25,11 @@ from jaxlm.parity.sides.module_hooks import array_of
 from jaxlm.parity.tolerances import FLOAT64
 from jaxlm.parity.trace import STEPS, numerics_of, settings_of
 from jaxlm.recipes import make_recipe
+from jaxlm.train import adapters
 from jaxlm.train.program import Program, training_program
-from jaxlm.train.recipe import MODEL, Recipe, parameter_name
+from jaxlm.train.recipe import BASE, MODEL, Recipe, Trained, parameter_name
 from jaxlm.train.step import init_states
+from torch_ref.models import attach_lora
 from torch_ref.models.decoder import Decoder as TorchDecoder
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.train.optim import make_optimizer
@@ -44,6 +50,7 @@ def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
     # of their own.
     cfg = dataclasses.replace(settings_of(settings), numerics=numerics_of("float64"), mesh=config.Mesh(data=1))
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=TOKENS), seed=settings.seed)
+    cfg = _with_adapters(cfg, settings.out_dir)
     recipe = make_recipe(cfg)
     batch = draw_batch(recipe, cfg)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
@@ -51,7 +58,7 @@ def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
         program = training_program(cfg, layout, recipe)
         trees = _trees(program, params, cfg.seed)
         ours = dict(_of_jax(program, trees, batch))
-    theirs = dict(_of_torch(cfg, recipe, trees, batch))
+    theirs = dict(_of_torch(cfg, program, trees, batch))
     # Updates are compared as differences to the start. The parameters themselves agree to many digits even if no update
     # were made.
     begin = _named({name: trees[name] for name in recipe.models.trained}, program)
@@ -84,13 +91,21 @@ def _trees(program: Program, params: Params, seed: int) -> dict[str, Params]:
     trees = {
         name: params if name == MODEL else init_params(module, draws[name]) for name, module in program.modules.items()
     }
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trees)
+    trees = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trees)
+    if options := program.recipe.models.trained[MODEL].adapters:
+        first, rng = adapters.new_adapters(program.decoder, options, trees[MODEL], seed), np.random.default_rng(seed)
+        moved = jax.tree.map(lambda leaf: leaf + 0.01 * rng.standard_normal(leaf.shape), first)  # B is zero at first
+        trees |= {MODEL: moved, BASE: trees[MODEL]}
+    return trees
 
 
 def _of_jax(program: Program, trees: Mapping[str, Params], batch: Named) -> Iterator[tuple[str, Named]]:
     models = program.recipe.models
     trained = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.trained}
     frozen = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.frozen}
+    if options := models.trained[MODEL].adapters:
+        collections = adapters.base_collections(program.decoder, options, trees[BASE])
+        frozen[BASE] = jax.tree.map(jax.numpy.asarray, collections)
     # One trained tree is handed over as itself, several as a mapping: the same convention as in the engine, so the
     # objective sees what it sees in training.
     state = init_states(trained if models.several else trained[MODEL], program.parts)
@@ -108,24 +123,43 @@ def _named(trees: Mapping[str, Params], program: Program) -> Named:
     return {
         f"{tree}: {name}": array
         for tree, params in trees.items()
-        for name, array in to_torch(params, program.modules[tree].config)
+        for name, array in _by_torch_name(params, program, program.recipe.models.trained[tree])
     }
 
 
+def _by_torch_name(params: Params, program: Program, tree: Trained) -> Iterator[tuple[str, np.ndarray]]:
+    if tree.adapters is None:
+        return to_torch(params, tree.model)
+    return adapters_to_torch(params, adapters.targets(program.decoder, tree.adapters))
+
+
+def _with_adapters(cfg: config.Config, run: str) -> config.Config:
+    """The config with `[lora]` of a run with adapters, whose model is opened with these merged."""
+    file = Path(run) / "config.toml"
+    options = toml.load(file).lora if run and file.is_file() else cfg.lora
+    train = dataclasses.replace(cfg.train, init_from=run) if options.rank else cfg.train
+    return dataclasses.replace(cfg, lora=dataclasses.replace(options, dropout=0.0), train=train)
+
+
 def _of_torch(
-    cfg: config.Config, recipe: Recipe, trees: Mapping[str, Params], batch: Named
+    cfg: config.Config, program: Program, trees: Mapping[str, Params], batch: Named
 ) -> Iterator[tuple[str, Named]]:
+    recipe = program.recipe
     policy, models = TorchPolicy.from_config(cfg.numerics), {**recipe.models.trained, **recipe.models.frozen}
     modules = {}
     for name, tree in models.items():
         modules[name] = TorchDecoder(_reference(tree.model), policy).eval()
-        tensors = {key: torch.tensor(np.asarray(x)) for key, x in to_torch(trees[name], tree.model)}
+        below = BASE if isinstance(tree, Trained) and tree.adapters else name
+        tensors = {key: torch.tensor(np.asarray(x)) for key, x in to_torch(trees[below], tree.model)}
         # Everything is frozen first, and then opened by the filter of the stage: what the filter forgets would
         # otherwise still move.
         modules[name].load_state_dict(tensors, strict=True)
         modules[name].requires_grad_(False)
     parts = []
     for name, tree in recipe.models.trained.items():
+        if tree.adapters:
+            parts.append(_attached(name, tree, modules[name], program, trees[name]))
+            continue
         for path, parameter in modules[name].named_parameters():
             parameter.requires_grad_(tree.moves is None or tree.moves(parameter_name(path)))
         parts.append(Part(name, tree.train, make_optimizer(modules[name], tree.train, tree.moves), modules[name]))
@@ -145,8 +179,20 @@ def _of_torch(
                         f"{part.name}: {name}": array_of(parameter).copy()
                         for part in parts
                         for name, parameter in modules[part.name].named_parameters()
+                        if parameter.requires_grad or not part.adapters
                     },
                 )
+
+
+def _attached(name: str, tree: Trained, module: TorchDecoder, program: Program, adapters: Params) -> Part:
+    """A module with the adapters of a tree beside its linear maps."""
+    options: Any = tree.adapters
+    attach_lora.attach(module, options)
+    if options.quantize == "nf4":
+        attach_lora.quantize(module, double=options.double_quantize)
+    values = _by_torch_name(adapters, program, tree)
+    attach_lora.load(module, {key: torch.tensor(np.array(array)) for key, array in values})
+    return Part(name, tree.train, make_optimizer(module, tree.train, attach_lora.moves), module, adapters=True)
 
 
 def _reference(model: config.Model) -> config.Model:

@@ -35,4 +35,7 @@ def make_recipe(cfg: config.Config) -> Recipe:
         build: Callable[[config.Config], Recipe] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"recipe = {cfg.recipe!r}: {error}", "name MODULE:FUNCTION as Python imports it") from None
-    return build(cfg)
+    recipe = build(cfg)
+    if cfg.lora.rank and not any(tree.adapters for tree in recipe.models.trained.values()):
+        raise UserError(f"lora.rank = {cfg.lora.rank}: the recipe {cfg.recipe!r} trains no adapters", "lora.rank=0")
+    return recipe

@@ -6,18 +6,25 @@ Shapes: D width, C numbers that a head gives for a token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm import config
+from jaxlm.convert import adapters, native
+from jaxlm.convert.base import base_digest, cast
 from jaxlm.convert.canonical import fill
 from jaxlm.convert.open_model import Opened, open_model
 from jaxlm.convert.settings import function_of
 from jaxlm.errors import UserError
-from jaxlm.models.decoder import Params
+from jaxlm.models.decoder import Decoder, Params
+from jaxlm.numerics import Policy
 from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.train.adapters import new_adapters, targets
+
+FREE = ("dropout", "remat", "attention_impl", "layer_loop")
+"""Options of `[model]` that a run may set for itself when it takes the model of `train.init_from`."""
 
 
 def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: config.Model) -> Params:
@@ -38,7 +45,7 @@ def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: c
         raise UserError(f"{where}: its tokenizer is another than that of [tokenizer]", hint)
     head = draw_head(model, cfg.seed) if _takes_the_trunk(model, opened.config.model) else {}
     params = fill(_Beside(head, opened.parameters), model, str(opened.path))
-    return _cast(params, np.dtype(cfg.numerics.params))
+    return cast(params, np.dtype(cfg.numerics.params))
 
 
 class _Beside(Mapping[str, Any]):
@@ -71,7 +78,46 @@ def read_params(path: str, model: config.Model, dtype: str) -> Params:
     """
     opened = open_model(path)
     _require_same_function(model, opened, path)
-    return _cast(fill(opened.parameters, model, str(opened.path)), np.dtype(dtype))
+    return cast(fill(opened.parameters, model, str(opened.path)), np.dtype(dtype))
+
+
+def with_base(cfg: config.Config) -> config.Config:
+    """The config with `[model]` and `[tokenizer]` of `train.init_from`, where it has none of its own.
+
+    Raises:
+        UserError: there is no model.
+    """
+    own = {name: getattr(cfg.model, name) for name in FREE}
+    if dataclasses.replace(config.Model(max_seq_len=cfg.model.max_seq_len), **own) != cfg.model:
+        return cfg
+    opened = open_model(cfg.train.init_from)
+    changes: dict[str, Any] = {"model": dataclasses.replace(opened.config.model, **own)}
+    if cfg.tokenizer == config.Tokenizer() and opened.tokenizer_path:
+        changes["tokenizer"] = config.Tokenizer(kind="file", path=str(opened.tokenizer_path))
+    return dataclasses.replace(cfg, **changes)
+
+
+class ParameterLayout(NamedTuple):
+    """How an engine takes parameters."""
+
+    parameters: Callable[[Params, config.Model], Any]
+    """Of the live tree of a model."""
+    adapters: Callable[[Params, config.Config], Any]
+    """The first adapters of a run, for its base."""
+
+
+def _first_adapters(base: Params, cfg: config.Config) -> Params:
+    return new_adapters(Decoder(cfg.model, Policy.from_config(cfg.numerics)), cfg.lora, base, cfg.seed)
+
+
+def _first_adapters_by_name(base: Params, cfg: config.Config) -> dict[str, Any]:
+    sites = targets(Decoder(cfg.model, Policy.from_config(cfg.numerics)), cfg.lora)
+    return dict(adapters.to_torch(_first_adapters(base, cfg), sites))
+
+
+LIVE = ParameterLayout(lambda params, model: params, _first_adapters)
+BY_NAME = ParameterLayout(lambda params, model: dict(native.to_torch(params, model)), _first_adapters_by_name)
+"""By the names of torch_ref."""
 
 
 def _takes_the_trunk(model: config.Model, before: config.Model) -> bool:
@@ -93,7 +139,4 @@ def _require_same_function(model: config.Model, opened: Opened, where: str) -> N
             raise UserError(f"{where}: {name} is {theirs.get(name)!r} there and {mine.get(name)!r} here", hint)
 
 
-def _cast(tree: Params, dtype: np.dtype) -> Params:
-    return {
-        name: _cast(leaf, dtype) if isinstance(leaf, dict) else np.asarray(leaf, dtype) for name, leaf in tree.items()
-    }
+__all__ = ["BY_NAME", "LIVE", "ParameterLayout", "base_digest", "initial_params", "read_params", "with_base"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm import config
 from jaxlm.data.corpus_source import CorpusSource
 from jaxlm.train.judges import language_judge
-from jaxlm.train.recipe import LM_COLUMNS, MODEL, Models, Objective, Recipe, Trained, twin
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Models, Objective, Recipe, model_of_run, twin
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
@@ -23,7 +23,7 @@ def recipe(cfg: config.Config) -> Recipe:
     cfg.model.require_language_model("the recipe pretrain")
     return Recipe(
         columns=LM_COLUMNS,
-        models=Models({MODEL: Trained(cfg.model, cfg.train)}),
+        models=Models({MODEL: model_of_run(cfg)}),
         objective=Objective(objective, twin("torch_ref.recipes.pretrain")),
         data=lambda tokenizer: CorpusSource.open(cfg, tokenizer),
         judge=language_judge,
@@ -38,14 +38,16 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`: the mean over targets, balancing terms of experts included."""
     from jaxlm.mesh import over_rows
+    from jaxlm.models import adapted
     from jaxlm.objectives.lm import lm_loss
     from jaxlm.train.expert_balance import collect
 
     options: Any = {"z_loss": train.z_loss, "label_smoothing": train.label_smoothing, "block": train.loss_block}
 
     def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
-        variables, rows = {"params": params}, (batch["tokens"], batch["positions"], batch["segments"])
-        rngs = {} if key is None or not decoder.config.random else {"dropout": key}
+        variables, rows = adapted.variables(params), (batch["tokens"], batch["positions"], batch["segments"])
+        random = decoder.config.random or isinstance(params, adapted.Adapted)
+        rngs = {} if key is None or not random else {"dropout": key}
         applied: Any = decoder.apply(variables, *rows, method="hidden", rngs=rngs, mutable=["routing"])
         (hidden_BTD, _), collections = applied
         unembedding: Any = decoder.apply(variables, method="unembedding")

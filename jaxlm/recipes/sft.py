@@ -9,7 +9,7 @@ from jaxlm import config
 from jaxlm.data.turns.source import ConversationSource
 from jaxlm.recipes.pretrain import objective
 from jaxlm.train.judges import language_judge
-from jaxlm.train.recipe import LM_COLUMNS, MODEL, Models, Objective, Recipe, Trained, twin
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Models, Objective, Recipe, model_of_run, twin
 
 
 def recipe(cfg: config.Config) -> Recipe:
@@ -20,7 +20,7 @@ def recipe(cfg: config.Config) -> Recipe:
     cfg.model.require_language_model("the recipe sft")
     return Recipe(
         columns=LM_COLUMNS,
-        models=Models({MODEL: Trained(cfg.model, cfg.train)}),
+        models=Models({MODEL: model_of_run(cfg)}),
         objective=Objective(objective, twin("torch_ref.recipes.pretrain")),
         data=lambda tokenizer: ConversationSource.open(cfg, tokenizer),
         judge=language_judge,

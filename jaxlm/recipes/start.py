@@ -25,7 +25,7 @@ from jaxlm.run.progress import tell
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.loop import Engine, FrozenFile, Progress, train
-from jaxlm.train.recipe import MODEL, DataSource, Recipe, digest_of
+from jaxlm.train.recipe import BASE, MODEL, DataSource, Recipe, digest_of
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
@@ -38,7 +38,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         UserError: the config, the data or the run directory is not usable.
     """
     keep_freed_memory()
-    cfg, first = join_processes(cfg, backend)
+    cfg, first = join_processes(with_base(cfg), backend)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
     cfg, recipe, source = open_stage(cfg, resume=resume, tell=tell if first else lambda _: None)
@@ -47,16 +47,21 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         return _train(cfg, recipe, source, resume, backend)
 
 
+def with_base(cfg: config.Config) -> config.Config:
+    """The config with the model and the tokenizer of `train.init_from`: see `init_from.with_base`."""
+    if not cfg.train.init_from or cfg.recipe == "pretrain":
+        return cfg
+    from jaxlm.recipes import init_from
+
+    return init_from.with_base(cfg)
+
+
 def _train(cfg: config.Config, recipe: Recipe, source: DataSource, resume: bool, backend: config.Backend) -> Progress:
     if backend == "torch":
-        from jaxlm.convert.native import to_torch
         from torch_ref.train.engine import TorchEngine
 
-        def by_name(params: Any, model: config.Model) -> Any:
-            return dict(to_torch(params, model))
-
         torch_engine = TorchEngine(cfg, recipe)
-        frozen = give_parameters(cfg, recipe, source, torch_engine, resume, by_name)
+        frozen = give_parameters(cfg, recipe, source, torch_engine, resume, by_name=True)
         return train(cfg, recipe, source, torch_engine, resume=resume, frozen=frozen)
     from jaxlm.numerics import precision
     from jaxlm.train.engine import JaxEngine
@@ -87,39 +92,61 @@ def open_stage(
     return cfg, make_recipe(cfg), source
 
 
+def inspect_data(cfg: config.Config, *, step: int = 1, rows: int = 1) -> Any:
+    """What `jaxlm data inspect` shows of the data of a stage: an object with `rows`, which rich can print.
+
+    Raises:
+        UserError: the data is not usable, or cannot be looked at.
+    """
+    cfg = with_base(cfg)
+    source = make_recipe(cfg).data(None)
+    inspect: Any = getattr(source, "inspect", None)
+    if inspect is None:
+        raise UserError(f"recipe = {cfg.recipe!r}: `jaxlm data inspect` shows corpora and conversations")
+    return inspect(step=step, rows=rows)
+
+
 def give_parameters(
     cfg: config.Config,
     recipe: Recipe,
     source: DataSource,
     engine: Engine,
     resume: bool,
-    layout: Callable[[Any, config.Model], Any] = lambda params, model: params,
+    *,
+    by_name: bool = False,
 ) -> dict[str, FrozenFile]:
     """Hand the engine the parameters with which trees begin, trained and frozen; returns what the latter were.
 
     Args:
-        layout: how the engine takes the parameters of a model.
+        by_name: the engine takes them by the names of torch_ref, not as live trees.
 
     Raises:
         UserError: a model is not there, computes another function, or has another tokenizer.
     """
-    from jaxlm.recipes.init_from import initial_params, read_params
+    from jaxlm.recipes import init_from
 
+    anew = not (resume and engine.checkpoints())  # a run with a checkpoint has its own parameters
+    files: dict[str, FrozenFile] = {}
+    layout = init_from.BY_NAME if by_name else init_from.LIVE
     begins = {name: tree.path for name, tree in recipe.models.trained.items()}
     begins[MODEL] = begins[MODEL] or cfg.train.init_from
-    if resume and engine.checkpoints():  # a run with a checkpoint has its own
-        begins = {}
+    if recipe.models.trained[MODEL].adapters:
+        base = init_from.initial_params(cfg, source.tokenizer, begins.pop(MODEL), cfg.model)
+        files[BASE] = FrozenFile(cfg.train.init_from, init_from.base_digest(base, cfg.model))
+        engine.freeze(BASE, layout.parameters(base, cfg.model))
+        if anew:
+            engine.adopt(layout.adapters(base, cfg), MODEL)
     for name, path in begins.items():
-        if path:
+        if path and anew:
             model = recipe.models.trained[name].model
-            engine.adopt(layout(initial_params(cfg, source.tokenizer, path, model), model), name)
-    files = {}
+            params = init_from.initial_params(cfg, source.tokenizer, path, model)
+            engine.adopt(layout.parameters(params, model), name)
     for name, tree in recipe.models.frozen.items():
         sha256 = f"seed {cfg.seed}"
         if tree.path:
-            params = read_params(tree.path, tree.model, tree.dtype)
+            params = init_from.read_params(tree.path, tree.model, tree.dtype)
             sha256 = digest_of(_named_leaves(params))
-            engine.freeze(name, layout(params, tree.model))
+            engine.freeze(name, layout.parameters(params, tree.model))
         files[name] = FrozenFile(tree.path, sha256)
     return files
 

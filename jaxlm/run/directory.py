@@ -17,12 +17,13 @@ from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 _SAME_ON_RESUME = (
-    *("recipe", "model", "tokenizer", "numerics.params"),
+    *("recipe", "model", "lora", "tokenizer", "numerics.params"),
     # The rows and their order.
     *("seed", "data.seq_len", "data.packing", "data.min_tokens", "data.fim", "data.curriculum", "data.unit"),
 )
 _FREE = (  # change neither parameters nor what they mean
     "model.dropout",
+    "lora.dropout",
     "model.remat",
     "model.attention_impl",
     "model.moe.exchange",
@@ -30,6 +31,10 @@ _FREE = (  # change neither parameters nor what they mean
 )
 _OWN = ("data.source", "data.validation_source", "data.cache_dir", "data.workers", "tokenizer.path")
 """What each host may have for itself, as long as the tokens are the same."""
+
+
+FROZEN = "frozen.json"
+"""Where the parameters of the frozen trees come from, and their sha256, by name."""
 
 
 def tokenizer_of_run(cfg: config.Config, *, resume: bool) -> Tokenizer | None:
@@ -84,10 +89,13 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_run(cfg: config.Config, tokenizer: Tokenizer) -> None:
+def write_run(cfg: config.Config, tokenizer: Tokenizer, files: Mapping[str, bytes] | None = None) -> None:
     """Make the run directory, once nothing speaks against the run.
 
     Files appear whole, and the config, which marks a run, comes last.
+
+    Args:
+        files: what else lies in it, by name.
 
     Raises:
         UserError: the directory cannot be written.
@@ -96,6 +104,8 @@ def write_run(cfg: config.Config, tokenizer: Tokenizer) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(run_dir / "tokenizer.json")
+        for name, content in (files or {}).items():
+            (run_dir / name).write_bytes(content)
         temporary = run_dir / ".config.toml"
         temporary.write_text(toml.to_toml(cfg), encoding="utf-8")
         temporary.replace(run_dir / "config.toml")

@@ -25,8 +25,9 @@ from jaxlm.processes.compile_cache import RUN_ONCE, enable_compilation_cache
 from jaxlm.processes.hang_watch import Watch
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.run.peak import peak_flops
+from jaxlm.train.adapters import adapter_params, base_collections
 from jaxlm.train.program import training_program
-from jaxlm.train.recipe import MODEL, Recipe
+from jaxlm.train.recipe import BASE, MODEL, Recipe
 from jaxlm.train.step import TrainState, make_eval
 
 RUN_AHEAD = 2  # steps that may wait on the device
@@ -50,6 +51,8 @@ class JaxEngine:
         self.program = program = training_program(cfg, self.layout, recipe)
         self.decoder, self._step = program.decoder, program.step
         self._frozen: dict[str, Any] = {}
+        self._adapters = recipe.models.trained[MODEL].adapters
+        self._whole = jax.jit(program.whole)
         self._init = jax.jit(
             program.init,
             out_shardings=program.shardings,
@@ -63,7 +66,8 @@ class JaxEngine:
         self._steps, self._profiling = 0, False
 
         multiplied = matmul_params(self.decoder)
-        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len)
+        adapted = adapter_params(self.decoder, self._adapters) if self._adapters else 0
+        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, adapted)
         self._peak_flops: float | None = None
 
     @property
@@ -123,18 +127,31 @@ class JaxEngine:
 
     @property
     def params(self) -> Params:
-        """The parameters of the model of the run, as they are now."""
-        return self.state.params[MODEL] if self.program.recipe.models.several else self.state.params
+        """The parameters of the model of the run, as they are now; adapters are added to their base."""
+        if self._adapters is None:
+            return self.program.whole(self.state.params, {})
+        return self._whole(self.state.params, self.frozen)
 
     def freeze(self, name: str, params: Params) -> None:
         """Give the frozen tree `name` its parameters, numpy arrays that every process has."""
-        dtype = self.program.modules[name].policy.params
-        places = self.program.frozen_shardings[name]
-        self._frozen[name] = jax.tree.map(lambda leaf, place: _lay(np.asarray(leaf, dtype), place), params, places)
+        if name == BASE and self._adapters:
+            params = base_collections(self.decoder, self._adapters, params)
+        self._frozen[name] = jax.tree.map(
+            lambda leaf, like, place: _lay(np.asarray(leaf, like.dtype), place),
+            params,
+            self.program.frozen_shapes[name],
+            self.program.frozen_shardings[name],
+        )
 
     @property
     def frozen(self) -> dict[str, Any]:
-        """The frozen trees by name; those that nobody gave are drawn from the seed of the run."""
+        """The frozen trees by name; those that nobody gave are drawn from the seed of the run.
+
+        Raises:
+            UserError: the base of adapters was not given.
+        """
+        if self._adapters and BASE not in self._frozen:
+            raise UserError("adapters need the parameters of their base", "freeze('base', params)")
         for number, (name, places) in enumerate(self.program.frozen_shardings.items(), 1000):
             if name not in self._frozen:
                 key = jax.random.fold_in(jax.random.key(self.config.seed), number)

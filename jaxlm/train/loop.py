@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -25,7 +26,7 @@ from jaxlm.report.plots import plot_loss, plot_measures, plot_time
 from jaxlm.report.run_page import write_report
 from jaxlm.run.alerts import Alerts
 from jaxlm.run.clock import Clock, stragglers
-from jaxlm.run.directory import write_run
+from jaxlm.run.directory import FROZEN, write_run
 from jaxlm.run.metrics import SECONDS, MetricsLog, read_metrics
 from jaxlm.run.progress import Display, tell
 from jaxlm.train.backend import Engine
@@ -112,7 +113,7 @@ class _Run:
             self._resume(max((row["step"] for row in logged), default=0))
         self.validated = {row["step"] for row in logged if "validation_loss" in row} & {self.progress.step}
         if self.first:
-            write_run(cfg, source.tokenizer)
+            write_run(cfg, source.tokenizer, {**getattr(source, "side_files", {}), **_frozen_file(self.frozen)})
         self.display = Display(cfg.train.steps, self.progress.step, quiet=not self.first)
         self.log = MetricsLog(self.dir, cfg.log, toml.to_dict(cfg), self.progress.step, writes=self.first)
         self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
@@ -350,6 +351,18 @@ class _Run:
             self.engine.save(record, self.score if evaluated else None)
         self.save_due = False
         self.saved, self.saved_at = dataclasses.replace(self.progress), time.monotonic()
+
+
+def _frozen_file(frozen: Mapping[str, FrozenFile]) -> dict[str, bytes]:
+    """The file that says what the frozen trees of a run are, if it has some."""
+    if not frozen:
+        return {}
+    content = {name: {**file._asdict(), "path": _absolute(file.path)} for name, file in frozen.items()}
+    return {FROZEN: json.dumps(content, indent=2).encode() + b"\n"}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def _due(every: int, step: int, last: bool) -> bool:

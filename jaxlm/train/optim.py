@@ -11,7 +11,7 @@ import optax
 from jaxlm import config
 from jaxlm.run.schedule import learning_rate
 
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "a", "b")
 
 
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:
@@ -27,5 +27,5 @@ def make_optimizer(train: config.Train) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for kernels and embeddings, which decay; False for norm scales and biases."""
+    """True for kernels, embeddings and the matrices of adapters, which decay; False for norm scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)

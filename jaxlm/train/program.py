@@ -15,10 +15,12 @@ import optax
 
 from jaxlm import config
 from jaxlm.mesh import Layout
-from jaxlm.models.decoder import Decoder, abstract_params, init_params
+from jaxlm.models.adapted import Adapted
+from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
+from jaxlm.train import adapters
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.recipe import MODEL, Recipe, Trained
+from jaxlm.train.recipe import BASE, MODEL, Models, Recipe, Trained
 from jaxlm.train.step import LossFn, Part, TrainState, init_states, make_steps, moving
 
 
@@ -32,6 +34,7 @@ class Program(NamedTuple):
     parts: tuple[Part, ...]
     shardings: TrainState
     """Where each leaf of the state lies."""
+    frozen_shapes: dict[str, Any]
     frozen_shardings: dict[str, Any]
     step: Any
     """`jax.jit` of `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
@@ -45,8 +48,21 @@ class Program(NamedTuple):
         """The state before the first update, from random parameters. The model takes `key` itself."""
         others = [name for name in self.recipe.models.trained if name != MODEL]
         keys = {MODEL: key} | {name: jax.random.fold_in(key, number) for number, name in enumerate(others, 1)}
-        trees = {name: init_params(self.modules[name], keys[name]) for name in self.recipe.models.trained}
+        trees = {name: self._drawn(name, keys[name]) for name in self.recipe.models.trained}
         return init_states(trees if self.recipe.models.several else trees[MODEL], self.parts)
+
+    def whole(self, params: Params, frozen: Params) -> Params:
+        """The parameters of the model of the run; adapters are added to their base."""
+        own = params[MODEL] if self.recipe.models.several else params
+        options = self.recipe.models.trained[MODEL].adapters
+        return adapters.whole_on_devices(self.decoder, options, own, frozen[BASE]) if options else own
+
+    def _drawn(self, name: str, key: jax.Array) -> Params:
+        """Random parameters; adapters, whose first values depend on their base, are zero until they are given."""
+        if (options := self.recipe.models.trained[name].adapters) is None:
+            return init_params(self.modules[name], key)
+        shapes, _ = adapters.abstract_trained(self.modules[name], options)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Program:
@@ -60,16 +76,21 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
     modules = {name: Decoder(tree.model, policy) for name, tree in models.trained.items()}
     modules |= {name: Decoder(tree.model, _stored(policy, tree.dtype)) for name, tree in models.frozen.items()}
-    loss_fn = recipe.objective.jax(modules, cfg)
+    loss_fn = _beside_base(recipe.objective.jax(modules, cfg), models)
     parts = tuple(_part(name, tree) for name, tree in models.trained.items())
-    shardings = _state_shardings(modules, parts, layout)
-    frozen = {name: layout.shardings(*_axes_and_shapes(modules[name])) for name in models.frozen}
+    trained = {name: _abstract(modules[name], tree) for name, tree in models.trained.items()}
+    shardings = _state_shardings(trained, parts, layout)
+    below = {name: abstract_params(modules[name]) for name in models.frozen}
+    if lora := models.trained[MODEL].adapters:
+        below[BASE] = adapters.abstract_base(modules[MODEL], lora)
+    frozen = {name: layout.shardings(axes, shapes) for name, (shapes, axes) in below.items()}
+    shapes = {name: tree for name, (tree, _) in below.items()}
     matmul = cfg.numerics.matmul
     whole = recipe.objective.jax_whole(modules, cfg) if recipe.objective.jax_whole else None
     options: Any = {"seed": cfg.seed, "layout": layout, "matmul": matmul, "whole": whole}
     step = make_steps(loss_fn, parts, cfg.train.microbatches, **options)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-    return Program(recipe, modules, loss_fn, parts, shardings, frozen, jitted)
+    return Program(recipe, modules, loss_fn, parts, shardings, shapes, frozen, jitted)
 
 
 def abstract_inputs(cfg: config.Config, layout: Layout, program: Program) -> tuple[TrainState, dict, dict[str, Any]]:
@@ -79,22 +100,35 @@ def abstract_inputs(cfg: config.Config, layout: Layout, program: Program) -> tup
         return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
     state = jax.eval_shape(program.init, jax.random.key(0))
-    frozen = {name: abstract_params(program.modules[name])[0] for name in program.frozen_shardings}
     batch = {}
     for name, column in program.recipe.columns.items():
         shape = column.shape(cfg.train.batch_size, cfg.data.seq_len)
         place = layout.sharding(column.axes, shape, f"the batch's {name}")
         batch[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(column.dtype), sharding=place)
-    return placed(state, program.shardings), placed(frozen, program.frozen_shardings), batch
+    return placed(state, program.shardings), placed(program.frozen_shapes, program.frozen_shardings), batch
 
 
 def state_shardings(decoder: Decoder, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Where each leaf of the state of one tree lies: moments lie with their parameters, or by the optimiser's rules."""
-    return _state_shardings({MODEL: decoder}, (Part(MODEL, config.Train(), optimizer),), layout)
+    return _state_shardings({MODEL: abstract_params(decoder)}, (Part(MODEL, config.Train(), optimizer),), layout)
 
 
 def _part(name: str, tree: Trained) -> Part:
-    return Part(name, tree.train, make_optimizer(tree.train), tree.model, tree.moves)
+    model = None if tree.adapters else tree.model  # a frozen router is not moved
+    return Part(name, tree.train, make_optimizer(tree.train), model, tree.moves)
+
+
+def _beside_base(loss_fn: LossFn, models: Models) -> LossFn:
+    """An objective of the model of the run, which is its adapters beside their base."""
+    if models.trained[MODEL].adapters is None:
+        return loss_fn
+
+    def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        if not models.several:
+            return loss_fn(Adapted(trained, frozen[BASE]), frozen, batch, key)
+        return loss_fn({**trained, MODEL: Adapted(trained[MODEL], frozen[BASE])}, frozen, batch, key)
+
+    return compute
 
 
 def _stored(policy: Policy, dtype: str) -> Policy:
@@ -103,15 +137,15 @@ def _stored(policy: Policy, dtype: str) -> Policy:
     return policy if wide else dataclasses.replace(policy, params=jnp.dtype(dtype))
 
 
-def _axes_and_shapes(module: Decoder) -> tuple[Any, Any]:
-    shapes, axes = abstract_params(module)
-    return axes, shapes
+def _abstract(module: Decoder, tree: Trained) -> adapters.Shapes:
+    """Shapes and logical axes of what is trained."""
+    return adapters.abstract_trained(module, tree.adapters) if tree.adapters else abstract_params(module)
 
 
-def _state_shardings(modules: Mapping[str, Decoder], parts: tuple[Part, ...], layout: Layout) -> TrainState:
+def _state_shardings(trained: Mapping[str, adapters.Shapes], parts: tuple[Part, ...], layout: Layout) -> TrainState:
     params, opt_states = {}, {}
     for part in parts:
-        axes, shapes = _axes_and_shapes(modules[part.name])
+        shapes, axes = trained[part.name]
         params[part.name] = layout.shardings(axes, shapes)
         of_optimizer = layout.optimizer.shardings(axes, shapes, "optimizer.")
         opt_states[part.name] = optax.tree.map_params(

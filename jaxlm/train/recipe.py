@@ -23,6 +23,8 @@ from jaxlm.text.tokenizer import Tokenizer
 
 MODEL = "model"
 """The trained tree that is the model of the run: what `jaxlm.load` opens, and what goes to other layouts."""
+BASE = "base"
+"""The frozen tree under the adapters of the model of the run."""
 Batch = Mapping[str, np.ndarray]
 
 
@@ -63,6 +65,13 @@ class Trained(NamedTuple):
 
     Empty: `MODEL` begins with `train.init_from`, the others are drawn from the seed.
     """
+    adapters: config.LoRA | None = None
+    """Of `MODEL`: these are trained instead, and its parameters, those of `train.init_from`, are the frozen `BASE`."""
+
+
+def model_of_run(cfg: config.Config) -> Trained:
+    """The model of `cfg`: all of its parameters move, or the adapters of `[lora]`."""
+    return Trained(cfg.model, cfg.train, adapters=cfg.lora if cfg.lora.rank else None)
 
 
 def parameter_name(path: str) -> str:

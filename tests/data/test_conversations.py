@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data.turns.formats import conversations
-from jaxlm.data.turns.rows import ConversationRows, Examples, best_fit, collect, split
+from jaxlm.data.turns.rows import ConversationRows, Examples, collect, split
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat, Example, encode
 from jaxlm.text.tokenizer import Tokenizer
@@ -164,10 +164,6 @@ def test_each_epoch_has_as_many_rows() -> None:
 def test_one_example_a_row() -> None:
     rows = rows_of(collect(made([3, 5, 9]), 16, "drop"), pack=False)
     assert rows.rows_per_epoch == 3 and (rows[np.arange(3)].segments.max(axis=1) == 1).all()
-
-
-def test_best_fit_takes_the_fullest_row() -> None:
-    assert best_fit(np.array([6, 5, 4, 5]), 10).tolist() == [0, 1, 0, 1]
 
 
 def test_what_is_too_long_is_dropped_or_loses_its_end() -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.data.turns.source import ConversationSource
 from jaxlm.errors import UserError
+from jaxlm.infer.text import end_ids
 from jaxlm.recipes import start
 from jaxlm.run.metrics import read_metrics
+from jaxlm.text.chat import Chat
+from jaxlm.train import engine  # two threads that import at once break Python's ast
+
+IMPORTED = engine
 
 QUESTIONS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
 
@@ -74,3 +81,34 @@ def test_it_learns(tmp_path: Path, backend: config.Backend) -> None:
 def test_a_stage_of_conversations_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trains no tokenizer"):
         ConversationSource.open(sft(tmp_path, tokenizer={"kind": "bpe"}), None)  # pyright: ignore[reportArgumentType]
+
+
+def test_conversations_can_be_looked_at(tmp_path: Path) -> None:
+    cfg = sft(tmp_path)
+    report = start.inspect_data(cfg, step=2, rows=2)
+    assert [row.number for row in report.rows] == [8, 9]
+    console = Console(width=100, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(report)
+    shown, plain = capture.get(), re.sub(r"\x1b\[[0-9;]*m", "", capture.get())
+    assert "conversations," in plain and "held out; 0 too long, 0 cut" in plain and "% padding" in plain
+    assert "trained is green" in plain and "\x1b[30;42m" in shown
+    first = report.rows[0].as_dict()
+    green = [t for t, w in zip(first["targets"], first["weights"], strict=True) if w]
+    assert set(report.tokenizer.decode(green)) <= set("".join(QUESTIONS) + "!<|end|>")
+    with pytest.raises(UserError, match="the run has the steps 1 to 12"):
+        start.inspect_data(cfg, step=13)
+
+
+def test_only_data_that_is_there_can_be_looked_at(tmp_path: Path) -> None:
+    cfg = sft(tmp_path, recipe="answers", rl={"task": "reverse(length=1)"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="shows corpora and conversations"):
+        start.inspect_data(cfg)
+
+
+def test_a_run_keeps_what_decides_about_its_chats(tmp_path: Path) -> None:
+    start.run(sft(tmp_path, train={"steps": 1, "batch_size": 8}))  # pyright: ignore[reportArgumentType]
+    source = ConversationSource.open(sft(tmp_path), None)
+    chat = Chat.of(source.tokenizer, beside=tmp_path / "run")
+    assert chat.template.source == source.chat.template.source and chat.ends == source.chat.ends
+    assert source.tokenizer.specials["end_of_turn"] in end_ids(tmp_path / "run")

@@ -42,7 +42,7 @@ def attach(decoder: Decoder, lora: config.LoRA) -> dict[str, nn.Parameter]:
             if lora.dora:
                 norm = part.weight.detach().double().square().sum(-1).sqrt()
                 part.adapter.magnitude = nn.Parameter(norm.to(part.weight.dtype))
-    return {name: value for name, value in decoder.named_parameters() if ".adapter." in name}
+    return {name: value for name, value in decoder.named_parameters() if moves(name)}
 
 
 def quantize(decoder: Decoder, *, double: bool) -> None:
@@ -54,9 +54,22 @@ def quantize(decoder: Decoder, *, double: bool) -> None:
             part.register_parameter("weight", None)
 
 
+def moves(name: str) -> bool:
+    """Whether a parameter, by its name, is one of an adapter."""
+    return ".adapter." in name
+
+
+def load_base(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the parameters under the adapters, by the names of a decoder without them."""
+    own = {name: value for name, value in decoder.named_parameters() if not moves(name)}
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
 def load(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Copy adapters, by the names of `attach`."""
-    own = {name: value for name, value in decoder.named_parameters() if ".adapter." in name}
+    own = {name: value for name, value in decoder.named_parameters() if moves(name)}
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[name])

@@ -132,9 +132,14 @@ def _prefix(part: Part) -> str:
 
 
 def _parameters(parts: Sequence[Part]) -> dict[str, nn.Parameter]:
-    """Every parameter by name; of modules besides the model, `NAME/` stands before it."""
-    named = ((_prefix(part), part.module.named_parameters()) for part in parts if part.module is not None)
-    return {prefix + name: parameter for prefix, parameters in named for name, parameter in parameters}
+    """What is saved by name: all parameters, or the adapters; of modules besides the model, `NAME/` stands before."""
+    return {
+        _prefix(part) + name: parameter
+        for part in parts
+        if part.module is not None
+        for name, parameter in part.module.named_parameters()
+        if parameter.requires_grad or not part.adapters
+    }
 
 
 def _moments(parts: Sequence[Part]) -> dict[str, Tensor]:

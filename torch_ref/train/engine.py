@@ -22,7 +22,8 @@ from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.run.peak import peak_flops
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
-from jaxlm.train.recipe import MODEL, Recipe, Trained, parameter_name
+from jaxlm.train.recipe import BASE, MODEL, Recipe, Trained, parameter_name
+from torch_ref.models import attach_lora
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.numerics import Policy
 from torch_ref.train.checkpoint import Checkpointer
@@ -54,7 +55,7 @@ class TorchEngine:
         }
         for name in models.frozen:
             self.modules[name].requires_grad_(False).eval()
-        self.decoder = self.modules[MODEL]
+        self.decoder, self._adapters = self.modules[MODEL], models.trained[MODEL].adapters
         self.parts = [_part(name, tree, self.modules[name]) for name, tree in models.trained.items()]
 
         objective = recipe.objective.torch(self.modules, cfg)
@@ -66,7 +67,9 @@ class TorchEngine:
         self._step = make_steps(objective, self.parts, cfg.train.microbatches, seed=cfg.seed, whole=whole)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
-        self.flops_per_token: float = flops_per_token(cfg.model, matmul_params(self.decoder), cfg.data.seq_len)
+        adapted = sum(x.numel() for n, x in self.decoder.named_parameters() if n.endswith((".adapter.a", ".adapter.b")))
+        multiplied = matmul_params(self.decoder)
+        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, adapted)
         self._peak_flops: float | None = None
         self._profiler: Any = None
 
@@ -86,11 +89,20 @@ class TorchEngine:
         return run
 
     def adopt(self, tensors: Mapping[str, np.ndarray], name: str = MODEL) -> None:
-        """Let a trained module begin with these parameters, by the names of its `state_dict`."""
-        self.modules[name].load_state_dict({key: torch.tensor(array) for key, array in tensors.items()}, strict=True)
+        """Let a trained module begin with these parameters, or adapters, by the names of its `state_dict`."""
+        values = {key: torch.tensor(np.array(array)) for key, array in tensors.items()}
+        if name == MODEL and self._adapters:
+            attach_lora.load(self.decoder, values)
+        else:
+            self.modules[name].load_state_dict(values, strict=True)
 
     def freeze(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """Give a frozen module its parameters, by the names of its `state_dict`."""
+        """Give a frozen module its parameters, by the names of its `state_dict`; `BASE` is the model under adapters."""
+        if name == BASE and self._adapters:
+            attach_lora.load_base(self.decoder, {key: torch.tensor(np.array(x)) for key, x in tensors.items()})
+            if self._adapters.quantize == "nf4":
+                attach_lora.quantize(self.decoder, double=self._adapters.double_quantize)
+            return
         self.modules[name].load_state_dict({key: torch.tensor(array) for key, array in tensors.items()}, strict=True)
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
@@ -160,6 +172,9 @@ class TorchEngine:
 
 
 def _part(name: str, tree: Trained, module: Decoder) -> Part:
+    if tree.adapters:
+        attach_lora.attach(module, tree.adapters)
+        return Part(name, tree.train, make_optimizer(module, tree.train, attach_lora.moves), module, adapters=True)
     for path, parameter in module.named_parameters():
         parameter.requires_grad_(tree.moves is None or tree.moves(parameter_name(path)))
     return Part(name, tree.train, make_optimizer(module, tree.train, tree.moves), module)

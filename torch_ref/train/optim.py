@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from jaxlm import config
 from jaxlm.run.schedule import learning_rate
 from jaxlm.train.recipe import parameter_name
+from torch_ref.models.adapter import Adapter
 from torch_ref.models.layers import Embed, Head, Linear
 from torch_ref.models.mamba import CausalConv, StepSize
 from torch_ref.models.moe import ExpertLinear, Router
 
-DECAYED = (Linear, Embed, Head, ExpertLinear, Router, CausalConv, StepSize)
+DECAYED = (Linear, Embed, Head, ExpertLinear, Router, CausalConv, StepSize, Adapter)
 
 
 def make_optimizer(
@@ -48,7 +49,8 @@ def adamw(parameters: Iterable[tuple[nn.Parameter | Tensor, bool]], train: confi
 def decay_mask(decoder: nn.Module) -> dict[str, bool]:
     """For each parameter by name: True for matrices and embeddings, which decay; False for norm scales and biases."""
     return {
-        name: isinstance(decoder.get_submodule(name.rpartition(".")[0]), DECAYED) and name.endswith(".weight")
+        name: isinstance(decoder.get_submodule(name.rpartition(".")[0]), DECAYED)
+        and name.endswith((".weight", ".a", ".b"))
         for name, _ in decoder.named_parameters()
     }
 

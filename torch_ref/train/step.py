@@ -46,6 +46,8 @@ class Part(NamedTuple):
     optimizer: torch.optim.Optimizer
     module: Decoder | None = None
     """If it has experts, their selection biases are moved after the update by the load of the whole batch."""
+    adapters: bool = False
+    """Only the adapters of the module move and are saved; its routers are frozen too."""
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -53,8 +55,8 @@ class Part(NamedTuple):
 
     @property
     def balanced(self) -> Decoder | None:
-        """The module, if it has experts."""
-        return self.module if self.module is not None and self.module.config.moes else None
+        """The module, if it has experts that are trained."""
+        return self.module if self.module is not None and self.module.config.moes and not self.adapters else None
 
 
 def make_step(

@@ -124,7 +124,7 @@ def _shown(row: ShownRow, corpus: Corpus) -> Any:
     return out
 
 
-def inspect_corpus(config: Config, *, step: int = 1, rows: int = 1) -> Report:
+def inspect_corpus(config: Config, *, step: int = 1, rows: int = 1, corpus: Corpus | None = None) -> Report:
     """Prepare the corpora of a config, and describe them, their mixture, and the first rows of one step.
 
     Raises:
@@ -132,7 +132,7 @@ def inspect_corpus(config: Config, *, step: int = 1, rows: int = 1) -> Report:
     """
     if not 1 <= step <= config.train.steps:
         raise UserError(f"--step {step}: the run has the steps 1 to {config.train.steps}")
-    corpus = prepare(config)
+    corpus = corpus or prepare(config)
     batches = make_train_iterator(config.data, corpus, batch_size=config.train.batch_size, seed=config.seed)
     if step > batches.count:
         raise UserError(f"--step {step}: every corpus is through after {int(batches.count)} steps (max_epochs)")

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from jaxlm.data.best_fit import best_fit
 from jaxlm.data.packing import Rows
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Example
@@ -187,32 +188,8 @@ class ConversationRows:
         if not self._pack or not len(order_M):
             return [order_M[m : m + 1] for m in range(len(order_M))]
         order_M = order_M[np.argsort(-self._sizes[order_M], kind="stable")]
-        row_M = best_fit(self._sizes[order_M], self._seq_len)
-        count = int(row_M.max()) + 1
+        row_M, count = best_fit(self._sizes[order_M], self._seq_len)
         by_row = np.argsort(row_M, kind="stable")
         bounds = np.searchsorted(row_M[by_row], np.arange(count + 1))
         rows = [order_M[by_row[bounds[r] : bounds[r + 1]]] for r in range(count)]
         return [random.permutation(rows[r]) for r in random.permutation(count)]
-
-
-def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each example [M], put in this order into the fullest row with room for it, or into a new one.
-
-    Which amounts of free space occur are the bits of one integer, so that an example costs one shift.
-    """
-    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    occurring = rows = 0
-    row_M: list[int] = []
-    for size in sizes.tolist():
-        if fitting := occurring >> size:
-            space = size + (fitting & -fitting).bit_length() - 1
-            row = by_space[space].pop()
-            if not by_space[space]:
-                occurring ^= 1 << space
-        else:
-            space, row, rows = capacity, rows, rows + 1
-        if left := space - size:
-            by_space[left].append(row)
-            occurring |= 1 << left
-        row_M.append(row)
-    return np.asarray(row_M, np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.turns.formats import conversations
+from jaxlm.data.turns.inspect import ConversationReport, shown_rows
 from jaxlm.data.turns.rows import ConversationRows, Examples, collect, split
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat, Example, encode
@@ -48,6 +50,19 @@ class ConversationSource:
             return cls(cfg, tokenizer, chat, train, _examples(cfg, cfg.data.validation_source, chat))
         return cls(cfg, tokenizer, chat, *split(train, cfg.data.validation_fraction))
 
+    @property
+    def side_files(self) -> dict[str, bytes]:
+        """What lies in the run beside the tokenizer: the template that was trained with, and the ids that end a text.
+
+        Other files of the base decide about ids too, so they go along as they are.
+        """
+        folder = Path(self.cfg.tokenizer.path).parent if self.cfg.tokenizer.path else None
+        names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        files = {name: (folder / name).read_bytes() for name in names if folder and (folder / name).is_file()}
+        ends = json.dumps({"eos_token_id": sorted(self.chat.ends)}, indent=2) + "\n"
+        files |= {"generation_config.json": ends.encode()} if self.chat.ends else {}
+        return {**files, "chat_template.jinja": self.chat.template.source.encode()}
+
     def identity(self) -> dict[str, str]:
         """Fingerprints of the tokenizer and of all examples with their weights."""
         examples = f"{self.train.fingerprint} {self.validation.fingerprint} {self.cfg.sft.pack}"
@@ -75,6 +90,31 @@ class ConversationSource:
 
     def begin_phase(self, number: int, engine: Any) -> None:
         """Nothing comes before an update."""
+
+    def inspect(self, *, step: int = 1, rows: int = 1) -> ConversationReport:
+        """What is trained, and the first rows of one step.
+
+        Raises:
+            UserError: the step lies beyond the run.
+        """
+        cfg = self.cfg
+        if not 1 <= step <= cfg.train.steps:
+            raise UserError(f"--step {step}: the run has the steps 1 to {cfg.train.steps}")
+        packed = self._rows(self.train, cfg.seed)
+        first = (step - 1) * cfg.train.batch_size
+        numbers = np.arange(first, first + min(rows, cfg.train.batch_size))
+        return ConversationReport(
+            source=cfg.data.source if isinstance(cfg.data.source, str) else ", ".join(cfg.data.source),
+            template=self.chat.template.where,
+            counts=self.train.counts,
+            held_out=len(self.validation),
+            trained=self.train.trained / len(self.train.ids),
+            seq_len=cfg.data.seq_len,
+            rows_per_epoch=packed.rows_per_epoch,
+            padding=packed.padding,
+            tokenizer=self.tokenizer,
+            rows=shown_rows(packed[numbers], numbers) if len(numbers) else (),
+        )
 
     def _rows(self, examples: Examples, seed: int) -> ConversationRows:
         options: Any = {"seed": seed, "pad": self.tokenizer.pad, "pack": self.cfg.sft.pack}

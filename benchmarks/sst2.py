@@ -1,0 +1,124 @@
+"""Sentiment of the 1,821 test sentences of SST-2: a fine-tuned run, its base as it is, and a bag of words.
+
+    python -m benchmarks.sst2 runs/sst2 --base runs/smollm2 --out runs/sst2/eval/sst2.json
+
+A sentence is positive when " positive" is the likelier next token after the prompt of the run's own template. The base
+is asked in two ways: with its own template, and with the plain text. Intervals are those of Wilson (1927), 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxlm
+from jaxlm.text.chat import Chat
+
+LABELS = (" negative", " positive")
+BATCH = 32
+
+
+def sentences(path: Path) -> tuple[list[str], np.ndarray]:
+    """The sentences of a file of SST-2 and their labels."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [row["sentence"].strip() for row in rows], np.array([int(row["label"]) for row in rows])
+
+
+def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share, by Wilson (1927)."""
+    share, square = right / total, z * z / total
+    middle, half = share + square / 2, z * math.sqrt(share * (1 - share) / total + square / (4 * total))
+    return (middle - half) / (1 + square), (middle + half) / (1 + square)
+
+
+def chat_prompts(run: Path) -> Callable[[str], list[int]]:
+    """Ids of a review up to the assistant's answer, by the template that lies in a run."""
+    from jaxlm.text.tokenizer import Tokenizer
+
+    chat = Chat.of(Tokenizer.from_file(run / "tokenizer.json"), beside=run)
+    return lambda text: chat.prompt([{"role": "user", "content": f"Review: {text}\nSentiment:"}])
+
+
+def predictions(model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """1 where " positive" is the likelier next token. Texts of like length share a batch; padding comes behind them."""
+    labels = [model.encode(word)[-1] for word in LABELS]
+    kernel_DV = model.decoder.apply({"params": model.params}, method="unembedding")[0]
+    kernel_D2 = np.asarray(kernel_DV[:, np.array(labels)], np.float32)
+    order = np.argsort([len(ids) for ids in prompts], kind="stable")
+    order = np.concatenate([order, np.repeat(order[-1:], -len(order) % BATCH)])
+    found = np.zeros(len(prompts), np.int64)
+    for rows in order.reshape(-1, BATCH):
+        ends = np.array([len(prompts[row]) - 1 for row in rows])
+        tokens_BT = np.zeros((BATCH, -(-(ends.max() + 1) // 16) * 16), np.int32)
+        for tokens_T, row in zip(tokens_BT, rows, strict=True):
+            tokens_T[: len(prompts[row])] = prompts[row]
+        hidden_BD = np.asarray(model.hidden(tokens_BT))[np.arange(BATCH), ends]
+        logits_B2 = hidden_BD.astype(np.float32) @ kernel_D2
+        found[rows] = logits_B2[:, 1] > logits_B2[:, 0]
+    return found
+
+
+def bag_of_words(folder: Path, test: Sequence[str]) -> np.ndarray:
+    """Logistic regression on the words of all training phrases."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    texts, labels = sentences(folder / "train.tsv")
+    words = CountVectorizer(token_pattern=r"\S+", binary=True)
+    model = LogisticRegression(max_iter=300).fit(words.fit_transform(texts), labels)
+    return model.predict(words.transform(test))
+
+
+def main() -> None:
+    """Print a line for each classifier."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--base", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
+    parser.add_argument("--only", default="words,tuned,base,template", help="which of these")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    test, labels = sentences(options.data / "test.tsv")
+    results = {}
+
+    def report(name: str, found: np.ndarray, began: float) -> None:
+        right = int((found == labels).sum())
+        low, high = wilson(right, len(labels))
+        results[name] = {"right": right, "of": len(labels), "accuracy": right / len(labels), "interval": [low, high]}
+        seconds = time.perf_counter() - began
+        print(f"{name:28} {right / len(labels):6.2%}  [{low:.2%}, {high:.2%}]  {seconds:.0f} s", flush=True)
+
+    if "words" in options.only:
+        began = time.perf_counter()
+        report("bag of words", bag_of_words(options.data, test), began)
+    if "tuned" in options.only:
+        began = time.perf_counter()
+        prompt = chat_prompts(options.run)
+        report("fine-tuned", predictions(jaxlm.load(options.run), [prompt(text) for text in test]), began)
+    asked = options.only.split(",")
+    if {"base", "template"} & set(asked):
+        base = jaxlm.load(options.base)
+    if "base" in asked:
+        began = time.perf_counter()
+        plain = [base.encode(f"Review: {text}\nSentiment:") for text in test]
+        report("zero-shot, plain text", predictions(base, plain), began)
+    if "template" in asked:
+        began = time.perf_counter()
+        prompt = chat_prompts(options.base)
+        report("zero-shot, its template", predictions(base, [prompt(text) for text in test]), began)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A run with adapters from its files: its base, which must be the one that it was trained on, and the whole model.
+
+runs/NAME/frozen.json   {"base": {"path": "runs/smollm2", "sha256": "..."}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxlm import config
+from jaxlm.convert import adapters as layouts
+from jaxlm.convert.canonical import canonical
+from jaxlm.convert.families import FAMILIES
+from jaxlm.convert.family import Family
+from jaxlm.convert.files import storage
+from jaxlm.errors import UserError
+from jaxlm.models import lora
+from jaxlm.models.decoder import Decoder, Params
+from jaxlm.numerics import Policy
+from jaxlm.run.directory import FROZEN
+from jaxlm.train import adapters
+from jaxlm.train.recipe import BASE, digest_of
+
+
+def base_digest(params: Params, model: config.Model) -> str:
+    """sha256 (hex) of all parameters by canonical name, whatever the shape of the live tree."""
+    return digest_of(canonical(params, model))
+
+
+def cast(tree: Params, dtype: np.dtype) -> Params:
+    """The live tree in a dtype, as numpy arrays."""
+    return {
+        name: cast(leaf, dtype) if isinstance(leaf, dict) else np.asarray(leaf, dtype) for name, leaf in tree.items()
+    }
+
+
+def base_path(run_dir: Path, settings: config.Config) -> str:
+    """Where the base of a run lies: where the run found it, else where its config says."""
+    stored = _recorded(run_dir).get("path", "")
+    return stored if stored and Path(stored).exists() else settings.train.init_from
+
+
+def whole_model(run_dir: Path, settings: config.Config, base: Params, trained: Params) -> Params:
+    """All parameters of a run with adapters, in numpy arrays.
+
+    Args:
+        base: the live tree of the base.
+        trained: the live tree of the adapters.
+
+    Raises:
+        UserError: the base is another one than the adapters were trained on.
+    """
+    before, now = _recorded(run_dir).get("sha256", ""), base_digest(base, settings.model)
+    if before != now:
+        raise UserError(
+            f"{run_dir}: its base is another model than the adapters were trained on",
+            f"they were trained on sha256 {before[:12]}..., {base_path(run_dir, settings)} has {now[:12]}...",
+        )
+    decoder = _decoder(settings)
+    frozen = adapters.base_collections(decoder, settings.lora, base)
+    return adapters.whole(decoder, settings.lora, trained, frozen)
+
+
+def adapter_shapes(settings: config.Config) -> Params:
+    """Shapes and dtypes of what a run with adapters trains."""
+    return adapters.abstract_trained(_decoder(settings), settings.lora)[0]
+
+
+def from_torch(tensors: Mapping[str, Any], settings: config.Config) -> Params:
+    """The live tree of adapters that the torch engine saved."""
+    return layouts.from_torch(tensors, adapters.targets(_decoder(settings), settings.lora))
+
+
+def merged_peft(folder: Path, base: Params, settings: config.Config) -> Params:
+    """A base with the adapters of a folder of PEFT added.
+
+    Raises:
+        UserError: see `adapters.read_peft`.
+    """
+    every = lora.sites(_decoder(settings))
+    tree, options = layouts.read_peft(folder, settings.model, every)
+    chosen = lora.chosen(every, options)
+    return lora.merged(base, tree, lora.scales(chosen, options, np.float64), chosen)
+
+
+def write_peft(
+    settings: config.Config, tree: Params, dst: Path, base: str, *, overwrite: bool = False
+) -> storage.Written:
+    """Write the adapters of a run as PEFT reads them; `base` is the folder or hub name of the base for transformers.
+
+    Raises:
+        UserError: no public layout holds the base, or PEFT has no place for an adapter.
+    """
+    family = next((one for one in FAMILIES.values() if _holds(one, settings.model)), None)
+    if family is None:
+        raise UserError("--to peft: no public layout can hold the base", "--to torch takes every model, merged")
+    sites = adapters.targets(_decoder(settings), settings.lora)
+    tensors, stated = layouts.to_peft(tree, sites, settings.lora, settings.model, family)
+    stated["base_model_name_or_path"] = base
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with storage.staged(dst, overwrite) as stage:
+        save_file(contiguous, stage / layouts.WEIGHTS, {"format": "pt"})
+        (stage / layouts.CONFIG).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+    return storage.Written(len(contiguous), sum(array.nbytes for array in contiguous.values()))
+
+
+def _recorded(run_dir: Path) -> Mapping[str, str]:
+    file = run_dir / FROZEN
+    if not file.is_file():
+        raise UserError(f"{file}: missing: it says which base the adapters were trained on", "copy the whole run")
+    return storage.read_json(file).get(BASE, {})
+
+
+def _decoder(settings: config.Config) -> Decoder:
+    return Decoder(settings.model, Policy.from_config(settings.numerics))
+
+
+def _holds(family: Family, model: config.Model) -> bool:
+    try:
+        family.config_to_hf(model, dtype="float32")
+    except UserError:
+        return False
+    return True

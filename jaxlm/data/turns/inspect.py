@@ -1,0 +1,96 @@
+"""Conversations to look at: `jaxlm data inspect` of a stage that trains on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.packing import Rows
+from jaxlm.data.turns.rows import Counts
+from jaxlm.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownTurns:
+    """One row of conversations: its arrays, which `weights` says what of is trained."""
+
+    number: int
+    """Of the row in the run."""
+    arrays: dict[str, list[Any]]
+
+    @property
+    def padding(self) -> int:
+        """Places without a token."""
+        return self.arrays["segments"].count(0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"row": self.number, **self.arrays}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationReport:
+    """What a stage of conversations is trained on."""
+
+    source: str
+    template: str
+    counts: Counts
+    held_out: int
+    trained: float
+    """Share of the tokens that count."""
+    seq_len: int
+    rows_per_epoch: int
+    padding: float
+    """Share of the places of an epoch without a token."""
+    tokenizer: Tokenizer
+    rows: tuple[ShownTurns, ...]
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        counts = self.counts
+        shown: list[Any] = [
+            Text(f"conversations {self.source}", style="bold"),
+            f"{counts.kept + self.held_out:,} conversations, {self.held_out:,} of them held out; "
+            f"{counts.too_long:,} too long, {counts.cut:,} cut, {counts.untrained:,} without a trained token",
+            f"template: {self.template}",
+            f"{self.trained:.1%} of the tokens are trained",
+            f"{self.rows_per_epoch:,} rows of {self.seq_len} tokens an epoch, {self.padding:.1%} padding",
+        ]
+        for row in self.rows:
+            title = f"row {row.number}: {max(row.arrays['segments'])} conversations, {row.padding} places of padding"
+            shown += [Text(f"{title}; [id x weight], trained is green", style="bold"), self._coloured(row)]
+        return Group(*shown)
+
+    def _coloured(self, row: ShownTurns) -> Any:
+        """The tokens of a row as they are targets, with their ids; the first of a conversation never is one."""
+        from rich.text import Text
+
+        shown, before = Text(), 0
+        keys = ("tokens", "targets", "segments", "weights")
+        for token, target, segment, weight in zip(*(row.arrays[key] for key in keys), strict=True):
+            if not segment:
+                break
+            if segment != before:
+                shown.append("\n" if before else "").append(*self._piece(token, 0.0))
+                before = segment
+            shown.append(*self._piece(target, weight))
+            label = f"{target}" if weight in (0, 1) else f"{target} x {weight:g}"
+            shown.append(f"[{label}] ", style="bright_black")
+        return shown
+
+    def _piece(self, token: int, weight: float) -> tuple[str, str]:
+        text = self.tokenizer.token_bytes(token).decode(errors="replace").replace("\n", "\\n")
+        return text, "black on green" if weight else "dim"
+
+
+def shown_rows(rows: Rows, numbers: np.ndarray) -> tuple[ShownTurns, ...]:
+    """Rows with their numbers, to show."""
+    names = ("tokens", "targets", "positions", "segments", "weights")
+    return tuple(
+        ShownTurns(int(number), {name: getattr(rows, name)[i].tolist() for name in names})
+        for i, number in enumerate(numbers)
+    )
