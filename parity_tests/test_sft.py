@@ -157,7 +157,7 @@ def files_of_a_run(folder: Path) -> None:
     assert pairs.error(np.asarray(jaxlm.load(folder / "peft")(tokens)), np.asarray(model(tokens))) < 1e-12
     findings = list(compare_stage(open_model(run).config, open_model(run).read().params))
     assert any("q_proj.adapter.b" in finding.name for finding in findings)
-    assert all(finding.error <= finding.allowed for finding in findings)
+    assert all(finding.error <= finding.bound for finding in findings)
 
     (run / "frozen.json").write_text(json.dumps({"base": {**stated["base"], "sha256": "0" * 64}}))
     with pytest.raises(UserError, match="its base is another model than the adapters were trained on"):
