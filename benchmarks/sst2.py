@@ -85,9 +85,13 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
     parser.add_argument("--only", default="words,tuned,base,template", help="which of these")
+    parser.add_argument("--sentences", type=int, default=0, help="only so many, drawn by chance; 0: all")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     test, labels = sentences(options.data / "test.tsv")
+    if options.sentences:
+        chosen = np.sort(np.random.default_rng(0).permutation(len(test))[: options.sentences])
+        test, labels = [test[i] for i in chosen], labels[chosen]
     results = {}
 
     def report(name: str, found: np.ndarray, began: float) -> None:
