@@ -95,9 +95,9 @@ class Truth(JaxSide):
         self.settings, self.tensors, self.inputs = cfg, dict(to_torch(params, cfg.model)), make_inputs(cfg.model)
         self.traces: dict[str, Trace] = {}
 
-    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
+    def trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
         if dtype not in self.traces:
-            self.traces[dtype] = super().trace(dtype, inputs, told)
+            self.traces[dtype] = super().trace(dtype, inputs, progress)
         return self.traces[dtype]
 
 

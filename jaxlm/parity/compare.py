@@ -90,13 +90,15 @@ def compare_config(ours: config.Model, theirs: config.Model, names: Sequence[str
     found: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         if mine.get(key) != other.get(key):
-            told = ", ".join(f"{said.get(key)!r} in {name}" for said, name in zip((mine, other), names, strict=True))
+            values = ", ".join(
+                f"{options.get(key)!r} in {name}" for options, name in zip((mine, other), names, strict=True)
+            )
             parts = key.split(".", 2)
             layer, option = (parts[1], parts[2]) if parts[0] == "layers" else ("", key)
-            found.setdefault((option, told), []).append(layer)
-    for (option, told), layers in found.items():
+            found.setdefault((option, values), []).append(layer)
+    for (option, values), layers in found.items():
         some = "" if len(layers) == ours.n_layers or not layers[0] else f" of layers {', '.join(layers)}"
-        yield Finding(STORED, "config", option + some, math.inf, 0.0, note=told)
+        yield Finding(STORED, "config", option + some, math.inf, 0.0, note=values)
     if not found:
         yield Finding(STORED, "config", "all options", 0.0, 0.0, note=f"{len(keys)} options")
 

@@ -56,8 +56,8 @@ class Side(Protocol):
     """Whether it has every module of torch_ref, rounds where jaxlm rounds and makes zeros of padding. Of another
     side only the modules are compared that it has, at real tokens, and it may round as it likes."""
 
-    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
-        """Compute what `inputs.levels` wants in `dtype`; `told` is called with the name of each part as it begins."""
+    def trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
+        """Compute what `inputs.levels` wants in `dtype`; `progress` is called with the name of each part as it begins."""
         ...
 
     def weights(self) -> Arrays:

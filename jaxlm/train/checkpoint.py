@@ -3,7 +3,8 @@
     runs/NAME/checkpoints/STEP/  params  optimizer  run (JSON)  trained (trees besides the model, if there are any)
 
 `run` holds what is not an array: data-iterator state, tokenizer hash, format version, shape and checksum of every leaf;
-so another architecture is refused by name, and damage is noticed when it is read, whatever the mesh.
+so another architecture is refused by name, and damage is noticed when it is read, whatever the mesh. Frozen trees are
+not saved: `run` has the path and sha256 of each, and a run resumes with the same ones alone (`loop.FrozenFile`).
 """
 
 from __future__ import annotations

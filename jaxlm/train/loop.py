@@ -36,7 +36,7 @@ _NEXT = "next_index"  # in the state of grain's iterator: the number of the next
 
 
 class FrozenFile(NamedTuple):
-    """Where the parameters of a frozen tree come from, and what they were."""
+    """Where the parameters of a frozen tree come from, and what they were; each checkpoint records both."""
 
     path: str
     sha256: str
@@ -71,7 +71,8 @@ def train(
 
     Raises:
         Stopped: after a stop signal, with the exit code.
-        UserError: the checkpoint belongs to other data, too many updates in a row were not finite, or the disk is full.
+        UserError: the checkpoint belongs to other data or to another frozen tree, which is named; too many updates in a
+            row were not finite; or the disk is full.
     """
     with _writing(Path(cfg.out_dir)):
         run = _Run(cfg, recipe, source, engine, resume, frozen or {})

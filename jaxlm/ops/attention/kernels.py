@@ -56,7 +56,7 @@ class Kernel(NamedTuple):
     refuses: Callable[[Call], str]
     """Why a call cannot be computed, empty where it can."""
     part: Callable[..., Mixed] | None = None
-    """`part(q, k, v, q_places, k_places, form)`, with its log-sum-exp."""
+    """A kernel has `part` or `whole`. `part(q, k, v, q_places, k_places, form)`, with its log-sum-exp."""
     whole: Callable[..., Any] | None = None
     """`whole(q, k, v, q_places, k_places, form, sink_logits_N, site)`, for kernels that give no log-sum-exp."""
     splits: bool = False
@@ -102,7 +102,7 @@ def _cudnn(q: Any, k: Any, v: Any, q_places: Any, k_places: Any, form: Any, *_: 
     return cudnn(q, k, v, q_places, k_places, form.window, aligned=q.shape[1] == k.shape[1])
 
 
-KERNELS: dict[str, Kernel] = {
+KERNELS: dict[str, Kernel] = {  # `auto` goes by this order; `config.Model.attention_impl` lists the same names
     "splash": Kernel(("tpu",), _splash_refuses, whole=_splash, splits=True),
     "cudnn": Kernel(("gpu",), _cudnn_refuses, whole=_cudnn),
     "blockwise": Kernel(

@@ -77,10 +77,10 @@ def attend_first(
     index_F, t = jnp.arange(keep_first), positions_BT.shape[1]
     is_it_BTF = (positions_BT[..., None] == index_F) & (segments_BT != 0)[..., None]
     last_BF = jnp.max(jnp.where(is_it_BTF, jnp.arange(t)[:, None], -1), axis=1)
-    told = jax.tree.map(
+    kept = jax.tree.map(
         lambda x: jax.vmap(lambda row, at: row[at])(x, jnp.maximum(last_BF, 0)), Keys(k_BTKH, v_BTKH, places)
     )
-    told_C, found_CBF = lax.all_gather((told, last_BF >= 0), axis)
+    kept_C, found_CBF = lax.all_gather((kept, last_BF >= 0), axis)
     devices_C = jnp.arange(found_CBF.shape[0])[:, None, None]
     source_BF = jnp.max(jnp.where(found_CBF & (devices_C < lax.axis_index(axis)), devices_C, -1), axis=0)
 
@@ -88,7 +88,7 @@ def attend_first(
         at = jnp.maximum(source_BF, 0).reshape(1, *source_BF.shape, *(1,) * (x_CBF.ndim - 3))
         return jnp.take_along_axis(x_CBF, at, axis=0)[0]
 
-    earlier = jax.tree.map(from_source, told_C)
+    earlier = jax.tree.map(from_source, kept_C)
     segments_BF = jnp.where(source_BF >= 0, earlier.places.segments, 0)
     earlier = earlier._replace(places=earlier.places._replace(segments=segments_BF))
     options: Any = {"keep_first": keep_first, "window": window, "softcap": softcap, "earlier": earlier}

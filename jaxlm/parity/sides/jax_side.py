@@ -51,20 +51,20 @@ class JaxSide:
     def __init__(self, settings: config.Config, params: Params, name: str = "jaxlm") -> None:
         self._settings, self._params, self.name = settings_of(settings), params, name
 
-    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
+    def trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
         """See `Side`."""
         levels, tokens = {}, []
         with _precision(dtype):
             decoder, params = self._decoder(dtype)
             if inputs.wants("forward", "loss", "gradients"):
-                told("forward and gradient")
+                progress("forward and gradient")
                 found = self._compute(decoder, params, inputs.rows, inputs.wants("gradients"))
                 levels = {level: arrays for level, arrays in found.items() if inputs.wants(level)}
             if inputs.wants("update"):
-                told("optimiser steps")
+                progress("optimiser steps")
                 levels |= self._updates(decoder, params, inputs)
             if inputs.wants("generation"):
-                told("greedy tokens")
+                progress("greedy tokens")
                 tokens = generate(decoder, params, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
             weights = dict(to_torch(jax.device_get(params), decoder.config))
         return Trace(levels, tokens, weights)

@@ -53,10 +53,10 @@ class TorchSide:
         """The mirror of a model of jaxlm, with its weights converted."""
         return cls(settings, dict(to_torch(params, settings.model)))
 
-    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
+    def trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
         """See `trace.Side`."""
         with half_of_the_threads():
-            return self._trace(dtype, inputs, told)
+            return self._trace(dtype, inputs, progress)
 
     def _trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
         # The optimiser steps come last, because they change the parameters in place; the weights are copied before

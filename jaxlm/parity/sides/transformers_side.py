@@ -65,10 +65,10 @@ class HuggingFaceSide:
             first, second = self._call(self._model("float64")[0], rows)[0].split(3)
         return bool((first - second).norm() <= FLOAT64.allowed * first.norm())
 
-    def trace(self, dtype: str, inputs: Inputs, told: Callable[[str], None]) -> Trace:
+    def trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
         """See `trace.Side`."""
         with half_of_the_threads(), _lifted(dtype):
-            return self._trace(dtype, inputs, told)
+            return self._trace(dtype, inputs, progress)
 
     def _trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
         progress("forward and gradient")
