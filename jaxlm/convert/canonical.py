@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.convert.files.stream import all_finite
+from jaxlm.convert.tensors import Tensors
 from jaxlm.errors import UserError
 from jaxlm.mesh import Axes
 from jaxlm.models.decoder import Decoder, Params, abstract_params
@@ -55,7 +56,7 @@ def leaves(cfg: config.Model) -> Mapping[str, Leaf]:
     return single | layers
 
 
-class Tree(Mapping[str, Any]):
+class Tree(Tensors):
     """The parameters of a live tree by canonical names, on the host, scanned layers unstacked one at a time."""
 
     def __init__(self, flat: Mapping[tuple[str, ...], Any], cfg: config.Model) -> None:

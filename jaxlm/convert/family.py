@@ -15,6 +15,7 @@ from jaxlm.config import toml
 from jaxlm.convert.canonical import DEQUANTISE
 from jaxlm.convert.rows import Row
 from jaxlm.convert.settings import Key, Setting, require_same, tree
+from jaxlm.convert.tensors import Tensors, tensors_of
 from jaxlm.errors import UserError
 
 
@@ -179,11 +180,11 @@ class Asked(Mapping[str, Any]):
         return len(self._hf)
 
 
-class Named(Mapping[str, np.ndarray]):
+class Named(Tensors):
     """Tensors under other names, each read when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], stored: Mapping[str, str]) -> None:
-        self._tensors, self._stored = tensors, stored
+        self._tensors, self._stored = tensors_of(tensors), stored
 
     def without(self, names: set[str]) -> Named:
         """The same tensors but for `names`."""
@@ -191,13 +192,11 @@ class Named(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it if the folder knows."""
-        of = getattr(self._tensors, "shape", lambda old: self._tensors[old].shape)
-        return of(self._stored[name])
+        return self._tensors.shape(self._stored[name])
 
     def dtype(self, name: str) -> str:
         """The same for its dtype, by numpy's name."""
-        of = getattr(self._tensors, "dtype", lambda old: self._tensors[old].dtype.name)
-        return of(self._stored[name])
+        return self._tensors.dtype(self._stored[name])
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[self._stored[name]]

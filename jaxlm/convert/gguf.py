@@ -18,6 +18,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.convert.families import llama
 from jaxlm.convert.rows import Parameters
+from jaxlm.convert.tensors import Tensors
 from jaxlm.errors import UserError
 from jaxlm.text.gguf_file import Head, Stored, read_head
 from jaxlm.text.gguf_tokenizer import side_files
@@ -166,7 +167,7 @@ def _type_name(kind: int) -> str:
     return known.get(kind, str(kind))
 
 
-class GGUFTensors(Mapping[str, np.ndarray]):
+class GGUFTensors(Tensors):
     """The tensors of a GGUF file under the names of `LlamaForCausalLM`; each access makes a float32 array."""
 
     def __init__(self, head: Head, n_heads: int, n_kv_heads: int) -> None:

@@ -21,6 +21,7 @@ from jaxlm.convert.files import hub, storage
 from jaxlm.convert.files.side_files import carried
 from jaxlm.convert.llama2c import model_bin
 from jaxlm.convert.rows import Parameters
+from jaxlm.convert.tensors import tensors_of
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import Policy
@@ -59,8 +60,7 @@ class Opened:
     @property
     def dtype(self) -> str:
         """Of the stored embedding, by numpy's name."""
-        read = self.parameters.__getitem__
-        return getattr(self.parameters, "dtype", lambda name: read(name).dtype.name)("embed.embedding")
+        return tensors_of(self.parameters).dtype("embed.embedding")
 
     @property
     def tokenizer_path(self) -> Path | None:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.convert.canonical import DTYPES, Leaf, Problems, canonical, fault, fill, leaves
 from jaxlm.convert.files.stream import Planned, release
+from jaxlm.convert.tensors import Tensors, tensors_of
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
 
@@ -152,29 +153,23 @@ def hollow(leaves: Sequence[Leaf]) -> Arrays:
 def plan(parameters: Mapping[str, Any], cfg: config.Model, rows: Sequence[Row]) -> Iterator[Planned]:
     """Every tensor of a layout; `parameters` by canonical names.
 
-    What else than a mapping of arrays a `Parameters` or a `Tree` can do saves reading for the sake of it.
-
     Raises:
         UserError: the layout has no row for a parameter.
     """
-    dtype = getattr(parameters, "dtype", lambda name: parameters[name].dtype.name)
-    read = getattr(parameters, "unchecked", parameters.__getitem__)
-    origin_of, source_of = (getattr(parameters, ask, lambda name: "") for ask in ("origin", "source"))
-    settle = getattr(parameters, "settle", lambda names, made, digest: None)
-    known = leaves(cfg)
+    tensors, known = tensors_of(parameters), leaves(cfg)
     for row in expand(rows, cfg):
         mine = [known[name] for name in row.ours]
         for number, (name, shape) in enumerate(zip(row.theirs, row.shapes(mine), strict=True)):
-            make = functools.partial(_make, read, row, mine, number)
-            origin, source = origin_of(row.ours[0]), source_of(row.ours[0])
-            yield Planned(name, shape, dtype(row.ours[0]), make, origin, functools.partial(settle, row.ours), source)
+            make, first = functools.partial(_make, tensors.unchecked, row, mine, number), row.ours[0]
+            settle, source = functools.partial(tensors.settle, row.ours), tensors.source(first)
+            yield Planned(name, shape, tensors.dtype(first), make, tensors.origin(first), settle, source)
 
 
 def _make(read: Callable[[str], np.ndarray], row: Row, mine: Sequence[Leaf], number: int) -> np.ndarray:
     return row.out([read(name) for name in row.ours], mine)[number]
 
 
-class Parameters(Mapping[str, np.ndarray]):
+class Parameters(Tensors):
     """The parameters of a model by canonical names, out of tensors in the layout of `rows`, each read when asked for.
 
     Raises:
@@ -185,24 +180,22 @@ class Parameters(Mapping[str, np.ndarray]):
     def __init__(
         self, tensors: Mapping[str, np.ndarray], cfg: config.Model, rows: Sequence[Row], where: str = "tensors"
     ) -> None:
-        self._tensors, self._leaves, self._where = tensors, leaves(cfg), where
+        self._tensors, self._leaves, self._where = tensors_of(tensors), leaves(cfg), where
         self._rows = {name: row for row in expand(rows, cfg) for name in row.ours}
         shapes: dict[str, tuple[int, ...]] = {}
         for row in self._rows.values():
             shapes |= zip(row.theirs, row.shapes([self._leaves[name] for name in row.ours]), strict=True)
-        shape_of = getattr(tensors, "shape", lambda name: tensors[name].shape)
         problems = Problems()
         problems.add("missing", shapes.keys() - tensors.keys())
         problems.add("not expected", tensors.keys() - shapes.keys())
-        found = {name: shape_of(name) for name in shapes if name in tensors}
+        found = {name: self._tensors.shape(name) for name in shapes if name in tensors}
         wrong = [name for name in found if found[name] != shapes[name]]
         problems.add("of another shape", (f"{name} {list(found[name])} for {list(shapes[name])}" for name in wrong))
         problems.add("no float", (f"{name} {self._type(name)}" for name in found if self._type(name) not in DTYPES))
         problems.refuse(where)
 
     def _type(self, theirs: str) -> str:
-        of = getattr(self._tensors, "dtype", lambda name: self._tensors[name].dtype.name)
-        return of(theirs)
+        return self._tensors.dtype(theirs)
 
     def stored(self, name: str) -> str:
         """The tensor that holds a parameter, the first if they are several."""
@@ -219,14 +212,12 @@ class Parameters(Mapping[str, np.ndarray]):
 
     def unchecked(self, name: str) -> np.ndarray:
         """A parameter that may be NaN or infinite and is yet to be settled; a view of the file where it can be one."""
-        return self._read(name, getattr(self._tensors, "unverified", self._tensors.__getitem__), lambda x: None)
+        return self._read(name, self._tensors.unchecked, lambda x: None)
 
-    def settle(self, names: Sequence[str], made: np.ndarray, digest: str) -> None:
-        """Compare the tensors of parameters with their manifest; `digest` is of the array that was made of them."""
-        settle = getattr(self._tensors, "settle", lambda name, made, digest: None)
+    def settle(self, names: Sequence[str], array: np.ndarray, digest: str = "") -> None:
+        """Compare the tensors of parameters with their manifest; see `Tensors`."""
         for name in names:
-            for theirs in self._rows[name].theirs:
-                settle(theirs, made, digest)
+            self._tensors.settle(self._rows[name].theirs, array, digest)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._read(name, self._tensors.__getitem__, lambda x: fault(x, x.shape))

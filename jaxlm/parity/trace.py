@@ -57,7 +57,8 @@ class Side(Protocol):
     side only the modules are compared that it has, at real tokens, and it may round as it likes."""
 
     def trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
-        """Compute what `inputs.levels` wants in `dtype`; `progress` is called with the name of each part as it begins."""
+        """Compute what `inputs.levels` wants in `dtype`; `progress` is called with the name of each part
+        as it begins."""
         ...
 
     def weights(self) -> Arrays:

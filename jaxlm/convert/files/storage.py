@@ -25,6 +25,7 @@ import numpy as np
 import jaxlm
 from jaxlm.convert.files.safetensors_file import DTYPES, NAMES, Entry, MappedFile, header, header_sha256
 from jaxlm.convert.files.stream import Planned, Target, planned, same_memory, sha256, write
+from jaxlm.convert.tensors import Tensors
 from jaxlm.errors import UserError
 
 __all__ = ["Planned", "planned"]  # what is written, beside the functions of this file
@@ -42,7 +43,7 @@ class Written(NamedTuple):
     bytes: int
 
 
-class LazyTensors(Mapping[str, Any]):  # of arrays; beartype would read one at every call
+class LazyTensors(Tensors):
     """The tensors of a folder; each access maps one of them, and the first one compares it with the manifest."""
 
     def __init__(
@@ -53,18 +54,22 @@ class LazyTensors(Mapping[str, Any]):  # of arrays; beartype would read one at e
         self._unverified = dict(digests)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self.unverified(name)
-        self.settle(name, tensor)
+        tensor = self.unchecked(name)
+        self.settle([name], tensor)
         return tensor
 
-    def unverified(self, name: str) -> np.ndarray:
-        """A tensor that `settle` is yet to compare."""
+    def unchecked(self, name: str) -> np.ndarray:
+        """See `Tensors`."""
         return self._files[self._where[name]].read(name)
 
-    def settle(self, name: str, array: np.ndarray, digest: str = "") -> None:
-        """Compare a tensor with the manifest, unless that is done; `digest` is of an array that may be this tensor."""
+    def settle(self, names: Sequence[str], array: np.ndarray, digest: str = "") -> None:
+        """Compare tensors with the manifest, unless that is done; see `Tensors`."""
+        for name in names:
+            self._settle(name, array, digest)
+
+    def _settle(self, name: str, array: np.ndarray, digest: str) -> None:
         if wanted := self._unverified.get(name):
-            stored = self.unverified(name)
+            stored = self.unchecked(name)
             found = digest if digest and same_memory(stored, array) else sha256(stored)
             if found != wanted:
                 file = self.folder / self._where[name]

@@ -27,6 +27,7 @@ from jaxlm.convert.canonical import leaves
 from jaxlm.convert.family import sizes
 from jaxlm.convert.rows import Parameters, Row, Transform, expand, matrix, pairs_to_halves, plan
 from jaxlm.convert.settings import Always, require_same, tree
+from jaxlm.convert.tensors import Tensors
 from jaxlm.errors import UserError
 from jaxlm.text import tokenizer_bin as vocabulary
 from jaxlm.text.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def rope_tables(cfg: config.Model) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)]).astype("<f4")
 
 
-class BinTensors(Mapping[str, np.ndarray]):
+class BinTensors(Tensors):
     """The tensors of a `model.bin`, by the names of `rows`; each access is a view of the mapped file."""
 
     def __init__(self, path: Path, cfg: config.Model) -> None:
