@@ -65,16 +65,13 @@ class LazyTensors(Tensors):
     def settle(self, names: Sequence[str], array: np.ndarray, digest: str = "") -> None:
         """Compare tensors with the manifest, unless that is done; see `Tensors`."""
         for name in names:
-            self._settle(name, array, digest)
-
-    def _settle(self, name: str, array: np.ndarray, digest: str) -> None:
-        if wanted := self._unverified.get(name):
-            stored = self.unchecked(name)
-            found = digest if digest and same_memory(stored, array) else sha256(stored)
-            if found != wanted:
-                file = self.folder / self._where[name]
-                raise UserError(f"{file}: tensor {name} differs from {MANIFEST}", "copy it again")
-            self._unverified.pop(name, None)
+            if wanted := self._unverified.get(name):
+                stored = self.unchecked(name)
+                found = digest if digest and same_memory(stored, array) else sha256(stored)
+                if found != wanted:
+                    file = self.folder / self._where[name]
+                    raise UserError(f"{file}: tensor {name} differs from {MANIFEST}", "copy it again")
+                self._unverified.pop(name, None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header."""
