@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.data.best_fit import best_fit
 from jaxlm.data.preferences.pairs import Pairs
-from jaxlm.data.turns.rows import best_fit
 
 Batch = dict[str, np.ndarray]
 """`tokens`, `targets`, `positions`, `segments`, `weights` [B, T]; `margins`, `ties`, `labels` [B, P]."""
@@ -95,9 +95,9 @@ class PairRows:
         if self._most == 1 or not len(order):
             return list(order[:, None])
         order = order[np.argsort(-self._sizes[order], kind="stable")]
-        row_of = best_fit(self._sizes[order], self._seq_len)
+        row_of, count = best_fit(self._sizes[order], self._seq_len)
         by_row = np.argsort(row_of, kind="stable")
-        bounds = np.searchsorted(row_of[by_row], np.arange(int(row_of.max()) + 2))
+        bounds = np.searchsorted(row_of[by_row], np.arange(count + 1))
         whole = [random.permutation(order[by_row[start:stop]]) for start, stop in itertools.pairwise(bounds)]
         rows = [row[at : at + self._most] for row in whole for at in range(0, len(row), self._most)]
         return [rows[r] for r in random.permutation(len(rows))]
