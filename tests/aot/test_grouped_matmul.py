@@ -29,7 +29,7 @@ def gradient(device: Any, impl: str) -> Any:
     arguments = shape(T, D), shape(T, K, dtype=jnp.float32), shape(T, K, dtype=jnp.int32), parameters
 
     def loss(x: Any, weights: Any, experts: Any, parameters: Any) -> Any:
-        y = moe.moe(x, weights, experts, parameters, activation="swiglu", impl=impl)
+        y = moe.moe(x, weights, experts, parameters, activation="swiglu", impl=impl, platform="tpu")
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     with Layout.from_config(config.Mesh(), [device]).active():
