@@ -190,7 +190,13 @@ def _open_peft(path: Path) -> Opened:
     where = storage.read_json(path / adapters.CONFIG).get("base_model_name_or_path")
     if not where:
         raise UserError(f"{path / adapters.CONFIG} names no base", "base_model_name_or_path = the folder of the base")
-    below = open_model(where)
+    try:
+        below = open_model(where) if Path(where).resolve() != path.resolve() else None
+    except UserError as error:
+        hint = "name the folder of the base there, or merge it: merge_and_unload().save_pretrained(DIR)"
+        raise UserError(f"{path}: an adapter of {where}, which cannot be opened: {error.message}", hint) from None
+    if below is None:
+        raise UserError(f"{path / adapters.CONFIG} names itself as the base", "name the folder of the base")
     params = fill(below.parameters, below.config.model, str(below.path))
     merged = base.merged_peft(path, params, below.config)
     own = {"tokenizer": below.tokenizer_path}

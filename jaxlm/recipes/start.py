@@ -193,5 +193,10 @@ def _named_leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _import_ahead(backend: config.Backend) -> None:
-    """Load the framework while the data is opened."""
-    importlib.import_module("jaxlm.train.engine" if backend == "jax" else "torch")
+    """Load the framework while the data is opened.
+
+    Of two threads that import the same modules, one may see a module half made; then it is this one that gives up, and
+    what is missing is loaded when it is needed.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("jaxlm.train.engine" if backend == "jax" else "torch")

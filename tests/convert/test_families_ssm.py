@@ -18,6 +18,7 @@ from jaxlm.convert.files import storage
 from jaxlm.convert.open_model import load
 from jaxlm.convert.rows import plan, to_layout
 from jaxlm.convert.settings import function_of
+from jaxlm.convert.tensors import InMemory
 from jaxlm.counts.parameters import parameters
 from jaxlm.errors import UserError
 
@@ -100,8 +101,11 @@ def test_public_models(hf: dict, total: str, active: str) -> None:
     assert sum(math.prod(one.shape) for one in plan(_Nothing(), model, family.rows(model))) == found[0]
 
 
-class _Nothing(dict):
+class _Nothing(InMemory):
     """Parameters that are never read."""
+
+    def __init__(self) -> None:
+        super().__init__({})
 
     def dtype(self, name: str) -> str:
         return "bfloat16"

@@ -53,7 +53,10 @@ def test_a_file_without_ascii_needs_a_name():
 
 def test_an_adapter_is_called_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
-    with pytest.raises(UserError, match=r"adapter.*org/base.*merge"):
+    with pytest.raises(UserError, match=r"an adapter of org/base, which cannot be opened: .*merge it"):
+        open_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(UserError, match="names itself as the base"):
         open_model(tmp_path)
 
 
