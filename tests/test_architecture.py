@@ -59,6 +59,7 @@ NEUTRAL_MODULES |= {"jaxlm.infer.memory"} | {
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 MAX_LINES = 400
 MAX_FILES = 14
+MAX_FUNCTION = 60
 VAGUE = re.compile(r"\b(?:told|said|kin)\b")  # words that stood for a callback, a message, a mapping, a set of tensors
 MAX_VAGUE = 20
 EXPLAINED = ("jaxlm/ops", "jaxlm/parity", "jaxlm/plan")  # rooms of arrays and counts
@@ -173,6 +174,17 @@ def long_files(root: Path) -> list[str]:
     return [f"{file}: {lines} lines" for file, lines in lengths.items() if lines > MAX_LINES]
 
 
+def long_functions(root: Path) -> list[str]:
+    """A function fits on a screen, with its docstring."""
+    found = []
+    for file in python_files(root, "jaxlm", "torch_ref"):
+        for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                found += [f"{file}: {node.name}, {lines} lines"] if lines > MAX_FUNCTION else []
+    return found
+
+
 def full_folders(root: Path) -> list[str]:
     """A folder shows its files at a glance."""
     files = [file for file in python_files(root, "jaxlm", "torch_ref") if file.name != "__init__.py"]
@@ -251,6 +263,7 @@ RULES = [
     jax_in_torch_ref,
     bad_names,
     long_files,
+    long_functions,
     full_folders,
     private_imports,
     circles,
@@ -283,6 +296,7 @@ FAULTS: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (bad_names, "jaxlm/train/utils.py", ""),
     (bad_names, "jaxlm/common/norm.py", ""),
     (long_files, "torch_ref/train/engine.py", "x = 0\n" * (MAX_LINES + 1)),
+    (long_functions, "jaxlm/train/step.py", "def f():\n" + "    x = 0\n" * MAX_FUNCTION),
 ]
 ALLOWED: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (
@@ -297,6 +311,7 @@ ALLOWED: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (jax_in_torch_ref, "torch_ref/train/engine.py", "from jaxlm.config import Config\nimport torch"),
     (jax_in_torch_ref, "torch_ref/train/engine.py", "from jaxlm.run.schedule import learning_rate"),
     (long_files, "torch_ref/train/engine.py", "x = 0\n" * MAX_LINES),
+    (long_functions, "jaxlm/train/step.py", "def f():\n" + "    x = 0\n" * (MAX_FUNCTION - 1)),
 ]
 
 

@@ -239,6 +239,11 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
                 write_first()
         while pending:
             write_first()
+    _write_meta(folder, dtype, writers, documents)
+
+
+def _write_meta(folder: Path, dtype: np.dtype, writers: dict[Side, _Writer], documents: Documents) -> None:
+    """What the shards are, last of all: a folder without it is none."""
     digest = hashlib.sha256("".join(writers[side].digest() for side in SIDES).encode()).hexdigest()
     meta = {
         "format": FORMAT,

@@ -144,9 +144,7 @@ def make_steps(
         for part in parts:
             name, prefix = part.name, "" if part.name == MODEL else f"{part.name}_"
             grad_norm = optax.tree.norm(grads[name]) / weight
-            scale = 1 / weight
-            if part.train.clip_norm:  # the 1e-6 of torch's clip_grad_norm_
-                scale = scale * jnp.minimum(1, part.train.clip_norm / (grad_norm + 1e-6))
+            scale = _scale(part, grad_norm, weight)
             scaled = jax.tree.map(lambda g, scale=scale: g * scale.astype(g.dtype), grads[name])
             updates, new_states[name] = part.optimizer.update(scaled, opt_states[name], move[name])
             moved = optax.apply_updates(move[name], updates)
@@ -165,6 +163,14 @@ def make_steps(
         return TrainState(state.step + 1, _bare(trees, parts), _bare(opt_states, parts), skipped), metrics
 
     return _within(layout, matmul, step)
+
+
+def _scale(part: Part, grad_norm: Array, weight: Array) -> Array:
+    """What the gradient of a sum is multiplied by to be that of the mean, and clipped."""
+    scale = 1 / weight
+    if part.train.clip_norm:  # the 1e-6 of torch's clip_grad_norm_
+        scale = scale * jnp.minimum(1, part.train.clip_norm / (grad_norm + 1e-6))
+    return scale
 
 
 def make_eval(
