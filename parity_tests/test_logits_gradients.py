@@ -72,7 +72,8 @@ def test_every_option_is_tried() -> None:
     sizes, training = {"vocab_size", "max_seq_len"}, {"dropout", "init_std"}
     begin = {"mamba.dt_min", "mamba.dt_max", "mamba.dt_floor"}  # where the step sizes start, and no more
     layout = {"moe.exchange"}  # how tokens travel between devices: tests/ops/test_exchange.py
-    assert untried == sizes | training | begin | layout
+    heads = {"head", "classes", "pooling"}  # parity_tests/test_heads.py
+    assert untried == sizes | training | begin | layout | heads
 
 
 def halves_of(cfg: config.Model) -> Iterator[config.Model]:
