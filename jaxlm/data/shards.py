@@ -193,7 +193,9 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
     begin, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eot))
     piece_chars = PIECE_CHARS if tokenizer.cuts_at_lines else sys.maxsize
     with contextlib.ExitStack() as stack:
-        writers = {side: stack.enter_context(_Writer(folder / side, dtype, tokenizer.vocab_size)) for side in SIDES}
+        writers: dict[Side, _Writer] = {
+            side: stack.enter_context(_Writer(folder / side, dtype, tokenizer.vocab_size)) for side in SIDES
+        }
         progress = stack.enter_context(Progress("tokenising", documents.size))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         stack.callback(pool.shutdown, cancel_futures=True)
