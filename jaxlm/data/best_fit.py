@@ -11,6 +11,7 @@ Shapes: B rows, M pieces.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -26,6 +27,20 @@ LINE_SHARE = 512
 
 Remember = Callable[[str, Callable[[], np.ndarray]], np.ndarray]
 """Returns the array of this name, made now if it is not there yet."""
+
+
+def rows_by_fit(order_M: np.ndarray, sizes: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """The pieces of each row: `order_M` by best fit, the largest first and equal ones as they stand.
+
+    Args:
+        order_M: numbers of pieces.
+        sizes: of all pieces, at most `capacity` each.
+    """
+    order_M = order_M[np.argsort(-sizes[order_M], kind="stable")]
+    row_M, count = best_fit(sizes[order_M], capacity)
+    by_row = np.argsort(row_M, kind="stable")
+    bounds = np.searchsorted(row_M[by_row], np.arange(count + 1))
+    return [order_M[by_row[start:stop]] for start, stop in itertools.pairwise(bounds)]
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:

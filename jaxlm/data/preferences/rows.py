@@ -8,14 +8,13 @@ Shapes: B rows, T tokens of a row, M segments, P = M / 2 pairs of a row.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxlm.data.best_fit import best_fit
+from jaxlm.data.best_fit import rows_by_fit
 from jaxlm.data.preferences.pairs import Pairs
 
 Batch = dict[str, np.ndarray]
@@ -94,11 +93,7 @@ class PairRows:
         order = random.permutation(len(self._sizes))
         if self._most == 1 or not len(order):
             return list(order[:, None])
-        order = order[np.argsort(-self._sizes[order], kind="stable")]
-        row_of, count = best_fit(self._sizes[order], self._seq_len)
-        by_row = np.argsort(row_of, kind="stable")
-        bounds = np.searchsorted(row_of[by_row], np.arange(count + 1))
-        whole = [random.permutation(order[by_row[start:stop]]) for start, stop in itertools.pairwise(bounds)]
+        whole = [random.permutation(row) for row in rows_by_fit(order, self._sizes, self._seq_len)]
         rows = [row[at : at + self._most] for row in whole for at in range(0, len(row), self._most)]
         return [rows[r] for r in random.permutation(len(rows))]
 

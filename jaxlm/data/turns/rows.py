@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from jaxlm.data.best_fit import best_fit
+from jaxlm.data.best_fit import rows_by_fit
 from jaxlm.data.packing import Rows
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Example
@@ -187,9 +187,5 @@ class ConversationRows:
         order_M = random.permutation(len(self._sizes))
         if not self._pack or not len(order_M):
             return [order_M[m : m + 1] for m in range(len(order_M))]
-        order_M = order_M[np.argsort(-self._sizes[order_M], kind="stable")]
-        row_M, count = best_fit(self._sizes[order_M], self._seq_len)
-        by_row = np.argsort(row_M, kind="stable")
-        bounds = np.searchsorted(row_M[by_row], np.arange(count + 1))
-        rows = [order_M[by_row[bounds[r] : bounds[r + 1]]] for r in range(count)]
-        return [random.permutation(rows[r]) for r in random.permutation(count)]
+        rows = rows_by_fit(order_M, self._sizes, self._seq_len)
+        return [random.permutation(rows[r]) for r in random.permutation(len(rows))]
