@@ -185,17 +185,13 @@ def test_a_planted_fault_is_seen(fault: str, rng: np.random.Generator, monkeypat
     whole, _ = torch_apply(models, (tokens, places, np.ones_like(places)))
     cache = torch_decoder.init_cache(models.torch, 1, t if fault == "stale distance" else WINDOW - 1)
     if fault == "stale distance":
-        original = Attention._retained
+        original = Attention._first
 
-        def stale(self: Any, bare: Any, k: Any, v: Any, places: Places, first: Any) -> Any:
-            cfg = self.config
-            q = apply_rope(bare, *rope_table_of(places.positions, cfg.rope, bare.dtype), layout="half")
-            monkeypatch.setattr("torch_ref.models.attention.apply_rope", lambda *x, **y: q)
-            out = original(self, bare, k, v, places, first)
-            monkeypatch.setattr("torch_ref.models.attention.apply_rope", apply_rope)
-            return out
+        def stale(self: Any, bare: Any, own: Any, places: Places, cache: Any) -> Any:
+            table = rope_table_of(places.positions, self.config.rope, bare.dtype)
+            return original(self, bare, own, places, cache)._replace(q=apply_rope(bare, *table, layout="half"))
 
-        monkeypatch.setattr(Attention, "_retained", stale)
+        monkeypatch.setattr(Attention, "_first", stale)
     worst = 0.0
     for i in range(t):
         now = tokens[:, i : i + 1], places[:, i : i + 1], np.ones((1, 1), np.int32)

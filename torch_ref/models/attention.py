@@ -5,19 +5,19 @@ Shapes: B batch, T length, D width, N heads, K kv heads, H head dim, M sink toke
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from jaxlm import config
-from torch_ref.models.cache import KVCache, RowCache, Slots, WindowCache
+from torch_ref.models.cache import KVCache, RowCache, WindowCache
 from torch_ref.models.layers import Linear, Norm, Rotation, normal_
 from torch_ref.numerics import Policy
-from torch_ref.ops.attention import attend as ops
-from torch_ref.ops.attention.attend import Mixed, Places
+from torch_ref.ops.attention.attend import Places
+from torch_ref.ops.attention.mix import Cached, First, How, Own, Seen, Sinks, mix
 from torch_ref.ops.rope import apply_rope
+
+Cache = KVCache | RowCache | WindowCache | None
 
 
 class Attention(nn.Module):
@@ -59,40 +59,21 @@ class Attention(nn.Module):
         x_BTD: Float[Tensor, "b t d"],
         places: Places,
         rope: tuple[Tensor, Tensor] | None,
-        cache: KVCache | RowCache | WindowCache | None,
-    ) -> tuple[Float[Tensor, "b t d"], KVCache | RowCache | WindowCache | None]:
+        cache: Cache,
+    ) -> tuple[Float[Tensor, "b t d"], Cache]:
         cfg = self.config
-        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if cfg.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        bare_BTNH = q_BTNH
-        if rope is not None:
-            q_BTNH = apply_rope(q_BTNH, *rope, layout=cfg.rope_layout)
-            k_BTKH = apply_rope(k_BTKH, *rope, layout=cfg.rope_layout)
+        bare_BTNH, k_BTKH, v_BTKH = self._query(x_BTD), self._key(x_BTD), self.v_proj(x_BTD)
+        q_BTNH, k_BTKH = self._rotated(bare_BTNH, rope), self._rotated(k_BTKH, rope)
 
-        options: Any = {"window": cfg.window, "softcap": cfg.softcap}
-        aligned: Any = options | {"impl": cfg.attention_impl, "aligned": True}
-        new, several = (k_BTKH, v_BTKH, places, places), False
-        if cache is None:
-            mix, part, held, options = ops.attention, ops.attend, new, aligned
-        else:
-            slots, cache = cache.extend(k_BTKH, v_BTKH, places)
-            several = isinstance(cache, WindowCache) and x_BTD.shape[1] > 1
-            mix, part, held = ops.cached_attention, ops.cached_attend, (slots.keys, slots.values, places, slots.places)
-        if not (several or cfg.keep_first or cfg.sink_tokens or cfg.sink_logits):
-            return self.o_proj(mix(q_BTNH, *held, **options)), cache
-        parts = [part(q_BTNH, *held, **options)]
-        if several:
-            parts.append(ops.attend(q_BTNH, *new, **aligned))
+        # What the queries see: their own tokens or the cache, first tokens beyond the window, learned sinks.
+        seen, cache = remembered(cache, k_BTKH, v_BTKH, places)
         if cfg.keep_first:
-            first = cache.first if isinstance(cache, WindowCache) else None
-            parts.append(self._retained(bare_BTNH, k_BTKH, v_BTKH, places, first))
+            seen.append(self._first(bare_BTNH, Own(k_BTKH, v_BTKH), places, cache))
         if cfg.sink_tokens:
-            k_MKH, v_MKH = self.k_proj(self.sink_tokens), self.v_proj(self.sink_tokens)
-            k_MKH = self.k_norm(k_MKH) if cfg.qk_norm else k_MKH
-            parts.append(ops.attend_sinks(bare_BTNH, k_MKH, v_MKH, places.segments, softcap=cfg.softcap))
-        mixed = ops.merge(parts, self.sink_logits if cfg.sink_logits else None, v_BTKH.dtype)
-        return self.o_proj(mixed), cache
+            seen.append(Sinks(bare_BTNH, self._key(self.sink_tokens), self.v_proj(self.sink_tokens)))
+        how = How(cfg.attention_impl, cfg.window, cfg.softcap)
+        mixed_BTNH = mix(q_BTNH, places, seen, how, self.sink_logits if cfg.sink_logits else None)
+        return self.o_proj(mixed_BTNH), cache
 
     @staticmethod
     def empty_cache(
@@ -104,22 +85,40 @@ class Attention(nn.Module):
             return WindowCache.empty(batch, min(slots, cfg.window), cfg.keep_first, *sizes)
         return KVCache.empty(batch, slots, *sizes)
 
-    def _retained(
-        self, bare_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, places: Places, first: Slots | None
-    ) -> Mixed:
-        """What queries take from the first tokens beyond the window, at the distance of a cache without gaps."""
-        cfg, q_BTNH = self.config, bare_BTNH
+    def _query(self, x_BTD: Tensor) -> Tensor:
+        q_BTNH = self.q_proj(x_BTD)
+        return self.q_norm(q_BTNH) if self.config.qk_norm else q_BTNH
+
+    def _key(self, x_BTD: Tensor) -> Tensor:
+        k_BTKH = self.k_proj(x_BTD)
+        return self.k_norm(k_BTKH) if self.config.qk_norm else k_BTKH
+
+    def _rotated(self, x_BTNH: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        return x_BTNH if rope is None else apply_rope(x_BTNH, *rope, layout=self.config.rope_layout)
+
+    def _first(self, bare_BTNH: Tensor, own: Own, places: Places, cache: Cache) -> First:
+        """The first tokens of each document, seen from the distance that a cache without gaps would have."""
+        cfg, near = self.config, None
         if self.rotation is not None:
             near = self.rotation.table(places.positions.clamp(max=cfg.window + cfg.keep_first - 1))
-            q_BTNH = apply_rope(q_BTNH, *near, layout=cfg.rope_layout)
-        if first is not None:
-            options: Any = {"beyond": cfg.window, "softcap": cfg.softcap}
-            return ops.cached_attend(q_BTNH, first.keys, first.values, places, first.places, **options)
-        options = {"keep_first": cfg.keep_first, "window": cfg.window, "softcap": cfg.softcap}
-        return ops.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
+        kept = own
+        if isinstance(cache, WindowCache):
+            kept = Cached(cache.first.keys, cache.first.values, cache.first.places)
+        return First(self._rotated(bare_BTNH, near), kept, cfg.keep_first)
 
     def _project(self, heads: int) -> Linear:
         cfg = self.config
         return Linear(
             (cfg.d_model,), (heads, cfg.head_dim), std=cfg.init_std, policy=self.policy, use_bias="qkv" in cfg.biases
         )
+
+
+def remembered(cache: Cache, k_BTKH: Tensor, v_BTKH: Tensor, places: Places) -> tuple[list[Seen], Cache]:
+    """The keys of the call's own tokens and of those before them, and the cache after them."""
+    own = Own(k_BTKH, v_BTKH)
+    if cache is None:
+        return [own], None
+    slots, cache = cache.extend(k_BTKH, v_BTKH, places)
+    kept = Cached(slots.keys, slots.values, slots.places)
+    # Several tokens at once see the window as it was before them, and one another.
+    return [kept, own] if isinstance(cache, WindowCache) and k_BTKH.shape[1] > 1 else [kept], cache
