@@ -20,7 +20,7 @@ from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
 from jaxlm.infer.model import Model
 from jaxlm.recipes import make_recipe, reward, start  # two threads that import at once break Python's ast
-from jaxlm.recipes.rewards import find_rewards
+from jaxlm.recipes.rollouts.rewards import find_rewards
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine
 from parity_tests import pairs

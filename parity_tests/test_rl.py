@@ -26,12 +26,13 @@ from jaxlm.infer.model import Model
 from jaxlm.models.decoder import Decoder as JaxDecoder
 from jaxlm.models.decoder import abstract_params
 from jaxlm.numerics import Policy as JaxPolicy
-from jaxlm.recipes import graders, start  # two threads that import at once break Python's ast
 from jaxlm.recipes import grpo as jax_grpo
 from jaxlm.recipes import ppo as jax_ppo
-from jaxlm.recipes.rewards import REWARDS, find_rewards
-from jaxlm.recipes.rollout import Phase, Phases
-from jaxlm.recipes.rollout_source import RolloutData
+from jaxlm.recipes import start  # two threads that import at once break Python's ast
+from jaxlm.recipes.rollouts import graders
+from jaxlm.recipes.rollouts.phases import Phase, Phases
+from jaxlm.recipes.rollouts.rewards import REWARDS, find_rewards
+from jaxlm.recipes.rollouts.source import RolloutData
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine as jax_engine
 from jaxlm.train.optim import make_optimizer as jax_optimizer

@@ -63,7 +63,6 @@ EXCEPTIONS = {
     "ops/attention/attend.py: only torch_ref has merge": "in jaxlm it stands in ops.attention.visible",
     "ops/attention/attend.py: only torch_ref has visible": "in jaxlm it stands in ops.attention.visible",
     "ops/attention/attend.py: attend_first differs in earlier": "tokens of earlier devices: torch_ref has one",
-    "recipes/grpo.py: forward differs in cfg": "the one of torch_ref goes on to the log-probabilities",
     "train/engine.py: only torch_ref has matmul_params": "jaxlm counts in counts.parameters",
     "train/engine.py: only torch_ref has pick_device": "JAX finds its devices by itself",
     "train/optim.py: only torch_ref has adamw": "Optax has its own",

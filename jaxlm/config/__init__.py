@@ -23,7 +23,7 @@ from jaxlm.config.run import (
     Tokenizer,
     Train,
 )
-from jaxlm.config.stages import SFT, LoRA
+from jaxlm.config.stages import SFT, Distill, LoRA
 
 __all__ = [
     "AXES",
@@ -35,6 +35,7 @@ __all__ = [
     "Curriculum",
     "Data",
     "Dcn",
+    "Distill",
     "Distributed",
     "Eval",
     "Fim",

@@ -27,6 +27,7 @@ from jaxlm.config.preference import Preference as Preference
 from jaxlm.config.preference import Reward as Reward
 from jaxlm.config.reinforcement import RL as RL
 from jaxlm.config.stages import SFT as SFT
+from jaxlm.config.stages import Distill as Distill
 from jaxlm.config.stages import LoRA as LoRA
 
 Backend = Literal["jax", "torch"]
@@ -316,6 +317,7 @@ class Config:
     sft: SFT = dataclasses.field(default_factory=SFT)
     preference: Preference = dataclasses.field(default_factory=Preference)
     reward: Reward = dataclasses.field(default_factory=Reward)
+    distill: Distill = dataclasses.field(default_factory=Distill)
     lora: LoRA = dataclasses.field(default_factory=LoRA)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -37,6 +37,34 @@ class SFT:
     """Several conversations in a row, which do not see each other; else one a row."""
     max_examples: NonNegativeInt = 0
     """Take this many conversations, chosen by chance; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Distill:
+    """A frozen teacher, and how near its distributions the student shall come; docs/finetuning.md has the formulas."""
+
+    teacher: str = ""
+    """Any run, Hugging Face folder or GGUF file, with the same tokenizer."""
+    rows: Literal["conversations", "corpus"] = "conversations"
+    """What is trained on: conversations by the options of `[sft]`, or the corpus of `[data]` as in pretraining."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence by `beta`."""
+    beta: PositiveFloat = 0.5
+    """Of `jsd`, between 0 (forward) and 1 (reverse)."""
+    hard_weight: NonNegativeFloat = 0.5
+    """Weight of the target itself; the teacher's distribution has the rest. 0: the teacher alone."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both in the divergence."""
+
+    def __post_init__(self) -> None:
+        require(self.hard_weight < 1, f"distill.hard_weight = {self.hard_weight} leaves the teacher no weight: below 1")
+        require(self.beta < 1, f"distill.beta = {self.beta} must be below 1", 'distill.divergence = "reverse" is 1')
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The options of `objectives.distill.distill_loss`, in both frameworks."""
+        beta = {"forward": 0.0, "reverse": 1.0, "jsd": self.beta}[self.divergence]
+        return {"beta": beta, "hard_weight": self.hard_weight, "temperature": self.temperature}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -109,4 +137,4 @@ def _inside(name: str) -> str:
     return name.split(".", 2)[2] if name.startswith("layers.") and name.count(".") > 1 else name
 
 
-__all__ = ["SFT", "LoRA", "matches"]
+__all__ = ["SFT", "Distill", "LoRA", "matches"]

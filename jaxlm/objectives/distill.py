@@ -35,6 +35,8 @@ class DistillLoss(NamedTuple):
     """Negative log-likelihood of the targets."""
     divergence: Float[Array, ""]
     """D, before tau^2."""
+    correct: Float[Array, ""]
+    """How often the student's likeliest token was the target."""
     weight: Float[Array, ""]
 
 
@@ -82,7 +84,7 @@ def _blockwise(
     weights_BT: Array,
     options: Options,
 ) -> tuple[Array, ...]:
-    """The four sums, without a gradient."""
+    """The sums, without a gradient."""
     moving, output = _parts(teacher)
 
     def body(sums, piece):
@@ -90,12 +92,12 @@ def _blockwise(
         student = (hidden_BCD, kernel_DV, bias_V)
         return jax.tree.map(jnp.add, sums, _block_sums(student, output, options, taught, targets_BC, weights_BC)), None
 
-    zeros = (jnp.zeros((), weights_BT.dtype),) * 4
+    zeros = (jnp.zeros((), weights_BT.dtype),) * 5
     return jax.lax.scan(body, zeros, split((hidden_BTD, targets_BT, weights_BT, *moving), options[-1]))[0]
 
 
 def _forward(hidden_BTD, kernel_DV, bias_V, teacher, targets_BT, weights_BT, options):
-    """The four sums, and the gradients of the first with respect to hidden, kernel and bias."""
+    """The sums, and the gradients of the first with respect to hidden, kernel and bias."""
     moving, output = _parts(teacher)
 
     def body(carry, piece):
@@ -109,7 +111,7 @@ def _forward(hidden_BTD, kernel_DV, bias_V, teacher, targets_BT, weights_BT, opt
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry, (sums, *slopes[1:])), slopes[0]
 
     width = weights_BT.dtype
-    start = ((jnp.zeros((), width),) * 4, jnp.zeros(kernel_DV.shape, width), jnp.zeros(bias_V.shape, width))
+    start = ((jnp.zeros((), width),) * 5, jnp.zeros(kernel_DV.shape, width), jnp.zeros(bias_V.shape, width))
     pieces = split((hidden_BTD, targets_BT, weights_BT, *moving), options[-1])
     (sums, dkernel_DV, dbias_V), dhidden = jax.lax.scan(body, start, pieces)
     return sums, (join(dhidden), dkernel_DV.astype(kernel_DV.dtype), dbias_V.astype(bias_V.dtype))
@@ -135,7 +137,7 @@ def _block_sums(
     targets_BC: Array,
     weights_BC: Array,
 ) -> tuple[Array, ...]:
-    """Loss, nll, divergence and weight of a block."""
+    """Loss, nll, divergence, correct and weight of a block."""
     beta, hard_weight, temperature, _ = options
     logits_BCV = wide_logits(*student)
     logp_BCV = jax.nn.log_softmax(logits_BCV / temperature)
@@ -147,7 +149,9 @@ def _block_sums(
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
     loss_BC = hard_weight * nll_BC + (1 - hard_weight) * temperature**2 * divergence_BC
-    return *(jnp.sum(x * weights_BC) for x in (loss_BC, nll_BC, divergence_BC)), jnp.sum(weights_BC)
+    correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+    terms = loss_BC, nll_BC, divergence_BC, correct_BC
+    return *(jnp.sum(x * weights_BC) for x in terms), jnp.sum(weights_BC)
 
 
 def hidden_loss(

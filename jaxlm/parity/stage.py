@@ -75,7 +75,9 @@ def draw_batch(recipe: Recipe, cfg: config.Config) -> Named:
     # Two documents a row, so that a stage that sums over rows where it should sum over documents is found out.
     half = np.arange(TOKENS) % (TOKENS // 2), 1 + np.arange(TOKENS) // (TOKENS // 2)
     known = {"positions": np.broadcast_to(half[0], shape), "segments": np.broadcast_to(half[1], shape)}
-    known |= {name: rng.integers(0, cfg.model.vocab_size, shape) for name in ("tokens", "targets")}
+    models = {**recipe.models.trained, **recipe.models.frozen}.values()
+    vocabulary = min(tree.model.vocab_size for tree in models)  # a teacher's may be filled up to another size
+    known |= {name: rng.integers(0, vocabulary, shape) for name in ("tokens", "targets")}
     batch = {}
     for name, column in recipe.columns.items():
         size = column.shape(ROWS, TOKENS)

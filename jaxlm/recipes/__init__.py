@@ -14,6 +14,7 @@ RECIPES = {
     "sft": "jaxlm.recipes.sft:recipe",
     "answers": "jaxlm.recipes.answers:recipe",
     "dpo": "jaxlm.recipes.dpo:recipe",
+    "distill": "jaxlm.recipes.distill:recipe",
     "grpo": "jaxlm.recipes.grpo:recipe",
     "ppo": "jaxlm.recipes.ppo:recipe",
     "reward": "jaxlm.recipes.reward:recipe",

@@ -18,7 +18,7 @@ from jaxlm.data.prompts import Prompt, open_task
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.recipes import pretrain
-from jaxlm.recipes.rollout import Batch, Drawn, lay
+from jaxlm.recipes.rollouts.phases import Batch, Drawn, lay
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Recipe, Trained, twin

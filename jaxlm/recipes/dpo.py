@@ -13,6 +13,7 @@ from typing import Any
 from jaxlm import config
 from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
+from jaxlm.recipes.forward import forward, with_routing
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, Trained, twin
 
 REFERENCE = "reference"
@@ -93,9 +94,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
             found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=key is None)
         else:
             found = pair_sums(preference_loss(logps_BM, counts_BM, reference_BM, **options.loss_options))
-        if routed is not None:
-            found |= {name: term * found["weight"] for name, term in routed.means.items()} | routed.counts
-            found["loss"] += routed.loss * found["weight"]
+        found = with_routing(found, routed)
         return found["loss"], found
 
     return compute
@@ -121,7 +120,6 @@ def answer_sums(
     import jax.numpy as jnp
 
     from jaxlm.objectives.logprobs import segment_sums, token_logps
-    from jaxlm.recipes.grpo import forward
 
     hidden_BTD, (kernel_DV, bias_V), routed = forward(decoder, params, batch, key)
     logps_BT = token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], block=cfg.train.loss_block).logps

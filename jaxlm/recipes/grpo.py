@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.recipes.rollout_source import RolloutData, Stage
+from jaxlm.recipes.forward import forward, with_routing
+from jaxlm.recipes.rollouts.source import RolloutData, Stage
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, Trained, twin
 
 REFERENCE = "reference"
@@ -83,10 +84,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
         kernel_DV, bias_V = head
         spoken = token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], **speak)
         terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
-        found = reported(terms, spoken.logps, batch)
-        if routed is not None:
-            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
-            found["loss"] = terms.loss + routed.loss * terms.weight
+        found = with_routing(reported(terms, spoken.logps, batch), routed)
         return found["loss"], found
 
     return compute
@@ -106,18 +104,6 @@ def reported(terms: Any, logps_BT: Any, batch: Mapping[str, Any]) -> dict[str, A
     return {"loss": terms.loss, "weight": terms.weight, "tokens": terms.tokens, **found} | {
         "logp": (logps_BT * batch["weights"]).sum()
     }
-
-
-def forward(decoder: Any, params: Any, batch: Mapping[str, Any], key: Any) -> tuple[Any, Any, Any]:
-    """Hidden states of the rows, the output matrix with its bias, and what the routers did, if there are experts."""
-    from jaxlm.train.expert_balance import collect
-
-    random: Any = {} if key is None or not decoder.config.random else {"dropout": key}
-    places = batch["tokens"], batch["positions"], batch["segments"]
-    applied: Any = decoder.apply({"params": params}, *places, method="hidden", rngs=random, mutable=["routing"])
-    (hidden_BTD, _), routing = applied
-    routed = collect(routing["routing"], decoder.config) if decoder.config.moes else None
-    return hidden_BTD, decoder.apply({"params": params}, method="unembedding"), routed
 
 
 def actor_of(engine: Any, cfg: config.Config, **ends: int) -> JaxActor:
@@ -145,7 +131,7 @@ class JaxActor:
     def draw(
         self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
     ) -> list[list[int]]:
-        """See `rollout.Actor`."""
+        """See `phases.Actor`."""
         from jaxlm.infer.generate import generate
         from jaxlm.text.sampling import Sampling
 
@@ -155,7 +141,7 @@ class JaxActor:
         )
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
-        """See `rollout.Actor`."""
+        """See `phases.Actor`."""
         import jax
 
         named = {name: batch[name] for name in ("tokens", "targets", "positions", "segments")}
@@ -164,7 +150,7 @@ class JaxActor:
         return np.asarray(compute(*options, self.reference if reference else self.params, named))
 
     def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
-        """See `rollout.Actor`."""
+        """See `phases.Actor`."""
         import jax.numpy as jnp
 
         from jaxlm.objectives.advantages import advantages

@@ -19,8 +19,8 @@ import numpy as np
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.recipes import grpo
-from jaxlm.recipes.rollout import Batch, Drawn, Phases
-from jaxlm.recipes.rollout_source import MEASURES, RolloutData, Stage
+from jaxlm.recipes.rollouts.phases import Batch, Drawn, Phases
+from jaxlm.recipes.rollouts.source import MEASURES, RolloutData, Stage
 from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, twin
 
 VALUE = "value"

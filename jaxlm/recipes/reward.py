@@ -14,6 +14,7 @@ from jaxlm import config
 from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
 from jaxlm.recipes.dpo import pair_columns
+from jaxlm.recipes.forward import with_routing
 from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, twin
 
 
@@ -70,10 +71,8 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
         lengths_BM = (batch["segments"][..., None] == jnp.arange(1, documents + 1)).sum(1)
         longer_BP = 0.5 * (1 + jnp.sign(lengths_BM[:, 0::2] - lengths_BM[:, 1::2]))
         found["longer"] = (longer_BP * (present_BM[:, 0::2] & present_BM[:, 1::2])).sum().astype(scores_BM.dtype)
-        if decoder.config.moes:
-            routed = collect(collections["routing"], decoder.config)
-            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
-            found["loss"] = terms.loss + routed.loss * terms.weight
+        routed = collect(collections["routing"], decoder.config) if decoder.config.moes else None
+        found = with_routing(found, routed)
         return found["loss"], found
 
     return compute

@@ -39,6 +39,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     """
     keep_freed_memory()
     cfg, first = join_processes(with_base(cfg), backend)
+    make_recipe(cfg)  # what it imports is there before a second thread imports
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
     cfg, recipe, source = open_stage(cfg, resume=resume, tell=tell if first else lambda _: None)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.recipes.graders import Grade, GraderPool, Sample
-from jaxlm.recipes.rewards import REWARDS, find_rewards
+from jaxlm.recipes.rollouts.graders import Grade, GraderPool, Sample
+from jaxlm.recipes.rollouts.rewards import REWARDS, find_rewards
 
 
 def score(spec: str, completion: str, **row: object) -> float | None:

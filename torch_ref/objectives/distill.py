@@ -34,6 +34,8 @@ class DistillLoss(NamedTuple):
     """Negative log-likelihood of the targets."""
     divergence: Float[Tensor, ""]
     """D, before tau^2."""
+    correct: Float[Tensor, ""]
+    """How often the student's likeliest token was the target."""
     weight: Float[Tensor, ""]
 
 
@@ -98,9 +100,9 @@ def _forward(
     *,
     gradients: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The four sums, and the gradients of the first with respect to hidden, kernel and bias."""
+    """The sums, and the gradients of the first with respect to hidden, kernel and bias."""
     moving, output = _parts(teacher)
-    sums = [weights_BT.new_zeros(())] * 4
+    sums = [weights_BT.new_zeros(())] * 5
     dkernel_DV, dbias_V = (torch.zeros_like(x, dtype=weights_BT.dtype) for x in (kernel_DV, bias_V))
     dhidden = []
     for hidden_BCD, targets_BC, weights_BC, *taught in split(
@@ -127,7 +129,7 @@ def _parts(teacher: Teacher | LikeliestTokens) -> tuple[tuple[Tensor, ...], Any]
 def _block_sums(
     student: list[Tensor], output: Any, options: Options, teacher: list[Tensor], targets_BC: Tensor, weights_BC: Tensor
 ) -> tuple[Tensor, ...]:
-    """Loss, nll, divergence and weight of a block."""
+    """Loss, nll, divergence, correct and weight of a block."""
     beta, hard_weight, temperature, _ = options
     logits_BCV = wide_logits(*student)
     logp_BCV = torch.log_softmax(logits_BCV / temperature, dim=-1)
@@ -138,7 +140,9 @@ def _block_sums(
     divergence_BC = divergence(logp_BCV, teacher_logps.detach(), beta)
     nll_BC = torch.logsumexp(logits_BCV, dim=-1) - logits_BCV.gather(-1, targets_BC[..., None])[..., 0]
     loss_BC = hard_weight * nll_BC + (1 - hard_weight) * temperature**2 * divergence_BC
-    return *(torch.sum(x * weights_BC) for x in (loss_BC, nll_BC, divergence_BC)), weights_BC.sum()
+    correct_BC = (logits_BCV.argmax(dim=-1) == targets_BC).to(loss_BC.dtype)
+    terms = loss_BC, nll_BC, divergence_BC, correct_BC
+    return *(torch.sum(x * weights_BC) for x in terms), weights_BC.sum()
 
 
 def hidden_loss(

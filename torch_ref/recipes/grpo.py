@@ -29,7 +29,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     decoder, rl = modules["model"], cfg.rl
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
-        spoken = forward(decoder, batch, cfg)
+        spoken = _spoken(decoder, batch, cfg)
         terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
         found = reported(terms, spoken.logps, batch)
         if decoder.config.moes:
@@ -57,7 +57,7 @@ def reported(terms: Any, logps_BT: Tensor, batch: Batch) -> Sums:
     }
 
 
-def forward(decoder: Decoder, batch: Batch, cfg: config.Config) -> TokenLogps:
+def _spoken(decoder: Decoder, batch: Batch, cfg: config.Config) -> TokenLogps:
     """Log-probability and entropy at every target, at the temperature of sampling."""
     hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
     options: Any = {"temperature": cfg.rl.temperature, "block": cfg.train.loss_block}
@@ -79,21 +79,21 @@ class TorchActor:
     def draw(
         self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
     ) -> list[list[int]]:
-        """See `jaxlm.recipes.rollout.Actor`."""
+        """See `jaxlm.recipes.rollouts.phases.Actor`."""
         sampling = Sampling(temperature=temperature)
         return generate(self.decoder, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends)
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
-        """See `jaxlm.recipes.rollout.Actor`."""
+        """See `jaxlm.recipes.rollouts.phases.Actor`."""
         decoder = (self.reference if reference else self.decoder).eval()
         device = decoder.embed.weight.device
         names = ("tokens", "targets", "positions", "segments")
         named = {name: torch.as_tensor(batch[name], device=device) for name in names}
         with torch.no_grad():
-            return forward(decoder, named, self.config).logps.cpu().numpy()
+            return _spoken(decoder, named, self.config).logps.cpu().numpy()
 
     def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
-        """See `jaxlm.recipes.rollout.Actor`."""
+        """See `jaxlm.recipes.rollouts.phases.Actor`."""
         dtype = wide(getattr(torch, self.config.numerics.compute))
         rewards = torch.as_tensor(rewards_GN, dtype=dtype)
         return advantages(rewards, torch.as_tensor(valid_GN), scaling=self.config.rl.advantage).numpy()

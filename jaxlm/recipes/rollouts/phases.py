@@ -20,7 +20,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.data.prompts import Prompt, Task
 from jaxlm.errors import UserError
-from jaxlm.recipes.graders import GraderPool, Sample
+from jaxlm.recipes.rollouts.graders import GraderPool, Sample
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 

@@ -19,9 +19,9 @@ from jaxlm.data.prompts import open_task
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.errors import UserError
-from jaxlm.recipes.graders import GraderPool
-from jaxlm.recipes.rewards import find_rewards
-from jaxlm.recipes.rollout import Actor, Batch, Drawn, Phase, Phases, lay
+from jaxlm.recipes.rollouts.graders import GraderPool
+from jaxlm.recipes.rollouts.phases import Actor, Batch, Drawn, Phase, Phases, lay
+from jaxlm.recipes.rollouts.rewards import find_rewards
 from jaxlm.run.rollouts import write_rollouts
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer

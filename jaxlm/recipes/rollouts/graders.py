@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError
-from jaxlm.recipes.rewards import QUICK, Reward
+from jaxlm.recipes.rollouts.rewards import QUICK, Reward
 
 MOST_LOST = 0.2
 """Of the grades of a step; if more are missing, the graders are broken."""
 MEMORY = 4 << 30
 """Bytes of address space that a worker may have."""
-_WORKER = "from jaxlm.recipes.graders import serve; serve()"
+_WORKER = "from jaxlm.recipes.rollouts.graders import serve; serve()"
 
 
 class Sample(NamedTuple):

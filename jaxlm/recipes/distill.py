@@ -1,0 +1,154 @@
+"""Distillation: a student learns what a frozen teacher thinks of every token, beside the token itself.
+
+    jaxlm train configs/finetune/distill.toml
+
+The teacher is any model with the same tokenizer, of any shape. Its parameters are read from `distill.teacher`; a
+checkpoint holds their path and sha256, and a resumed run with another teacher is refused.
+
+Shapes: B rows, T tokens, D width of the student, E of the teacher, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlm import config
+from jaxlm.data.corpus_source import CorpusSource
+from jaxlm.data.turns.source import ConversationSource
+from jaxlm.errors import UserError
+from jaxlm.recipes.forward import forward, with_routing
+from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.train.judges import language_judge
+from jaxlm.train.recipe import (
+    LM_COLUMNS,
+    MODEL,
+    DataSource,
+    Frozen,
+    Judge,
+    Models,
+    Objective,
+    Recipe,
+    model_of_run,
+    twin,
+)
+
+TEACHER = "teacher"
+_log = logging.getLogger(__name__)
+
+
+def recipe(cfg: config.Config) -> Recipe:
+    """The stage `distill`, by the options of `[distill]`.
+
+    Raises:
+        UserError: there is no teacher, or it cannot teach this student.
+    """
+    from jaxlm.convert.open_model import open_model
+
+    cfg.model.require_language_model("the recipe distill")
+    path = cfg.distill.teacher
+    if not path:
+        raise UserError("the recipe distill has no teacher", "distill.teacher=RUN, or a Hugging Face folder")
+    opened = open_model(path)
+    teacher = opened.config.model
+    teacher.require_language_model(f"distill.teacher = {path!r}")
+    if teacher.positions == "learned" and cfg.data.seq_len > teacher.max_seq_len:
+        longest = f"distill.teacher = {path!r} has learned positions up to {teacher.max_seq_len}"
+        raise UserError(f"{longest}, data.seq_len is {cfg.data.seq_len}", f"data.seq_len={teacher.max_seq_len}")
+    words = Tokenizer.from_file(opened.tokenizer_path) if opened.tokenizer_path else None
+
+    def data(own: Tokenizer | None) -> DataSource:
+        source = _source(cfg, own, str(opened.tokenizer_path or ""))
+        _require_same_vocabulary(cfg, source.tokenizer, words, teacher.vocab_size)
+        return source
+
+    return Recipe(
+        columns=LM_COLUMNS,
+        models=Models({MODEL: model_of_run(cfg)}, {TEACHER: Frozen(teacher, path, cfg.numerics.params)}),
+        objective=Objective(objective, twin("torch_ref.recipes.distill")),
+        data=data,
+        judge=judge,
+    )
+
+
+def _source(cfg: config.Config, own: Tokenizer | None, teachers: str) -> DataSource:
+    """The rows of the stage; a config without a tokenizer takes the teacher's."""
+    if cfg.tokenizer == config.Tokenizer() and teachers:
+        own = own or Tokenizer.from_file(teachers)
+        cfg = dataclasses.replace(cfg, tokenizer=config.Tokenizer(kind="file", path=teachers))
+    return (CorpusSource if cfg.distill.rows == "corpus" else ConversationSource).open(cfg, own)
+
+
+def _require_same_vocabulary(cfg: config.Config, ours: Tokenizer, theirs: Tokenizer | None, taught: int) -> None:
+    """Refuse a teacher of other tokens; ids that only fill up a vocabulary may differ in number."""
+    path, size = cfg.distill.teacher, cfg.model.vocab_size or ours.vocab_size
+    if theirs is not None and theirs.fingerprint() != ours.fingerprint():
+        hint = "train the student with it: leave [tokenizer] out of the config"
+        raise UserError(f"distill.teacher = {path!r}: its tokenizer is another than the student's", hint)
+    if theirs is None and taught != size:
+        raise UserError(f"distill.teacher = {path!r}: its vocabulary has {taught} tokens, the student's {size}")
+    if taught != size:
+        common = min(taught, size)
+        text = "warning: vocabularies of %d (teacher) and %d (student) tokens: the first %d of both are compared"
+        _log.warning(text, taught, size, common)
+
+
+def judge(source: DataSource) -> Judge:
+    """That of a language model, so that runs with and without a teacher compare; the divergence stands beside it."""
+    language = language_judge(source)
+
+    def figures(sums: Mapping[str, float]) -> dict[str, float]:
+        return language.figures(sums) | {"validation_divergence": sums["divergence"] / sums["weight"]}
+
+    def describe(row: Mapping[str, float]) -> str:
+        return f"{language.describe(row)}, divergence from the teacher {row['validation_divergence']:.4f} nats/token"
+
+    return language._replace(figures=figures, describe=describe)
+
+
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`(params, frozen, batch, key) -> (sum, sums)`: see `objectives.distill.distill_loss`."""
+    from jax.lax import stop_gradient
+
+    from jaxlm.mesh import over_rows
+    from jaxlm.objectives.distill import distill_loss
+    from jaxlm.objectives.teacher import Teacher
+
+    student, teacher = modules[MODEL], modules[TEACHER]
+    common = min(student.config.vocab_size, teacher.config.vocab_size)
+    options: Any = {**cfg.distill.loss_options, "block": cfg.train.loss_block}
+
+    def loss(heads: Any, rows: Any) -> Any:
+        (kernel_DV, bias_V), taught_head = heads
+        hidden_BTD, taught_BTE, targets_BT, weights_BT = rows
+        taught = Teacher(taught_BTE, *taught_head)
+        return distill_loss(hidden_BTD, kernel_DV, bias_V, taught, targets_BT, weights_BT, **options)
+
+    def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        hidden_BTD, head, routed = forward(student, params, batch, key)
+        taught_BTE, taught_head, _ = stop_gradient(forward(teacher, frozen[TEACHER], batch, None))
+        # Each device sums over its own rows, and the sums are added once.
+        terms = over_rows(
+            loss,
+            (common_tokens(*head, common), common_tokens(*taught_head, common)),
+            (hidden_BTD, taught_BTE, batch["targets"], batch["weights"]),
+        )
+        found = with_routing(sums_of(terms), routed)
+        return found["loss"], found
+
+    return compute
+
+
+def common_tokens(kernel_DV: Any, bias_V: Any, common: int) -> tuple[Any, Any]:
+    """The output matrix and its bias of the tokens that both vocabularies have: the first `common`."""
+    if kernel_DV.shape[1] == common:
+        return kernel_DV, bias_V
+    return kernel_DV[:, :common], None if bias_V is None else bias_V[:common]
+
+
+def sums_of(terms: Any) -> dict[str, Any]:
+    """The sums by their names in `metrics.jsonl`."""
+    found = dict(terms._asdict())
+    return found | {"accuracy": found.pop("correct")}

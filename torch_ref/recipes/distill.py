@@ -1,0 +1,56 @@
+"""Distillation: the mirror of `jaxlm.recipes.distill`.
+
+Shapes: B rows, T tokens, D width of the student, E of the teacher, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jaxlm import config
+from torch_ref.models.decoder import Decoder
+from torch_ref.objectives.distill import distill_loss
+from torch_ref.objectives.teacher import Teacher
+from torch_ref.train.expert_balance import collect
+from torch_ref.train.step import Batch, LossFn, Sums
+
+
+def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
+    """`batch -> (sum, sums)` of the decoder `model`, beside the frozen one `teacher`."""
+    student, teacher = modules["model"], modules["teacher"]
+    common = min(student.config.vocab_size, teacher.config.vocab_size)
+    options: Any = {**cfg.distill.loss_options, "block": cfg.train.loss_block}
+
+    def compute(batch: Batch) -> tuple[Tensor, Sums]:
+        rows = batch["tokens"], batch["positions"], batch["segments"]
+        with torch.no_grad():
+            taught_BTE, _ = teacher.eval().hidden(*rows)
+            taught = Teacher(taught_BTE, *common_tokens(*teacher.unembedding(), common))
+        hidden_BTD, _ = student.hidden(*rows)
+        head = common_tokens(*student.unembedding(), common)
+        terms = distill_loss(hidden_BTD, *head, taught, batch["targets"], batch["weights"], **options)
+        found = sums_of(terms)
+        if student.config.moes:
+            routed = collect(student)
+            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
+            found["loss"] = terms.loss + routed.loss * terms.weight
+        return found["loss"], found
+
+    return compute
+
+
+def common_tokens(kernel_DV: Tensor, bias_V: Tensor | None, common: int) -> tuple[Tensor, Tensor | None]:
+    """The output matrix and its bias of the tokens that both vocabularies have: the first `common`."""
+    if kernel_DV.shape[1] == common:
+        return kernel_DV, bias_V
+    return kernel_DV[:, :common], None if bias_V is None else bias_V[:common]
+
+
+def sums_of(terms: Any) -> Sums:
+    """The sums by their names in `metrics.jsonl`."""
+    found = dict(terms._asdict())
+    return found | {"accuracy": found.pop("correct")}
