@@ -63,13 +63,15 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
+        drawing = any(sum(self.done[key]) == self.length[key] for key in self.row)
         plan = self.scheduler.plan()
         total = 0
         for piece in plan.pieces:
             assert piece.start == sum(self.done[piece.key]) and piece.row == self.row[piece.key]
             self.done[piece.key].append(piece.count)
             total += piece.count
-        assert total <= max(self.budget, plan.pieces[0].count if plan.pieces else 0)
+        budget = self.budget if drawing else self.budget * len(self.row)
+        assert total <= max(budget, plan.pieces[0].count if plan.pieces else 0)
         assert plan.pieces or all(sum(self.done[key]) == self.length[key] for key in self.row)
         assert dict(plan.draws) == {k: r for k, r in self.row.items() if sum(self.done[k]) == self.length[k]}
 
@@ -93,6 +95,21 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_texts_that_came_together_begin_together() -> None:
+    """The budget of a step counts from the moment that somebody would wait for his next token."""
+    scheduler = Scheduler(4, WIDTHS, budget=40)
+    for key in range(4):
+        scheduler.add(key, 40)
+        scheduler.admit()
+    assert len(scheduler.plan().draws) == 4
+    scheduler.remove(0)
+    scheduler.remove(1)
+    for key in (4, 5):
+        scheduler.add(key, 40)
+        scheduler.admit()
+    assert len(scheduler.plan().draws) == 3
 
 
 def test_nobody_starves() -> None:

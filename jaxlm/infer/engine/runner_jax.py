@@ -34,7 +34,7 @@ from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.models.decoder import Cache, Decoder, Params
 from jaxlm.numerics import wide
 from jaxlm.ops import sampling as ops
-from jaxlm.ops.attention.slots import BLOCK
+from jaxlm.ops.attention.slots import block_of
 
 WIDTHS = (16, 64, 256)
 """Tokens of the pieces of a prompt."""
@@ -167,7 +167,8 @@ class JaxRunner:
 
 def rounded_slots(slots: int, chunk: int) -> int:
     """Slots of a row for `slots` tokens: a chunk may be padded beyond the last token, and blocks are read whole."""
-    return -(-(slots + chunk) // BLOCK) * BLOCK
+    block = block_of(slots + chunk)
+    return -(-(slots + chunk) // block) * block
 
 
 def row_bytes(decoder: Decoder, slots: int, chunk: int = WIDTHS[-1]) -> int:

@@ -54,7 +54,7 @@ class Scheduler:
 
     Args:
         widths: of the pieces, rising.
-        budget: tokens of prompts a step, at least one piece.
+        budget: tokens of prompts a step, at least one piece; where no text draws, so many for each row.
         most_waiting: texts in the queue.
     """
 
@@ -114,7 +114,9 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """What happens now; it counts as done."""
-        pieces, left = [], self.budget
+        # The budget bounds the wait of texts that draw; where none does, texts that came together begin together.
+        drawing = any(work.done == work.length for work in self._running.values())
+        pieces, left = [], self.budget if drawing else self.budget * len(self._running)
         for work in self._running.values():
             while work.done < work.length and (left > 0 or not pieces):
                 count, width = next_piece(work.length - work.done, self.widths)

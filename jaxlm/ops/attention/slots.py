@@ -19,8 +19,10 @@ from jaxtyping import Array, Float, Int
 from jaxlm.numerics import wide
 from jaxlm.ops.attention.visible import Mixed, Places
 
-BLOCK = 256
-"""Slots that are read at once; the number of slots is a multiple of it."""
+SHORT_BLOCK, BLOCK = 128, 256
+"""Slots that are read at once, in short rows and in long ones; the number of slots is a multiple of `block_of`."""
+SHORT = 1024
+"""Slots of a short row, at most."""
 
 
 class _Sums(NamedTuple):
@@ -29,6 +31,11 @@ class _Sums(NamedTuple):
     top: Float[Array, "b k q"]
     total: Float[Array, "b k q"]
     out: Float[Array, "b k q h"]
+
+
+def block_of(slots: int) -> int:
+    """Slots that are read at once in rows of so many: a short row is often read no further than its first block."""
+    return SHORT_BLOCK if slots <= SHORT else BLOCK
 
 
 def attend_slots(
@@ -48,18 +55,18 @@ def attend_slots(
         softcap: scores are bounded, `cap tanh(score / cap)`; 0: they are not.
     """
     (b, t, n, h), k = q_BTNH.shape, keys_RKHS.shape[1]
-    width = wide(q_BTNH.dtype)
+    width, size = wide(q_BTNH.dtype), block_of(keys_RKHS.shape[-1])
     q_BKQH = jnp.einsum("btkgh->bkgth", q_BTNH.reshape(b, t, k, n // k, h)).reshape(b, k, -1, h)  # Q = G T
     last_BT = jnp.where(places.segments != 0, places.positions, -1)
 
     def read(block: Array, sums: _Sums) -> _Sums:
-        start, zero = (block * BLOCK).astype(row.dtype), jnp.zeros_like(row)
-        keys_BKHS = lax.dynamic_slice(keys_RKHS, (row, zero, zero, start), (b, k, h, BLOCK))
-        values_BKSH = lax.dynamic_slice(values_RKSH, (row, zero, start, zero), (b, k, BLOCK, h))
+        start, zero = (block * size).astype(row.dtype), jnp.zeros_like(row)
+        keys_BKHS = lax.dynamic_slice(keys_RKHS, (row, zero, zero, start), (b, k, h, size))
+        values_BKSH = lax.dynamic_slice(values_RKSH, (row, zero, start, zero), (b, k, size, h))
         scores_BKQS = jnp.matmul(q_BKQH, keys_BKHS, preferred_element_type=width) * h**-0.5
         scores_BKQS = softcap * jnp.tanh(scores_BKQS / softcap) if softcap else scores_BKQS
-        seen_BTS = start + jnp.arange(BLOCK) <= last_BT[..., None]
-        seen_BKQS = jnp.broadcast_to(seen_BTS[:, None, None], (b, 1, n // k, t, BLOCK)).reshape(b, 1, -1, BLOCK)
+        seen_BTS = start + jnp.arange(size) <= last_BT[..., None]
+        seen_BKQS = jnp.broadcast_to(seen_BTS[:, None, None], (b, 1, n // k, t, size)).reshape(b, 1, -1, size)
         scores_BKQS = jnp.where(seen_BKQS, scores_BKQS, -jnp.inf)
 
         # What was summed so far shrinks by the rise of the largest score.
@@ -74,7 +81,7 @@ def attend_slots(
     # Nothing is seen before the first block.
     empty = jnp.zeros(q_BKQH.shape[:3], width)
     first = _Sums(empty - jnp.inf, empty, jnp.zeros(q_BKQH.shape, width))
-    blocks = jnp.max(last_BT) // BLOCK + 1
+    blocks = jnp.max(last_BT) // size + 1
     top_BKQ, total_BKQ, out_BKQH = lax.fori_loop(0, blocks, read, first)
 
     some_BKQ = jnp.where(total_BKQ > 0, total_BKQ, 1)
