@@ -21,7 +21,7 @@ from jaxlm.convert.files.storage import planned, write_folder
 from jaxlm.convert.native import to_torch
 from jaxlm.convert.rows import to_layout
 from jaxlm.errors import UserError
-from jaxlm.models import four_bits, lora
+from jaxlm.models import adapted, four_bits, lora
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.numerics import Policy as JaxPolicy
 from jaxlm.ops import quantized as jax_quantized
@@ -70,7 +70,7 @@ class Adapted:
         self.torch = torch_decoder.Decoder(self.config, TorchPolicy(torch.float64, torch.float64))
         self.torch.load_state_dict({n: torch.tensor(x) for n, x in to_torch(self.params, self.config)}, strict=True)
         self.trained = torch_lora.attach(self.torch, kind)
-        tensors = dict(files.to_torch(self.adapters, self.targets))
+        tensors = dict(files.to_torch(self.adapters, self.targets, self.config))
         torch_lora.load(self.torch, {name: torch.tensor(np.array(x)) for name, x in tensors.items()})
         if four:
             rest, packs = four_bits.split(self.params, self.sites, double=four == "double")
@@ -114,12 +114,12 @@ def test_outputs_and_gradients(model: str, kind: str, four: str) -> None:
     theirs = pair.theirs()
     FLOAT64.check(pairs.error(theirs.detach().numpy(), np.asarray(ours)), "logits")
     (theirs * torch.tensor(pair.mix)).sum().backward()
-    wanted = dict(files.to_torch(grads, pair.targets))
+    wanted = dict(files.to_torch(grads, pair.targets, pair.config))
     assert wanted.keys() == pair.trained.keys()
     for name, parameter in pair.trained.items():
         FLOAT64.check(pairs.error(parameter.grad.numpy(), wanted[name]), name)
     assert all(p.grad is None for n, p in pair.torch.named_parameters() if n not in pair.trained)
-    back = files.from_torch(wanted, pair.targets)
+    back = files.from_torch(wanted, pair.targets, pair.config)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), back, jax.tree.map(np.asarray, grads)))
 
 
@@ -161,7 +161,7 @@ def test_first_values_do_not_depend_on_the_layer_loop() -> None:
     made = []
     for loop in ("scan", "unroll"):
         targets = lora.chosen(lora.sites(Decoder(pairs.model(layer_loop=loop))), kind)
-        made.append(dict(files.to_torch(lora.init(targets, kind, 3, np.float64), targets)))
+        made.append(dict(files.to_torch(lora.init(targets, kind, 3, np.float64), targets, pairs.model())))
     assert made[0].keys() == made[1].keys() and all(np.array_equal(made[0][n], made[1][n]) for n in made[0])
 
 
@@ -281,3 +281,47 @@ def test_peft_computes_the_same(family: str, kind: str, tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, tree, pair.adapters))
     targets = lora.chosen(pair.sites, again)
     assert jax.tree.all(jax.tree.map(np.allclose, lora.scales(targets, again, np.float64), pair.scales))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_trains_whole_modules_too(tied: bool, tmp_path: Path) -> None:
+    """`modules_to_save`: embedding, norm and head of our files in PEFT over transformers, and back; a fault is seen."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    pair = Adapted({"rope_layout": "interleaved", "tie_embeddings": tied}, config.LoRA(rank=3))
+    options = config.LoRA(rank=3, modules_to_save=("embed", "final_norm") if tied else ("embed", "final_norm", "head"))
+    random = np.random.default_rng(2)
+    move = lambda leaf: np.asarray(leaf) + 0.1 * random.standard_normal(leaf.shape)  # noqa: E731
+    saved = {name: jax.tree.map(move, pair.params[name]) for name in options.modules_to_save}
+    base = tmp_path / "base"
+    made, tree = FAMILIES["llama"], pair.adapters | saved
+    hf = made.config_to_hf(pair.config, dtype="float64")
+    tensors = planned(
+        (name, np.ascontiguousarray(x)) for name, x in to_layout(pair.params, pair.config, made.rows(pair.config))
+    )
+    write_folder(base, tensors, {"config.json": json.dumps(hf)}, layout="llama")
+    stored, stated = files.to_peft(tree, pair.targets, options, pair.config, made)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    save_file(
+        {n: np.ascontiguousarray(x) for n, x in stored.items()}, folder / files.WEIGHTS, metadata={"format": "pt"}
+    )
+    (folder / files.CONFIG).write_text(json.dumps(stated))
+    pair.rows = pair.rows[0][:, :20], np.tile(np.arange(20, dtype=np.int32), (2, 1)), np.ones((2, 20), np.int32)
+    with Lifted(), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float64, attn_implementation="eager"
+        )
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
+        theirs = model(torch.tensor(pair.rows[0], dtype=torch.long)).logits.numpy()
+    variables = adapted.variables(adapted.Adapted(jax.tree.map(jnp.asarray, tree), pair.frozen))
+    ours: Any = pair.decoder.apply(variables, *map(jnp.asarray, pair.rows))
+    FLOAT64.check(pairs.error(theirs, np.asarray(ours[0])), "logits")
+    assert pairs.error(theirs, np.asarray(pair.ours())) > 1e-3, "without the whole modules it is another model"
+    again, read = files.read_peft(folder, pair.config, pair.sites)
+    assert set(read.modules_to_save) == set(options.modules_to_save)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, jax.tree.map(np.asarray, tree)))
+    if tied:
+        (folder / files.CONFIG).write_text(json.dumps(stated | {"ensure_weight_tying": False}))
+        with pytest.raises(UserError, match="embedding and head are one in the base and not in modules_to_save"):
+            files.read_peft(folder, pair.config, pair.sites)

@@ -31,7 +31,14 @@ from torch_ref.recipes import distill as torch_distill
 IMPORTED = distill, sft, engine
 SOAK = pytest.mark.soak
 BYTES = Tokenizer.bytes_level()
-STUDENT = {"vocab_size": BYTES.vocab_size, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 24}
+STUDENT: dict[str, Any] = {
+    "vocab_size": BYTES.vocab_size,
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "d_ff": 24,
+}
 TEACHER = STUDENT | {"d_model": 24, "n_layers": 2, "d_ff": 32, "tie_embeddings": False, "init_std": 0.2}
 
 

@@ -206,6 +206,28 @@ def test_a_run_that_resumes_ends_as_if_it_had_not_stopped(backend: str, folder: 
     assert all(np.array_equal(np.asarray(ours[name]), np.asarray(theirs[name])) for name in ours)
 
 
+def test_modules_that_are_trained_whole(folder: Path) -> None:
+    """Embedding and norm beside adapters: both engines move them alike, and the run opens, exports and goes on."""
+    few = ("lora.rank=3", 'lora.modules_to_save=["embed","final_norm"]', "eval.every=0")
+    ours = train(folder, "saved", *few, "train.steps=2")
+    theirs = train(folder, "saved-torch", *few, "train.steps=2", backend="torch")
+    FLOAT64.check(pairs.error(theirs["loss"], ours["loss"]), "loss")
+    same_parameters(folder / "saved", folder / "saved-torch")
+    for name in ("embed.embedding", "final_norm.scale"):
+        before, after = (np.asarray(open_model(folder / x).parameters[name]) for x in ("base", "saved"))
+        assert pairs.error(before, after) > 1e-4
+    tokens = np.arange(40, dtype=np.int32)[None]
+    jaxlm.convert(folder / "saved", folder / "saved-peft", "peft")
+    stated = json.loads((folder / "saved-peft" / "adapter_config.json").read_text())
+    assert stated["modules_to_save"] == ["model.embed_tokens", "model.norm"]
+    model = jaxlm.load(folder / "saved")
+    assert pairs.error(np.asarray(jaxlm.load(folder / "saved-peft")(tokens)), np.asarray(model(tokens))) < 1e-12
+    again = train(folder, "saved-torch", *few, "train.steps=3", backend="torch", resume=True)
+    assert len(again["loss"]) == 3 and again["loss"][2] < again["loss"][0]
+    with pytest.raises(UserError, match=r"lora\.modules_to_save: 'hed' is no module outside the layers"):
+        train(folder, "mistake", "lora.rank=3", 'lora.modules_to_save=["hed"]')
+
+
 def test_another_base_does_not_resume(folder: Path, tmp_path: Path) -> None:
     few = ("lora.rank=3", "train.microbatches=2", "train.steps=2", "eval.every=0")
     train(folder, "moved", *few)

@@ -64,6 +64,7 @@ EXCEPTIONS = {
     "ops/attention/attend.py: only torch_ref has visible": "in jaxlm it stands in ops.attention.visible",
     "ops/attention/attend.py: attend_first differs in earlier": "tokens of earlier devices: torch_ref has one",
     "train/engine.py: only torch_ref has matmul_params": "jaxlm counts in counts.parameters",
+    "train/engine.py: only torch_ref has saved_params": "in jaxlm it stands in train.adapters",
     "train/engine.py: only torch_ref has pick_device": "JAX finds its devices by itself",
     "train/optim.py: only torch_ref has adamw": "Optax has its own",
     "train/optim.py: only torch_ref has set_learning_rate": "Optax has the schedule inside",

@@ -87,6 +87,8 @@ class LoRA:
     """Other ranks, by pattern; the first that matches."""
     alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
     """Other alphas, by pattern."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules outside the layers that are trained whole beside the adapters: `embed`, `head`, `final_norm`, `score`."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen linear maps lie in memory in four bits (QLoRA, Dettmers et al. 2023)."""
     double_quantize: bool = True
@@ -112,6 +114,19 @@ class LoRA:
                     short = sorted({_inside(name) for name in known})
                     raise UserError(f"lora.{key}: {pattern!r} matches no linear map", did_you_mean(pattern, short))
         return {name for name in known if any(matches(pattern, name) for pattern in self.targets)}
+
+    def saved(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of these modules outside the layers that are trained whole.
+
+        Raises:
+            UserError: a name of `modules_to_save` is none of them.
+        """
+        known = sorted(names)
+        for name in self.modules_to_save:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"there is: {', '.join(known)}"
+                raise UserError(f"lora.modules_to_save: {name!r} is no module outside the layers", hint)
+        return self.modules_to_save
 
     def rank_of(self, name: str) -> int:
         """The rank of the adapter of a linear map, by its canonical name."""

@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config
+from jaxlm.convert import native, saved_modules
 from jaxlm.convert.canonical import Leaf, leaves
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.family import Family
 from jaxlm.convert.files.safetensors_file import MappedFile
 from jaxlm.convert.rows import Row, expand, inputs, matrix
 from jaxlm.errors import UserError
+from jaxlm.models.adapted import split
 from jaxlm.models.lora import Site, Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HEAD = f"{PREFIX}lm_head.weight"
 _NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
@@ -62,8 +65,9 @@ def by_layer(tree: Tree, targets: Sequence[Site]) -> dict[str, Adapter]:
     return found
 
 
-def to_torch(tree: Tree, targets: Sequence[Site]) -> Iterator[tuple[str, np.ndarray]]:
-    """Adapters under torch_ref's names, `layers.0.mixer.q_proj.adapter.a`."""
+def to_torch(tree: Tree, targets: Sequence[Site], cfg: config.Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Adapters under torch_ref's names, `layers.0.mixer.q_proj.adapter.a`, and whole modules as `embed.weight`."""
+    yield from saved_modules.to_layout(split(tree)[1], native.rows(cfg), cfg).items()
     for name, one in by_layer(tree, targets).items():
         lead = one.site.lead[1:] if one.site.axes[0] == "layers" else one.site.lead
         size = math.prod(one.site.ins)
@@ -73,13 +77,13 @@ def to_torch(tree: Tree, targets: Sequence[Site]) -> Iterator[tuple[str, np.ndar
             yield f"{name}.adapter.magnitude", one.magnitude.reshape(*lead, -1)
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], targets: Sequence[Site]) -> Tree:
-    """The live tree of adapters under torch_ref's names.
+def from_torch(tensors: Mapping[str, np.ndarray], targets: Sequence[Site], cfg: config.Model) -> Tree:
+    """The live tree of adapters, and of whole modules, under torch_ref's names.
 
     Raises:
         UserError: an adapter is missing.
     """
-    tree: Tree = {}
+    tree = saved_modules.from_layout(tensors, native.rows(cfg), cfg)
     for site in targets:
         stacked = site.axes[0] == "layers"
         lead = site.lead[1:] if stacked else site.lead
@@ -130,7 +134,16 @@ def to_peft(
         scale = lora.scale_of(next(name for name in names if name in adapters))
         rank = parts["a"].shape[0]
         ranks[module] = (rank, scale * (math.sqrt(rank) if lora.rslora else rank))
-    return tensors, _config(ranks, lora, family)
+    saved = saved_modules.to_layout(split(tree)[1], expand(family.rows(cfg), cfg), cfg)
+    tensors |= {PREFIX + name: value for name, value in saved.items()}
+    stated = _config(ranks, lora, family)
+    if saved:
+        # By their whole path: PEFT takes every module whose name ends so, and `norm` would be each of a block too.
+        stated["modules_to_save"] = sorted({name.rpartition(".")[0] for name in saved})
+        if cfg.tie_embeddings and "embed" in split(tree)[1]:  # PEFT stores the head too, and keeps both tied
+            stated["ensure_weight_tying"] = True
+            tensors[HEAD] = saved[next(row.theirs[0] for row in family.rows(cfg) if row.ours == ("embed.embedding",))]
+    return tensors, stated
 
 
 def _joined(
@@ -206,9 +219,8 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
         raise UserError(f"{folder / CONFIG}: {used} = {stated[used]!r}: jaxlm has no such adapters")
     file = MappedFile(folder / WEIGHTS)
     stored = {name: file.read(name) for name in file.entries}
-    if cfg.tie_embeddings and any(name.startswith(f"{PREFIX}lm_head.") for name in stored):
-        hint = "merging would change the embedding too: train without lm_head, or give the base a head of its own"
-        raise UserError(f"{folder}: an adapter of lm_head, which is the embedding of this base", hint)
+    if cfg.tie_embeddings:
+        _check_tied(folder, stated, stored)
     family = next((one for one in FAMILIES.values() if _holds(one, cfg, stored)), None)
     if family is None:
         raise UserError(f"{folder}: its modules are in no layout of this base", "is it an adapter of another model?")
@@ -227,15 +239,33 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
             continue
         adapters[name] = _from_row(row, key, stored, sites[name])
         used |= {f"{key}.{suffix}" for suffix in _NAMES.values()}
+    whole = {name.removeprefix(PREFIX): value for name, value in stored.items() if name not in used}
+    saved = saved_modules.from_layout(whole, expand(family.rows(cfg), cfg), cfg)
+    used |= {PREFIX + name for name in saved_modules.to_layout(saved, expand(family.rows(cfg), cfg), cfg)}
     if unused := sorted(stored.keys() - used):
         raise UserError(
             f"{folder}: {unused[0]} fits nowhere",
-            "jaxlm reads adapters of linear maps: no modules_to_save, embedding or head",
+            "jaxlm reads adapters of linear maps, and modules_to_save outside the layers",
         )
-    lora = _options(stated, adapters)
+    lora = dataclasses.replace(_options(stated, adapters), modules_to_save=tuple(saved))
     targets = [site for site in all_sites if any(name in adapters for name in site.names)]
     flat = {f"{name}.adapter.{key}": value for name, parts in adapters.items() for key, value in parts.items()}
-    return from_torch(flat, targets), lora
+    return from_torch(flat, targets, cfg) | saved, lora
+
+
+def _check_tied(folder: Path, stated: Mapping[str, Any], stored: dict[str, np.ndarray]) -> None:
+    """Take the head, which is the embedding of this base, out of the tensors; refuse one that is another."""
+    head = stored.pop(HEAD, None)
+    if any(name.startswith(f"{PREFIX}lm_head.") for name in stored):
+        hint = "merging would change the embedding too: train without lm_head, or give the base a head of its own"
+        raise UserError(f"{folder}: an adapter of lm_head, which is the embedding of this base", hint)
+    known = {"embed_tokens.weight", "wte.weight", "embeddings.weight"}
+    tables = [value for name, value in stored.items() if ".".join(name.rsplit(".", 2)[-2:]) in known]
+    same = head is not None and len(tables) == 1 and np.array_equal(head, tables[0])
+    tied = same and bool(stated.get("ensure_weight_tying"))
+    if (tables or head is not None) and not tied:
+        hint = "train it with ensure_weight_tying = true, or give the base a head of its own"
+        raise UserError(f"{folder}: embedding and head are one in the base and not in modules_to_save", hint)
 
 
 def _holds(family: Family, cfg: config.Model, stored: Mapping[str, np.ndarray]) -> bool:

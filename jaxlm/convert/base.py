@@ -21,6 +21,7 @@ from jaxlm.convert.family import Family
 from jaxlm.convert.files import storage
 from jaxlm.errors import UserError
 from jaxlm.models import lora
+from jaxlm.models.adapted import split
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy
 from jaxlm.run.directory import FROZEN
@@ -74,7 +75,7 @@ def adapter_shapes(settings: config.Config) -> Params:
 
 def from_torch(tensors: Mapping[str, Any], settings: config.Config) -> Params:
     """The live tree of adapters that the torch engine saved."""
-    return layouts.from_torch(tensors, adapters.targets(_decoder(settings), settings.lora))
+    return layouts.from_torch(tensors, adapters.targets(_decoder(settings), settings.lora), settings.model)
 
 
 def merged_peft(folder: Path, base: Params, settings: config.Config) -> Params:
@@ -86,7 +87,8 @@ def merged_peft(folder: Path, base: Params, settings: config.Config) -> Params:
     every = lora.sites(_decoder(settings))
     tree, options = layouts.read_peft(folder, settings.model, every)
     chosen = lora.chosen(every, options)
-    return lora.merged(base, tree, lora.scales(chosen, options, np.float64), chosen)
+    low_rank, saved = split(tree)
+    return lora.merged(base, low_rank, lora.scales(chosen, options, np.float64), chosen) | saved
 
 
 def write_peft(

@@ -11,15 +11,16 @@ from __future__ import annotations
 from jaxlm import config
 
 
-def flops_per_token(model: config.Model, matmul_params: int, seq_len: int, adapters: int = 0) -> int:
+def flops_per_token(model: config.Model, matmul_params: int, seq_len: int, adapters: int = 0, whole: int = 0) -> int:
     """FLOP of forward and backward, three times the forward pass. Recomputation (remat) is not counted.
 
     Args:
         matmul_params: parameters in matrix products for one token, of experts only those that the token passes.
         adapters: parameters of adapters, if these alone are trained: a frozen matrix has no gradient of its own.
+        whole: those of `matmul_params` that are trained beside adapters.
     """
     if adapters:
-        return 4 * matmul_params + 3 * mixing_flops(model, seq_len) + 6 * adapters
+        return 4 * matmul_params + 3 * mixing_flops(model, seq_len) + 6 * adapters + 2 * whole
     return 3 * forward_flops(model, matmul_params, seq_len)
 
 

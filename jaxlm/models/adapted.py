@@ -28,7 +28,7 @@ VARIABLE_AXES: Mapping[str, int] = {ADAPTERS: 0, SCALES: 0, NF4: 0}
 
 
 class Adapted(NamedTuple):
-    """Parameters of a model of which only adapters are trained."""
+    """Parameters of a model of which only adapters are trained, and perhaps whole modules outside the layers."""
 
     adapters: Any
     base: Mapping[str, Any]
@@ -37,9 +37,21 @@ class Adapted(NamedTuple):
 
 def variables(params: Any) -> dict[str, Any]:
     """The Flax variables of a model: of its tree of parameters, or of adapters beside their base."""
-    if isinstance(params, Adapted):
-        return {**params.base, ADAPTERS: params.adapters}
-    return {"params": params}
+    if not isinstance(params, Adapted):
+        return {"params": params}
+    low_rank, saved = split(params.adapters)
+    return {**params.base, "params": {**params.base["params"], **saved}, ADAPTERS: low_rank}
+
+
+def base_of(params: Adapted) -> Adapted:
+    """The base without its adapters, as what was trained has not moved it."""
+    return Adapted({}, params.base)
+
+
+def split(trained: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is trained beside a base: adapters, all of which lie in the layers, and whole modules outside them."""
+    inside = {name: tree for name, tree in trained.items() if name.startswith("layers")}
+    return inside, {name: tree for name, tree in trained.items() if name not in inside}
 
 
 def stored_kernel(module: nn.Module, shape: tuple[int, ...], inputs: int) -> Float32[Array, "..."] | None:

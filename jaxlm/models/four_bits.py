@@ -78,7 +78,7 @@ def joined(rest: Tree, packs: Tree, all_sites: Sequence[Site], dtype: Any) -> Tr
             pack = pack.get(key, {}) if isinstance(pack, Mapping) else {}
         if not pack:
             continue
-        holder = whole
+        pack, holder = jax.tree.map(jnp.asarray, pack), whole
         for key in site.path:
             holder = holder.setdefault(key, {})
         if site.axes[0] == "layers":

@@ -132,7 +132,7 @@ def _named(trees: Mapping[str, Params], program: Program) -> Named:
 def _by_torch_name(params: Params, program: Program, tree: Trained) -> Iterator[tuple[str, np.ndarray]]:
     if tree.adapters is None:
         return to_torch(params, tree.model)
-    return adapters_to_torch(params, adapters.targets(program.decoder, tree.adapters))
+    return adapters_to_torch(params, adapters.targets(program.decoder, tree.adapters), tree.model)
 
 
 def _with_adapters(cfg: config.Config, run: str) -> config.Config:
@@ -194,7 +194,7 @@ def _attached(name: str, tree: Trained, module: TorchDecoder, program: Program, 
         attach_lora.quantize(module, double=options.double_quantize)
     values = _by_torch_name(adapters, program, tree)
     attach_lora.load(module, {key: torch.tensor(np.array(array)) for key, array in values})
-    return Part(name, tree.train, make_optimizer(module, tree.train, attach_lora.moves), module, adapters=True)
+    return Part(name, tree.train, make_optimizer(module, tree.train, attach_lora.moves(options)), module, adapters=True)
 
 
 def _reference(model: config.Model) -> config.Model:

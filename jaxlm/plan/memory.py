@@ -12,12 +12,20 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxlm import config
 from jaxlm.counts.activation_memory import activations
 from jaxlm.mesh import Axes, Layout
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy, wide
+from jaxlm.recipes import make_recipe
+from jaxlm.train import adapters
+from jaxlm.train.program import stored_policy
+from jaxlm.train.recipe import Models
+
+Leaves = tuple[tuple[str, jax.ShapeDtypeStruct, Axes], ...]
+"""Name, shape with dtype, and logical axes of each parameter of a tree."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,42 +61,72 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     # An abstract mesh: the rules of the real one, no devices behind it.
     layout, policy = Layout.abstract(cfg.mesh, devices, slices), Policy.from_config(cfg.numerics)
     # Only one microbatch is at work at a time; activations are those of its rows.
+    size = cfg.train.batch_size, cfg.data.seq_len
     rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
     split = layout.parts("batch") * layout.parts("seq")
     # Layers stacked: shapes and axes are the same for any depth, and the count takes no time.
     model = dataclasses.replace(cfg.model, remat="none", layer_loop="scan")
-    # AdamW keeps two moments of every parameter, in the dtype of the parameters; they may be split further than these
+    # AdamW keeps two moments of every parameter that moves, in its dtype; they may be split further than the parameters
     # (ZeRO-1).
-    leaves = [(name, leaf.shape, axes) for name, leaf, axes in _leaves(model, policy)]
-    parameters = sum(_held(layout, *leaf) for leaf in leaves) * policy.params.itemsize
-    moments = 2 * sum(_held(layout.optimizer, *leaf) for leaf in leaves) * policy.params.itemsize
+    recipe = make_recipe(cfg)
+    trained, frozen = _trees(recipe.models, policy)
+    moving = sum(_bytes(layout, tree) for tree in trained)
+    moments = 2 * sum(_bytes(layout.optimizer, tree) for tree in trained)
+    leaves = _leaves(model, policy)
     narrow = policy.compute.itemsize / policy.params.itemsize
-    copies = int(parameters * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
+    copies = int(_bytes(layout, leaves) * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
     used = activations(cfg, layout)
     layer, table = _gathered(layout, leaves, model.repeats)
     # of a layer: itself, the next one on its way, its gradient; of the table: itself, its gradient summed and cast
     narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
     gathered = layer * 3 * narrow_width + table * (2 * narrow_width + wide_width)
-    # Microbatches keep a running sum of gradients beside those of the microbatch at work. A batch has five columns of
-    # four bytes a token.
+    # Microbatches keep a running sum of gradients beside those of the microbatch at work.
+    columns = recipe.columns.values()
+    batch = sum(math.prod(one.shape(*size)) * np.dtype(one.dtype).itemsize for one in columns)
     return Memory(
-        parameters=parameters,
+        parameters=moving + sum(_bytes(layout, tree) for tree in frozen),
         optimizer=moments,
-        batch=5 * 4 * cfg.train.batch_size * cfg.data.seq_len // split,
-        gradients=parameters * (1 if cfg.train.microbatches == 1 else 2) + copies,
+        batch=batch // split,
+        gradients=moving * (1 if cfg.train.microbatches == 1 else 2) + copies,
         activations=used.kept,
         working=used.working + gathered,
     )
 
 
+def _trees(models: Models, policy: Policy) -> tuple[list[Leaves], list[Leaves]]:
+    """The parameters of what a stage trains, and of what is frozen: teachers, references, the base of adapters."""
+    trained, frozen = [], []
+    for tree in models.trained.values():
+        if tree.adapters is None:
+            trained.append(_leaves(dataclasses.replace(tree.model, layer_loop="scan"), policy))
+            continue
+        # As the model has its layers: adapters of some layers of a stack are refused there and not here.
+        decoder = Decoder(tree.model, policy)
+        trained.append(_flat(*adapters.abstract_trained(decoder, tree.adapters)))
+        frozen.append(_flat(*adapters.abstract_base(decoder, tree.adapters)))
+    for tree in models.frozen.values():
+        model = dataclasses.replace(tree.model, layer_loop="scan")
+        frozen.append(_leaves(model, stored_policy(policy, tree.dtype)))
+    return trained, frozen
+
+
 @functools.lru_cache(maxsize=8)
-def _leaves(model: config.Model, policy: Policy) -> tuple[tuple[str, Any, Axes], ...]:
-    """Name, shape and axes of every parameter, layers stacked."""
-    shapes, axes = abstract_params(Decoder(model, policy))
+def _leaves(model: config.Model, policy: Policy) -> Leaves:
+    """Every parameter of a model, layers stacked."""
+    return _flat(*abstract_params(Decoder(model, policy)))
+
+
+def _flat(shapes: Any, axes: Any) -> Leaves:
+    """Name, shape with dtype, and axes of the leaves of a tree."""
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat)
     return tuple(zip(names, (leaf for _, leaf in flat), tree.flatten_up_to(axes), strict=True))
+
+
+def _bytes(layout: Layout, leaves: Leaves) -> int:
+    """What a device holds of a tree."""
+    return sum(_held(layout, name, leaf.shape, axes) * leaf.dtype.itemsize for name, leaf, axes in leaves)
 
 
 def _held(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes) -> int:
@@ -97,15 +135,15 @@ def _held(layout: Layout, name: str, shape: tuple[int, ...], axes: Axes) -> int:
     return math.prod(shape) // math.prod(layout.parts(axis) for axis in axes)
 
 
-def _gathered(layout: Layout, leaves: list[tuple[str, tuple[int, ...], Axes]], repeats: int) -> tuple[int, int]:
+def _gathered(layout: Layout, leaves: Leaves, repeats: int) -> tuple[int, int]:
     """Elements of one layer, and of the largest table, that a device computes with and does not hold."""
     layer = table = 0
-    for name, shape, axes in leaves:
+    for name, leaf, axes in leaves:
         # Axes of data are gathered before use (ZeRO-3). Tensor and expert axes are not: there a device computes with
         # its own part.
         along = {one for axis in axes for one in layout.along(axis)} & {"data", "fsdp", "context"}
         split = math.prod(layout.mesh.shape[one] for one in along)
-        size = split * _held(layout, name, shape, axes) if split > 1 else 0
+        size = split * _held(layout, name, leaf.shape, axes) if split > 1 else 0
         if name.startswith("layers."):
             layer += size // repeats
         else:

@@ -112,7 +112,7 @@ def _first_adapters(base: Params, cfg: config.Config) -> Params:
 
 def _first_adapters_by_name(base: Params, cfg: config.Config) -> dict[str, Any]:
     sites = targets(Decoder(cfg.model, Policy.from_config(cfg.numerics)), cfg.lora)
-    return dict(adapters.to_torch(_first_adapters(base, cfg), sites))
+    return dict(adapters.to_torch(_first_adapters(base, cfg), sites, cfg.model))
 
 
 LIVE = ParameterLayout(lambda params, model: params, _first_adapters)

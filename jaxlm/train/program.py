@@ -75,7 +75,7 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     rows = (cfg.train.batch_size // cfg.train.microbatches, cfg.data.seq_len)
     layout.spec(("batch", "seq"), rows, "the rows of a microbatch")
     modules = {name: Decoder(tree.model, policy) for name, tree in models.trained.items()}
-    modules |= {name: Decoder(tree.model, _stored(policy, tree.dtype)) for name, tree in models.frozen.items()}
+    modules |= {name: Decoder(tree.model, stored_policy(policy, tree.dtype)) for name, tree in models.frozen.items()}
     loss_fn = _beside_base(recipe.objective.jax(modules, cfg), models)
     parts = tuple(_part(name, tree) for name, tree in models.trained.items())
     trained = {name: _abstract(modules[name], tree) for name, tree in models.trained.items()}
@@ -131,7 +131,7 @@ def _beside_base(loss_fn: LossFn, models: Models) -> LossFn:
     return compute
 
 
-def _stored(policy: Policy, dtype: str) -> Policy:
+def stored_policy(policy: Policy, dtype: str) -> Policy:
     """The policy of a tree whose parameters are kept in another dtype."""
     wide = policy.params.itemsize > jnp.dtype("float32").itemsize  # float64 is asked for to compare, all of it
     return policy if wide else dataclasses.replace(policy, params=jnp.dtype(dtype))

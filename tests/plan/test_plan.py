@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from jaxlm.config import registry, toml
 from jaxlm.counts.flops import mixing_flops
 from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
+from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder
 from jaxlm.plan.compile_elsewhere import Traffic, _asked_for, compile_step, measure
 from jaxlm.plan.memory import estimate
@@ -23,6 +25,8 @@ from jaxlm.plan.plan_one import make
 from jaxlm.plan.roofline import times
 from jaxlm.plan.search import search_plans
 from jaxlm.plan.topology import parse
+from jaxlm.recipes import make_recipe
+from jaxlm.train.program import abstract_inputs, training_program
 
 eight = pytest.mark.skipif(jax.device_count() != 8, reason="needs the 8 virtual devices of conftest.py")
 tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra plan-tpu")
@@ -61,6 +65,28 @@ def test_state_is_that_of_the_compiler(kind, measured):
     assert 0.5 < counted.bytes / told.bytes < 1.1
 
 
+STAGES = {
+    "adapters": {"recipe": "sft", "lora": {"rank": 4}},
+    "whole modules": {"recipe": "sft", "lora": {"rank": 4, "modules_to_save": ["embed"]}},
+    "four bits": {"recipe": "sft", "lora": {"rank": 4, "quantize": "nf4"}},
+    "reference": {"recipe": "dpo"},
+    "value model": {"recipe": "ppo", "rl": {"rewards": ["exact_text"], "kl": "loss", "iterations": 2}},
+}
+
+
+@eight
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp"])
+def test_state_of_the_stages(kind, mesh):
+    """Trained and frozen trees and the batch are what the step takes, byte for byte."""
+    common = {"model": {**MODEL, "n_heads": 4}, "data": {"seq_len": 32}, "mesh": mesh}
+    cfg = toml.from_dict({**common, "train": {"batch_size": 8, "init_from": "base"}, **STAGES[kind]})
+    layout = Layout.from_config(cfg.mesh, jax.devices())
+    taken = jax.tree.leaves(abstract_inputs(cfg, layout, training_program(cfg, layout, make_recipe(cfg))))
+    wanted = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in taken)
+    assert estimate(cfg, 8).state == pytest.approx(wanted, abs=200), "but for a few counters"
+
+
 @eight
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_flops_are_the_analytic_ones(kind, measured):
@@ -83,10 +109,7 @@ def test_recomputation_is_stated_apart(measured):
 
 @eight
 def test_the_engine_runs_what_is_planned(tmp_path):
-    from jaxlm.mesh import Layout
-    from jaxlm.recipes import make_recipe
     from jaxlm.train.engine import JaxEngine
-    from jaxlm.train.program import abstract_inputs, training_program
 
     cfg = dataclasses.replace(tiny(), out_dir=str(tmp_path), data=config.Data(seq_len=32, cache_dir=str(tmp_path)))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, n_layers=2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ def sites(decoder: Decoder) -> dict[str, Linear | ExpertLinear]:
 
 
 def attach(decoder: Decoder, lora: config.LoRA) -> dict[str, nn.Parameter]:
-    """Give the linear maps that `lora` names an adapter, and freeze everything else.
+    """Give the linear maps that `lora` names an adapter, and freeze all but these and `lora.modules_to_save`.
 
     Returns:
         What is trained, by name: `layers.0.mixer.q_proj.adapter.a`.
 
     Raises:
-        UserError: a pattern matches nothing.
+        UserError: a pattern or a name matches nothing.
     """
     decoder.requires_grad_(False)
     maps = sites(decoder)
@@ -42,7 +42,10 @@ def attach(decoder: Decoder, lora: config.LoRA) -> dict[str, nn.Parameter]:
             if lora.dora:
                 norm = part.weight.detach().double().square().sum(-1).sqrt()
                 part.adapter.magnitude = nn.Parameter(norm.to(part.weight.dtype))
-    return {name: value for name, value in decoder.named_parameters() if moves(name)}
+    outside = {name.split(".")[0] for name, _ in decoder.named_parameters()} - {"layers"}
+    for name in lora.saved(outside):
+        decoder.get_submodule(name).requires_grad_(True)
+    return {name: value for name, value in decoder.named_parameters() if value.requires_grad}
 
 
 def quantize(decoder: Decoder, *, double: bool) -> None:
@@ -54,22 +57,22 @@ def quantize(decoder: Decoder, *, double: bool) -> None:
             part.register_parameter("weight", None)
 
 
-def moves(name: str) -> bool:
-    """Whether a parameter, by its name, is one of an adapter."""
-    return ".adapter." in name
+def moves(lora: config.LoRA) -> Callable[[str], bool]:
+    """Whether a parameter, by its name, is one of an adapter or of a module that is trained whole."""
+    return lambda name: ".adapter." in name or name.split(".")[0] in lora.modules_to_save
 
 
 def load_base(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Copy the parameters under the adapters, by the names of a decoder without them."""
-    own = {name: value for name, value in decoder.named_parameters() if not moves(name)}
+    own = {name: value for name, value in decoder.named_parameters() if ".adapter." not in name}
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[name])
 
 
 def load(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
-    """Copy adapters, by the names of `attach`."""
-    own = {name: value for name, value in decoder.named_parameters() if moves(name)}
+    """Copy adapters and whole modules, by the names of `attach`."""
+    own = {name: value for name, value in decoder.named_parameters() if value.requires_grad}
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[name])

@@ -68,8 +68,8 @@ class TorchEngine:
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         adapted = sum(x.numel() for n, x in self.decoder.named_parameters() if n.endswith((".adapter.a", ".adapter.b")))
-        multiplied = matmul_params(self.decoder)
-        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, adapted)
+        multiplied, whole = matmul_params(self.decoder), saved_params(self.decoder) if adapted else 0
+        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, adapted, whole)
         self._peak_flops: float | None = None
         self._profiler: Any = None
 
@@ -174,7 +174,13 @@ class TorchEngine:
 def _part(name: str, tree: Trained, module: Decoder) -> Part:
     if tree.adapters:
         attach_lora.attach(module, tree.adapters)
-        return Part(name, tree.train, make_optimizer(module, tree.train, attach_lora.moves), module, adapters=True)
+        return Part(
+            name,
+            tree.train,
+            make_optimizer(module, tree.train, attach_lora.moves(tree.adapters)),
+            module,
+            adapters=True,
+        )
     for path, parameter in module.named_parameters():
         parameter.requires_grad_(tree.moves is None or tree.moves(parameter_name(path)))
     return Part(name, tree.train, make_optimizer(module, tree.train, tree.moves), module)
@@ -209,6 +215,12 @@ def matmul_params(decoder: Decoder) -> int:
         else:
             total += parameter.numel()
     return total
+
+
+def saved_params(decoder: Decoder) -> int:
+    """Parameters in matrix products of modules that are trained whole beside adapters: see `jaxlm.train.adapters`."""
+    outputs = {"head.weight", "score.weight"} | ({"embed.weight"} if decoder.config.tie_embeddings else set())
+    return sum(x.numel() for name, x in decoder.named_parameters() if name in outputs and x.requires_grad)
 
 
 def measured_flops(folder: str | Path, device: torch.device) -> float:
