@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jaxlm.config.run import Config
 from jaxlm.errors import UserError
@@ -37,13 +37,13 @@ def resolve_tree(tree: dict[str, Any], file: Path | None = None) -> None:
         *sections, name = key.split(".")
         table: Any = tree
         for section in sections:
-            table = table.get(section, {}) if isinstance(table, dict) else {}
-        if isinstance(table, dict) and name in table:
+            table = table.get(section, {}) if is_table(table) else {}
+        if is_table(table) and name in table:
             table[name] = _resolved(table[name], key, file if key in INPUTS else None)
     data = tree.get("data")
-    mixture = data.get("mixture", ()) if isinstance(data, dict) else ()
-    for table in mixture if isinstance(mixture, list) else ():
-        if isinstance(table, dict) and "source" in table:
+    mixture = data.get("mixture", ()) if is_table(data) else ()
+    for table in mixture if is_list(mixture) else ():
+        if is_table(table) and "source" in table:
             table["source"] = _resolved(table["source"], f"data.mixture.{table.get('name', '')}.source", file)
 
 
@@ -95,10 +95,20 @@ def of_moved_run(config: Config, file: Path, overridden: Iterable[str]) -> Confi
     return dataclasses.replace(config, out_dir=str(file.parent))
 
 
+def is_table(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a value of a TOML file is a table."""
+    return isinstance(value, dict)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a value of a TOML file is a list."""
+    return isinstance(value, list)
+
+
 def _resolved(value: Any, key: str, file: Path | None) -> Any:
     if isinstance(value, str):
         return resolve(value, key, file)
-    return [_resolved(one, key, file) for one in value] if isinstance(value, list) else value
+    return [_resolved(one, key, file) for one in value] if is_list(value) else value
 
 
 def _variable(found: re.Match[str], key: str, value: str) -> str:

@@ -50,7 +50,7 @@ def find(name: str | Path) -> Path:
 
 def entries() -> dict[Path, tuple[str, ...]]:
     """Every named configuration and its aliases, by name."""
-    found = {}
+    found: dict[Path, tuple[str, ...]] = {}
     for path in sorted(FOLDER.glob("*.toml")):
         found[path] = tuple(tomllib.loads(path.read_text(encoding="utf-8")).get("aliases", ()))
     return found

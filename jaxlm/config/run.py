@@ -228,10 +228,10 @@ class Mesh:
     tensor: int = 1
     """Splits heads, feed-forward and vocabulary."""
     dcn: Dcn = dataclasses.field(default_factory=Dcn)
-    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict[str, tuple[str, ...]])
     """The mesh axes of a logical axis, where they are not those of `RULES` in `jaxlm/mesh.py`: `heads = []` splits no
     heads, `embed = ["fsdp", "context"]` splits the width over both."""
-    optimizer_rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    optimizer_rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict[str, tuple[str, ...]])
     """The same, on top of `rules`, for optimiser state that does not lie where its parameters do (ZeRO-1)."""
 
     def __post_init__(self) -> None:

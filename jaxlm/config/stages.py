@@ -21,7 +21,7 @@ class SFT:
 
     format: str = ""
     """A name of `data.turns.formats.FORMATS`, such as `alpaca`; empty: by the keys of each record."""
-    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    fields: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     """Our key = the key of the source, where it has another: `prompt = "question"`."""
     system: str = ""
     """A system message for conversations that have none."""
@@ -83,9 +83,9 @@ class LoRA:
     """Share of the adapter's inputs that are dropped while training."""
     targets: tuple[str, ...] = ("mixer.*", "ffn.*")
     """Patterns of the linear maps that have one: `q_proj`, `mixer.*`, `ffn.down`, `layers.3.*`."""
-    rank_pattern: dict[str, PositiveInt] = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, PositiveInt] = dataclasses.field(default_factory=dict[str, PositiveInt])
     """Other ranks, by pattern; the first that matches."""
-    alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict[str, PositiveFloat])
     """Other alphas, by pattern."""
     modules_to_save: tuple[str, ...] = ()
     """Modules outside the layers that are trained whole beside the adapters: `embed`, `head`, `final_norm`, `score`."""

@@ -16,7 +16,7 @@ import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
@@ -101,17 +101,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *sections, key = dotted.split(".")
     node: Any = tree
     for section in sections:
-        node = _named(node, section, override) if isinstance(node, list) else node.setdefault(section, {})
-        if not isinstance(node, dict | list):
-            raise UserError(f"override {override!r}: {section!r} is not a section")
-    if isinstance(node, list):
+        node = _inner(node, section, override)
+    if paths.is_list(node):
         raise UserError(f"override {override!r}: {sections[-1]!r} is a list of tables", "name one and its key")
     node[key] = value
 
 
+def _inner(node: Any, section: str, override: str) -> Any:
+    """The section of a section, or the table of a list of tables."""
+    inner = _named(node, section, override) if paths.is_list(node) else node.setdefault(section, {})
+    if not (paths.is_table(inner) or paths.is_list(inner)):
+        raise UserError(f"override {override!r}: {section!r} is not a section")
+    return inner
+
+
 def _named(tables: list[Any], name: str, override: str) -> dict[str, Any]:
     """The table of a list, such as `[[data.mixture]]`, that has this name."""
-    by_name = {table.get("name"): table for table in tables if isinstance(table, dict)}
+    by_name = {table.get("name"): table for table in tables if paths.is_table(table)}
     if name not in by_name:
         raise UserError(f"override {override!r}: there is no {name!r}", did_you_mean(name, filter(None, by_name)))
     return by_name[name]
@@ -136,7 +142,7 @@ def _refuse_unknown(tree: Mapping[str, Any], cls: type, where: str, prefix: str)
         if key not in hints:
             raise UserError(f"{where}: unknown key {prefix + key!r}", did_you_mean(key, hints))
         if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
+            if not _is_section(value):
                 section = prefix + key
                 raise UserError(
                     f"{where}: {section!r} is a section, not a value", f"write [{section}] and its keys below"
@@ -144,16 +150,24 @@ def _refuse_unknown(tree: Mapping[str, Any], cls: type, where: str, prefix: str)
             _refuse_unknown(value, typing.cast(type, hints[key]), where, f"{prefix}{key}.")
         item = next(iter(typing.get_args(hints[key])), None)  # of a list of tables
         if dataclasses.is_dataclass(item):
-            if not isinstance(value, list | tuple) or not all(isinstance(table, Mapping) for table in value):
+            if not _is_sequence(value) or not all(_is_section(table) for table in value):
                 raise UserError(f"{where}: {prefix + key!r} is a list of tables", f"write [[{prefix + key}]]")
             for table in value:
                 _refuse_unknown(table, typing.cast(type, item), where, f"{prefix}{key}.")
 
 
+def _is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
 def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if _is_section(value):
         return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
+    return [_lists(item) for item in value] if _is_sequence(value) else value
 
 
 def _near_files(path: Path) -> str:
