@@ -117,8 +117,8 @@ def test_the_mirror_has_the_same_names(name: str) -> None:
 FAULTS = [
     (9, "segment sums", "weights_BT != 0, x_BT * weights_BT", "segments_BT != 0, x_BT"),
     (10, "segment sums", "torch.arange(1, segments + 1", "torch.arange(segments"),
-    (12, "ipo", "side.ratio / side.count", "side.ratio"),
-    (12, "simpo", "self.logps / self.count", "self.logps"),
+    (12, "ipo", "side.ratio / side.tokens", "side.ratio"),
+    (12, "simpo", "self.logps / self.tokens", "self.logps"),
     (14, "token rewards", "so_far_BT == so_far_BT[:, -1:]", "so_far_BT < 0"),
     (14, "gae", "torch.where(trained_B, value_B, value_after_B)", "value_B"),
     (14, "gae", "torch.where(trained_B, advantage_B, advantage_after_B)", "torch.where(trained_B, advantage_B, 0)"),

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 errors
 sandbox config
-text numerics mesh processes
+text numerics typed_jax mesh processes
 data
 run
 report

@@ -101,7 +101,7 @@ def gae(
         bootstrap_B: V after the last token of a sample that was cut; 0 for one that ended.
     """
 
-    def step(after, token):
+    def step(after: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         value_after_B, advantage_after_B = after
         reward_B, value_B, trained_B = token
         error_B = reward_B + discount * value_after_B - value_B

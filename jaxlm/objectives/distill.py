@@ -11,8 +11,7 @@ Shapes: B batch, T length, D width of the student, E of the teacher, V vocabular
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.numerics import wide
 from jaxlm.objectives.blocks import block_count, join, split
 from jaxlm.objectives.teacher import LikeliestTokens, Teacher, divergence, outcomes, wide_logits
+from jaxlm.typed_jax import custom_vjp, einsum, tree_map, value_and_grad
 
 Options = tuple[float, float, float, int]
 """beta, hard_weight, temperature, number of blocks."""
@@ -70,11 +70,18 @@ def distill_loss(
     bias_V = jnp.zeros(kernel_DV.shape[1], width) if bias_V is None else bias_V
     options = (beta, hard_weight, temperature, block_count(targets_BT.shape, block))
     weights_BT = weights_BT.astype(width)
-    sums: Any = _blockwise(hidden_BTD, kernel_DV, bias_V, teacher, targets_BT, weights_BT, options)
-    return DistillLoss(*sums)
+    return _blockwise(hidden_BTD, kernel_DV, bias_V, teacher, targets_BT, weights_BT, options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+Slopes = tuple[Array, Array, Array]
+"""Gradients with respect to hidden states, kernel and bias."""
+Output = tuple[Array, Array | None]
+"""Kernel [E, V] and bias [V] of a teacher."""
+Piece = tuple[Array, Array, Array, tuple[Array, ...]]
+"""Hidden states, targets and weights of a block, and what stands there of the teacher."""
+
+
+@custom_vjp(6)
 def _blockwise(
     hidden_BTD: Array,
     kernel_DV: Array,
@@ -83,75 +90,99 @@ def _blockwise(
     targets_BT: Array,
     weights_BT: Array,
     options: Options,
-) -> tuple[Array, ...]:
+) -> DistillLoss:
     """The sums, without a gradient."""
     moving, output = _parts(teacher)
 
-    def body(sums, piece):
-        hidden_BCD, targets_BC, weights_BC, *taught = piece
+    def body(sums: DistillLoss, piece: Piece) -> tuple[DistillLoss, None]:
+        hidden_BCD, targets_BC, weights_BC, taught = piece
         student = (hidden_BCD, kernel_DV, bias_V)
-        return jax.tree.map(jnp.add, sums, _block_sums(student, output, options, taught, targets_BC, weights_BC)), None
+        return tree_map(jnp.add, sums, _block_sums(student, output, options, taught, targets_BC, weights_BC)), None
 
-    zeros = (jnp.zeros((), weights_BT.dtype),) * 5
-    return jax.lax.scan(body, zeros, split((hidden_BTD, targets_BT, weights_BT, *moving), options[-1]))[0]
+    pieces = split((hidden_BTD, targets_BT, weights_BT, moving), options[-1])
+    return jax.lax.scan(body, _zeros(weights_BT), pieces)[0]
 
 
-def _forward(hidden_BTD, kernel_DV, bias_V, teacher, targets_BT, weights_BT, options):
+def _forward(
+    hidden_BTD: Array,
+    kernel_DV: Array,
+    bias_V: Array,
+    teacher: Teacher | LikeliestTokens,
+    targets_BT: Array,
+    weights_BT: Array,
+    options: Options,
+) -> tuple[DistillLoss, Slopes]:
     """The sums, and the gradients of the first with respect to hidden, kernel and bias."""
     moving, output = _parts(teacher)
 
-    def body(carry, piece):
-        hidden_BCD, targets_BC, weights_BC, *taught = piece
+    def body(carry: tuple[DistillLoss, Array, Array], piece: Piece) -> tuple[tuple[DistillLoss, Array, Array], Array]:
+        hidden_BCD, targets_BC, weights_BC, taught = piece
 
-        def loss(*student: Array) -> tuple[Array, tuple[Array, ...]]:
+        def loss(*student: Array) -> tuple[Array, DistillLoss]:
             sums = _block_sums(student, output, options, taught, targets_BC, weights_BC)
-            return sums[0], sums
+            return sums.loss, sums
 
-        (_, sums), slopes = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden_BCD, kernel_DV, bias_V)
-        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry, (sums, *slopes[1:])), slopes[0]
+        def added(total: Array, term: Array) -> Array:
+            return total + term.astype(total.dtype)
+
+        (_, sums), (dhidden_BCD, dkernel_DV, dbias_V) = value_and_grad(loss, (0, 1, 2))(hidden_BCD, kernel_DV, bias_V)
+        return tree_map(added, carry, (sums, dkernel_DV, dbias_V)), dhidden_BCD
 
     width = weights_BT.dtype
-    start = ((jnp.zeros((), width),) * 5, jnp.zeros(kernel_DV.shape, width), jnp.zeros(bias_V.shape, width))
-    pieces = split((hidden_BTD, targets_BT, weights_BT, *moving), options[-1])
+    start = (_zeros(weights_BT), jnp.zeros(kernel_DV.shape, width), jnp.zeros(bias_V.shape, width))
+    pieces = split((hidden_BTD, targets_BT, weights_BT, moving), options[-1])
     (sums, dkernel_DV, dbias_V), dhidden = jax.lax.scan(body, start, pieces)
     return sums, (join(dhidden), dkernel_DV.astype(kernel_DV.dtype), dbias_V.astype(bias_V.dtype))
 
 
-def _backward(options, kept, cotangents):
-    return *jax.tree.map(lambda slope: slope * cotangents[0].astype(slope.dtype), kept), None, None, None
+def _backward(
+    options: Options, slopes: Slopes, cotangents: DistillLoss
+) -> tuple[Array, Array, Array, None, None, None]:
+    def scaled(slope: Array) -> Array:
+        return slope * cotangents.loss.astype(slope.dtype)
+
+    return *tree_map(scaled, slopes), None, None, None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
-def _parts(teacher: Teacher | LikeliestTokens) -> tuple[tuple[Array, ...], Any]:
+def _zeros(weights_BT: Array) -> DistillLoss:
+    """Sums over no token."""
+    zero = jnp.zeros((), weights_BT.dtype)
+    return DistillLoss(zero, zero, zero, zero, zero)
+
+
+def _parts(teacher: Teacher | LikeliestTokens) -> tuple[tuple[Array, ...], Output | None]:
     """What is cut into blocks along T, and what every block needs."""
-    return (teacher[:1], teacher[1:]) if isinstance(teacher, Teacher) else (tuple(teacher), None)
+    if isinstance(teacher, Teacher):
+        return (teacher.hidden_BTE,), (teacher.kernel_EV, teacher.bias_V)
+    return tuple(teacher), None
 
 
 def _block_sums(
     student: tuple[Array, ...],
-    output: Any,
+    output: Output | None,
     options: Options,
-    teacher: list[Array],
+    taught: tuple[Array, ...],
     targets_BC: Array,
     weights_BC: Array,
-) -> tuple[Array, ...]:
-    """Loss, nll, divergence, correct and weight of a block."""
+) -> DistillLoss:
+    """The sums of a block."""
     beta, hard_weight, temperature, _ = options
     logits_BCV = wide_logits(*student)
     logp_BCV = jax.nn.log_softmax(logits_BCV / temperature)
     if output is None:
-        logp_BCV, teacher_logps = outcomes(logp_BCV, *teacher)
+        logp_BCV, teacher_logps = outcomes(logp_BCV, *taught)
     else:
-        teacher_logps = jax.nn.log_softmax(wide_logits(*teacher, *output) / temperature)
+        teacher_logps = jax.nn.log_softmax(wide_logits(taught[0], *output) / temperature)
     divergence_BC = divergence(logp_BCV, jax.lax.stop_gradient(teacher_logps), beta)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
     loss_BC = hard_weight * nll_BC + (1 - hard_weight) * temperature**2 * divergence_BC
     correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
-    terms = loss_BC, nll_BC, divergence_BC, correct_BC
-    return *(jnp.sum(x * weights_BC) for x in terms), jnp.sum(weights_BC)
+    loss, nll, apart, correct = (jnp.sum(x * weights_BC) for x in (loss_BC, nll_BC, divergence_BC, correct_BC))
+    return DistillLoss(loss, nll, apart, correct, jnp.sum(weights_BC))
 
 
 def hidden_loss(
@@ -162,6 +193,6 @@ def hidden_loss(
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of the mean square distance after a learned projection (Jiao et al. 2020, eq. 8)."""
     width = wide(student_BTD.dtype)
-    projected_BTE = jnp.einsum("btd,de->bte", student_BTD, projection_DE, preferred_element_type=width)
+    projected_BTE = einsum("btd,de->bte", student_BTD, projection_DE, preferred_element_type=width)
     distance_BTE = projected_BTE - jax.lax.stop_gradient(teacher_BTE).astype(width)
     return jnp.sum(jnp.mean(distance_BTE**2, axis=-1) * weights_BT)

@@ -8,8 +8,7 @@ Shapes: B batch, T length, D width, V vocabulary, C tokens of a row in one block
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.numerics import wide
 from jaxlm.objectives.blocks import block_count, join, split
+from jaxlm.typed_jax import broadcasted_iota, custom_vjp, einsum
 
 
 class TokenLogps(NamedTuple):
@@ -48,11 +48,16 @@ def token_logps(
     """
     bias_V = jnp.zeros(kernel_DV.shape[1], wide(hidden_BTD.dtype)) if bias_V is None else bias_V
     blocks = block_count(targets_BT.shape, block)
-    outputs: Any = _blockwise(hidden_BTD, kernel_DV, bias_V, targets_BT, temperature, blocks)
-    return TokenLogps(*outputs)
+    return _blockwise(hidden_BTD, kernel_DV, bias_V, targets_BT, temperature, blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+Kept = tuple[Array, Array, Array, Array, Array, Array]
+"""Hidden states, kernel, bias and targets, and of each token its entropy and log-partition."""
+Piece = tuple[Array, Array, Array, Array, Array, Array]
+"""Hidden states, targets, entropy and log-partition of a block, and the gradients of its two results."""
+
+
+@custom_vjp(4, 5)
 def _blockwise(
     hidden_BTD: Float[Array, "b t d"],
     kernel_DV: Float[Array, "d v"],
@@ -60,14 +65,16 @@ def _blockwise(
     targets_BT: Int[Array, "b t"],
     temperature: float,
     blocks: int,
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+) -> TokenLogps:
     return _forward(hidden_BTD, kernel_DV, bias_V, targets_BT, temperature, blocks)[0]
 
 
-def _forward(hidden_BTD, kernel_DV, bias_V, targets_BT, temperature, blocks):
+def _forward(
+    hidden_BTD: Array, kernel_DV: Array, bias_V: Array, targets_BT: Array, temperature: float, blocks: int
+) -> tuple[TokenLogps, Kept]:
     """Log-probabilities and entropies, and what the backward pass keeps: the inputs and two numbers a token."""
 
-    def body(_, piece):
+    def body(_: None, piece: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
         hidden_BCD, targets_BC = piece
         x_BCV = _logits(hidden_BCD, kernel_DV, bias_V, temperature)
         partition_BC1 = jax.nn.logsumexp(x_BCV, axis=-1, keepdims=True)
@@ -77,31 +84,31 @@ def _forward(hidden_BTD, kernel_DV, bias_V, targets_BT, temperature, blocks):
 
     _, pieces = jax.lax.scan(body, None, split((hidden_BTD, targets_BT), blocks))
     logps_BT, entropy_BT, partition_BT = join(pieces)
-    return (logps_BT, entropy_BT), (hidden_BTD, kernel_DV, bias_V, targets_BT, entropy_BT, partition_BT)
+    return TokenLogps(logps_BT, entropy_BT), (hidden_BTD, kernel_DV, bias_V, targets_BT, entropy_BT, partition_BT)
 
 
-def _backward(temperature, blocks, kept, cotangents):
+def _backward(temperature: float, blocks: int, kept: Kept, cotangents: TokenLogps) -> tuple[Array, Array, Array, None]:
     hidden_BTD, kernel_DV, bias_V, targets_BT, entropy_BT, partition_BT = kept
     width = wide(hidden_BTD.dtype)
 
-    def body(sums, piece):
+    def body(sums: tuple[Array, Array], piece: Piece) -> tuple[tuple[Array, Array], Array]:
         dkernel_DV, dbias_V = sums
         hidden_BCD, targets_BC, entropy_BC, partition_BC, dlogps_BC, dentropy_BC = piece
         logp_BCV = _logits(hidden_BCD, kernel_DV, bias_V, temperature) - partition_BC[..., None]
         # d logp / d x = onehot - p;  d entropy / d x = -p (log p + entropy)
         factor_BCV = dlogps_BC[..., None] + dentropy_BC[..., None] * (logp_BCV + entropy_BC[..., None])
-        target_BCV = jax.lax.broadcasted_iota(targets_BC.dtype, logp_BCV.shape, 2) == targets_BC[..., None]
+        target_BCV = broadcasted_iota(targets_BC.dtype, logp_BCV.shape, 2) == targets_BC[..., None]
         dx_BCV = jnp.where(target_BCV, dlogps_BC[..., None], 0) - jnp.exp(logp_BCV) * factor_BCV
         dx_BCV = dx_BCV / temperature
         dbias_V = dbias_V + jnp.sum(dx_BCV, axis=(0, 1))
         # The products run in the dtype of the hidden states, as those of the forward pass; sums over tokens are wide.
         dx_BCV = dx_BCV.astype(hidden_BTD.dtype)
-        dhidden_BCD = jnp.einsum("bcv,dv->bcd", dx_BCV, kernel_DV).astype(hidden_BTD.dtype)
-        product_DV = jnp.einsum("bcd,bcv->dv", hidden_BCD, dx_BCV, preferred_element_type=width)
+        dhidden_BCD = einsum("bcv,dv->bcd", dx_BCV, kernel_DV).astype(hidden_BTD.dtype)
+        product_DV = einsum("bcd,bcv->dv", hidden_BCD, dx_BCV, preferred_element_type=width)
         return (dkernel_DV + product_DV, dbias_V), dhidden_BCD
 
     zeros = jnp.zeros(kernel_DV.shape, width), jnp.zeros(bias_V.shape, width)
-    pieces = split((hidden_BTD, targets_BT, entropy_BT, partition_BT, *cotangents), blocks)
+    pieces = split((hidden_BTD, targets_BT, entropy_BT, partition_BT, cotangents.logps, cotangents.entropy), blocks)
     (dkernel_DV, dbias_V), dhidden = jax.lax.scan(body, zeros, pieces)
     return join(dhidden), dkernel_DV.astype(kernel_DV.dtype), dbias_V.astype(bias_V.dtype), None
 
@@ -113,7 +120,7 @@ def _logits(
     hidden_BCD: Float[Array, "b c d"], kernel_DV: Float[Array, "d v"], bias_V: Float[Array, " v"], temperature: float
 ) -> Float[Array, "b c v"]:
     """The logits of a block over the temperature, float32 or wider."""
-    product_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, kernel_DV, preferred_element_type=wide(hidden_BCD.dtype))
+    product_BCV = einsum("bcd,dv->bcv", hidden_BCD, kernel_DV, preferred_element_type=wide(hidden_BCD.dtype))
     return (product_BCV + bias_V) / temperature
 
 

@@ -70,7 +70,7 @@ def reward_loss(
 class Moments(NamedTuple):
     """Mean and spread of all rewards so far."""
 
-    count: Float[Array, ""]
+    samples: Float[Array, ""]
     mean: Float[Array, ""]
     squares: Float[Array, ""]
     """Sum of squared distances from the mean."""
@@ -81,10 +81,10 @@ def add_moments(moments: Moments, rewards_N: Float[Array, " n"], valid_N: Bool[A
     count = jnp.sum(valid_N, dtype=rewards_N.dtype)
     mean = jnp.sum(jnp.where(valid_N, rewards_N, 0)) / jnp.maximum(count, 1)
     squares = jnp.sum(jnp.where(valid_N, (rewards_N - mean) ** 2, 0))
-    total = moments.count + count
+    total = moments.samples + count
     share = count / jnp.maximum(total, 1)
     distance = mean - moments.mean
-    between = distance**2 * moments.count * share
+    between = distance**2 * moments.samples * share
     return Moments(total, moments.mean + distance * share, moments.squares + squares + between)
 
 
@@ -104,7 +104,7 @@ def shape_rewards(
         clip: largest size after scaling; 0 for none. Equal above it, so the order is kept weakly.
     """
     if moments is not None:
-        variance = moments.squares / jnp.maximum(moments.count - 1, 1)
+        variance = moments.squares / jnp.maximum(moments.samples - 1, 1)
         rewards_N = (rewards_N - moments.mean) / jnp.sqrt(variance + eps)
     if clip:
         rewards_N = jnp.clip(rewards_N, -clip, clip)

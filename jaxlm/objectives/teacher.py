@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.numerics import wide
 from jaxlm.objectives.blocks import block_count, join, split
+from jaxlm.typed_jax import einsum, put_along_axis
 
 
 class Teacher(NamedTuple):
@@ -47,7 +48,7 @@ def divergence(logp_BTV: Float[Array, "b t v"], teacher_BTV: Float[Array, "b t v
 def likeliest_tokens(teacher: Teacher, k: int, *, temperature: float = 1.0, block: int = 1024) -> LikeliestTokens:
     """The `k` likeliest tokens of a teacher at each place, and the log-probability of all others together."""
 
-    def body(_, hidden_BCE):
+    def body(_: None, hidden_BCE: Array) -> tuple[None, LikeliestTokens]:
         logp_BCV = jax.nn.log_softmax(wide_logits(hidden_BCE, teacher.kernel_EV, teacher.bias_V) / temperature)
         logps_BCK, ids_BCK = jax.lax.top_k(logp_BCV, k)
         return None, LikeliestTokens(logps_BCK, ids_BCK, _log_rest(logp_BCV, ids_BCK))
@@ -71,13 +72,13 @@ def outcomes(logp_BCV: Array, teacher_BCK: Array, ids_BCK: Array, rest_BC: Array
 
 def wide_logits(hidden_BCD: Array, kernel_DV: Array, bias_V: Array | None) -> Array:
     """Logits in float32 or wider."""
-    logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, kernel_DV, preferred_element_type=wide(hidden_BCD.dtype))
+    logits_BCV = einsum("bcd,dv->bcv", hidden_BCD, kernel_DV, preferred_element_type=wide(hidden_BCD.dtype))
     return logits_BCV if bias_V is None else logits_BCV + bias_V
 
 
 def _log_rest(logp_BCV: Array, ids_BCK: Array) -> Array:
     """Log-probability of all tokens but these: a sum, not a difference, so that a small rest keeps its digits."""
-    kept_BCV = jnp.put_along_axis(jnp.zeros(logp_BCV.shape, bool), ids_BCK, True, axis=-1, inplace=False)
+    kept_BCV = put_along_axis(jnp.zeros(logp_BCV.shape, bool), ids_BCK, True, axis=-1)
     return jax.nn.logsumexp(jnp.where(kept_BCV, -jnp.inf, logp_BCV), axis=-1)
 
 

@@ -104,8 +104,8 @@ def test_running_moments_are_those_of_all_rewards_and_shaping_keeps_the_order() 
     for some, ok in zip(rewards, valid, strict=True):
         moments = add_moments(moments, jnp.asarray(np.where(ok, some, np.nan)), jnp.asarray(ok))
     every = rewards[valid]
-    np.testing.assert_allclose((moments.count, moments.mean), (len(every), every.mean()), rtol=1e-12)
-    np.testing.assert_allclose(moments.squares / (moments.count - 1), every.var(ddof=1), rtol=1e-12)
+    np.testing.assert_allclose((moments.samples, moments.mean), (len(every), every.mean()), rtol=1e-12)
+    np.testing.assert_allclose(moments.squares / (moments.samples - 1), every.var(ddof=1), rtol=1e-12)
     shaped = shape_rewards(jnp.asarray(rewards[0]), jnp.zeros(8), moments, clip=10.0)
     np.testing.assert_array_equal(np.argsort(shaped), np.argsort(rewards[0]))
     longer = shape_rewards(jnp.ones(2), jnp.asarray([0.0, 10.0]), length_weight=0.01)

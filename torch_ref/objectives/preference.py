@@ -49,13 +49,13 @@ class _Side(NamedTuple):
     """L."""
     ratio: Float[Tensor, "b p"]
     """r."""
-    count: Float[Tensor, "b p"]
+    tokens: Float[Tensor, "b p"]
     """n, at least 1."""
 
     @property
     def mean(self) -> Float[Tensor, "b p"]:
         """L / n."""
-        return self.logps / self.count
+        return self.logps / self.tokens
 
 
 def preference_loss(
@@ -102,7 +102,7 @@ def preference_loss(
         loss_BP = _margin_loss(scores[0] - scores[1], kind, beta, label_noise, gamma)
     loss_BP = loss_BP - sft_weight * chosen.mean
     correct_BP = (scores[0] > scores[1]).to(loss_BP.dtype)
-    terms = (loss_BP, *scores, correct_BP, chosen.logps, rejected.logps, chosen.count, rejected.count)
+    terms = (loss_BP, *scores, correct_BP, chosen.logps, rejected.logps, chosen.tokens, rejected.tokens)
     return PreferenceLoss(*(_masked_sum(term, present_BP) for term in (*terms, torch.ones_like(loss_BP))))
 
 
@@ -124,7 +124,7 @@ def _scores(side: _Side, kind: PreferenceKind, beta: float) -> Float[Tensor, "b 
         return side.mean
     if kind == "simpo":
         return beta * side.mean
-    return beta * (side.ratio / side.count if kind == "ipo" else side.ratio)
+    return beta * (side.ratio / side.tokens if kind == "ipo" else side.ratio)
 
 
 def _margin_loss(

@@ -70,7 +70,7 @@ def reward_loss(
 class Moments(NamedTuple):
     """Mean and spread of all rewards so far."""
 
-    count: Float[Tensor, ""]
+    samples: Float[Tensor, ""]
     mean: Float[Tensor, ""]
     squares: Float[Tensor, ""]
     """Sum of squared distances from the mean."""
@@ -81,10 +81,10 @@ def add_moments(moments: Moments, rewards_N: Float[Tensor, " n"], valid_N: Bool[
     count = torch.sum(valid_N, dtype=rewards_N.dtype)
     mean = torch.sum(torch.where(valid_N, rewards_N, 0)) / count.clamp(min=1)
     squares = torch.sum(torch.where(valid_N, (rewards_N - mean) ** 2, 0))
-    total = moments.count + count
+    total = moments.samples + count
     share = count / total.clamp(min=1)
     distance = mean - moments.mean
-    between = distance**2 * moments.count * share
+    between = distance**2 * moments.samples * share
     return Moments(total, moments.mean + distance * share, moments.squares + squares + between)
 
 
@@ -104,7 +104,7 @@ def shape_rewards(
         clip: largest size after scaling; 0 for none. Equal above it, so the order is kept weakly.
     """
     if moments is not None:
-        variance = moments.squares / (moments.count - 1).clamp(min=1)
+        variance = moments.squares / (moments.samples - 1).clamp(min=1)
         rewards_N = (rewards_N - moments.mean) / torch.sqrt(variance + eps)
     if clip:
         rewards_N = torch.clamp(rewards_N, -clip, clip)
