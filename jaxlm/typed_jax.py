@@ -113,6 +113,21 @@ def broadcasted_iota(dtype: DTypeLike, shape: Sequence[int], dimension: int) -> 
     return jax.lax.broadcasted_iota(dtype, shape, dimension)
 
 
+def dynamic_index_in_dim(array: Array, index: Array, axis: int = 0) -> Array:
+    """`jax.lax.dynamic_index_in_dim`, without the axis."""
+    return jax.lax.dynamic_index_in_dim(array, index, axis, keepdims=False)
+
+
+def dynamic_update_index_in_dim(array: Array, update: Array, index: Array, axis: int = 0) -> Array:
+    """`jax.lax.dynamic_update_index_in_dim`."""
+    return jax.lax.dynamic_update_index_in_dim(array, update, index, axis)
+
+
+def platform_dependent(*arrays: Array, tpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+    """`jax.lax.platform_dependent` with one function for TPUs."""
+    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
+
+
 def ppermute(tree: T, axis: Axis, pairs: Sequence[tuple[int, int]]) -> T:
     """`jax.lax.ppermute`: from which device to which."""
     return jax.lax.ppermute(tree, axis, pairs)

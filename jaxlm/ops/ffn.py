@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlm.typed_jax import custom_vjp
+
 
 def activate(name: str, up: Float[Array, "..."]) -> Float[Array, "..."]:
     """One of the plain activations: `gelu` (exact, erf), `gelu_tanh` (its tanh approximation), `relu`, `silu`."""
@@ -28,7 +30,7 @@ def gated(name: str, gate: Float[Array, "... f"], up: Float[Array, "... f"]) -> 
     return {"swiglu": swiglu, "swiglu_clamped": swiglu_clamped}[name](gate, up)
 
 
-@jax.custom_vjp
+@custom_vjp()
 def swiglu(gate: Float[Array, "... f"], up: Float[Array, "... f"]) -> Float[Array, "... f"]:
     """`silu(gate) * up`. Only the inputs are kept for the backward pass."""
     return jax.nn.silu(gate) * up

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.numerics import wide
+from jaxlm.typed_jax import einsum
 
 
 def rms_norm(x: Float[Array, "... d"], scale_D: Float[Array, " d"], *, eps: float) -> Float[Array, "... d"]:
@@ -34,7 +35,7 @@ def gated_rms_norm(
     w = x.astype(width) * jax.nn.silu(gate.astype(width))
     parts = w.reshape(*w.shape[:-1], groups, -1)
     # A product of matrices, because XLA on a CPU does not vectorise a sum over the last axis.
-    squares = jnp.einsum("...d,...d->...", parts, parts, precision="highest")[..., None]
+    squares = einsum("...d,...d->...", parts, parts, precision="highest")[..., None]
     parts = parts * jax.lax.rsqrt(squares / parts.shape[-1] + eps)
     return (parts.reshape(w.shape) * scale_D).astype(x.dtype)
 

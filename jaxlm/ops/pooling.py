@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.numerics import wide
+from jaxlm.typed_jax import einsum
 
 
 def present(segments_BT: Int[Array, "b t"], documents: int) -> Bool[Array, "b m"]:
@@ -35,7 +36,7 @@ def mean(x_BTD: Float[Array, "b t d"], segments_BT: Int[Array, "b t"], documents
     members_BTM = _members(segments_BT, documents).astype(width)
     # A product of matrices with the 0-1 membership sums all documents of a row at once, whatever their lengths. Padding
     # has segment 0 and is a member of none.
-    sum_BMD = jnp.einsum("btm,btd->bmd", members_BTM, x_BTD.astype(width))
+    sum_BMD = einsum("btm,btd->bmd", members_BTM, x_BTD.astype(width))
     count_BM = jnp.maximum(members_BTM.sum(axis=1), 1)
     return (sum_BMD / count_BM[..., None]).astype(x_BTD.dtype)
 

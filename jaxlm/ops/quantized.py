@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from jaxlm.typed_jax import pad
+
 BLOCK = 64
 """Values that share a scale."""
 SCALE_BLOCK = 256
@@ -98,7 +100,7 @@ def quantize_scales(scales: Float32[Array, "... g"], offset: float | None = None
     # stand idle.
     mean = jnp.float32(np.asarray(scales, np.float64).mean() if offset is None else offset)
     flat = (scales - mean).reshape(-1)
-    padded = jnp.pad(flat, (0, -len(flat) % SCALE_BLOCK)).reshape(-1, SCALE_BLOCK)
+    padded = pad(flat, (0, -len(flat) % SCALE_BLOCK)).reshape(-1, SCALE_BLOCK)
     largest = jnp.max(jnp.abs(padded), axis=-1)
     scaled = jnp.clip(padded * _inverse(largest)[:, None], -1, 1).reshape(-1)[: len(flat)]
     # bitsandbytes looks the nearest level up in a table of 2^16 places between -1 and 1.
@@ -112,7 +114,7 @@ def dequantize_scales(stored: Scales8) -> Float32[Array, "... g"]:
     values = jnp.asarray(dynamic_levels())[stored.codes.reshape(-1)]
     repeated = jnp.repeat(stored.scales, SCALE_BLOCK)[: len(values)]
     # A bound that is never reached keeps the compiler from fusing product and sum, which would round once, not twice.
-    largest = jnp.finfo(jnp.float32).max
+    largest = np.finfo(np.float32).max
     product = jax.lax.clamp(-largest, values * repeated, largest)
     return product.reshape(stored.codes.shape) + stored.offset
 
@@ -131,7 +133,7 @@ def dynamic_levels() -> np.ndarray:
     """The 256 levels of the dynamic code with a sign: seven decades, each with twice the levels of the one below."""
     levels = [0.0, 1.0]
     for decade in range(7):
-        count = 2**decade + 1
+        count = (1 << decade) + 1
         place = np.arange(count)
         # Each bound rounded once to float32, counted from the nearer end, as torch.linspace has it.
         first, step = np.float64(np.float32(0.1)), np.float64(np.float32(0.9) / np.float32(count - 1))

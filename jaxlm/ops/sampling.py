@@ -11,11 +11,14 @@ Shapes: B rows, V vocabulary, C groups of L neighbouring tokens, the last one fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm.typed_jax import cond, fori_loop, pad
 
 GROUP = 128
 """L: sums run over groups side by side, which a CPU vectorises, and a place is found by group first."""
@@ -230,7 +233,7 @@ def first_until(
 
     high_B = jnp.max(order_BCL, axis=(1, 2))
     low_B = jnp.full_like(high_B, jnp.iinfo(high_B.dtype).min)
-    _, last_B = lax.fori_loop(0, jnp.iinfo(high_B.dtype).bits, halve, (low_B, high_B))
+    _, last_B = fori_loop(0, jnp.iinfo(high_B.dtype).bits, halve, (low_B, high_B))
 
     # Of the tokens with that key as many are taken as the amount still needs.
     order_BV, last_B1 = _ordered(keys_BV), last_B[:, None]
@@ -272,7 +275,7 @@ def _running(x_BN: Array) -> Array:
     if n <= GROUP:
         return jnp.matmul(x_BN, jnp.triu(jnp.ones((n, n), x_BN.dtype)), precision="highest")
     within_BCL = jnp.matmul(_groups(x_BN), jnp.triu(jnp.ones((GROUP, GROUP), x_BN.dtype)), precision="highest")
-    before_BC = jnp.pad(_running(within_BCL[..., -1])[:, :-1], ((0, 0), (1, 0)))
+    before_BC = pad(_running(within_BCL[..., -1])[:, :-1], ((0, 0), (1, 0)))
     return (within_BCL + before_BC[..., None]).reshape(x_BN.shape[0], -1)[:, :n]
 
 
@@ -291,7 +294,7 @@ def _weights(logits_BV: Array) -> Array:
 def _groups(x_BV: Array, fill: Any = 0) -> Array:
     """[B, C, L]."""
     short = -x_BV.shape[-1] % GROUP
-    return jnp.pad(x_BV, ((0, 0), (0, short)), constant_values=fill).reshape(x_BV.shape[0], -1, GROUP)
+    return pad(x_BV, ((0, 0), (0, short)), constant_values=fill).reshape(x_BV.shape[0], -1, GROUP)
 
 
 def _total(x_BCL: Array) -> Array:
@@ -315,6 +318,6 @@ def _column(x_B: Array) -> Array:
     return x_B[:, None]
 
 
-def _where_any(wanted_B: Array, apply: Any, logits_BV: Array) -> Array:
+def _where_any(wanted_B: Array, apply: Callable[[Array], Array], logits_BV: Array) -> Array:
     """`apply` where a row wants it, at no cost where none does."""
-    return lax.cond(jnp.any(wanted_B), apply, lambda logits_BV: logits_BV, logits_BV)
+    return cond(jnp.any(wanted_B), apply, lambda logits_BV: logits_BV, logits_BV)

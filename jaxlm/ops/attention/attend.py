@@ -13,7 +13,6 @@ F retained first tokens, M sink tokens.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -28,10 +27,13 @@ from jaxlm.ops.attention.visible import (
     capped,
     grouped_heads,
     masked_softmax,
+    one_after_other,
+    tokens_at,
     tokens_first,
     visible,
 )
 from jaxlm.ops.site import Site, here
+from jaxlm.typed_jax import einsum, tree_map
 
 
 def attention(
@@ -114,20 +116,18 @@ def attend_first(
     if earlier is None:
         inside_BTF, at_BTF = inside_BTF & (at_BTF >= 0), jnp.maximum(at_BTF, 0)
     else:
-        keys = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), earlier, keys)
+        keys = tree_map(one_after_other, earlier, keys)
         at_BTF = jnp.where(at_BTF >= 0, at_BTF + keep_first, jnp.arange(keep_first))
     at_BTF = jnp.minimum(at_BTF, keys.k.shape[1] - 1)
-    k_BTFKH, v_BTFKH, (positions_BTF, segments_BTF) = jax.tree.map(
-        lambda x: jax.vmap(lambda row, at: row[at])(x, at_BTF), keys
-    )
+    k_BTFKH, v_BTFKH, (positions_BTF, segments_BTF) = tree_map(lambda x_BS: tokens_at(x_BS, at_BTF), keys)
     far_BTF = places.positions[..., None] - positions_BTF >= window
     same_BTF = (places.segments[..., None] == segments_BTF) & (places.segments != 0)[..., None]
     mask_BTF = inside_BTF & same_BTF & far_BTF & (positions_BTF == jnp.arange(keep_first))
     q_BTKGH, width = grouped_heads(q_BTNH, k_BTKH.shape[2]), wide(q_BTNH.dtype)
-    scores_BKGTF = jnp.einsum("btkgh,btfkh->bkgtf", q_BTKGH, k_BTFKH, preferred_element_type=width)
+    scores_BKGTF = einsum("btkgh,btfkh->bkgtf", q_BTKGH, k_BTFKH, preferred_element_type=width)
     scores_BKGTF = jnp.where(mask_BTF[:, None, None], capped(scores_BKGTF * h**-0.5, softcap), -jnp.inf)
     weights, lse = masked_softmax(scores_BKGTF)
-    out = jnp.einsum("bkgtf,btfkh->btkgh", weights.astype(v_BTKH.dtype), v_BTFKH, preferred_element_type=width)
+    out = einsum("bkgtf,btfkh->btkgh", weights.astype(v_BTKH.dtype), v_BTFKH, preferred_element_type=width)
     return Mixed(out.reshape(b, t, n, h), tokens_first(lse))
 
 
@@ -142,10 +142,10 @@ def attend_sinks(
     """Attention to M keys and values that have no place: every token sees them, padding does not."""
     b, t, n, h = q_BTNH.shape
     q_BTKGH, width = grouped_heads(q_BTNH, k_MKH.shape[1]), wide(q_BTNH.dtype)
-    scores_BKGTM = jnp.einsum("btkgh,mkh->bkgtm", q_BTKGH, k_MKH, preferred_element_type=width)
+    scores_BKGTM = einsum("btkgh,mkh->bkgtm", q_BTKGH, k_MKH, preferred_element_type=width)
     real_B11T1 = (segments_BT != 0)[:, None, None, :, None]
     weights, lse = masked_softmax(jnp.where(real_B11T1, capped(scores_BKGTM * h**-0.5, softcap), -jnp.inf))
-    out = jnp.einsum("bkgtm,mkh->btkgh", weights.astype(v_MKH.dtype), v_MKH, preferred_element_type=width)
+    out = einsum("bkgtm,mkh->btkgh", weights.astype(v_MKH.dtype), v_MKH, preferred_element_type=width)
     return Mixed(out.reshape(b, t, n, h), tokens_first(lse))
 
 
@@ -194,13 +194,11 @@ def cached(
 ) -> Mixed:
     """Attention to the keys of a cache that `mask_BTS` leaves; the mixed values in `dtype`."""
     (b, t, n, h), (_, k, _, s) = q_BTNH.shape, keys_BKHS.shape
-    q_BKRH = jnp.einsum("btkgh->bkgth", grouped_heads(q_BTNH, k)).reshape(
-        b, k, -1, h
-    )  # R = G T, all that read one kv head
+    q_BKRH = einsum("btkgh->bkgth", grouped_heads(q_BTNH, k)).reshape(b, k, -1, h)  # R = G T, all that read one kv head
     scores_BKRS = jnp.matmul(q_BKRH, keys_BKHS, preferred_element_type=wide(q_BTNH.dtype)) * h**-0.5
     scores_BKGTS = capped(scores_BKRS.reshape(b, k, -1, t, s), softcap)
     weights, lse = masked_softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf))
     weights_BKRS = weights.astype(values_BKSH.dtype).reshape(b, k, -1, s)
     out_BKRH = jnp.matmul(weights_BKRS, values_BKSH, preferred_element_type=dtype)
-    out_BTNH = jnp.einsum("bkgth->btkgh", out_BKRH.reshape(b, k, -1, t, h)).reshape(b, t, n, h)
+    out_BTNH = einsum("bkgth->btkgh", out_BKRH.reshape(b, k, -1, t, h)).reshape(b, t, n, h)
     return Mixed(out_BTNH, tokens_first(lse))

@@ -5,8 +5,6 @@ Shapes: B batch, T query length, S key length, N heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,6 +23,7 @@ def cudnn(
 ) -> Float[Array, "b t n h"]:
     """cuDNN's fused kernel. Padding rows come out as zero, as everywhere."""
     mask_B1TS = visible(q_places, k_places, window)[:, None]
-    options: Any = {"mask": mask_B1TS, "is_causal": aligned, "implementation": "cudnn"}
-    out = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, **options)
-    return jnp.where((q_places.segments != 0)[:, :, None, None], out, 0)
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=aligned, implementation="cudnn"
+    )
+    return jnp.where((q_places.segments != 0)[:, :, None, None], out_BTNH, 0)

@@ -19,12 +19,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxlm.errors import UserError
 from jaxlm.ops.attention.blockwise import folded
 from jaxlm.ops.attention.cudnn import cudnn
-from jaxlm.ops.attention.visible import Mixed
+from jaxlm.ops.attention.visible import Form, Mixed, Places
 from jaxlm.ops.attention.xla import xla
+from jaxlm.ops.site import Site
 
 SHORT = 256
 """Least row that `auto` gives to another kernel than `xla`."""
@@ -49,15 +51,19 @@ class Call(NamedTuple):
     """What is mixed is to be merged with other keys, which takes the log-sum-exp."""
 
 
+Part = Callable[[Array, Array, Array, Places, Places, Form], Mixed]
+Whole = Callable[[Array, Array, Array, Places, Places, Form, Array | None, Site], Array]
+
+
 class Kernel(NamedTuple):
     """One way to compute attention, and the calls that it is for."""
 
     platforms: tuple[str, ...]
     refuses: Callable[[Call], str]
     """Why a call cannot be computed, empty where it can."""
-    part: Callable[..., Mixed] | None = None
+    part: Part | None = None
     """A kernel has `part` or `whole`. `part(q, k, v, q_places, k_places, form)`, with its log-sum-exp."""
-    whole: Callable[..., Any] | None = None
+    whole: Whole | None = None
     """`whole(q, k, v, q_places, k_places, form, sink_logits_N, site)`, for kernels that give no log-sum-exp."""
     splits: bool = False
     """Whether the kernel divides its call over a mesh by itself."""
@@ -91,24 +97,32 @@ def _cudnn_refuses(call: Call) -> str:
     return "" if call.dtype in (jnp.bfloat16, jnp.float16) else "it computes in bfloat16 or float16"
 
 
-def _splash(q: Any, k: Any, v: Any, q_places: Any, _: Any, form: Any, sink_logits_N: Any, site: Any) -> Any:
+def _blockwise_refuses(call: Call) -> str:
+    return "" if call.aligned else "queries and keys are not the same tokens"
+
+
+def _xla_refuses(call: Call) -> str:
+    return ""
+
+
+def _splash(
+    q: Array, k: Array, v: Array, q_places: Places, _: Places, form: Form, sink_logits_N: Array | None, site: Site
+) -> Array:
     from jaxlm.ops.attention.splash import splash  # loads Pallas, which only TPUs need
 
-    options: Any = {"window": form.window, "softcap": form.softcap, "sink_logits_N": sink_logits_N, "site": site}
-    return splash(q, k, v, q_places.segments, **options)
+    segments, window, softcap = q_places.segments, form.window, form.softcap
+    return splash(q, k, v, segments, window=window, softcap=softcap, sink_logits_N=sink_logits_N, site=site)
 
 
-def _cudnn(q: Any, k: Any, v: Any, q_places: Any, k_places: Any, form: Any, *_: Any) -> Any:
+def _cudnn(q: Array, k: Array, v: Array, q_places: Places, k_places: Places, form: Form, *_: Any) -> Array:
     return cudnn(q, k, v, q_places, k_places, form.window, aligned=q.shape[1] == k.shape[1])
 
 
 KERNELS: dict[str, Kernel] = {  # `auto` goes by this order; `config.Model.attention_impl` lists the same names
     "splash": Kernel(("tpu",), _splash_refuses, whole=_splash, splits=True),
     "cudnn": Kernel(("gpu",), _cudnn_refuses, whole=_cudnn),
-    "blockwise": Kernel(
-        ALL, lambda call: "" if call.aligned else "queries and keys are not the same tokens", folded, rings=True
-    ),
-    "xla": Kernel(ALL, lambda call: "", xla),
+    "blockwise": Kernel(ALL, _blockwise_refuses, folded, rings=True),
+    "xla": Kernel(ALL, _xla_refuses, xla),
 }
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -69,7 +69,7 @@ class First(NamedTuple):
 
     q: Float[Array, "b t n h"]
     keys: Own | Cached
-    count: int
+    keep_first: int
 
 
 class Sinks(NamedTuple):
@@ -152,9 +152,10 @@ def _part(q_BTNH: Array, places: Places, one: Seen, how: How, form: Form, site: 
 def _first(places: Places, one: First, how: How, site: Site) -> Mixed:
     """What stands beyond the window among the first tokens."""
     if isinstance(one.keys, Cached):
-        options: Any = {"beyond": how.window, "softcap": how.softcap}
-        return cached_attend(one.q, *one.keys[:2], places, one.keys.places, **options)
-    options = {"keep_first": one.count, "window": how.window, "softcap": how.softcap}
+        keys, values, k_places = one.keys
+        return cached_attend(one.q, keys, values, places, k_places, beyond=how.window, softcap=how.softcap)
+    first, window, softcap = one.keep_first, how.window, how.softcap
     if site.over_sequence is None:
-        return attend_first(one.q, *one.keys, places, **options)
-    return site.over_sequence(functools.partial(ring.attend_first, **options), True, one.q, *one.keys, places)
+        return attend_first(one.q, *one.keys, places, keep_first=first, window=window, softcap=softcap)
+    op = functools.partial(ring.attend_first, keep_first=first, window=window, softcap=softcap)
+    return site.over_sequence(op, True, one.q, *one.keys, places)

@@ -16,9 +16,8 @@ Shapes: B batch, T tokens of one device, N heads, K kv heads, H head dim, F reta
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +28,11 @@ from jaxlm.numerics import wide
 from jaxlm.ops import sequence_parallel
 from jaxlm.ops.attention import attend, blockwise, visible
 from jaxlm.ops.attention.kernels import KERNELS, Kernel
-from jaxlm.ops.attention.visible import Form, Keys, Mixed, Places
+from jaxlm.ops.attention.visible import Form, Keys, Mixed, Places, Sees, one_after_other, tokens_at
 from jaxlm.ops.site import here
+from jaxlm.typed_jax import all_gather, custom_vjp, fori_loop, tree_map
+
+_Tree = TypeVar("_Tree")
 
 
 def whole(q: Array, k: Array, v: Array, places: Places, *, axis: str, kernel: Kernel, form: Form) -> Array:
@@ -45,8 +47,8 @@ def part(q: Array, k: Array, v: Array, places: Places, *, axis: str, kernel: Ker
     assert kernel.part is not None
     keys, near = Keys(k, v, places), _near(q.shape[1], axis, form.window)
     if kernel.rings and not near and q.shape[1] % 2 == 0:
-        mixed: Any = _ring(*sequence_parallel.zigzag((q, keys), axis), axis, form)
-        return Mixed(*sequence_parallel.unzigzag(mixed, axis))
+        q, keys = sequence_parallel.zigzag((q, keys), axis)
+        return sequence_parallel.unzigzag(_ring(q, keys, axis, form), axis)
     k, v, k_places = _reach(keys, axis, form.window)
     if kernel.rings and near:
         return kernel.part(q, k, v, places, k_places, form)
@@ -77,10 +79,8 @@ def attend_first(
     index_F, t = jnp.arange(keep_first), positions_BT.shape[1]
     is_it_BTF = (positions_BT[..., None] == index_F) & (segments_BT != 0)[..., None]
     last_BF = jnp.max(jnp.where(is_it_BTF, jnp.arange(t)[:, None], -1), axis=1)
-    kept = jax.tree.map(
-        lambda x: jax.vmap(lambda row, at: row[at])(x, jnp.maximum(last_BF, 0)), Keys(k_BTKH, v_BTKH, places)
-    )
-    kept_C, found_CBF = lax.all_gather((kept, last_BF >= 0), axis)
+    kept = tree_map(lambda x_BT: tokens_at(x_BT, jnp.maximum(last_BF, 0)), Keys(k_BTKH, v_BTKH, places))
+    kept_C, found_CBF = all_gather((kept, last_BF >= 0), axis)
     devices_C = jnp.arange(found_CBF.shape[0])[:, None, None]
     source_BF = jnp.max(jnp.where(found_CBF & (devices_C < lax.axis_index(axis)), devices_C, -1), axis=0)
 
@@ -88,11 +88,12 @@ def attend_first(
         at = jnp.maximum(source_BF, 0).reshape(1, *source_BF.shape, *(1,) * (x_CBF.ndim - 3))
         return jnp.take_along_axis(x_CBF, at, axis=0)[0]
 
-    earlier = jax.tree.map(from_source, kept_C)
+    earlier = tree_map(from_source, kept_C)
     segments_BF = jnp.where(source_BF >= 0, earlier.places.segments, 0)
     earlier = earlier._replace(places=earlier.places._replace(segments=segments_BF))
-    options: Any = {"keep_first": keep_first, "window": window, "softcap": softcap, "earlier": earlier}
-    return attend.attend_first(q_BTNH, k_BTKH, v_BTKH, places, **options)
+    return attend.attend_first(
+        q_BTNH, k_BTKH, v_BTKH, places, keep_first=keep_first, window=window, softcap=softcap, earlier=earlier
+    )
 
 
 def _near(tokens: int, axis: str, window: int) -> bool:
@@ -104,7 +105,11 @@ def _reach(keys: Keys, axis: str, window: int) -> Keys:
     """Every key that a token of this device may see."""
     if not _near(keys.k.shape[1], axis, window):
         return sequence_parallel.gather(keys, axis)
-    return jax.tree.map(lambda x: jnp.concatenate([sequence_parallel.halo(x, window - 1, axis), x], axis=1), keys)
+
+    def with_halo(x_BT: Array) -> Array:
+        return one_after_other(sequence_parallel.halo(x_BT, window - 1, axis), x_BT)
+
+    return tree_map(with_halo, keys)
 
 
 # The ring. Of the two blocks for the keys of device s on device r, one is late queries by early keys. The other is
@@ -112,18 +117,26 @@ def _reach(keys: Keys, axis: str, window: int) -> Keys:
 # keys and values travel with them, and come home with the last step.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _ring(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[Array, Array]:
+RingKept = tuple[Array, Keys, Array, Array]
+"""Queries, keys, and what `_ring` returned."""
+Queries = tuple[Array, Places, Array, Array, Mixed]
+"""Queries with their places, what they mixed, its log-sum-exp [B, T, N, 1], and the gradient of both."""
+Gradients = tuple[Array, tuple[Array, Array]]
+"""Of queries, and of keys and values."""
+
+
+@custom_vjp(2, 3)
+def _ring(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> Mixed:
     return _ring_forward(q_BTNH, keys, axis, form)[0]
 
 
-def _ring_forward(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[tuple[Array, Array], tuple]:
+def _ring_forward(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[Mixed, RingKept]:
     wide_form = form._replace(dtype=wide(q_BTNH.dtype))
     queries = (q_BTNH, keys.places)
 
-    def block(queries: tuple[Array, Places], keys: Keys, sees: Any = "all") -> Mixed:
+    def block(queries: tuple[Array, Places], keys: Keys, sees: Sees = "all") -> Mixed:
         (q, q_places), (k, v, k_places) = queries, keys
-        return Mixed(*blockwise.blockwise_forward(q, k, v, q_places, k_places, wide_form._replace(sees=sees))[0])
+        return blockwise.blockwise_forward(q, k, v, q_places, k_places, wide_form._replace(sees=sees))[0]
 
     def visit(hops: Array | int, mixed: Mixed, keys: Keys) -> Mixed:
         behind = hops <= lax.axis_index(axis)
@@ -137,34 +150,35 @@ def _ring_forward(q_BTNH: Array, keys: Keys, axis: str, form: Form) -> tuple[tup
 
     out, lse = _around(visit, block(queries, keys, "before"), keys, axis)
     out = out.astype(form.dtype)
-    return (out, lse), (q_BTNH, keys, out, lse)
+    return Mixed(out, lse), (q_BTNH, keys, out, lse)
 
 
-def _ring_backward(axis: str, form: Form, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    q_BTNH, keys, out_BTNH, lse_BTN = residuals
+def _ring_backward(axis: str, form: Form, kept: RingKept, cotangents: Mixed) -> tuple[Array, Keys]:
+    q_BTNH, keys, out_BTNH, lse_BTN = kept
     n_kv_heads, width = keys.k.shape[2], wide(q_BTNH.dtype)
-    queries = (q_BTNH, keys.places, out_BTNH, lse_BTN[..., None], *cotangents)
+    queries = (q_BTNH, keys.places, out_BTNH, lse_BTN[..., None], cotangents)
 
-    def block(queries: tuple, keys: Keys, sees: Any = "all") -> tuple[Array, Array, Array]:
-        (q, q_places, out, lse, *cotangents), (k, v, k_places) = queries, keys
+    def block(queries: Queries, keys: Keys, sees: Sees = "all") -> Gradients:
+        (q, q_places, out, lse, cotangents), (k, v, k_places) = queries, keys
         q, out, lse = (visible.heads_first(x, n_kv_heads) for x in (q, out, lse))
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        laid_out = (q, k, v, q_places, k_places, out, lse)
-        return blockwise.blockwise_gradients(laid_out, tuple(cotangents), form._replace(sees=sees), width)
+        laid_out = blockwise.Kept(q, k, v, q_places, k_places, out, lse)
+        dq, dk, dv = blockwise.blockwise_gradients(laid_out, cotangents, form._replace(sees=sees), width)
+        return dq, (dk, dv)
 
-    def visit(hops: Array | int, gradients: tuple, keys: Keys) -> tuple:
+    def visit(hops: Array | int, gradients: Gradients, keys: Keys) -> Gradients:
         behind = hops <= lax.axis_index(axis)
         (early_q, late_q), (early_k, late_k) = _halves(queries), _halves(keys)
-        dq, *dkv = gradients
-        dq_late, *dkv_early = block(late_q, early_k)
-        dq_other, *dkv_other = block(_choose(behind, early_q, late_q), _choose(behind, early_k, late_k))
-        zero = jax.tree.map(jnp.zeros_like, (dq_other, dkv_other))
+        dq, dkv = gradients
+        dq_late, dkv_early = block(late_q, early_k)
+        dq_other, dkv_other = block(_choose(behind, early_q, late_q), _choose(behind, early_k, late_k))
+        zero = tree_map(jnp.zeros_like, (dq_other, dkv_other))
         of_early = _choose(behind, (dq_other, dkv_other), zero)
         of_late = _choose(behind, zero, (dq_other, dkv_other))
         new = _joined((of_early[0], _sum(dkv_early, of_early[1])), (_sum(dq_late, of_late[0]), of_late[1]))
-        return _sum((dq, *sequence_parallel.shift(dkv, axis, around=True)), (new[0], *new[1]))
+        return _sum((dq, sequence_parallel.shift(dkv, axis, around=True)), new)
 
-    dq, *dkv = _around(visit, block(queries, keys, "before"), keys, axis)
+    dq, dkv = _around(visit, block(queries, keys, "before"), keys, axis)
     dk, dv = sequence_parallel.shift(dkv, axis, around=True)
     no_places: Any = None
     return dq.astype(q_BTNH.dtype), Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), no_places)
@@ -173,35 +187,35 @@ def _ring_backward(axis: str, form: Form, residuals: tuple, cotangents: tuple[Ar
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _around(visit: Callable[[Array | int, Any, Keys], Any], carry: Any, keys: Keys, axis: str) -> Any:
+def _around(visit: Callable[[Array | int, _Tree, Keys], _Tree], carry: _Tree, keys: Keys, axis: str) -> _Tree:
     """`carry = visit(hops, carry, keys)` for the keys of each other device; the next ones are under way meanwhile."""
     devices = lax.axis_size(axis)
 
-    def step(hops: Array, state: tuple[Any, Keys]) -> tuple[Any, Keys]:
+    def step(hops: Array, state: tuple[_Tree, Keys]) -> tuple[_Tree, Keys]:
         carry, keys = state
         return visit(hops, carry, keys), sequence_parallel.shift(keys, axis, around=True)
 
     state = (carry, sequence_parallel.shift(keys, axis, around=True))
-    carry, keys = lax.fori_loop(1, devices - 1, step, state) if devices > 2 else state
+    carry, keys = fori_loop(1, devices - 1, step, state) if devices > 2 else state
     return visit(devices - 1, carry, keys)
 
 
-def _halves(tree: Any) -> tuple[Any, Any]:
+def _halves(tree: _Tree) -> tuple[_Tree, _Tree]:
     """Early and late tokens of arrays in zigzag order."""
     half = jax.tree.leaves(tree)[0].shape[1] // 2
-    return jax.tree.map(lambda x: x[:, :half], tree), jax.tree.map(lambda x: x[:, half:], tree)
+    return tree_map(lambda x_BT: x_BT[:, :half], tree), tree_map(lambda x_BT: x_BT[:, half:], tree)
 
 
-def _joined(early: Any, late: Any) -> Any:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), early, late)
+def _joined(early: _Tree, late: _Tree) -> _Tree:
+    return tree_map(one_after_other, early, late)
 
 
-def _choose(condition: Array, one: Any, other: Any) -> Any:
-    return jax.tree.map(functools.partial(jnp.where, condition), one, other)
+def _choose(condition: Array, one: _Tree, other: _Tree) -> _Tree:
+    return tree_map(lambda x, y: jnp.where(condition, x, y), one, other)
 
 
-def _sum(one: Any, other: Any) -> Any:
-    return jax.tree.map(jnp.add, one, other)
+def _sum(one: _Tree, other: _Tree) -> _Tree:
+    return tree_map(jnp.add, one, other)
 
 
 def _add(one: Mixed, other: Mixed) -> Mixed:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.numerics import wide
 from jaxlm.ops.attention.visible import Mixed, Places
+from jaxlm.typed_jax import einsum, fori_loop
 
 SHORT_BLOCK, BLOCK = 128, 256
 """Slots that are read at once, in short rows and in long ones; the number of slots is a multiple of `block_of`."""
@@ -56,7 +57,7 @@ def attend_slots(
     """
     (b, t, n, h), k = q_BTNH.shape, keys_RKHS.shape[1]
     width, size = wide(q_BTNH.dtype), block_of(keys_RKHS.shape[-1])
-    q_BKQH = jnp.einsum("btkgh->bkgth", q_BTNH.reshape(b, t, k, n // k, h)).reshape(b, k, -1, h)  # Q = G T
+    q_BKQH = einsum("btkgh->bkgth", q_BTNH.reshape(b, t, k, n // k, h)).reshape(b, k, -1, h)  # Q = G T
     last_BT = jnp.where(places.segments != 0, places.positions, -1)
 
     def read(block: Array, sums: _Sums) -> _Sums:
@@ -82,10 +83,10 @@ def attend_slots(
     empty = jnp.zeros(q_BKQH.shape[:3], width)
     first = _Sums(empty - jnp.inf, empty, jnp.zeros(q_BKQH.shape, width))
     blocks = jnp.max(last_BT) // size + 1
-    top_BKQ, total_BKQ, out_BKQH = lax.fori_loop(0, blocks, read, first)
+    top_BKQ, total_BKQ, out_BKQH = fori_loop(0, blocks, read, first)
 
     some_BKQ = jnp.where(total_BKQ > 0, total_BKQ, 1)
     lse_BKQ = jnp.where(total_BKQ > 0, jnp.log(some_BKQ) + top_BKQ, -jnp.inf)
-    out_BTNH = jnp.einsum("bkgth->btkgh", (out_BKQH / some_BKQ[..., None]).reshape(b, k, -1, t, h))
-    lse_BTN = jnp.einsum("bkgt->btkg", lse_BKQ.reshape(b, k, -1, t)).reshape(b, t, n)
+    out_BTNH = einsum("bkgth->btkgh", (out_BKQH / some_BKQ[..., None]).reshape(b, k, -1, t, h))
+    lse_BTN = einsum("bkgt->btkg", lse_BKQ.reshape(b, k, -1, t)).reshape(b, t, n)
     return Mixed(out_BTNH.reshape(b, t, n, h), lse_BTN)

@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.site import Site, here
+from jaxlm.typed_jax import pad
 
 LANES = 128  # rows are padded to a multiple of this, the width of a vector register
 BLOCKS = (512, 256, 128)  # of queries and of keys: the first that divides the row
@@ -50,14 +51,14 @@ def splash(
     layout = site.layout
     _, t, n, h = q_BTNH.shape
     shards, head_shards = (1, 1) if layout is None else (layout.parts("seq"), layout.parts("heads"))
-    pad = -t % (LANES * shards)
+    short = -t % (LANES * shards)
     # each device has the kv heads of its heads: one that serves heads on several is there more than once
     times = math.lcm(k_BTKH.shape[2], head_shards) // k_BTKH.shape[2]
     k, v = (jnp.repeat(x, times, axis=2) if times > 1 else x for x in (k_BTKH, v_BTKH))
-    q, k, v = (jnp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)]) for x in (q_BTNH * h**-0.5, k, v))
+    q, k, v = (pad(x, [(0, 0), (0, short), (0, 0), (0, 0)]) for x in (q_BTNH * h**-0.5, k, v))
     q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    padded_BT = jnp.pad(segments_BT, [(0, 0), (0, pad)])
-    kernel = _kernel(n, t + pad, head_shards, shards, window, softcap, site.platform == "cpu")
+    padded_BT = pad(segments_BT, [(0, 0), (0, short)])
+    kernel = _kernel(n, t + short, head_shards, shards, window, softcap, site.platform == "cpu")
 
     def mixed(kernel: Any, q: Array, k: Array, v: Array, mine: Array, theirs: Array, sinks: Array | None) -> Array:
         def row(q: Array, k: Array, v: Array, mine: Array, theirs: Array) -> Array:

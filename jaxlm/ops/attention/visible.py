@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Places(NamedTuple):
@@ -38,6 +38,9 @@ class Mixed(NamedTuple):
     """Logarithm of the sum of the exponentials of the scores; -inf where none is seen."""
 
 
+Sees = Literal["window", "before", "all"]
+
+
 class Form(NamedTuple):
     """What a program of attention is made for."""
 
@@ -45,7 +48,7 @@ class Form(NamedTuple):
     softcap: float
     dtype: Any
     """Of the output."""
-    sees: Literal["window", "before", "all"] = "window"
+    sees: Sees = "window"
     """Of blocks of queries: which keys, the last of which are of the queries' own tokens: none behind its own, and none
     before its window if the tokens of a document follow one another. `all`: they are any keys."""
 
@@ -83,6 +86,20 @@ def visible(q: Places, k: Places, window: int = 0, beyond: int = 0) -> Bool[Arra
         seen = seen & (distance < window) if window else seen
         seen = seen & (distance >= beyond) if beyond else seen
     return seen
+
+
+def tokens_at(x_BS: Shaped[Array, "b s ..."], at_BT: Int[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+    """What x has of the tokens with these numbers, row by row: [B, ...] and what a token has."""
+
+    def of_row(x_S: Array, at_T: Array) -> Array:
+        return x_S[at_T]
+
+    return jax.vmap(of_row)(x_BS, at_BT)
+
+
+def one_after_other(first_BS: Array, second_BS: Array) -> Array:
+    """The tokens of both [B, ...]."""
+    return jnp.concatenate([first_BS, second_BS], axis=1)
 
 
 def tokens_first(lse_BKGT: Array) -> Array:

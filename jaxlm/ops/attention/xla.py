@@ -19,6 +19,7 @@ from jaxlm.ops.attention.visible import (
     tokens_first,
     visible,
 )
+from jaxlm.typed_jax import einsum
 
 
 def xla(
@@ -32,11 +33,11 @@ def xla(
     """Causal attention within documents; the softmax runs in float32 or wider."""
     # The G queries that read one kv head stand together: one product for each kv head.
     q_BTKGH, width = grouped_heads(q_BTNH, k_BSKH.shape[2]), wide(q_BTNH.dtype)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=width)
+    scores_BKGTS = einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=width)
     scores_BKGTS = capped(scores_BKGTS * q_BTNH.shape[-1] ** -0.5, form.softcap)
 
     # A query that sees nothing has only scores of -inf, which `masked_softmax` makes weights of zero.
     mask_BTS = visible(q_places, k_places, form.window)
     weights, lse = masked_softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf))
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=form.dtype)
+    out = einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=form.dtype)
     return Mixed(out.reshape(q_BTNH.shape), tokens_first(lse))

@@ -60,7 +60,7 @@ class First(NamedTuple):
 
     q: Float[Tensor, "b t n h"]
     keys: Own | Cached
-    count: int
+    keep_first: int
 
 
 class Sinks(NamedTuple):
@@ -124,4 +124,4 @@ def _first(places: Places, one: First, how: How) -> Mixed:
     if isinstance(one.keys, Cached):
         keys, values, held = one.keys
         return cached_attend(one.q, keys, values, places, held, beyond=how.window, softcap=how.softcap)
-    return attend_first(one.q, *one.keys, places, keep_first=one.count, window=how.window, softcap=how.softcap)
+    return attend_first(one.q, *one.keys, places, keep_first=one.keep_first, window=how.window, softcap=how.softcap)
