@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxlm.typed_jax import custom_vjp
 
 
 class Plan(NamedTuple):
@@ -47,7 +48,7 @@ def take(x: Array, rows: Array) -> Array:
 # JAX derives for an indexed read is a scatter with additions, which GPUs and TPUs do row by row.
 
 
-@jax.custom_vjp
+@custom_vjp()
 def pick(x_TD: Float[Array, "t d"], there_S: Int[Array, " s"], back_TK: Int[Array, "t k"]) -> Float[Array, "s d"]:
     """Row `there_S[s]` of x for each s, zeros where that is T.
 
@@ -57,17 +58,29 @@ def pick(x_TD: Float[Array, "t d"], there_S: Int[Array, " s"], back_TK: Int[Arra
     return x_TD.at[there_S].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
+@custom_vjp()
 def collect(y_SD: Float[Array, "s d"], back_TK: Int[Array, "t k"], there_S: Int[Array, " s"]) -> Float[Array, "t d"]:
     """The sum over k of the rows `back_TK[t, k]` of y, nothing where that is S; `there_S` is the inverse."""
     return jnp.sum(y_SD.at[back_TK].get(mode="fill", fill_value=0), axis=1)
 
 
-pick.defvjp(
-    lambda x, there, back: (pick(x, there, back), (there, back)),
-    lambda kept, dy: (collect(dy, kept[1], kept[0]), None, None),
-)
-collect.defvjp(
-    lambda y, back, there: (collect(y, back, there), (there, back)),
-    lambda kept, dx: (pick(dx, kept[0], kept[1]), None, None),
-)
+def _pick_forward(x_TD: Array, there_S: Array, back_TK: Array) -> tuple[Array, tuple[Array, Array]]:
+    return pick(x_TD, there_S, back_TK), (there_S, back_TK)
+
+
+def _pick_backward(kept: tuple[Array, Array], dy_SD: Array) -> tuple[Array, None, None]:
+    there_S, back_TK = kept
+    return collect(dy_SD, back_TK, there_S), None, None
+
+
+def _collect_forward(y_SD: Array, back_TK: Array, there_S: Array) -> tuple[Array, tuple[Array, Array]]:
+    return collect(y_SD, back_TK, there_S), (there_S, back_TK)
+
+
+def _collect_backward(kept: tuple[Array, Array], dx_TD: Array) -> tuple[Array, None, None]:
+    there_S, back_TK = kept
+    return pick(dx_TD, there_S, back_TK), None, None
+
+
+pick.defvjp(_pick_forward, _pick_backward)
+collect.defvjp(_collect_forward, _collect_backward)

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm import typed_jax
 from jaxlm.ops.moe.dispatch import Plan, collect, pick, sort_by_expert, take
+from jaxlm.typed_jax import Axis, all_gather, custom_vjp, fori_loop, pmax, psum_scatter, tree_map, vjp
 
 SLACK = 1.25
 """Rows of the first round, over the mean."""
@@ -30,7 +32,7 @@ FURTHER = 0.25
 FURTHER_ROUNDS = "further_rounds"
 """Scope of the loop over them in a compiled program: it does not turn while the experts are balanced."""
 
-Axis = str | tuple[str, ...]
+_State = TypeVar("_State")
 Compute = Callable[[Array, Array, Array, Any], Array]
 """`(rows [S, D], weights [S, K], this device's experts [S, K], parameters) -> [S, D]`; as many as it has: none."""
 
@@ -46,12 +48,12 @@ def gather(
     axis: Axis,
 ) -> Float[Array, "t d"]:
     """All tokens to all devices, and the sum of what each of them adds. Arguments: `all_to_all`."""
-    x, weights, experts = (jax.lax.all_gather(a, axis, axis=0, tiled=True) for a in (x_TD, weights_TK, experts_TK))
+    x, weights, experts = (all_gather(a, axis, tiled=True) for a in (x_TD, weights_TK, experts_TK))
     # Numbers of this device's own experts, counted from 0. All others become n_local, which `compute` takes as "no
     # expert" and answers with zeros; so the sum over devices adds each expert exactly once.
     own = experts - jax.lax.axis_index(axis) * n_local
     y = compute(x, weights, jnp.where((own >= 0) & (own < n_local), own, n_local), parameters)
-    return jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
+    return psum_scatter(y, axis)
 
 
 def all_to_all(
@@ -83,7 +85,7 @@ def all_to_all(
     first, further = sizes(*experts_TK.shape, devices=devices, n_local=n_local)
     # Every device must enter every collective equally often, or the program hangs. So the number of rounds is that of
     # the fullest pair of devices anywhere; -((first - most) // further) is the quotient rounded up.
-    most = jax.lax.pmax(jnp.max(counts_P), together)
+    most = pmax(jnp.max(counts_P), together)
     rounds = jnp.maximum(0, -((first - most) // further))
     send = _Send(compute, axis, n_local, first, further)
     return _rounds(send, x_TD, weights_TK, parameters, (plan, experts_TK, ends_P - counts_P, counts_P, rounds))
@@ -109,6 +111,10 @@ class _Send(NamedTuple):
 
 Where = tuple[Plan, Array, Array, Array, Array]
 """The plan, the experts [T, K], first row and number of the rows for each device [P], and how many further rounds."""
+Round = Callable[[Array, Array, Any], Array]
+"""`(x [T, D], weights [T, K], parameters) -> [T, D]`: what the rows of one round add to the tokens."""
+Kept = tuple[Callable[[Array], Any], Array, Array, Any, Where]
+"""The gradient of the first round, and what the further ones are computed from again."""
 
 
 def _round(send: _Send, begin: Any, places: int, where: Where, x_TD: Array, weights_TK: Array, own: Any) -> Array:
@@ -131,7 +137,7 @@ def _round(send: _Send, begin: Any, places: int, where: Where, x_TD: Array, weig
 
     # With one split and one joined axis, the exchange is its own inverse: the second call brings each result back to
     # the place where its row was taken from.
-    exchange = functools.partial(jax.lax.all_to_all, axis_name=send.axis, split_axis=0, concat_axis=0, tiled=True)
+    exchange = functools.partial(typed_jax.all_to_all, axis_name=send.axis)
     token_S = jnp.where(filled_S, there_S // top_k, n_tokens)
     assignment_S = jnp.where(filled_S, there_S, n_tokens * top_k)
     expert_S = jnp.where(filled_S, take(experts_TK.reshape(-1), there_S) % send.n_local, send.n_local)
@@ -146,17 +152,17 @@ def _round(send: _Send, begin: Any, places: int, where: Where, x_TD: Array, weig
 # and whose number is not known in advance, are computed again in the backward pass.
 
 
-def _further(send: _Send, where: Where, start: Any, body: Callable[[Callable, Any], Any]) -> Any:
+def _further(send: _Send, where: Where, start: _State, body: Callable[[Round, _State], _State]) -> _State:
     """`state = body(round, state)` for each further round."""
 
-    def run(i: Array, state: Any) -> Any:
+    def run(i: Array, state: _State) -> _State:
         return body(functools.partial(_round, send, send.first + i * send.further, send.further, where), state)
 
     with jax.named_scope(FURTHER_ROUNDS):
-        return jax.lax.fori_loop(0, where[-1], run, start)
+        return fori_loop(0, where[-1], run, start)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp(0)
 def _rounds(send: _Send, x_TD: Array, weights_TK: Array, parameters: Any, where: Where) -> Array:
     y_TD = _round(send, 0, send.first, where, x_TD, weights_TK, parameters)
     return _finish(send, y_TD, x_TD, weights_TK, parameters, where)
@@ -167,20 +173,20 @@ def _finish(send: _Send, y_TD: Array, x_TD: Array, weights_TK: Array, parameters
     return y_TD.astype(x_TD.dtype)
 
 
-def _rounds_forward(send: _Send, x_TD: Array, weights_TK: Array, parameters: Any, where: Where) -> tuple[Array, Any]:
+def _rounds_forward(send: _Send, x_TD: Array, weights_TK: Array, parameters: Any, where: Where) -> tuple[Array, Kept]:
     run = functools.partial(_round, send, 0, send.first, where)
-    y_TD, pull = jax.vjp(run, x_TD, weights_TK, parameters)
+    y_TD, pull = vjp(run, x_TD, weights_TK, parameters)
     return _finish(send, y_TD, x_TD, weights_TK, parameters, where), (pull, x_TD, weights_TK, parameters, where)
 
 
-def _rounds_backward(send: _Send, kept: Any, dy_TD: Array) -> tuple[Array, Array, Any, None]:
+def _rounds_backward(send: _Send, kept: Kept, dy_TD: Array) -> tuple[Array, Array, Any, None]:
     pull, x_TD, weights_TK, parameters, where = kept
     # A round returns its part wide, before the sum is rounded to the dtype of x, so the cotangent of each round must be
     # wide too.
     dy_TD = dy_TD.astype(weights_TK.dtype)
 
-    def add(one: Callable, gradients: Any) -> Any:
-        return jax.tree.map(jnp.add, gradients, jax.vjp(one, x_TD, weights_TK, parameters)[1](dy_TD))
+    def add(one: Round, gradients: Any) -> Any:
+        return tree_map(jnp.add, gradients, vjp(one, x_TD, weights_TK, parameters)[1](dy_TD))
 
     return *_further(send, where, pull(dy_TD), add), None
 

@@ -10,10 +10,12 @@ Shapes: T tokens, D width, F width of one expert, E experts, K experts of one to
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import UserError
@@ -21,6 +23,17 @@ from jaxlm.numerics import wide
 from jaxlm.ops import ffn
 from jaxlm.ops.moe.dispatch import Plan, collect, pick, sort_by_expert, take
 from jaxlm.ops.moe.grouped_matmul import GROUPED, grouped_dot
+from jaxlm.typed_jax import (
+    custom_vjp,
+    dynamic_index_in_dim,
+    dynamic_update_index_in_dim,
+    fori_loop,
+    pad,
+    tree_map,
+    vjp,
+)
+
+_State = TypeVar("_State")
 
 
 class Experts(NamedTuple):
@@ -109,7 +122,11 @@ def _down(hidden: Array, weights: Array, one: Experts) -> Array:
 def _naive(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str) -> Array:
     y_TD = jnp.zeros(x_TD.shape, weights_TK.dtype)
     for e in range(parameters.up.shape[0]):
-        one: Experts = jax.tree.map(lambda p, e=e: p[e], parameters)
+
+        def of_expert(p: Array, e: int = e) -> Array:
+            return p[e]
+
+        one = tree_map(of_expert, parameters)
         # The weight of this expert for each token, zero where the token did not choose it: multiplying by zero replaces
         # the selection of rows, so every shape is that of the whole batch.
         weights_T = jnp.sum(jnp.where(experts_TK == e, weights_TK, 0), axis=-1)
@@ -173,7 +190,17 @@ def _sizes(rows: int, n_experts: int) -> tuple[int, int]:
     return 4 * small, small
 
 
-def _over_blocks(plan: Plan, parameters: Experts, start: Any, body: Any, finish: Any = lambda e, state: state) -> Any:
+def _unchanged(_: Array, state: _State) -> _State:
+    return state
+
+
+def _over_blocks(
+    plan: Plan,
+    parameters: Experts,
+    start: _State,
+    body: Callable[[_State, Experts, Array, int, Array], _State],
+    finish: Callable[[Array, _State], _State] = _unchanged,
+) -> _State:
     """`state = body(state, one, first row, rows, end)` for every block, and `finish(e, state)` after each expert."""
     n_experts = parameters.up.shape[0]
     sizes = _sizes(plan.order.size, n_experts)
@@ -181,45 +208,68 @@ def _over_blocks(plan: Plan, parameters: Experts, start: Any, body: Any, finish:
     used = plan.ends > starts
     active = jnp.argsort(~used, stable=True)  # those with rows, in order: the weights of the others are not read
 
-    def expert(i: Array, state: Any) -> Any:
+    def expert(i: Array, state: _State) -> _State:
         e = active[i]
-        one: Experts = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, e, keepdims=False), parameters)
+        one = tree_map(lambda p: dynamic_index_in_dim(p, e), parameters)
         row, end = starts[e], plan.ends[e]
         # Large blocks first; the rest takes small ones, of which the last may be partly empty: hence the quotient is
         # rounded up for the last size alone.
         for size in sizes:
             blocks = (end - row) // size if size != sizes[-1] else -((row - end) // size)
-            block = lambda j, state, row=row, size=size: body(state, one, row + j * size, size, end)  # noqa: E731
-            state = jax.lax.fori_loop(0, blocks, block, state)
+
+            def block(j: Array, state: _State, row: Array = row, size: int = size) -> _State:
+                return body(state, one, row + j * size, size, end)
+
+            state = fori_loop(0, blocks, block, state)
             row = row + blocks * size
         return finish(e, state)
 
-    return jax.lax.fori_loop(0, jnp.sum(used), expert, start)
+    return fori_loop(0, jnp.sum(used), expert, start)
 
 
 def _sorted(x: Array, indices: Array, spare: int) -> Array:
     """Rows of x, and `spare` more for the last block to reach into."""
-    return take(x, jnp.pad(indices, (0, spare)))
+    return take(x, pad(indices, (0, spare)))
 
 
-def _rows_of(array: Array | None, row: Array, size: int) -> Any:
+@overload
+def _rows_of(array: Array, row: Array, size: int) -> Array: ...
+@overload
+def _rows_of(array: None, row: Array, size: int) -> None: ...
+def _rows_of(array: Array | None, row: Array, size: int) -> Array | None:
     return None if array is None else jax.lax.dynamic_slice_in_dim(array, row, size)
 
 
-def _set_rows(array: Array | None, rows: Array | None, row: Array) -> Any:
+@overload
+def _set_rows(array: Array, rows: Array | None, row: Array) -> Array: ...
+@overload
+def _set_rows(array: None, rows: Array | None, row: Array) -> None: ...
+def _set_rows(array: Array | None, rows: Array | None, row: Array) -> Array | None:
     if array is None or rows is None:
         return array
     return jax.lax.dynamic_update_slice_in_dim(array, rows, row, axis=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+Forward = tuple[Array | None, Array | None, Array]
+"""Both pre-activations [R, F], if they are kept, and the output [R, D], as far as the blocks have come."""
+Backward = tuple[Array, Array, Experts, Experts]
+"""Gradients of rows [R, D] and weights [R], of the parameters of this expert, and of those of all."""
+Kept = tuple[Array, Array, Plan, Experts, Array | None, Array | None]
+"""Tokens, weights, plan, parameters, and both pre-activations; that of the gate may be None."""
+
+
+def _over_rows(rows: Array, width: DTypeLike) -> Array:
+    return jnp.sum(rows.astype(width), axis=0)
+
+
+@custom_vjp(4)
 def _blocks(x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str) -> Array:
     return _blocks_forward(x_TD, weights_TK, experts_TK, parameters, activation, keep=False)[0]
 
 
 def _blocks_forward(
     x_TD: Array, weights_TK: Array, experts_TK: Array, parameters: Experts, activation: str, keep: bool = True
-) -> tuple[Array, Any]:
+) -> tuple[Array, Kept]:
     plan, top_k = sort_by_expert(experts_TK, parameters.up.shape[0]), experts_TK.shape[1]
     spare = _sizes(plan.order.size, parameters.up.shape[0])[0]
     x = _sorted(x_TD, plan.order // top_k, spare)
@@ -229,7 +279,7 @@ def _blocks_forward(
     pre_activation = jnp.zeros((len(x), parameters.up.shape[2]), x.dtype) if keep else None
     gate = None if parameters.gate is None else pre_activation
 
-    def body(state: Any, one: Experts, row: Array, size: int, end: Array) -> Any:
+    def body(state: Forward, one: Experts, row: Array, size: int, end: Array) -> Forward:
         gates, ups, y = state
         gate, up = _hidden(_rows_of(x, row, size), one)
         out = _down(_activate(activation, gate, up), _rows_of(weights, row, size), one)
@@ -240,8 +290,9 @@ def _blocks_forward(
     return _combine(y, plan, x.dtype), (x_TD, weights_TK, plan, parameters, gates, ups)
 
 
-def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, Array, None, Experts]:
+def _blocks_backward(activation: str, kept: Kept, dy_TD: Array) -> tuple[Array, Array, None, Experts]:
     x_TD, weights_TK, plan, parameters, gates, ups = kept
+    assert ups is not None
     top_k, dtype, width = weights_TK.shape[1], x_TD.dtype, weights_TK.dtype
     spare = _sizes(plan.order.size, parameters.up.shape[0])[0]
     # dy is sorted like x: the gradient of "sum over the K rows of a token" is a copy of dy for each of them.
@@ -249,14 +300,14 @@ def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, A
     weights = _sorted(weights_TK.reshape(-1), plan.order, spare)
     product = functools.partial(jnp.matmul, preferred_element_type=width)
 
-    def body(state: Any, one: Experts, row: Array, size: int, end: Array) -> Any:
+    def body(state: Backward, one: Experts, row: Array, size: int, end: Array) -> Backward:
         dx, dweights, total, gradients = state
         # The backward pass adds into the gradients of the weights, so rows that belong to the next expert must count
         # zero here. Forward they need no mask, for the next expert overwrites them.
         mine = (row + jnp.arange(size) < end)[:, None]
         x_block, weight = _rows_of(x, row, size), _rows_of(weights, row, size)
         dy_block = jnp.where(mine, _rows_of(dy, row, size), 0)
-        hidden, pull = jax.vjp(
+        hidden, pull = vjp(
             functools.partial(_activate, activation), _rows_of(gates, row, size), _rows_of(ups, row, size)
         )
         # With y = weight * (h @ down): dh is weight * (dy @ down^T), and the gradient of the weight is <dy @ down^T,
@@ -269,28 +320,30 @@ def _blocks_backward(activation: str, kept: Any, dy_TD: Array) -> tuple[Array, A
             out = out + product(dgate, one.gate.T)
         if one.down_bias is not None:
             dweight = dweight + jnp.sum(dy_block.astype(width) * one.down_bias.astype(width), axis=1)
-        sums = lambda rows: jnp.sum(rows.astype(width), axis=0)  # noqa: E731
         # Gradients of the kernels are products over the rows of a block, added wide over the blocks of an expert and
         # rounded once in `finish`.
         new = Experts(
-            None if dgate is None else product(x_block.T, dgate),
+            None if gates is None else product(x_block.T, dgate),
             product(x_block.T, dup),
             product(_times(hidden, weight).T, dy_block),
-            None if one.gate_bias is None else sums(dgate),
-            None if one.up_bias is None else sums(dup),
-            None if one.down_bias is None else sums(dy_block.astype(width) * weight[:, None]),
+            None if one.gate_bias is None else _over_rows(dgate, width),
+            None if one.up_bias is None else _over_rows(dup, width),
+            None if one.down_bias is None else _over_rows(dy_block.astype(width) * weight[:, None], width),
         )
-        total = jax.tree.map(jnp.add, total, new)
+        total = tree_map(jnp.add, total, new)
         return _set_rows(dx, out, row), _set_rows(dweights, dweight, row), total, gradients
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], width), parameters)
+    zeros = tree_map(lambda p: jnp.zeros(p.shape[1:], width), parameters)
 
-    def finish(e: Array, state: Any) -> Any:
+    def finish(e: Array, state: Backward) -> Backward:
         dx, dweights, total, gradients = state
-        put = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one.astype(all_.dtype), e, 0)  # noqa: E731
-        return dx, dweights, zeros, jax.tree.map(put, gradients, total)
 
-    start = (jnp.zeros(x.shape, width), jnp.zeros(len(x), width), zeros, jax.tree.map(jnp.zeros_like, parameters))
+        def put(of_all: Array, of_one: Array) -> Array:
+            return dynamic_update_index_in_dim(of_all, of_one.astype(of_all.dtype), e)
+
+        return dx, dweights, zeros, tree_map(put, gradients, total)
+
+    start = (jnp.zeros(x.shape, width), jnp.zeros(len(x), width), zeros, tree_map(jnp.zeros_like, parameters))
     dx, dweights, _, gradients = _over_blocks(plan, parameters, start, body, finish)
     dweights_TK = jnp.where(plan.rows < plan.ends[-1], take(dweights, plan.rows), 0)
     return _combine(dx, plan, dtype), dweights_TK, None, gradients

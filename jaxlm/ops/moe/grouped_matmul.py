@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxlm.typed_jax import custom_vjp, pad, platform_dependent
 
 GROUPED = ("ragged", "megablox")
 
@@ -42,14 +44,17 @@ def grouped_dot(
 
 def tiles(rows: int, inputs: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
     """Rows, inputs and outputs of a tile: multiples of 128, as the matrix unit takes them, in the 16 MiB of a v5e."""
-    fit = lambda size, most: min(most, -(-size // 128) * 128)  # noqa: E731
+
+    def fit(size: int, most: int) -> int:
+        return min(most, -(-size // 128) * 128)
+
     # Tiles of both operands and of the result lie in fast memory together: half as many elements a side when they are
     # twice as wide.
     side = 2048 // itemsize
     return fit(rows, 512), fit(inputs, side), fit(outputs, side)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@custom_vjp(3)
 def _megablox(x_RI: Array, kernels_GIO: Array, sizes_G: Array, dtype: Any) -> Array:
     return _gmm(x_RI, kernels_GIO, sizes_G, dtype)
 
@@ -57,7 +62,7 @@ def _megablox(x_RI: Array, kernels_GIO: Array, sizes_G: Array, dtype: Any) -> Ar
 def _on_tpu(kernel: Callable[..., Array], *arrays: Array) -> Array:
     """The kernel compiled where the program is compiled for TPUs, and interpreted elsewhere: slow, for tests."""
     interpreted = functools.partial(kernel, interpret=True)
-    return jax.lax.platform_dependent(*arrays, tpu=kernel, default=interpreted)
+    return platform_dependent(*arrays, tpu=kernel, default=interpreted)
 
 
 def _gmm(x: Array, kernels: Array, sizes: Array, dtype: Any, transpose: bool = False) -> Array:
@@ -68,17 +73,23 @@ def _gmm(x: Array, kernels: Array, sizes: Array, dtype: Any, transpose: bool = F
     tiling = tiles(rows, inputs, outputs, x.dtype.itemsize)
     # The kernel refuses a last tile that is not full. The rows it adds belong to no group, and so do those behind the
     # sum of the sizes: their memory is never written and must not be read.
-    x = jnp.pad(x, ((0, -rows % tiling[0]), (0, 0)))
-    product = functools.partial(gmm, preferred_element_type=dtype, tiling=tiling, transpose_rhs=transpose)
+    x = pad(x, ((0, -rows % tiling[0]), (0, 0)))
+    product = functools.partial(
+        cast(Callable[..., Array], gmm), preferred_element_type=dtype, tiling=tiling, transpose_rhs=transpose
+    )
     y = _on_tpu(product, x, kernels, sizes)
     return jnp.where((jnp.arange(rows) < jnp.sum(sizes))[:, None], y[:rows], 0)
 
 
-def _forward(x: Array, kernels: Array, sizes: Array, dtype: Any) -> tuple[Array, Any]:
-    return _megablox(x, kernels, sizes, dtype), (x, kernels, sizes)
+Kept = tuple[Array, Array, Array]
+"""Rows, kernels and sizes."""
 
 
-def _backward(dtype: Any, kept: Any, dy: Array) -> tuple[Array, Array, None]:
+def _forward(x_RI: Array, kernels_GIO: Array, sizes_G: Array, dtype: Any) -> tuple[Array, Kept]:
+    return _megablox(x_RI, kernels_GIO, sizes_G, dtype), (x_RI, kernels_GIO, sizes_G)
+
+
+def _backward(dtype: Any, kept: Kept, dy: Array) -> tuple[Array, Array, None]:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     x, kernels, sizes = kept
@@ -86,8 +97,8 @@ def _backward(dtype: Any, kept: Any, dy: Array) -> tuple[Array, Array, None]:
     tiling = tiles(len(x), x.shape[1], kernels.shape[2], x.dtype.itemsize)
     # The gradient of the kernels is one product for each group, over its rows. Rows of padding belong to no group and
     # add nothing.
-    x_padded, dy_padded = (jnp.pad(rows, ((0, -len(x) % tiling[0]), (0, 0))) for rows in (x, dy))
-    product = functools.partial(tgmm, preferred_element_type=kernels.dtype, tiling=tiling)
+    x_padded, dy_padded = (pad(rows, ((0, -len(x) % tiling[0]), (0, 0))) for rows in (x, dy))
+    product = functools.partial(cast(Callable[..., Array], tgmm), preferred_element_type=kernels.dtype, tiling=tiling)
     dkernels = _on_tpu(product, x_padded.T, dy_padded, sizes)
     return _gmm(dy, kernels, sizes, x.dtype, transpose=True), dkernels, None
 
