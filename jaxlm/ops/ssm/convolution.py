@@ -6,14 +6,13 @@ dim; Q tokens of a chunk, C chunks.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.numerics import wide
 from jaxlm.ops import sequence_parallel
+from jaxlm.typed_jax import custom_vjp, pad, vjp
 
 
 def starts(segments_BT: Int[Array, "b t"], axis: str | None = None) -> Bool[Array, "b t"]:
@@ -25,7 +24,7 @@ def starts(segments_BT: Int[Array, "b t"], axis: str | None = None) -> Bool[Arra
 def _preceded(x_BT: Array, tokens: int, axis: str | None) -> Array:
     """x with the tokens before its first: those of other devices, or zero."""
     if axis is None:
-        return jnp.pad(x_BT, ((0, 0), (tokens, 0), *((0, 0),) * (x_BT.ndim - 2)))
+        return pad(x_BT, ((0, 0), (tokens, 0), *((0, 0),) * (x_BT.ndim - 2)))
     return jnp.concatenate([sequence_parallel.halo(x_BT, tokens, axis), x_BT], axis=1)
 
 
@@ -56,7 +55,7 @@ def causal_conv(
         state = jnp.where((segments_BT != 0)[..., None], joined_BSF[:, 1:], state_BJF)
         return _convolve(joined_BSF, kernel_KF, bias_F).astype(x_BTF.dtype), state
     # Real tokens move to the front, are convolved there, and each goes back to its place.
-    real_BS = jnp.pad(segments_BT != 0, ((0, 0), (taps - 1, 0)), constant_values=True)
+    real_BS = pad(segments_BT != 0, ((0, 0), (taps - 1, 0)), constant_values=True)
     rank_BS = jnp.cumsum(real_BS, axis=1)
     front_BS = jnp.argsort(~real_BS, axis=1, stable=True)
     joined_BSF = jnp.take_along_axis(joined_BSF, front_BS[..., None], axis=1)
@@ -91,7 +90,11 @@ def _conv_rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT
     return _convolve(padded_BSF, kernel_KF, bias_F, segments_BS).astype(x_BTF.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+Kept = tuple[Array, Array, Array | None, Array]
+"""Input, kernel, bias and segments."""
+
+
+@custom_vjp(4)
 def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None) -> Array:
     """`_conv_rows`; its backward pass keeps the input alone."""
     return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT, axis)
@@ -99,15 +102,20 @@ def _conv_packed(x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_
 
 def _conv_packed_forward(
     x_BTF: Array, kernel_KF: Array, bias_F: Array | None, segments_BT: Array, axis: str | None
-) -> tuple:
+) -> tuple[Array, Kept]:
     return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT, axis), (x_BTF, kernel_KF, bias_F, segments_BT)
 
 
-def _conv_packed_backward(axis: str | None, inputs: tuple, dy_BTF: Array) -> tuple:
-    x_BTF, kernel_KF, bias_F, segments_BT = inputs
+def _conv_packed_backward(axis: str | None, kept: Kept, dy_BTF: Array) -> tuple[Array, Array, Array | None, None]:
+    x_BTF, kernel_KF, bias_F, segments_BT = kept
     x_BTF = x_BTF + 0 * dy_BTF  # XLA on a CPU would else take what it has computed forward, and keep it: see attention
-    _, pull = jax.vjp(lambda x, kernel, bias: _conv_rows(x, kernel, bias, segments_BT, axis), x_BTF, kernel_KF, bias_F)
-    return *pull(dy_BTF), None
+
+    def rows(x_BTF: Array, kernel_KF: Array, bias_F: Array | None) -> Array:
+        return _conv_rows(x_BTF, kernel_KF, bias_F, segments_BT, axis)
+
+    _, pull = vjp(rows, x_BTF, kernel_KF, bias_F)
+    dx_BTF, dkernel_KF, dbias_F = pull(dy_BTF)
+    return dx_BTF, dkernel_KF, dbias_F, None
 
 
 _conv_packed.defvjp(_conv_packed_forward, _conv_packed_backward)

@@ -16,7 +16,6 @@ dim; Q tokens of a chunk, C chunks.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,26 @@ from jaxtyping import Array, Float, Int
 from jaxlm.numerics import wide
 from jaxlm.ops import sequence_parallel
 from jaxlm.ops.ssm.convolution import starts
+from jaxlm.typed_jax import (
+    custom_vjp,
+    dynamic_index_in_dim,
+    dynamic_update_index_in_dim,
+    einsum,
+    fori_loop,
+    pad,
+)
+
+Tokens = tuple[Array, ...]
+"""u and dt [B, T, F], B and C [B, T, P], and what of the state before reaches a token [B, T]; or of one token."""
+Weights = tuple[Array, Array]
+"""A [P, F] and D [F]."""
+Kept = tuple[Tokens, Weights, Array]
+"""What the backward pass needs: the arguments, and the state before each chunk [C, B, P, F]."""
+Gradients = tuple[tuple[Array | None, ...], Weights, Array]
+"""Of tokens, weights and the state before the first token."""
 
 
-@jax.custom_vjp
+@custom_vjp()
 def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """log(1 + exp(x)). The backward pass keeps the result alone: the derivative is 1 - exp(-y)."""
     return jax.nn.softplus(x)
@@ -87,8 +103,7 @@ def selective_scan(
             )
         y_BTF, h_BPF = _scan_tokens(tokens, weights, h_BPF)
     elif impl in ("chunked", "auto"):
-        scanned: Any = _scan_chunks(_padded(tokens, -t % chunk), weights, h_BPF, chunk, axis)
-        y_BTF, h_BPF = scanned
+        y_BTF, h_BPF = _scan_chunks(_padded(tokens, -t % chunk), weights, h_BPF, chunk, axis)
     else:
         raise ValueError(f"unknown scan implementation {impl!r}")
     return y_BTF[:, :t].astype(u_BTF.dtype), h_BPF
@@ -103,13 +118,13 @@ def carried_decay(
     return jnp.ones(segments_BT.shape, width), state.astype(width)
 
 
-def _padded(tokens: tuple[Array, ...], short: int) -> tuple[Array, ...]:
+def _padded(tokens: Tokens, short: int) -> Tokens:
     """`short` tokens more that change nothing: their step size is zero, and they keep the state."""
     if not short:
         return tokens
     *rest, keep_BT = tokens
-    padded = (jnp.pad(x, ((0, 0), (0, short), (0, 0))) for x in rest)
-    return *padded, jnp.pad(keep_BT, ((0, 0), (0, short)), constant_values=1)
+    padded = (pad(x, ((0, 0), (0, short), (0, 0))) for x in rest)
+    return *padded, pad(keep_BT, ((0, 0), (0, short)), constant_values=1)
 
 
 def _decay(dt_BF: Array, a_PF: Array, keep_B: Array) -> Array:
@@ -120,7 +135,7 @@ def _outer(x_BF: Array, b_BP: Array) -> Array:
     return x_BF[:, None] * b_BP[:, :, None]
 
 
-def _step(h_BPF: Array, token: tuple[Array, ...], weights: tuple[Array, Array]) -> tuple[Array, Array]:
+def _step(h_BPF: Array, token: Tokens, weights: Weights) -> tuple[Array, Array]:
     (u_BF, dt_BF, b_BP, c_BP, keep_B), (a_PF, d_F) = token, weights
     # The state lies as [P, F]: channels are the last axis, so each line of the update is a vector operation over
     # contiguous memory.
@@ -128,7 +143,7 @@ def _step(h_BPF: Array, token: tuple[Array, ...], weights: tuple[Array, Array]) 
     return h_BPF, jnp.sum(h_BPF * c_BP[:, :, None], axis=1) + d_F * u_BF
 
 
-def _whole_decay(tokens: tuple[Array, ...], weights: tuple[Array, Array]) -> Array:
+def _whole_decay(tokens: Tokens, weights: Weights) -> Array:
     """What of a state before the first token is left after the last one [B, P, F]."""
     # A product of exponentials is the exponential of the sum, so the decay over the whole part costs one exponential;
     # one boundary of documents in it makes it zero.
@@ -136,12 +151,12 @@ def _whole_decay(tokens: tuple[Array, ...], weights: tuple[Array, Array]) -> Arr
     return _decay(jnp.sum(dt_BTF, axis=1), a_PF, jnp.prod(keep_BT, axis=1))
 
 
-def _scan_tokens(tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array) -> tuple[Array, Array]:
+def _scan_tokens(tokens: Tokens, weights: Weights, h_BPF: Array) -> tuple[Array, Array]:
     if tokens[0].shape[1] == 1:
         h_BPF, y_BF = _step(h_BPF, tuple(x[:, 0] for x in tokens), weights)
         return y_BF[:, None], h_BPF
     tokens = tuple(jnp.moveaxis(x, 1, 0) for x in tokens)
-    h_BPF, y_TBF = lax.scan(lambda h, token: _step(h, token, weights), h_BPF, tokens)
+    h_BPF, y_TBF = lax.scan(functools.partial(_step, weights=weights), h_BPF, tokens)
     return jnp.moveaxis(y_TBF, 0, 1), h_BPF
 
 
@@ -150,10 +165,8 @@ def _scan_tokens(tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF:
 # states of a chunk live only while it is worked on; kept are those before each chunk.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _scan_chunks(
-    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: str | None
-) -> tuple[Array, Array]:
+@custom_vjp(3, 4)
+def _scan_chunks(tokens: Tokens, weights: Weights, h_BPF: Array, chunk: int, axis: str | None) -> tuple[Array, Array]:
     return _scan_chunks_forward(tokens, weights, h_BPF, chunk, axis)[0]
 
 
@@ -162,24 +175,24 @@ def _scan_chunks(
 
 
 def _scan_chunks_forward(
-    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int, axis: str | None
-) -> tuple[tuple[Array, Array], tuple]:
+    tokens: Tokens, weights: Weights, h_BPF: Array, chunk: int, axis: str | None
+) -> tuple[tuple[Array, Array], Kept]:
     if axis is not None:
         (_, end_BPF), _ = _scan_part(tokens, weights, h_BPF, chunk)
         h_BPF = sequence_parallel.before(end_BPF, _whole_decay(tokens, weights), axis)
     return _scan_part(tokens, weights, h_BPF, chunk)
 
 
-def _scan_chunks_backward(chunk: int, axis: str | None, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+def _scan_chunks_backward(chunk: int, axis: str | None, kept: Kept, cotangents: tuple[Array, Array]) -> Gradients:
     dy_BTF, dlast_BPF = cotangents
     if axis is None:
-        return _scan_part_backward(chunk, residuals, cotangents)
-    tokens, weights, _ = residuals
+        return _scan_part_backward(chunk, kept, cotangents)
+    tokens, weights, _ = kept
     # The gradient runs the other way: first what this part alone hands to the part before it, then what all later parts
     # hand to this one, then the pass that counts.
-    *_, dfirst_BPF = _scan_part_backward(chunk, residuals, cotangents)
+    *_, dfirst_BPF = _scan_part_backward(chunk, kept, cotangents)
     dnext_BPF = sequence_parallel.before(dfirst_BPF, _whole_decay(tokens, weights), axis, reverse=True)
-    dtokens, dweights, _ = _scan_part_backward(chunk, residuals, (dy_BTF, dlast_BPF + dnext_BPF))
+    dtokens, dweights, _ = _scan_part_backward(chunk, kept, (dy_BTF, dlast_BPF + dnext_BPF))
     return dtokens, dweights, jnp.zeros_like(dfirst_BPF)
 
 
@@ -197,14 +210,12 @@ def _put(x: Array, tokens: tuple[Array, ...], i: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(x, jnp.stack(tokens, axis=1), i * len(tokens), axis=1)
 
 
-def _scan_part(
-    tokens: tuple[Array, ...], weights: tuple[Array, Array], h_BPF: Array, chunk: int
-) -> tuple[tuple[Array, Array], tuple]:
+def _scan_part(tokens: Tokens, weights: Weights, h_BPF: Array, chunk: int) -> tuple[tuple[Array, Array], Kept]:
     def work(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         h_BPF, y_BTF, before_CBPF = carry
         # Kept for the backward pass: the state before each chunk, T / chunk of them, instead of all T.
-        before_CBPF = lax.dynamic_update_index_in_dim(before_CBPF, h_BPF, i, axis=0)
-        ys = []
+        before_CBPF = dynamic_update_index_in_dim(before_CBPF, h_BPF, i)
+        ys: list[Array] = []
         for token in _take(tokens, i, chunk):
             h_BPF, y_BF = _step(h_BPF, token, weights)
             ys.append(y_BF)
@@ -212,27 +223,28 @@ def _scan_part(
 
     chunks = tokens[0].shape[1] // chunk
     carry = (h_BPF, jnp.zeros_like(tokens[0]), jnp.zeros((chunks, *h_BPF.shape), h_BPF.dtype))
-    h_BPF, y_BTF, before_CBPF = lax.fori_loop(0, chunks, work, carry)
+    h_BPF, y_BTF, before_CBPF = fori_loop(0, chunks, work, carry)
     return (y_BTF, h_BPF), (tokens, weights, before_CBPF)
 
 
-def _scan_part_backward(chunk: int, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    tokens, (a_PF, d_F), before_CBPF = residuals
+def _scan_part_backward(chunk: int, kept: Kept, cotangents: tuple[Array, Array]) -> Gradients:
+    tokens, (a_PF, d_F), before_CBPF = kept
     dy_BTF, dlast_BPF = cotangents
     chunks = before_CBPF.shape[0]
 
-    def work(k: Array, carry: tuple) -> tuple:
+    def work(k: Array, carry: tuple[Array, Array, Tokens]) -> tuple[Array, Array, Tokens]:
         i = chunks - 1 - k
         dh_BPF, da_PF, written = carry
-        h_BPF = lax.dynamic_index_in_dim(before_CBPF, i, axis=0, keepdims=False)
-        inside = []
+        h_BPF = dynamic_index_in_dim(before_CBPF, i)
+        inside: list[tuple[Tokens, Array, Array, Array]] = []
         # Compute the states of this chunk anew from the one before it. They live until the end of the chunk only.
         for token in _take((*tokens, dy_BTF), i, chunk):
             u_BF, dt_BF, b_BP, _, keep_B, _ = token
             decay_BPF, new_BPF = _decay(dt_BF, a_PF, keep_B), _outer(dt_BF * u_BF, b_BP)
             h_BPF = decay_BPF * h_BPF + new_BPF
             inside.append((token, decay_BPF, new_BPF, h_BPF))
-        gradients, da_BPF = [], jnp.zeros_like(dh_BPF)
+        gradients: list[Tokens] = []
+        da_BPF = jnp.zeros_like(dh_BPF)
         # Backwards through h_t = decay_t h_(t-1) + new_t: g is the gradient of h_t, from its output and from h_(t+1).
         # As h_t - new_t = decay_t h_(t-1), the gradient of log decay_t is g (h_t - new_t), with no division.
         for (u_BF, dt_BF, b_BP, c_BP, _, dy_BF), decay_BPF, new_BPF, h_BPF in reversed(inside):
@@ -244,17 +256,17 @@ def _scan_part_backward(chunk: int, residuals: tuple, cotangents: tuple[Array, A
             du_BF = dnew_BF * dt_BF + d_F * dy_BF
             ddt_BF = jnp.sum(dlog_BPF * a_PF, axis=1) + dnew_BF * u_BF
             gradients.append((du_BF, ddt_BF, _over_channels(g_BPF, dt_BF * u_BF), _over_channels(h_BPF, dy_BF)))
-        gradients = zip(*reversed(gradients), strict=True)
-        written = tuple(_put(x, new, i) for x, new in zip(written, gradients, strict=True))
+        by_array = zip(*reversed(gradients), strict=True)
+        written = tuple(_put(x, new, i) for x, new in zip(written, by_array, strict=True))
         return dh_BPF, da_PF + jnp.sum(da_BPF, axis=0), written
 
     # Gradients of u, dt, B and C are written in place of zeros chunk by chunk, last chunk first. `keep` comes from the
     # segments and has none.
     carry = (dlast_BPF, jnp.zeros_like(a_PF), tuple(jnp.zeros_like(x) for x in tokens[:4]))
-    dh_BPF, da_PF, dtokens = lax.fori_loop(0, chunks, work, carry)
+    dh_BPF, da_PF, dtokens = fori_loop(0, chunks, work, carry)
     return (*dtokens, None), (da_PF, jnp.sum(dy_BTF * tokens[0], axis=(0, 1))), dh_BPF
 
 
 def _over_channels(x_BPF: Array, y_BF: Array) -> Array:
     """[B, P]; a product of matrices, because XLA on a CPU does not vectorise a sum over the last axis."""
-    return jnp.einsum("bpf,bf->bp", x_BPF, y_BF, precision="highest")
+    return einsum("bpf,bf->bp", x_BPF, y_BF, precision="highest")

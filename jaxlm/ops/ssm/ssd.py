@@ -6,7 +6,8 @@ dim; Q tokens of a chunk, C chunks.
 
 from __future__ import annotations
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.numerics import wide
 from jaxlm.ops import sequence_parallel
 from jaxlm.ops.ssm.selective_scan import carried_decay
+from jaxlm.typed_jax import checkpoint, einsum, pad
 
 
 def ssd(
@@ -65,9 +67,9 @@ def _ssd_carried(
 ) -> tuple[Array, Array]:
     """Outputs and last state of this device, computed from zero, with what the devices before it have carried here."""
 
-    @jax.checkpoint
+    @checkpoint
     def add(y_BTGMH: Array, since_BTGM: Array, c_BTGP: Array, state_BGMHP: Array) -> Array:
-        carried_BTGMH = jnp.einsum("btgp,bgmhp->btgmh", c_BTGP, state_BGMHP, precision="highest")
+        carried_BTGMH = einsum("btgp,bgmhp->btgmh", c_BTGP, state_BGMHP, precision="highest")
         return y_BTGMH + carried_BTGMH * since_BTGM[..., None]
 
     # What of an earlier state is left at each token: all decays up to it, and nothing once a document has begun. The
@@ -85,7 +87,7 @@ def _ssd_tokens(w: Array, log: Array, b: Array, c: Array, keep_BT: Array, state:
         # `keep` is 0 at the first token of a document: the state before it is multiplied by zero, forward and backward.
         decay_BGM = jnp.exp(log_BGM) * keep_B[:, None, None]
         h_BGMHP = decay_BGM[..., None, None] * h_BGMHP + w_BGMH[..., None] * b_BGP[:, :, None, None]
-        return h_BGMHP, jnp.einsum("bgmhp,bgp->bgmh", h_BGMHP, c_BGP, precision="highest")
+        return h_BGMHP, einsum("bgmhp,bgp->bgmh", h_BGMHP, c_BGP, precision="highest")
 
     tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (w, log, b, c, keep_BT))
     if w.shape[1] == 1:
@@ -97,7 +99,7 @@ def _ssd_tokens(w: Array, log: Array, b: Array, c: Array, keep_BT: Array, state:
 
 def _chunks(x: Array, chunk: int, short: int) -> Array:
     """[B, T, ...] as [C, Q, B, ...], with `short` tokens of zero behind."""
-    x = jnp.pad(x, ((0, 0), (0, short), *((0, 0),) * (x.ndim - 2)))
+    x = pad(x, ((0, 0), (0, short), *((0, 0),) * (x.ndim - 2)))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 0, 2)
 
 
@@ -112,8 +114,8 @@ def _ssd_chunks(
     t, short = w.shape[1], -w.shape[1] % chunk
     # The documents of a row, numbered from the state that was handed in: a token sees what has its number.
     number_BT = jnp.cumsum(keep_BT == 0, axis=1, dtype=jnp.int32)
-    number_BT = jnp.pad(number_BT, ((0, 0), (0, short)), mode="edge")
-    before_BT = jnp.pad(number_BT[:, :-1], ((0, 0), (1, 0)))
+    number_BT = pad(number_BT, ((0, 0), (0, short)), mode="edge")
+    before_BT = pad(number_BT[:, :-1], ((0, 0), (1, 0)))
 
     def heads_first(x: Array) -> Array:  # [B, T, G, ..., H] to [C, B, G, ..., Q, H]
         return jnp.moveaxis(_chunks(x, chunk, short), 1, -2)
@@ -122,14 +124,14 @@ def _ssd_chunks(
     # a plain batched matrix product. The checkpoint keeps the state before each chunk and computes the rest anew.
     inputs = (heads_first(w), jnp.moveaxis(_chunks(log, chunk, short), 1, -1), heads_first(b), heads_first(c))
     numbers = tuple(jnp.moveaxis(_chunks(x, chunk, 0), 1, -1) for x in (number_BT, before_BT))
-    state, y = lax.scan(jax.checkpoint(_ssd_chunk), state, (*inputs, *numbers))
+    state, y = lax.scan(checkpoint(_ssd_chunk), state, (*inputs, *numbers))
     return _tokens(jnp.moveaxis(y, -2, 1))[:, :t], state
 
 
 def _ssd_chunk(h_BGMHP: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
     """One chunk (Dao & Gu 2024, listing 1): attention inside, the state before it, the state after it."""
     w_BGMQH, log_BGMQ, b_BGQP, c_BGQP, number_BQ, before_BQ = inputs
-    q, einsum = log_BGMQ.shape[-1], lambda *args: jnp.einsum(*args, precision="highest")
+    q, product = log_BGMQ.shape[-1], functools.partial(einsum, precision="highest")
     # Attention in a chunk: token t sees s <= t of its own document, weighted by the decay between them, exp(sum_t -
     # sum_s). The mask enters as -inf before the exponential: above the diagonal the difference is positive, and a
     # product of inf with 0 would be NaN.
@@ -137,15 +139,15 @@ def _ssd_chunk(h_BGMHP: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]
     sum_BGMQ = jnp.cumsum(log_BGMQ, axis=-1)
     between = sum_BGMQ[..., :, None] - sum_BGMQ[..., None, :]
     decay_BGMQQ = jnp.exp(jnp.where(seen_BQQ[:, None, None], between, -jnp.inf))
-    scores_BGQQ = einsum("bgtp,bgsp->bgts", c_BGQP, b_BGQP)
-    y_BGMQH = einsum("bgmts,bgmsh->bgmth", scores_BGQQ[:, :, None] * decay_BGMQQ, w_BGMQH)
+    scores_BGQQ = product("bgtp,bgsp->bgts", c_BGQP, b_BGQP)
+    y_BGMQH = product("bgmts,bgmsh->bgmth", scores_BGQQ[:, :, None] * decay_BGMQQ, w_BGMQH)
 
     same_BQ = number_BQ == before_BQ[:, :1]  # no document has begun since the state
     since_BGMQ = jnp.where(same_BQ[:, None, None], jnp.exp(sum_BGMQ), 0)
-    y_BGMQH += einsum("bgtp,bgmhp->bgmth", c_BGQP, h_BGMHP) * since_BGMQ[..., None]
+    y_BGMQH += product("bgtp,bgmhp->bgmth", c_BGQP, h_BGMHP) * since_BGMQ[..., None]
 
     # The state after the chunk is the input of each token times its decay up to the last one, which is the last row of
     # the same matrix: tokens of earlier documents are masked there already.
     until_BGMQ = decay_BGMQQ[..., q - 1, :]
-    new_BGMHP = einsum("bgmsh,bgsp->bgmhp", w_BGMQH * until_BGMQ[..., None], b_BGQP)
+    new_BGMHP = product("bgmsh,bgsp->bgmhp", w_BGMQH * until_BGMQ[..., None], b_BGQP)
     return h_BGMHP * since_BGMQ[..., -1, None, None] + new_BGMHP, y_BGMQH
