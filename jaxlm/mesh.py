@@ -259,19 +259,20 @@ def over_rows(sums: Callable[..., Any], whole: Any, rows: Any) -> Any:
     """
     layout = split_layout()
     places = layout.spec(("batch", "seq")) if layout else ()
-    along = {axis for entry in places for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    # A tuple, for a set of strings has another order in each process, and the sum would wait for other devices there.
+    along = tuple(axis for entry in places for axis in ((entry,) if isinstance(entry, str) else entry or ()))
     if layout is None or all(layout.mesh.shape[axis] == 1 for axis in along):
         return sums(whole, rows)
 
     def local(whole: Any, rows: Any) -> Any:
-        return jax.lax.psum(sums(whole, rows), tuple(along))
+        return jax.lax.psum(sums(whole, rows), along)
 
     split = jax.shard_map(
         local,
         mesh=layout.mesh,
         in_specs=(PartitionSpec(), places),
         out_specs=PartitionSpec(),
-        axis_names=along,
+        axis_names=set(along),
         check_vma=False,
     )
     return split(whole, rows)

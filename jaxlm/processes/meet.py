@@ -131,8 +131,11 @@ def refuse_loopback(place: Place, environment: Mapping[str, str]) -> None:
 def agree(facts: Mapping[str, Any]) -> None:
     """Compare what every process has; all wait here until all have come. One process alone agrees.
 
+    There is no limit of time: heartbeats and the hang watch end a wait that is in vain.
+
     Raises:
         UserError: on every process, a fact on which they differ, and who has what.
+        MissingPeersError: the coordinator, which process 0 is, answers no longer.
     """
     import jax
 
@@ -147,13 +150,20 @@ def agree(facts: Mapping[str, Any]) -> None:
     global _meetings
     _meetings += 1
     place, me = f"jaxlm/agree/{_meetings}", jax.process_index()
-    service.key_value_set(f"{place}/{me}", json.dumps(facts))
-    if me == 0:
-        all_facts = [
-            json.loads(service.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())
-        ]
-        service.key_value_set(f"{place}/verdict", difference(all_facts))
-    if verdict := service.blocking_key_value_get(f"{place}/verdict", _DAY):
+    try:
+        service.key_value_set(f"{place}/{me}", json.dumps(facts))
+        if me == 0:
+            all_facts = [
+                json.loads(service.blocking_key_value_get(f"{place}/{i}", _DAY)) for i in range(jax.process_count())
+            ]
+            service.key_value_set(f"{place}/verdict", difference(all_facts))
+        verdict = service.blocking_key_value_get(f"{place}/verdict", _DAY)
+    except jax.errors.JaxRuntimeError as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise MissingPeersError(
+            f"process {me}: the coordinator answers no longer: {cause}", "see the log of process 0"
+        ) from error
+    if verdict:
         with contextlib.suppress(Exception):  # the first process, whom the others ask, must not leave before them
             service.wait_at_barrier(f"{place}/read", _FAREWELL)
         raise UserError(verdict, "all processes must run the same program on the same data, with one run directory")

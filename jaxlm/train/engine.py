@@ -22,6 +22,7 @@ from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, Params, init_params
 from jaxlm.processes import meet
 from jaxlm.processes.compile_cache import RUN_ONCE, enable_compilation_cache
+from jaxlm.processes.compiled_together import CompiledTogether, connect
 from jaxlm.processes.hang_watch import Watch
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.run.peak import peak_flops
@@ -46,10 +47,11 @@ class JaxEngine:
         self._watch = None
         if self.process_count > 1 and cfg.distributed.hang_seconds:
             self._watch = Watch(cfg.distributed.hang_seconds, self.process_index, self.process_count, meet.client())
+        connect(self.layout.mesh)
         self.rows: np.ndarray | None = self.layout.rows(cfg.train.batch_size)
         self.kernels = kernels_of(cfg, self.layout.platform)
         self.program = program = training_program(cfg, self.layout, recipe)
-        self.decoder, self._step = program.decoder, program.step
+        self.decoder, self._step = program.decoder, CompiledTogether(program.step, "the training step")
         self._frozen: dict[str, Any] = {}
         self._adapters = recipe.models.trained[MODEL].adapters
         self._whole = jax.jit(program.whole)
@@ -60,7 +62,7 @@ class JaxEngine:
         )
         self._state: TrainState | None = None
         evaluate = make_eval(program.loss_fn, layout=self.layout, matmul=cfg.numerics.matmul)
-        self._eval = jax.jit(evaluate, out_shardings=self.layout.replicated)
+        self._eval = CompiledTogether(jax.jit(evaluate, out_shardings=self.layout.replicated), "the validation")
         self._under_way: collections.deque[Any] = collections.deque()
         self._checkpointer: Any = None
         self._steps, self._profiling = 0, False

@@ -70,6 +70,8 @@ def test_processes_train_what_one_does(runs, tmp_path, rows, monkeypatch, proces
     assert {line[:4] for line in done.stdout.splitlines()} == {"[0] "}, "the others are silent"
     logs = {path.name for path in (tmp_path / "many" / "logs").iterdir()}
     assert logs == {f"process-{i}.log" for i in range(processes)}
+    begun, _, later = (tmp_path / "many" / "logs" / "process-0.log").read_text().partition("kernels: ")
+    assert "[Gloo]" in begun and later and "[Gloo]" not in later, "all groups of devices are connected at the start"
 
 
 def pair(runs, out: Path, *differing: str) -> list[tuple[int, str]]:
@@ -106,7 +108,7 @@ def test_a_stopped_process_is_noticed_and_named(runs, tmp_path):
     options = ("train.steps=1000000", "log.every=1", "distributed.heartbeat_timeout=10")
     words = command(runs, tmp_path, 2, 1, *options, grace=1)
     launcher = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert any("step 1/" in line for line in launcher.stdout), "it trains"
+    assert launcher.stdout and any("step 1/" in line for line in launcher.stdout), "it trains"
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     silent = next(int(pid) for pid in children if b"JAXLM_PROCESS_ID=1" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(silent, signal.SIGSTOP)
@@ -124,6 +126,28 @@ if os.environ.get("JAXLM_PROCESS_ID") == "1":
     read = packing.PackedRows.__getitem__
     packing.PackedRows.__getitem__ = lambda rows, index: time.sleep(1000) if index.min() > 100 else read(rows, index)
 """
+
+
+LATE = """
+import os
+if os.environ.get("JAXLM_PROCESS_ID") == "1":
+    import time, jax
+    def late(event, _, fun_name="", **__):
+        if event.endswith("backend_compile_duration") and fun_name in ("jit(add_up)", "jit(traced)"):
+            time.sleep(35)
+    jax.monitoring.register_event_duration_secs_listener(late)
+"""
+
+
+@SOAK
+def test_processes_wait_for_one_that_compiles_for_longer_than_gloo_waits(runs, tmp_path, monkeypatch):
+    """The exchange of all devices, the step and the validation are each compiled 35 s later by one process."""
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    words = command(runs, tmp_path / "run", 2, 1, *OPTIONS, "mesh.data=2")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @SOAK
