@@ -37,6 +37,8 @@ STAGES = [
     pytest.param({"loss": "dpo", "sft_weight": 0.2}, {}, id="dpo"),
     pytest.param({"loss": "orpo"}, {}, id="orpo"),
     pytest.param({"loss": "kto", "desirable_weight": 1.3}, {}, id="kto"),
+    pytest.param({"loss": "kto"}, {"lora": {"rank": 2}, "train": {"microbatches": 2}}, id="kto, adapters"),
+    pytest.param({"loss": "dpo"}, {"lora": {"rank": 2, "dora": True}}, id="dpo, adapters", marks=SOAK),
     pytest.param({"loss": "robust"}, {}, id="robust", marks=SOAK),
     pytest.param({"loss": "ipo"}, {}, id="ipo", marks=SOAK),
     pytest.param({"loss": "simpo", "beta": 2.0}, {}, id="simpo", marks=SOAK),
@@ -46,8 +48,11 @@ STAGES = [
 
 
 def stage(preference: dict[str, Any], model: dict[str, Any]) -> config.Config:
-    train = {"init_from": "unread", "warmup_steps": 1}
-    return toml.from_dict({"recipe": "dpo", "model": MODEL | model, "train": train, "preference": preference})
+    """`model` may have `lora` and `train` beside options of the model."""
+    model = dict(model)
+    train = {"init_from": "unread", "warmup_steps": 1, **model.pop("train", {})}
+    sections = {"train": train, "preference": preference, "lora": model.pop("lora", {})}
+    return toml.from_dict({"recipe": "dpo", "model": MODEL | model, **sections})
 
 
 @pytest.mark.parametrize(("preference", "model"), STAGES)

@@ -64,6 +64,11 @@ def settings(folder: Path, name: str, head: str = "reward", **sections: Any) -> 
     return toml.from_dict(tree)
 
 
+def unjudged(folder: Path) -> dict[str, Any]:
+    """Data of a run that nobody judges: it compiles one program less."""
+    return {**SETTINGS["data"], "source": str(folder / "pairs.jsonl"), "validation_fraction": 0.0}
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -97,9 +102,9 @@ def test_whole_runs_of_the_command(folder: Path) -> None:
 
 
 def test_a_run_resumes_bit_for_bit(folder: Path) -> None:
-    half = settings(folder, "parts", train={**SETTINGS["train"], "steps": 2, "init_from": str(folder / "start")})
-    options = {"reward": {"centring": 0.02, "label_smoothing": 0.1}}
-    start.run(toml.from_dict({**toml.to_dict(half), **options}))
+    options = {"reward": {"centring": 0.02, "label_smoothing": 0.1}, "data": unjudged(folder)}
+    few = {**SETTINGS["train"], "steps": 2, "init_from": str(folder / "start")}
+    start.run(settings(folder, "parts", train=few, **options))
     start.run(settings(folder, "parts", **options), resume=True)
     whole = settings(folder, "again", **options)
     start.run(whole)
@@ -111,12 +116,13 @@ def test_a_fault_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch_reward.reward_loss
     monkeypatch.setattr(torch_reward, "reward_loss", lambda scores, *args, **kw: original(-scores, *args, **kw))
     with pytest.raises(AssertionError, match="loss"):
-        compare(folder, "fault", train={**SETTINGS["train"], "steps": 1, "init_from": str(folder / "start")})
+        begun = {**SETTINGS["train"], "steps": 1, "init_from": str(folder / "start")}
+        compare(folder, "fault", train=begun, data=unjudged(folder))
 
 
 def test_a_reward_model_rewards_samples(folder: Path) -> None:
     """Its score of an answer is that of a packed row of its training; what is no reward model is refused at once."""
-    start.run(settings(folder, "judge", numerics={}))
+    start.run(settings(folder, "judge", numerics={}, data=unjudged(folder)))
     pair = {"prompt": "say abc", "chosen": "abc please", "rejected": "gf"}
     (folder / "one.jsonl").write_text(json.dumps(pair))
     data = {**SETTINGS["data"], "source": str(folder / "one.jsonl"), "validation_source": str(folder / "pairs.jsonl")}

@@ -139,7 +139,7 @@ def _with_adapters(cfg: config.Config, run: str) -> config.Config:
     """The config with `[lora]` of a run with adapters, whose model is opened with these merged."""
     file = Path(run) / "config.toml"
     options = toml.load(file).lora if run and file.is_file() else cfg.lora
-    train = dataclasses.replace(cfg.train, init_from=run) if options.rank else cfg.train
+    train = dataclasses.replace(cfg.train, init_from=run or cfg.train.init_from) if options.rank else cfg.train
     return dataclasses.replace(cfg, lora=dataclasses.replace(options, dropout=0.0), train=train)
 
 

@@ -14,7 +14,7 @@ from jaxlm import config
 from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
 from jaxlm.recipes.forward import forward, with_routing
-from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, Trained, twin
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, model_of_run, twin
 
 REFERENCE = "reference"
 
@@ -28,6 +28,7 @@ def recipe(cfg: config.Config) -> Recipe:
     options = cfg.preference
     cfg.model.require_language_model("the recipe dpo")
     path = options.reference or cfg.train.init_from
+    frozen = {REFERENCE: Frozen(cfg.model, path, cfg.numerics.params)}
     if options.needs_reference and not path:
         raise UserError(
             f"preference.loss = {options.loss!r} compares with the model that the run starts from, and there is none",
@@ -36,8 +37,8 @@ def recipe(cfg: config.Config) -> Recipe:
     return Recipe(
         columns=pair_columns(options.pairs_per_row),
         models=Models(
-            {MODEL: Trained(cfg.model, cfg.train)},
-            {REFERENCE: Frozen(cfg.model, path, cfg.numerics.params)} if options.needs_reference else {},
+            {MODEL: model_of_run(cfg)},
+            frozen if options.needs_reference and not _base_is_reference(cfg) else {},
         ),
         objective=Objective(
             objective,
@@ -47,6 +48,11 @@ def recipe(cfg: config.Config) -> Recipe:
         data=lambda own: PreferenceSource.open(cfg, own, labelled=options.loss == "kto"),
         judge=lambda _: Judge(figures, "validation_accuracy", lower_is_better=False, describe=described),
     )
+
+
+def _base_is_reference(cfg: config.Config) -> bool:
+    """Whether the reference is the base under the adapters of the policy, of which there is then no second copy."""
+    return bool(cfg.lora.rank) and not cfg.preference.reference and not cfg.lora.modules_to_save
 
 
 def pair_columns(pairs_per_row: int) -> dict[str, Column]:
@@ -89,7 +95,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
         logps_BM, counts_BM, routed = answer_sums(decoder, params, batch, key if options.dropout else None, cfg)
         reference_BM: Any = None
         if options.needs_reference:
-            reference_BM = answer_sums(modules[REFERENCE], frozen[REFERENCE], batch, None, cfg)[0]
+            reference_BM = _reference_sums(modules, cfg, params, frozen, batch)
         if options.loss == "kto":
             found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=key is None)
         else:
@@ -106,11 +112,24 @@ def whole_divergence(modules: Mapping[str, Any], cfg: config.Config) -> Callable
 
     def compute(params: Any, frozen: Mapping[str, Any], batch: Any) -> dict[str, Any]:
         logps_BM, counts_BM, _ = answer_sums(modules[MODEL], params, batch, None, cfg)
-        reference_BM = answer_sums(modules[REFERENCE], frozen[REFERENCE], batch, None, cfg)[0]
+        reference_BM = _reference_sums(modules, cfg, params, frozen, batch)
         sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch), reference_BM)
         return {f"divergence_{name}": value for name, value in sums._asdict().items()}
 
     return compute
+
+
+def _reference_sums(
+    modules: Mapping[str, Any], cfg: config.Config, params: Any, frozen: Mapping[str, Any], batch: Mapping[str, Any]
+) -> Any:
+    """Log-probabilities of the answers [B, M] under the reference: a frozen tree, or the policy without adapters."""
+    from jax.lax import stop_gradient
+
+    from jaxlm.models.adapted import base_of
+
+    if REFERENCE in modules:
+        return answer_sums(modules[REFERENCE], frozen[REFERENCE], batch, None, cfg)[0]
+    return stop_gradient(answer_sums(modules[MODEL], base_of(params), batch, None, cfg)[0])
 
 
 def answer_sums(

@@ -6,7 +6,7 @@ The engine runs it and the planner compiles it, so both see the same step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +86,7 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     frozen = {name: layout.shardings(axes, shapes) for name, (shapes, axes) in below.items()}
     shapes = {name: tree for name, (tree, _) in below.items()}
     matmul = cfg.numerics.matmul
-    whole = recipe.objective.jax_whole(modules, cfg) if recipe.objective.jax_whole else None
+    whole = _beside_base(recipe.objective.jax_whole(modules, cfg), models) if recipe.objective.jax_whole else None
     options: Any = {"seed": cfg.seed, "layout": layout, "matmul": matmul, "whole": whole}
     step = make_steps(loss_fn, parts, cfg.train.microbatches, **options)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
@@ -118,15 +118,15 @@ def _part(name: str, tree: Trained) -> Part:
     return Part(name, tree.train, make_optimizer(tree.train), model, tree.moves)
 
 
-def _beside_base(loss_fn: LossFn, models: Models) -> LossFn:
-    """An objective of the model of the run, which is its adapters beside their base."""
+def _beside_base(function: Callable[..., Any], models: Models) -> Any:
+    """A function of `(trained, frozen, ...)` where the model of the run is its adapters beside their base."""
     if models.trained[MODEL].adapters is None:
-        return loss_fn
+        return function
 
-    def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> Any:
+    def compute(trained: Any, frozen: Any, *rest: Any) -> Any:
         if not models.several:
-            return loss_fn(Adapted(trained, frozen[BASE]), frozen, batch, key)
-        return loss_fn({**trained, MODEL: Adapted(trained[MODEL], frozen[BASE])}, frozen, batch, key)
+            return function(Adapted(trained, frozen[BASE]), frozen, *rest)
+        return function({**trained, MODEL: Adapted(trained[MODEL], frozen[BASE])}, frozen, *rest)
 
     return compute
 

@@ -129,15 +129,15 @@ def test_whole_examples_once_an_epoch_with_their_own_targets() -> None:
         packed = rows[np.arange(first, first + rows.rows_per_epoch)]
         seen = []
         for row in range(rows.rows_per_epoch):
-            for segment in range(1, packed.segments[row].max() + 1):
-                here = packed.segments[row] == segment
-                assert packed.positions[row][here].tolist() == list(range(here.sum()))
-                tokens, targets = packed.tokens[row][here], packed.targets[row][here]
+            for segment in range(1, packed["segments"][row].max() + 1):
+                here = packed["segments"][row] == segment
+                assert packed["positions"][row][here].tolist() == list(range(here.sum()))
+                tokens, targets = packed["tokens"][row][here], packed["targets"][row][here]
                 assert tokens[1:].tolist() == targets[:-1].tolist()
-                assert (packed.weights[row][here] == 1).all()
+                assert (packed["weights"][row][here] == 1).all()
                 seen.append((*tokens.tolist(), int(targets[-1])))
-            empty = packed.segments[row] == 0
-            assert (packed.weights[row][empty] == 0).all() and (packed.tokens[row][empty] == 255).all()
+            empty = packed["segments"][row] == 0
+            assert (packed["weights"][row][empty] == 0).all() and (packed["tokens"][row][empty] == 255).all()
         assert sorted(seen) == sorted(tuple(one.ids.tolist()) for one in given)
 
 
@@ -147,23 +147,23 @@ def test_rows_are_a_function_of_seed_epoch_and_number() -> None:
     count = rows.rows_per_epoch
     backwards = [again[np.array([i])] for i in reversed(range(3 * count))][::-1]
     for i, one in enumerate(backwards):
-        for a, b in zip(rows[np.array([i])], one, strict=True):
+        for a, b in zip(rows[np.array([i])].values(), one.values(), strict=True):
             assert np.array_equal(a, b)
     other = rows_of(examples, seed=2)
-    assert not np.array_equal(rows[np.arange(count)].tokens, other[np.arange(count)].tokens)
-    assert not np.array_equal(rows[np.arange(count)].tokens, rows[np.arange(count, 2 * count)].tokens)
+    assert not np.array_equal(rows[np.arange(count)]["tokens"], other[np.arange(count)]["tokens"])
+    assert not np.array_equal(rows[np.arange(count)]["tokens"], rows[np.arange(count, 2 * count)]["tokens"])
 
 
 def test_each_epoch_has_as_many_rows() -> None:
     sizes = np.random.default_rng(0).integers(2, 17, 300).tolist()
     rows = rows_of(collect(made(sizes), 16, "drop"))
-    assert {len(rows._rows_of(epoch)) for epoch in range(8)} == {rows.rows_per_epoch}
+    assert {len(rows.plan(epoch)) for epoch in range(8)} == {rows.rows_per_epoch}
     assert rows.padding < 0.05
 
 
 def test_one_example_a_row() -> None:
     rows = rows_of(collect(made([3, 5, 9]), 16, "drop"), pack=False)
-    assert rows.rows_per_epoch == 3 and (rows[np.arange(3)].segments.max(axis=1) == 1).all()
+    assert rows.rows_per_epoch == 3 and (rows[np.arange(3)]["segments"].max(axis=1) == 1).all()
 
 
 def test_what_is_too_long_is_dropped_or_loses_its_end() -> None:

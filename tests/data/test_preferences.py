@@ -215,7 +215,9 @@ def test_rows_hold_whole_pairs_side_by_side() -> None:
     again = rows[np.arange(2 * rows.rows_per_epoch)]
     assert not np.array_equal(again["tokens"][rows.rows_per_epoch :], batch["tokens"])
     assert sorted(again["margins"][rows.rows_per_epoch :].ravel()) == sorted(batch["margins"].ravel())
-    assert not rows.first_epoch(np.array([rows.rows_per_epoch]))["segments"].any()
+    size = rows.rows_per_epoch + 1
+    (whole,) = rows.once(size, np.arange(size))
+    assert whole["segments"][:-1].any(1).all() and not whole["segments"][-1].any()
 
 
 def source_of(folder: Path, rows: list[dict[str, Any]], labelled: bool = False, **options: Any) -> PreferenceSource:

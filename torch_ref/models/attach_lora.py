@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,19 @@ def load(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[name])
+
+
+@contextlib.contextmanager
+def base_of(decoder: Decoder) -> Iterator[Decoder]:
+    """The decoder without its adapters, while the context lasts."""
+    parts = [(part, part.adapter) for part in sites(decoder).values()]
+    try:
+        for part, _ in parts:
+            part.adapter = None
+        yield decoder
+    finally:
+        for part, adapter in parts:
+            part.adapter = adapter
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jaxlm import config
+from torch_ref.models.attach_lora import base_of
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.kto import KTODivergence, kto_divergence, kto_loss
 from torch_ref.objectives.logprobs import segment_sums, token_logps
@@ -32,8 +33,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
         routed = collect(decoder) if decoder.config.moes else None
         reference_BM: Any = None
         if options.needs_reference:
-            with torch.no_grad():
-                reference_BM = answer_sums(modules["reference"].eval(), batch, cfg)[0]
+            reference_BM = _reference_sums(modules, cfg, batch)
         if options.loss == "kto":
             found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=not training)
         else:
@@ -54,11 +54,24 @@ def whole_divergence(modules: Mapping[str, Any], cfg: config.Config) -> Callable
         training = decoder.training
         logps_BM, counts_BM = answer_sums(decoder.eval(), batch, cfg)
         decoder.train(training)
-        reference_BM = answer_sums(modules["reference"].eval(), batch, cfg)[0]
+        reference_BM = _reference_sums(modules, cfg, batch)
         sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch), reference_BM)
         return {f"divergence_{name}": value for name, value in sums._asdict().items()}
 
     return compute
+
+
+@torch.no_grad()
+def _reference_sums(modules: Mapping[str, Any], cfg: config.Config, batch: Batch) -> Tensor:
+    """Log-probabilities of the answers [B, M] under the reference: a frozen module, or the policy without adapters."""
+    if "reference" in modules:
+        return answer_sums(modules["reference"].eval(), batch, cfg)[0]
+    decoder = modules["model"]
+    training = decoder.training
+    with base_of(decoder.eval()):
+        found = answer_sums(decoder, batch, cfg)[0]
+    decoder.train(training)
+    return found
 
 
 def answer_sums(decoder: Decoder, batch: Batch, cfg: config.Config) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ from jaxlm.data.preferences.pairs import (
     sides_of,
     split,
 )
-from jaxlm.data.preferences.rows import Batch, PairBatches, PairRows
+from jaxlm.data.preferences.rows import PairRows
+from jaxlm.data.rows.epochs import Batch, NumberedBatches
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.errors import UserError
@@ -85,10 +86,10 @@ class PreferenceSource:
         pairs = " ".join([*prints, str(self.cfg.preference.pairs_per_row)])
         return {"tokenizer": self.tokenizer.fingerprint(), "pairs": hashlib.sha256(pairs.encode()).hexdigest()}
 
-    def batches(self, *, batch_size: int, rows: np.ndarray | None) -> PairBatches:
+    def batches(self, *, batch_size: int, rows: np.ndarray | None) -> NumberedBatches:
         """Batches of packed pairs, in another order in each epoch."""
         share = np.arange(batch_size) if rows is None else rows
-        return PairBatches(self._rows(self.train, self.cfg.seed), batch_size, share)
+        return NumberedBatches(self._rows(self.train, self.cfg.seed), batch_size, share)
 
     def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
         """One set: every held-out pair once."""
@@ -96,10 +97,7 @@ class PreferenceSource:
 
         def batches() -> Iterator[Batch]:
             for pairs in self.validation:
-                packed = self._rows(pairs, _HELD_OUT_SEED)
-                count = -(-packed.rows_per_epoch // batch_size)
-                for number in range(min(count, max_batches or count)):
-                    yield packed.first_epoch(number * batch_size + share)
+                yield from self._rows(pairs, _HELD_OUT_SEED).once(batch_size, share, max_batches)
 
         return [HeldOut("", True, batches)] if self.validation else []
 

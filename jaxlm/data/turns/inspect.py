@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxlm.data.packing import Rows
 from jaxlm.data.turns.rows import Counts
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -87,10 +87,9 @@ class ConversationReport:
         return text, "black on green" if weight else "dim"
 
 
-def shown_rows(rows: Rows, numbers: np.ndarray) -> tuple[ShownTurns, ...]:
+def shown_rows(rows: Mapping[str, np.ndarray], numbers: np.ndarray) -> tuple[ShownTurns, ...]:
     """Rows with their numbers, to show."""
     names = ("tokens", "targets", "positions", "segments", "weights")
     return tuple(
-        ShownTurns(int(number), {name: getattr(rows, name)[i].tolist() for name in names})
-        for i, number in enumerate(numbers)
+        ShownTurns(int(number), {name: rows[name][i].tolist() for name in names}) for i, number in enumerate(numbers)
     )

@@ -1,17 +1,14 @@
 """Conversations to rows: whole examples, never cut to fill a row, packed by best fit.
 
-Which examples lie in row r of epoch e is a pure function of (seed, e, r): resuming is one number, and any number of
-processes sees the same batch. An example of n tokens takes n - 1 places, since each place holds a token and its
-target: the shift is made here, once.
+Which examples lie in row r of epoch e is a pure function of (seed, e, r): see `data.rows.epochs`.
 
-Shapes: B rows, T tokens of a row, M examples, N tokens of all examples.
+Shapes: M examples, N tokens of all examples.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -19,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from jaxlm.data.best_fit import rows_by_fit
-from jaxlm.data.packing import Rows
+from jaxlm.data.rows.epochs import Batch, EpochRows, lay_examples
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Example
 
@@ -119,7 +116,7 @@ def split(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
     return examples.take(np.flatnonzero(~held_out)), examples.take(np.flatnonzero(held_out))
 
 
-class ConversationRows:
+class ConversationRows(EpochRows):
     """The endless sequence of rows of packed examples; the rows of an epoch hold each example once.
 
     `mixture` is None: there is one source.
@@ -134,54 +131,18 @@ class ConversationRows:
         self._examples, self._seq_len, self._seed, self._pad, self._pack = examples, seq_len, seed, pad, pack
         self._sizes = np.diff(examples.offsets) - 1
         self.tokens = int(self._sizes.sum())
-        # Best fit in falling order makes as many rows whatever the order of equal sizes.
-        self.rows_per_epoch = len(self._rows_of(0))
-        self._epochs: dict[int, list[np.ndarray]] = {}
-        self._lock = threading.Lock()
+        super().__init__()
 
     @property
     def padding(self) -> float:
         """Share of the places of an epoch that hold nothing."""
         return 1 - self.tokens / (self.rows_per_epoch * self._seq_len)
 
-    def __getitem__(self, index: np.ndarray) -> Rows:
-        """The rows with these indices [B], counted through all epochs."""
-        parts = [divmod(int(i), self.rows_per_epoch) for i in np.asarray(index)]
-        return self._lay([self._epoch(epoch)[row] for epoch, row in parts])
+    def lay(self, rows: Sequence[np.ndarray]) -> Batch:
+        """`tokens`, `targets`, `positions`, `segments`, `weights` [B, T] of the examples of each row."""
+        return lay_examples(self._examples, [row.tolist() for row in rows], self._seq_len, self._pad)
 
-    def first_epoch(self, index: np.ndarray) -> Rows:
-        """Like `[]`, but rows after the end of epoch 0 are padding (segment 0 and weight 0 throughout)."""
-        rows = self._epoch(0)
-        return self._lay([rows[i] if i < len(rows) else np.arange(0) for i in np.asarray(index).tolist()])
-
-    def _lay(self, rows: Sequence[np.ndarray]) -> Rows:
-        shape = (len(rows), self._seq_len)
-        tokens_BT, targets_BT = np.full(shape, self._pad, np.int32), np.full(shape, self._pad, np.int32)
-        positions_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        weights_BT = np.zeros(shape, np.float32)
-        ids_N, weights_N = self._examples.ids, self._examples.weights
-        for row, members in enumerate(rows):
-            at = 0
-            for segment, member in enumerate(members.tolist(), 1):
-                start, stop = int(self._examples.offsets[member]), int(self._examples.offsets[member + 1])
-                here = slice(at, at + stop - start - 1)
-                tokens_BT[row, here] = ids_N[start : stop - 1]
-                targets_BT[row, here] = ids_N[start + 1 : stop]
-                weights_BT[row, here] = weights_N[start + 1 : stop]
-                positions_BT[row, here] = np.arange(stop - start - 1)
-                segments_BT[row, here] = segment
-                at = here.stop
-        return Rows(tokens_BT, targets_BT, positions_BT, segments_BT, weights_BT)
-
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        with self._lock:
-            if epoch not in self._epochs:
-                for old in sorted(self._epochs)[:-1]:
-                    del self._epochs[old]
-                self._epochs[epoch] = self._rows_of(epoch)
-            return self._epochs[epoch]
-
-    def _rows_of(self, epoch: int) -> list[np.ndarray]:
+    def plan(self, epoch: int) -> list[np.ndarray]:
         """The examples of each row of an epoch."""
         random = np.random.default_rng([self._seed, epoch])
         order_M = random.permutation(len(self._sizes))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import Config
+from jaxlm.data.rows.epochs import NumberedBatches
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.turns.formats import conversations
 from jaxlm.data.turns.inspect import ConversationReport, shown_rows
@@ -20,7 +21,6 @@ from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat, Example, encode
 from jaxlm.text.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
 _HELD_OUT_SEED = 0  # not the run's seed: runs that differ in it are judged on the same rows
 
 
@@ -79,13 +79,7 @@ class ConversationSource:
     def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
         """One set: every held-out example once."""
         share = np.arange(batch_size) if rows is None else rows
-
-        def batches() -> Iterator[Batch]:
-            packed = self._rows(self.validation, _HELD_OUT_SEED)
-            count = -(-packed.rows_per_epoch // batch_size)
-            for number in range(min(count, max_batches or count)):
-                yield packed.first_epoch(number * batch_size + share)._asdict()
-
+        batches = lambda: self._rows(self.validation, _HELD_OUT_SEED).once(batch_size, share, max_batches)  # noqa: E731
         return [HeldOut("", True, batches)] if len(self.validation) else []
 
     def begin_phase(self, number: int, engine: Any) -> None:
@@ -119,25 +113,6 @@ class ConversationSource:
     def _rows(self, examples: Examples, seed: int) -> ConversationRows:
         options: Any = {"seed": seed, "pad": self.tokenizer.pad, "pack": self.cfg.sft.pack}
         return ConversationRows(examples, self.cfg.data.seq_len, **options)
-
-
-class NumberedBatches:
-    """Batch b is rows `b * batch_size` to `(b + 1) * batch_size`; the state is the number of the next batch."""
-
-    def __init__(self, rows: ConversationRows, batch_size: int, share: np.ndarray) -> None:
-        self._rows, self._batch_size, self._share, self._next = rows, batch_size, share, 0
-
-    def __next__(self) -> Batch:
-        self._next += 1
-        return self._rows[(self._next - 1) * self._batch_size + self._share]._asdict()
-
-    def get_state(self) -> dict[str, Any]:
-        """The number of the next batch."""
-        return {"next_index": self._next}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on with the batch of a state."""
-        self._next = int(state["next_index"])
 
 
 def _tokenizer(cfg: Config) -> Tokenizer:
