@@ -70,9 +70,10 @@ def tokens() -> np.ndarray:
 
 def jaxlm_step(model: Any = None) -> Callable[[], float]:
     """The step of `jaxlm train`: its engine, its recipe's loss, its memory settings."""
-    from jaxlm.processes.freed_memory import keep_freed_memory
+    from jaxlm.processes.freed_memory import keep_freed_memory, one_step_at_a_time
 
     keep_freed_memory()
+    one_step_at_a_time()
     import tempfile
 
     from jaxlm import config

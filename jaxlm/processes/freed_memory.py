@@ -1,4 +1,4 @@
-"""Memory that XLA:CPU frees is kept for the next step, instead of going back to the kernel.
+"""Memory that XLA:CPU frees is kept for the next step, instead of going back to the kernel, and used by it.
 
 A step takes its temporary buffers, about a gigabyte for a small model, with one malloc. By default glibc maps such a
 buffer anew each time, and the kernel clears it page by page: a quarter of the step. Measured in benchmarks/README.md.
@@ -27,3 +27,15 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in _SETTINGS.values():
         mallopt(parameter, value)
+
+
+def one_step_at_a_time() -> None:
+    """Tell JAX to compute on the CPU in the thread that asks, so that a step takes its buffer where the last one was.
+
+    A step that is begun early takes as much again, and what other threads take meanwhile lies where the buffer was: the
+    memory of a run grows to 1.7 times this one (benchmarks/train_memory.py). Call before JAX's first computation, which
+    reads the setting once; a program that has computed before keeps what it had.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -18,7 +18,7 @@ from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.processes import meet
 from jaxlm.processes.file_lock import only_trainer
-from jaxlm.processes.freed_memory import keep_freed_memory
+from jaxlm.processes.freed_memory import keep_freed_memory, one_step_at_a_time
 from jaxlm.recipes import make_recipe
 from jaxlm.run.directory import compare_with_run, shared_facts, tokenizer_of_run, with_vocabulary
 from jaxlm.run.progress import tell
@@ -44,6 +44,8 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     warm.start()
     cfg, recipe, source = open_stage(cfg, resume=resume, tell=tell if first else lambda _: None)
     warm.join()
+    if backend == "jax":
+        one_step_at_a_time()
     with only_trainer(Path(cfg.out_dir)) if first else contextlib.nullcontext():
         return _train(cfg, recipe, source, resume, backend)
 

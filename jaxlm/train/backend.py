@@ -23,9 +23,8 @@ class Engine(Protocol):
     rows: np.ndarray | None
     """The rows of each batch that this process makes; None: all."""
 
-    @property
-    def peak_flops(self) -> float:
-        """Of all devices together, FLOP/s."""
+    def peak_flops(self, reached: float) -> float:
+        """Of all devices together, FLOP/s; a peak that was measured is at least what a run reached."""
         ...
 
     def checkpoints(self) -> list[int]:

@@ -40,8 +40,6 @@ class JaxEngine:
 
     def __init__(self, cfg: config.Config, recipe: Recipe, complete: Complete) -> None:
         enable_compilation_cache(cfg.data.cache_dir)
-        # On a CPU a step that is begun before the last one has freed its temporary buffers takes as much again.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
         self.config, self.layout, self._complete = cfg, Layout.from_config(cfg.mesh), complete
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self._watch = None
@@ -71,7 +69,7 @@ class JaxEngine:
         lora = self._adapters
         moved = [count(self.decoder, lora) for count in (adapter_params, saved_params)] if lora else []
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, *moved)
-        self._peak_flops: float | None = None
+        self._peak_flops = 0.0
 
     @property
     def state(self) -> TrainState:
@@ -84,12 +82,12 @@ class JaxEngine:
     def state(self, state: TrainState) -> None:
         self._state = state
 
-    @property
-    def peak_flops(self) -> float:
-        """Of all devices together: the vendor's figure where it is known, else a matrix product timed here."""
-        if self._peak_flops is None:
-            known = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-            self._peak_flops = known * jax.device_count() if known else measured_flops(self.config.data.cache_dir)
+    def peak_flops(self, reached: float) -> float:
+        """Of all devices together: the vendor's figure where it is known, else products timed here."""
+        if known := PEAK_FLOPS.get(jax.devices()[0].device_kind):
+            return known * jax.device_count()
+        if self._peak_flops < max(reached, 1.0):
+            self._peak_flops = measured_flops(self.config.data.cache_dir, reached)
         return self._peak_flops
 
     @property
@@ -243,7 +241,7 @@ def _lay(leaf: np.ndarray, place: Any) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
 
 
-def measured_flops(folder: str | Path) -> float:
+def measured_flops(folder: str | Path, reached: float) -> float:
     """FLOP/s of the default device, a peak for where none is published; see `jaxlm.run.peak`."""
     device = jax.devices()[0]
 
@@ -252,4 +250,4 @@ def measured_flops(folder: str | Path) -> float:
         return lambda: product(x, y).block_until_ready()
 
     name = "" if device.platform == "cpu" else device.device_kind
-    return peak_flops(folder, name, f"jax {jax.__version__}", multiply)
+    return peak_flops(folder, name, f"jax {jax.__version__}", multiply, reached)

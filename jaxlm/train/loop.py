@@ -254,13 +254,14 @@ class _Run:
         tokens = self.cfg.train.batch_size * self.cfg.data.seq_len
         window = self.clock.window()
         rate = len(steps) * tokens / window.stepping
+        reached = rate * self.engine.flops_per_token
         late = stragglers(self.engine.gather(window.before_steps), window.total)
         row = {
             "step": steps[-1],
             "tokens": steps[-1] * tokens,
             **fetched[-1],
             "tokens_per_second": rate,
-            "mfu": rate * self.engine.flops_per_token / self.engine.peak_flops,
+            "mfu": reached / self.engine.peak_flops(reached),
             "step_seconds": window.stepping / len(steps),
             **{SECONDS + kind: seconds for kind, seconds in window.seconds.items()},
             "goodput": window.goodput,

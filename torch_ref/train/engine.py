@@ -70,15 +70,15 @@ class TorchEngine:
         adapted = sum(x.numel() for n, x in self.decoder.named_parameters() if n.endswith((".adapter.a", ".adapter.b")))
         multiplied, whole = matmul_params(self.decoder), saved_params(self.decoder) if adapted else 0
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, adapted, whole)
-        self._peak_flops: float | None = None
+        self._peak_flops = 0.0
         self._profiler: Any = None
 
-    @property
-    def peak_flops(self) -> float:
-        """Of the device: the vendor's figure where it is known, else a matrix product timed here."""
-        if self._peak_flops is None:
-            known = PEAK_FLOPS.get(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-            self._peak_flops = known or measured_flops(self.config.data.cache_dir, self.device)
+    def peak_flops(self, reached: float) -> float:
+        """Of the device: the vendor's figure where it is known, else products timed here."""
+        if self.device.type == "cuda" and (known := PEAK_FLOPS.get(torch.cuda.get_device_name(self.device))):
+            return known
+        if self._peak_flops < max(reached, 1.0):
+            self._peak_flops = measured_flops(self.config.data.cache_dir, self.device, reached)
         return self._peak_flops
 
     def checkpoints(self) -> list[int]:
@@ -223,7 +223,7 @@ def saved_params(decoder: Decoder) -> int:
     return sum(x.numel() for name, x in decoder.named_parameters() if name in outputs and x.requires_grad)
 
 
-def measured_flops(folder: str | Path, device: torch.device) -> float:
+def measured_flops(folder: str | Path, device: torch.device, reached: float) -> float:
     """FLOP/s of a device, a peak for where none is published; see `jaxlm.run.peak`."""
 
     def multiply(a: np.ndarray, b: np.ndarray) -> Callable[[], Any]:
@@ -231,7 +231,7 @@ def measured_flops(folder: str | Path, device: torch.device) -> float:
         return lambda: (x @ y)[0, 0].item()  # waits for the device
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "" if device.type == "cpu" else device.type
-    return peak_flops(folder, name, f"torch {torch.__version__}", multiply)
+    return peak_flops(folder, name, f"torch {torch.__version__}", multiply, reached)
 
 
 def _require_one_device(mesh: config.Mesh) -> None:
