@@ -24,7 +24,7 @@ from jaxlm.data.fim import SLACK
 from jaxlm.data.packing import PackedRows
 from jaxlm.data.rows.build import run_rows
 from jaxlm.data.rows.compose import FilledRows, RunRows
-from jaxlm.data.shards import Part, Shard, joined, open_shards
+from jaxlm.data.shards import Part, Shard, Shards, joined, open_shards
 from jaxlm.data.sources import Documents, describe_skipped, pieces
 from jaxlm.errors import UserError
 from jaxlm.processes.file_lock import exclusive
@@ -35,6 +35,7 @@ Batch = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
 _SAMPLE_CHARS = 1 << 13
+_COPIED = 0.01  # of the validation text: a tiny file or two that everybody has change no figure
 _VALIDATION_SEED = 0  # not the run's seed: runs that differ in it are judged on the same rows
 
 
@@ -140,6 +141,8 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
             raise UserError(
                 message, "nothing can be learned from it: take longer texts, or a tokenizer with an end of text"
             )
+        for line in _doubts(shards):
+            _log.warning("warning: %s: %s", ", ".join(documents.where), line)
         parts.append(Part(name, shards))
     return _corpus(tokenizer, parts, [", ".join(documents.where) for _, documents in corpora])
 
@@ -348,6 +351,21 @@ def _trained(
             tokenizer = Tokenizer.train(sample, options.vocab_size, specials=options.specials)
             tokenizer.save(path)
         return tokenizer
+
+
+def _doubts(shards: Shards) -> Iterator[str]:
+    """Why the validation loss of a corpus may look better than it is."""
+    if shards.copied_share >= _COPIED:
+        yield (
+            f"{shards.copies:,} of {shards.validation.documents:,} validation documents, {shards.copied_share:.0%} of "
+            "their text, are training documents to the letter: a loss on them shows memory; take them out, or name "
+            "data.validation_source"
+        )
+    if shards.lossy and shards.lossy[0]:
+        yield (
+            f"the tokenizer does not give back {shards.lossy[0]} of {shards.lossy[1]} texts as they were: bits/byte "
+            "divide the loss on what the ids hold by the bytes of the whole text"
+        )
 
 
 def _cached(path: Path) -> Tokenizer | None:

@@ -19,12 +19,10 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import shutil
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +33,8 @@ import numpy as np
 
 from jaxlm.data import repository
 from jaxlm.data.readers import Document
+from jaxlm.data.rows.progress_in_bytes import Progress
+from jaxlm.data.rows.sides import Sides
 from jaxlm.data.sources import Documents, Side, separable
 from jaxlm.errors import UserError
 from jaxlm.processes.file_lock import exclusive
@@ -109,6 +109,9 @@ class Shards:
             validation tokens.
         skipped: name to reason of the files that were left out.
         reused: whether they were on disk already.
+        copies: validation documents whose text is, to the letter, that of a training document.
+        copied_share: their share of the validation text.
+        lossy: of the documents that were decoded again, those whose text does not come back, and how many they were.
     """
 
     folder: Path
@@ -118,6 +121,9 @@ class Shards:
     unigram_entropy: float
     skipped: dict[str, str]
     reused: bool
+    copies: int = 0
+    copied_share: float = 0.0
+    lossy: Sequence[int] = ()
 
 
 def joined(shards: Sequence[Shard]) -> Shard:
@@ -192,6 +198,7 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     begin, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eot))
     piece_chars = PIECE_CHARS if tokenizer.cuts_at_lines else sys.maxsize
+    sides = Sides(tokenizer)
     with contextlib.ExitStack() as stack:
         writers: dict[Side, _Writer] = {
             side: stack.enter_context(_Writer(folder / side, dtype, tokenizer.vocab_size)) for side in SIDES
@@ -228,7 +235,7 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
             return [row.astype(dtype) for row in rows]
 
         queued = 0
-        for side, document in documents:
+        for side, document in sides.look_at(documents):
             jobs = (
                 [pool.submit(encode_repository, document)]
                 if document.marks
@@ -241,10 +248,12 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
                 write_first()
         while pending:
             write_first()
-    _write_meta(folder, dtype, writers, documents)
+    _write_meta(folder, dtype, writers, documents, sides)
 
 
-def _write_meta(folder: Path, dtype: np.dtype, writers: dict[Side, _Writer], documents: Documents) -> None:
+def _write_meta(
+    folder: Path, dtype: np.dtype, writers: dict[Side, _Writer], documents: Documents, sides: Sides
+) -> None:
     """What the shards are, last of all: a folder without it is none."""
     digest = hashlib.sha256("".join(writers[side].digest() for side in SIDES).encode()).hexdigest()
     meta = {
@@ -253,6 +262,8 @@ def _write_meta(folder: Path, dtype: np.dtype, writers: dict[Side, _Writer], doc
         "fingerprint": digest,
         "unigram_entropy": _entropy(writers["train"].counts, writers["validation"].counts),
         "skipped": documents.skipped,
+        **dict(zip(("copies", "copied_share"), sides.copies(), strict=True)),
+        "lossy": sides.lossy,
         "sides": {side: writers[side].summary() for side in SIDES},
     }
     with (folder / "meta.json").open("w", encoding="utf-8", errors="replace") as file:
@@ -343,6 +354,9 @@ def _read(folder: Path, *, reused: bool) -> Shards | None:
             unigram_entropy=meta["unigram_entropy"],
             skipped=meta["skipped"],
             reused=reused,
+            copies=meta.get("copies", 0),
+            copied_share=meta.get("copied_share", 0.0),
+            lossy=meta.get("lossy", ()),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -360,36 +374,3 @@ def _read_side(folder: Path, summary: dict[str, int], dtype: str) -> Shard:
         raise ValueError(f"{folder}: offsets do not rise")
     tokens = np.memmap(folder / "tokens.bin", dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
     return Shard(tokens, offsets, summary["text_bytes"], folder)
-
-
-class Progress:
-    """A progress bar in bytes on the terminal; it appears after a second, so short work shows none."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done = label, total, 0
-        self._start = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        """Add finished bytes."""
-        self._done += count
-        shown = sys.stderr.isatty() and logging.getLogger(__name__).isEnabledFor(logging.INFO)  # a library is quiet
-        if self._bar is None and time.monotonic() - self._start > 1 and shown:
-            from rich import progress
-            from rich.console import Console
-
-            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
-            self._bar = progress.Progress(
-                *columns, progress.TimeRemainingColumn(), console=Console(stderr=True), transient=True
-            )
-            self._bar.add_task(self._label, total=self._total)
-            self._bar.start()
-        if self._bar is not None:
-            self._bar.update(0, completed=self._done, total=max(self._total, self._done))

@@ -23,6 +23,8 @@ ENDLESS = 50
 """Steps without a sample that ends before a line."""
 SILENT = 100
 """Steps between two lines of one kind."""
+WORSE = 2.0
+"""How many times larger than at the last line of its kind a deviation must be, to be worth another."""
 
 
 class Alerts:
@@ -33,7 +35,8 @@ class Alerts:
         ends: the ids that end a sample, of a stage that draws some.
         """
         self._recent = {name: deque[float](maxlen=RECENT) for name in FLAGS}
-        self._told = dict.fromkeys((*FLAGS, "length", "ended"), -SILENT)
+        self._told: dict[str, tuple[int, float]] = {}
+        """The step of the last line of each kind, and how large the deviation was."""
         self._ends, self._endless, self._lengths = ends, 0, list[float]()
 
     def look(self, step: int, metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -42,26 +45,31 @@ class Alerts:
             value, recent = metrics[name], self._recent[name]
             if not math.isfinite(value):  # the guard speaks of it
                 continue
-            if len(recent) >= ENOUGH and step - self._told[name] >= SILENT:
+            if len(recent) >= ENOUGH:
                 usual = statistics.median(recent)
-                if value > factor * usual > 0:
-                    self._told[name] = step
+                if value > factor * usual > 0 and self._is_news(name, step, value / usual):
                     yield f"step {step}: {name} {value:.3g}, {value / usual:.1f} times the median of the last steps"
             recent.append(value)
         if "ended" in metrics and "length" in metrics:
             yield from self._look_at_samples(step, float(metrics["length"]), float(metrics["ended"]))
 
+    def _is_news(self, name: str, step: int, much: float) -> bool:
+        """Whether a line of this kind is due: the first, or one of something much worse some time later."""
+        before, then = self._told.get(name, (step - SILENT, 0.0))
+        if step - before < SILENT or much < WORSE * then:
+            return False
+        self._told[name] = step, much
+        return True
+
     def _look_at_samples(self, step: int, length: float, ended: float) -> Iterator[str]:
         """Samples that none ends, and samples that grow: a reward may be chased by talking on."""
         self._endless = self._endless + 1 if ended == 0 else 0
-        if self._endless >= ENDLESS and step - self._told["ended"] >= SILENT:
-            self._told["ended"] = step
+        if self._endless >= ENDLESS and self._is_news("ended", step, 1.0):
             ids = ", ".join(map(str, self._ends))
             yield f"step {step}: no sample has ended for {ENDLESS} steps; the ids that end one: {ids or 'none'}"
         self._lengths.append(length)
         begun, now = statistics.median(self._lengths[:5]), statistics.median(self._lengths[-3:])
-        if len(self._lengths) > 5 and now > GROWN * begun and step - self._told["length"] >= SILENT:
-            self._told["length"] = step
+        if len(self._lengths) > 5 and now > GROWN * begun and self._is_news("length", step, now / begun):
             yield (
                 f"step {step}: samples have grown from {begun:.1f} to {now:.1f} tokens, {ended:.0%} of them end; "
                 "is the reward for length? `jaxlm rollouts RUN` shows them"

@@ -10,13 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase
 
-from jaxlm.config import Data
+from jaxlm.config import Data, toml
 from jaxlm.data import shards as module
+from jaxlm.data.pipeline import prepare
 from jaxlm.data.shards import Shards, open_shards
 from jaxlm.data.sources import Documents
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+COPIES = (
+    "5 of 5 validation documents, 100% of their text, are training documents to the letter: a loss on them shows "
+    "memory; take them out, or name data.validation_source"
+)
+LOSSY = (
+    "the tokenizer does not give back 69 of 69 texts as they were: bits/byte divide the loss on what the ids hold by "
+    "the bytes of the whole text"
+)
 
 
 @pytest.fixture
@@ -192,3 +206,40 @@ def test_large_vocabulary_needs_uint32(tmp_path):
     shards = open_shards(Documents(data), Tokenizer(inner), tmp_path / "cache")
     assert shards.train.tokens.dtype == np.uint32
     assert bytes(shards.train.tokens.tolist()).decode() == "text 日本 é"
+
+
+def test_copies_on_both_sides_are_counted(corpus, tmp_path):
+    assert build(corpus, tmp_path / "cache").copied_share == 0
+    options = Data(source=str(corpus), validation_fraction=0.2)
+    held_out = [document for side, document in Documents(options) if side != "train"]
+    for number, document in enumerate(held_out[:2]):
+        (corpus / f"copy {number}").mkdir()
+        for name in range(8):  # a hash of the name chooses the side of a file: some are trained on
+            (corpus / f"copy {number}" / f"{name}.txt").write_text(document.text)
+    shards = build(corpus, tmp_path / "cache")
+    sides = list(Documents(options))
+    trained = {document.text for side, document in sides if side == "train"}
+    sizes = [(len(document.text), document.text in trained) for side, document in sides if side != "train"]
+    copied = [size for size, known in sizes if known]
+    assert shards.copies == len(copied) > 2
+    assert shards.copied_share == sum(copied) / sum(size for size, _ in sizes)
+    assert build(corpus, tmp_path / "cache").copies == shards.copies, "from the cache too"
+
+
+def test_one_line_when_validation_lies_in_the_training_folder_or_the_tokenizer_loses_text(corpus, tmp_path, caplog):
+    (tmp_path / "link").symlink_to(corpus / "sub", target_is_directory=True)
+    (corpus / "sub").mkdir()
+    for i in range(5):
+        (corpus / "sub" / f"{i}.txt").write_text(f"Held out {i}")
+    words = BPE(vocab={letter: i for i, letter in enumerate(map(chr, range(32, 127)))}, merges=[])
+    inner = tokenizers.Tokenizer(words)
+    inner.normalizer = Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
+    inner.save(str(tmp_path / "tokenizer.json"))
+    for source in (corpus / "sub", tmp_path / "link"):
+        data = [f'data.source="{corpus}"', f'data.validation_source="{source}"', f'data.cache_dir="{tmp_path / "c"}"']
+        lossy = ["tokenizer.kind=file", f'tokenizer.path="{tmp_path / "tokenizer.json"}"']
+        for options, expected in (([], [COPIES]), (lossy, [COPIES, LOSSY])):
+            caplog.clear()
+            prepare(toml.load(QUICKSTART, [*data, *options, "tokenizer.specials=true", "model.vocab_size=0"]))
+            lines = [record.getMessage() for record in caplog.records if "no end-of-text" not in record.getMessage()]
+            assert lines == [f"warning: {corpus}: {line}" for line in expected]
