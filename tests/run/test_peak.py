@@ -42,7 +42,7 @@ def test_the_best_of_shapes_is_kept(tmp_path: Path, clock: list[float]) -> None:
     assert not calls
 
     slower = lambda a, b: lambda: clock.__setitem__(0, clock[0] + 100)  # noqa: E731
-    assert peak.peak_flops(tmp_path / "new", "chip", "two 2.0", slower, 0.0) == expected  # what one found holds for both
+    assert peak.peak_flops(tmp_path / "new", "chip", "two 2.0", slower, 0.0) == expected  # one figure for both
     assert json.loads((tmp_path / "new" / "peak_flops.json").read_text())["chip"].keys() == {"one 1.0", "two 2.0"}
 
 
