@@ -197,7 +197,7 @@ class _Run:
         """All that is due at this step and not done. What `progress` does not count is done again after a stop here."""
         cfg, progress = self.cfg, self.progress
         last = progress.step >= self.last
-        self.save_due = self.save_due or _due(cfg.checkpoint.every, progress.step, last)
+        self.save_due |= _due(cfg.checkpoint.every, progress.step, last)
         if report := self.pending and (_due(cfg.log.every, progress.step, last) or progress.step == 1):
             self._report()
         if not self._phase_ends(progress.step):
@@ -280,9 +280,7 @@ class _Run:
 
     def _delivered(self) -> dict[str, float]:
         """The share of each corpus of a mixture in the tokens that carried loss since the last report."""
-        tokens = {
-            name: sum(self.engine.gather(count)) for name, count in getattr(self.data, "delivered", dict)().items()
-        }
+        tokens = {name: sum(self.engine.gather(n)) for name, n in getattr(self.data, "delivered", dict)().items()}
         return {f"share_{name}": count / max(1.0, sum(tokens.values())) for name, count in tokens.items()}
 
     def _fetch(self) -> tuple[list[int], list[dict[str, Any]]]:
