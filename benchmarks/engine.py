@@ -1,64 +1,49 @@
-"""The engine on the CPU: against the loop it replaced, against batches in order, and what a step, a program, a sampler,
-a known prefix and a long prompt beside others cost.
+"""The engine on the CPU: against the loop it replaced, against batches in order, and what programs, known prefixes,
+guesses, grammars and a long prompt beside others cost.
 
 python -m benchmarks.engine
 
 Figures bear the numbers of docs/engine.md. Whatever is compared takes turns, round after round, in one process. The
-model is that of `benchmarks.decode` with random weights, so texts end by their length alone.
+model is that of `benchmarks.decode` with random weights, so texts end by their length alone. The file of results is
+written after each figure, with the load that the machine had; after `--minutes` no further figure is begun.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks import peers
+from benchmarks.engine_costs import PATTERNS, bandwidth, capacity, in_turns, prefill_memory, ratio, runner, sampler
 from benchmarks.train_step import jaxlm_model
 
-PATTERNS = {
-    "attention": ("attention+mlp",),
-    "window": ("attention(window=256)+mlp",),
-    "mamba": ("mamba",),
-    "mamba2": ("mamba2",),
-}
 NEW, PROMPT, WARM_UP = 64, 64, "--warm-up"
+NOT_HERE = {
+    3: "llama.cpp and litgpt are no dependencies of jaxlm",
+    13: "tests/infer/test_engine.py and parity_tests/test_speculation.py, more of them by make soak",
+    14: "parity_tests/test_engine.py and parity_tests/test_speculation.py",
+    15: "tests/infer/test_engine_mesh.py",
+}
+"""Figures that are measured elsewhere, or not at all."""
 
 
-def engine(rows: int, context: int, *, name: str = "attention", memory: int = 0, speculate: int = 0) -> Any:
+def engine(rows: int, context: int, *, name: str = "attention", memory: int = 0, **options: Any) -> Any:
     """A warm engine on the model with this pattern, which makes its steps when asked."""
-    import jax
-
     from jaxlm.infer.engine import Engine
-    from jaxlm.infer.engine.runner_jax import JaxRunner
-    from jaxlm.models.decoder import Decoder, init_params
 
-    decoder = Decoder(dataclasses.replace(jaxlm_model(), pattern=PATTERNS[name], max_seq_len=context))
-    params = init_params(decoder, jax.random.key(0))
-    runner = JaxRunner(decoder, params, rows=rows, slots=context, speculates=speculate > 0)
-    return Engine(runner, prefix_memory=memory, speculate=speculate, threaded=False)
-
-
-def in_turns(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each, taking turns; the first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(rounds + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: {"median_s": statistics.median(all_), "min_s": min(all_)} for name, all_ in times.items()}
+    made = runner(rows, context, name, speculates="speculate" in options)
+    return Engine(made, prefix_memory=memory, threaded=False, **options)
 
 
 def ids(rng: np.random.Generator, length: int) -> list[int]:
@@ -66,15 +51,17 @@ def ids(rng: np.random.Generator, length: int) -> list[int]:
     return rng.integers(0, jaxlm_model().vocab_size, length).tolist()
 
 
-def ask(made: Any, prompts: list[list[int]], new: list[int], together: int) -> None:
+def ask(made: Any, prompts: list[list[int]], new: list[int], together: int, **options: Any) -> list[Any]:
     """Answer all prompts, so many at once: the next come when these have ended."""
     from jaxlm.infer.engine import Request
     from jaxlm.text.sampling import GREEDY
 
+    options, results = {"sampling": GREEDY, **options}, []
     for first in range(0, len(prompts), together):
         pairs = [*zip(prompts, new, strict=True)][first : first + together]
-        for reply in [made.submit(Request(one, sampling=GREEDY, max_new_tokens=count)) for one, count in pairs]:
-            reply.result()
+        replies = [made.submit(Request(one, max_new_tokens=count, **options)) for one, count in pairs]
+        results += [reply.result() for reply in replies]
+    return results
 
 
 def static_loop(rounds: int, _: int) -> dict[str, Any]:
@@ -85,19 +72,18 @@ def static_loop(rounds: int, _: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for rows in (1, 8):
         prompts, made = [ids(np.random.default_rng(i), PROMPT) for i in range(rows)], engine(rows, 256)
-        runner = made.runner
         works = {
             "engine": lambda prompts=prompts, made=made, rows=rows: ask(made, prompts, [NEW] * rows, rows),
-            "loop": lambda prompts=prompts, runner=runner: generate(
+            "loop": lambda prompts=prompts, runner=made.runner: generate(
                 runner.decoder, runner.params, prompts, GREEDY, max_new_tokens=NEW
             ),
         }
-        times = in_turns(works, rounds)
-        found[f"{rows} rows"] = times | {"engine_over_loop": times["loop"]["median_s"] / times["engine"]["median_s"]}
+        times = in_turns(works, 3 * rounds)
+        found[f"{rows} rows"] = times | {"engine_over_loop": ratio(times, "loop", "engine")}
     return found
 
 
-def arrivals(rounds: int, count: int) -> dict[str, Any]:
+def arrivals(_: int, count: int) -> dict[str, Any]:
     """2: requests all there at once, eight rows: as rows fall free, in batches of eight in order, one by one."""
     rng, made = np.random.default_rng(0), engine(8, 1024)
     prompts = [ids(rng, int(length)) for length in rng.integers(16, 513, count)]
@@ -106,25 +92,9 @@ def arrivals(rounds: int, count: int) -> dict[str, Any]:
         name: lambda together=together: ask(made, prompts, new, together)
         for name, together in (("engine", count), ("batches", 8), ("one by one", 1))
     }
-    times = in_turns(works, min(rounds, 2))
-    rates = {name: sum(new) / one["median_s"] for name, one in times.items()}
-    found: dict[str, Any] = {"requests": count, "new_tokens": sum(new), "times": times, "tokens_per_s": rates}
-    return found | {f"over {name}": rates["engine"] / rates[name] for name in ("batches", "one by one")}
-
-
-def capacity(rounds: int, _: int) -> dict[str, Any]:
-    """5: a step at 200 tokens with room for 8,192 over one with room for 512."""
-    from jaxlm.infer.engine.runner import BURST, Orders
-
-    works: dict[str, Callable[[], Any]] = {}
-    for context in (512, 8192):
-        runner = engine(1, context).runner
-        orders = Orders.empty(1, runner.vocab)
-        orders.active[:], orders.position[:] = 1, 200
-        orders = orders._replace(until=np.asarray(BURST, np.int32))
-        works[str(context)] = lambda runner=runner, orders=orders: runner.decode(orders)
-    times = in_turns(works, 8 * rounds)
-    return {"times": times, "ratio": times["8192"]["median_s"] / times["512"]["median_s"]}
+    times = in_turns(works, 1, warm_up=0)
+    found: dict[str, Any] = {"requests": count, "new_tokens": sum(new), "times": times}
+    return found | {f"over {name}": ratio(times, name, "engine") for name in ("batches", "one by one")}
 
 
 def programs(_: int, count: int) -> dict[str, Any]:
@@ -138,6 +108,7 @@ def programs(_: int, count: int) -> dict[str, Any]:
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
+    replies = []
     for _ in range(count):
         options = {
             "temperature": rng.choice([0.0, 0.7]),
@@ -145,7 +116,10 @@ def programs(_: int, count: int) -> dict[str, Any]:
             "top_k": int(rng.integers(0, 99)),
         }
         prompt = ids(rng, int(rng.integers(1, 300)))
-        made.submit(Request(prompt, sampling=Sampling(**options), max_new_tokens=int(rng.integers(1, 12)))).result()
+        new = int(rng.integers(1, 12))
+        replies.append(made.submit(Request(prompt, sampling=Sampling(**options), max_new_tokens=new)))
+    for reply in replies:
+        reply.result()
     found: dict[str, Any] = {"programs": len(made.programs), "requests": count, "compiled_after_warm_up": len(compiled)}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "from the cache"):
@@ -155,29 +129,6 @@ def programs(_: int, count: int) -> dict[str, Any]:
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
             found[f"warm_up_s {name}"] = float(done.stdout.split()[-1])
     return found
-
-
-def sampler(rounds: int, _: int) -> dict[str, Any]:
-    """8: milliseconds of the sampler with top-p alone."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxlm.ops import sampling as ops
-
-    @jax.jit
-    def draw(logits_BV: Any, uniform_B: Any, top_p_B: Any) -> Any:
-        one_B, none_B = jnp.ones_like(top_p_B), jnp.zeros_like(top_p_B)
-        knobs = ops.Knobs(one_B, none_B.astype(jnp.int32), one_B, top_p_B, none_B, one_B, none_B, none_B)
-        return ops.draw(ops.filtered_rows(logits_BV, knobs), uniform_B)
-
-    works = {}
-    for vocab in (50_257, 151_936):
-        for rows in (1, 8):
-            logits = jnp.asarray(np.random.default_rng(0).standard_normal((rows, vocab)) * 3, jnp.float32)
-            arrays = logits, jnp.full(rows, 0.4), jnp.full(rows, 0.9)
-            works[f"{vocab} ids, {rows} rows"] = lambda arrays=arrays: draw(*arrays).block_until_ready()
-    times = in_turns(works, 5 * rounds)
-    return {name: {key.replace("_s", "_ms"): 1000 * value for key, value in one.items()} for name, one in times.items()}
 
 
 def known(rounds: int, _: int) -> dict[str, Any]:
@@ -198,10 +149,57 @@ def known(rounds: int, _: int) -> dict[str, Any]:
             "n = 1 of 1,024": lambda rng=rng, first=first: first(ids(rng, 1024)),
             "n = 8 of 1,024": lambda rng=rng, first=first: first(ids(rng, 1024), 8),
         }
-        times = {key: one["median_s"] for key, one in in_turns(works, rounds).items()}
-        ratios = {"known_over_unknown": times["known"] / times["unknown"]}
-        found[name] = {"times": times} | ratios | {"eight_over_one": times["n = 8 of 1,024"] / times["n = 1 of 1,024"]}
+        times = in_turns(works, rounds)
+        ratios = {"known_over_unknown": ratio(times, "known", "unknown")}
+        found[name] = {"times": times} | ratios | {"eight_over_one": ratio(times, "n = 8 of 1,024", "n = 1 of 1,024")}
     return found
+
+
+def guesses(rounds: int, _: int) -> dict[str, Any]:
+    """10: tokens a second with guesses over without, one row: where a text repeats itself, where it does not, and with
+    the model as its own draft, which is always right and twice the work."""
+    from jaxlm.text.sampling import Sampling
+
+    prompt, new = ids(np.random.default_rng(0), 64), 192
+    engines = {
+        "plain": engine(1, 512),
+        "lookup": engine(1, 512, speculate=7),
+        "draft": engine(1, 512, speculate=7, draft=runner(1, 512, speculates=True)),
+    }
+    texts: dict[str, dict[str, Any]] = {
+        "repeats": {"logit_bias": {token: 100.0 for token in (5, 6)}, "sampling": Sampling(temperature=0.0)},
+        "does not": {"sampling": Sampling(temperature=1.0)},
+    }
+    found: dict[str, Any] = {}
+    for text, options in texts.items():
+        usage: dict[str, Any] = {}
+
+        def work(name: str, options: dict[str, Any] = options, usage: dict[str, Any] = usage) -> None:
+            (usage[name],) = ask(engines[name], [prompt], [new], 1, **options)
+
+        works = {name: lambda name=name, work=work: work(name) for name in engines}
+        times = in_turns(works, 2 * rounds)
+        counts = {name: vars(one.usage) for name, one in usage.items()}
+        found[text] = {"times": times, "usage": counts, "same": len({one.ids for one in usage.values()}) == 1}
+        found[text] |= {f"{name} over plain": ratio(times, "plain", name) for name in ("lookup", "draft")}
+    return found
+
+
+def grammar(rounds: int, _: int) -> dict[str, Any]:
+    """11: eight rows that follow a grammar over eight that do not; of 8,192 ids most are forbidden."""
+    from jaxlm.infer.engine import Engine, Grammar
+    from jaxlm.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.bytes_level()
+    made = Engine(runner(8, 512), tokenizer, ends=[tokenizer.special("eot")], threaded=False)
+    prompts = [ids(np.random.default_rng(i), 16) for i in range(8)]
+    rule = Grammar(regex="[a-z ]{300}")
+    works = {
+        "grammar": lambda: ask(made, prompts, [NEW] * 8, 8, grammar=rule),
+        "none": lambda: ask(made, prompts, [NEW] * 8, 8),
+    }
+    times = in_turns(works, rounds)
+    return {"times": times, "grammar_over_none": ratio(times, "grammar", "none")}
 
 
 def longest_gap(rounds: int, _: int) -> dict[str, Any]:
@@ -215,14 +213,13 @@ def longest_gap(rounds: int, _: int) -> dict[str, Any]:
         while any(not one.growing[0].ids for one in running):
             made.step()
         for name in waits:
-            if name == "beside":
-                long = made.submit(Request(ids(rng, 4096), sampling=GREEDY, max_new_tokens=1))
+            long = made.submit(Request(ids(rng, 4096), sampling=GREEDY, max_new_tokens=1)) if name == "beside" else None
             for _ in range(20):
                 made_before, start = len(running[0].growing[0].ids), time.perf_counter()
                 made.step()
                 tokens = len(running[0].growing[0].ids) - made_before
                 waits[name].append((time.perf_counter() - start) / (max(tokens, 1) if name == "alone" else 1))
-                if name == "beside" and long.done:
+                if long is not None and long.done:
                     break
         for one in running:
             one.cancel()
@@ -237,28 +234,70 @@ def longest_gap(rounds: int, _: int) -> dict[str, Any]:
     }
 
 
-FIGURES = {1: static_loop, 2: arrivals, 5: capacity, 7: programs, 8: sampler, 9: known, 12: longest_gap}
+def leak(_: int, count: int) -> dict[str, Any]:
+    """16: resident memory that many small requests add after the first tenth, prefixes kept; a model of two layers."""
+    from jaxlm.infer.engine import Engine, Request
+
+    small = runner(8, 256, n_layers=2, d_model=64, n_heads=2, n_kv_heads=1, d_ff=128)
+    made = Engine(small, prefix_memory=1 << 22, threaded=False)
+    rng, process = np.random.default_rng(0), psutil.Process()
+    resident = []
+    for _ in range(10):
+        for _ in range(count // 8):
+            replies = [
+                made.submit(Request(ids(rng, length), max_new_tokens=new, seed=new))
+                for length, new in rng.integers(1, (200, 9), (8, 2)).tolist()
+            ]
+            for reply in replies:
+                reply.result()
+        resident.append(process.memory_info().rss)
+    return {"requests": 10 * (count // 8) * 8, "added_mib": (max(resident[1:]) - resident[0]) / 2**20}
+
+
+FIGURES: dict[int, Callable[[int, int], dict[str, Any]]] = {
+    1: static_loop,
+    4: bandwidth,
+    5: capacity,
+    6: prefill_memory,
+    8: sampler,
+    10: guesses,
+    11: grammar,
+    12: longest_gap,
+    9: known,
+    2: arrivals,
+    7: programs,
+    16: leak,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=640, help="of figures 2 and 7")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=96, help="of figures 2 and 7; figure 16 has ten times as many")
     parser.add_argument("--only", default="", help="figures, as 1,5")
+    parser.add_argument("--minutes", type=float, default=10, help="after which no further figure is begun")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/engine.json")
     parser.add_argument(WARM_UP, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    begun = time.perf_counter()
     if arguments.warm_up:
-        start = time.perf_counter()
         engine(8, 512)
-        print(time.perf_counter() - start)
+        print(time.perf_counter() - begun)
         return
-    results: dict[str, Any] = {"rounds": arguments.rounds}
-    wanted = [int(number) for number in arguments.only.split(",") if number] or [*FIGURES]
-    for number in wanted:
-        results[f"figure_{number}"] = FIGURES[number](arguments.rounds, arguments.requests)
-        print(number, FIGURES[number].__doc__, results[f"figure_{number}"], flush=True)
-    peers.save("engine", results, arguments.out)
+    left_out = {f"figure_{number}": why for number, why in NOT_HERE.items()}
+    results: dict[str, Any] = {"rounds": arguments.rounds, "not_measured": left_out}
+    for number in [int(one) for one in arguments.only.split(",") if one] or [*FIGURES]:
+        start, figure, load = time.perf_counter(), f"figure_{number}", os.getloadavg()[0]
+        if start - begun > 60 * arguments.minutes:
+            left_out[figure] = f"{arguments.minutes:g} minutes were over"
+            continue
+        title = " ".join((FIGURES[number].__doc__ or "").split())
+        found = FIGURES[number](arguments.rounds, arguments.requests)
+        # More load than our own figures make is somebody else's: only ratios of what took turns mean anything then.
+        took = {"title": title, "load_before": load, "seconds": time.perf_counter() - start}
+        results[figure] = took | found
+        print(title, results[figure], flush=True)
+        peers.save("engine", results, arguments.out)
 
 
 if __name__ == "__main__":

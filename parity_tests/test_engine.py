@@ -14,7 +14,7 @@ import torch
 
 from jaxlm.errors import UserError
 from jaxlm.infer.engine import Choice, Engine, Request, Result
-from jaxlm.infer.engine.runner_jax import JaxRunner
+from jaxlm.infer.engine.on_jax.runner import JaxRunner
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from parity_tests.options import small

@@ -199,6 +199,12 @@ def test_a_file_of_prompts_in_both_backends(folder: Any, tmp_path: Any) -> None:
         assert [*load(folder).answer_file(tmp_path / "in.jsonl", out, defaults, rows=2, backend=backend)] == [1, 2, 3]
         found.append([json.loads(line) | {"key": 0} for line in out.read_text().splitlines()])
     assert found[0] == found[1] and "error" in found[0][2]
+    options: dict[str, Any] = {"rows": 2, "backend": "torch", "speculate": 5, "draft": load(folder)}
+    guessed = tmp_path / "guessed.jsonl"
+    assert [*load(folder).answer_file(tmp_path / "in.jsonl", guessed, defaults, **options)] == [1, 2, 3]
+    answers = [json.loads(line) for line in guessed.read_text().splitlines()]
+    assert [answer.get("ids") for answer in answers] == [answer.get("ids") for answer in found[0]]
+    assert answers[0]["usage"]["accepted"] == answers[0]["usage"]["drafted"] > 0
 
 
 def test_mistakes_of_the_torch_command(folder: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ NEUTRAL_MODULES = {
 NEUTRAL_MODULES |= {"jaxlm.infer.memory"} | {
     f"jaxlm.infer.engine.{name}"
     for name in (
-        *("engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler"),
+        *("draft", "engine", "growing", "orders", "prefix", "reply", "request", "runner", "scheduler"),
         *("speculative", "structured"),
     )
 }

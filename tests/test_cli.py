@@ -80,6 +80,21 @@ def test_generate_prints_json(workplace: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out) == first
 
 
+def test_generate_guesses(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same text by a draft, here the model itself, which is always right, and by what repeats itself."""
+    args = ("generate", workplace / "run", "def add", "--max-new-tokens", 12, "--seed", 4)
+    assert run(*args) == 0
+    alone = capsys.readouterr().out
+    for more in ((), ("--draft", workplace / "run")):
+        assert run(*args, "--speculate", 5, "--verbose", *more) == 0
+        shown = capsys.readouterr()
+        assert shown.out == alone
+    tokens, guessed, calls, right = map(int, re.findall(r"(\d+) ", shown.err)[:4])
+    assert tokens <= 12 and guessed == right > tokens / 2 > calls, shown.err
+    assert run(*args, "--draft", workplace / "run") == 2
+    assert "speculate = 0" in capsys.readouterr().err
+
+
 def test_generate_takes_a_message_of_a_chat(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", str(workplace / "run"), "hi", "--greedy", "--max-new-tokens", "4", "--json"]
     assert run(*command, "--chat") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,9 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="A file of many prompts, one JSON object a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the texts of --prompts go.")] = None,
     rows: Annotated[int, typer.Option(help="With --prompts: texts side by side.")] = 16,
+    speculate: Annotated[int, typer.Option(help="Guess so many tokens, up to 7, and check them in one call.")] = 0,
+    draft: Annotated[Path | None, typer.Option(help="A smaller model that guesses; else what repeats itself.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say on stderr how many guesses were right.")] = False,
 ) -> None:
     """Continue PROMPT with a trained model; the text appears as it is made.
 
@@ -47,6 +51,7 @@ def generate(
     """
     from jaxlm.text.sampling import Sampling
 
+    guessing = {"speculate": speculate, "draft": draft}
     sampling = Sampling(
         temperature=0.0 if greedy else temperature,
         top_k=top_k,
@@ -59,12 +64,12 @@ def generate(
     )
     if prompts is not None or out is not None or prompt is None:
         options: Any = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "n": num_samples}
-        _answer_file(
-            run, prompt, prompts, out, {"rows": rows, "backend": backend.value}, {"sampling": sampling, **options}
-        )
+        engine = {"rows": rows, "backend": backend.value, **guessing}
+        _answer_file(run, prompt, prompts, out, engine, {"sampling": sampling, **options})
         return
     options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "num_samples": num_samples}
-    _answer_prompt(run, prompt, as_json, chat, {"sampling": sampling, "backend": backend.value, **options})
+    options |= {"sampling": sampling, "backend": backend.value, **guessing}
+    _answer_prompt(run, prompt, as_json, chat, verbose, options)
 
 
 def _as_chat(model: Any, message: str) -> str:
@@ -89,12 +94,13 @@ def _answer_file(
     if prompt is not None or prompts is None or out is None:
         raise UserError("give a PROMPT, or --prompts IN.jsonl and --out OUT.jsonl")
     done = 0
+    engine["draft"] = _draft(engine["draft"])
     for done in open_model(run).answer_file(prompts, out, Request((), **options), **engine):
         write(f"\r{done} texts")
     write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")
 
 
-def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, options: dict[str, Any]) -> None:
+def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, verbose: bool, options: dict[str, Any]) -> None:
     """Print the completions of one prompt; a single one appears as it is made."""
     streaming = not as_json and options["num_samples"] == 1
     shown: list[str] = []
@@ -105,8 +111,32 @@ def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, options: d
         write(text if shown else echo + text)
         shown.append(text)
 
+    options["draft"] = _draft(options["draft"])
     completions = model.generate([prompt], stream=stream if streaming else None, **options)
     if streaming:
         write("\n" if shown else echo + "\n")
     for completion in completions if not streaming else ():
-        print(json.dumps(dataclasses.asdict(completion)) if as_json else echo + completion.text + "\n")
+        print(json.dumps(_fields(completion)) if as_json else echo + completion.text + "\n")
+    if verbose:
+        _tell_guesses(completions)
+
+
+def _draft(path: Path | None) -> Any:
+    return None if path is None else open_model(path)
+
+
+def _fields(completion: Any) -> dict[str, Any]:
+    """What is printed of a completion; guesses where there were any."""
+    fields = dataclasses.asdict(completion)
+    fields["guessed"] = completion.guessed._asdict()
+    if not completion.guessed.calls:
+        del fields["guessed"]
+    return fields
+
+
+def _tell_guesses(completions: list[Any]) -> None:
+    """How many tokens of all texts were guessed, on stderr."""
+    tokens = sum(len(one.tokens) for one in completions)
+    calls, guessed, accepted = (sum(one.guessed[i] for one in completions) for i in range(3))
+    each = f", {accepted / calls:.2f} a call" if calls else ""
+    print(f"{tokens} tokens; {guessed} guessed in {calls} calls, {accepted} of them right{each}", file=sys.stderr)

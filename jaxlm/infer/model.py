@@ -32,12 +32,12 @@ from jaxlm.errors import UserError
 from jaxlm.infer import tree
 from jaxlm.infer.batch import answer_file
 from jaxlm.infer.engine import Request
+from jaxlm.infer.forwards import compiled_forwards
 from jaxlm.infer.generate import bucket
 from jaxlm.infer.text import Generator, end_ids, slots_for
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import Policy, precision
-from jaxlm.objectives.logprobs import token_logps
 from jaxlm.text.completion import Completion, check_prompts, encode_prompts, right_padded
 from jaxlm.text.sampling import GREEDY, Sampling
 from jaxlm.text.tokenizer import Tokenizer
@@ -185,6 +185,8 @@ class Model:
         seed: int = ...,
         stream: Callable[[int, str], None] | None = ...,
         backend: config.Backend = ...,
+        speculate: int = ...,
+        draft: Model | None = ...,
     ) -> Completion: ...
     @overload
     def generate(
@@ -198,6 +200,8 @@ class Model:
         num_samples: int = ...,
         stream: Callable[[int, str], None] | None = ...,
         backend: config.Backend = ...,
+        speculate: int = ...,
+        draft: Model | None = ...,
     ) -> list[Completion]: ...
     def generate(
         self,
@@ -210,6 +214,8 @@ class Model:
         num_samples: int = 1,
         stream: Callable[[int, str], None] | None = None,
         backend: config.Backend = "jax",
+        speculate: int = 0,
+        draft: Model | None = None,
     ) -> Completion | list[Completion]:
         """Continue prompts.
 
@@ -220,6 +226,8 @@ class Model:
             num_samples: completions of each prompt, side by side in the list, also for one prompt if above 1.
             stream: called with the index in the list and each piece of text as soon as it is final.
             backend: `torch` computes by torch_ref.
+            speculate: tokens guessed and checked in one call, up to 7, by what the text repeats or by a `draft`, a
+                smaller model. The text is the same.
 
         Raises:
             UserError: the model has no tokenizer, or a prompt does not fit (see `check_prompts`).
@@ -228,9 +236,12 @@ class Model:
         options: Any = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "stream": stream}
         with precision(self.config.numerics):
             if backend == "torch":
+                if speculate:
+                    raise UserError("one prompt is completed by torch without speculation", "use --prompts, or JAX")
                 repeated = [prompt for prompt in several for _ in range(num_samples)]
                 found = self._torch_generator.complete(repeated, sampling, **options)
             else:
+                options |= {"speculate": speculate, "draft": draft.generator if draft is not None else None}
                 found = self.generator.complete(several, sampling, num_samples=num_samples, **options)
         return found[0] if isinstance(prompts, str) and num_samples == 1 else found
 
@@ -269,14 +280,14 @@ class Model:
         rows: int = 16,
         context: int = 0,
         backend: config.Backend = "jax",
+        speculate: int = 0,
+        draft: Model | None = None,
     ) -> Iterator[int]:
         """Answer a file of prompts; see `batch.answer_file`, also for errors. Yields the lines done."""
         options: Any = {"rows": rows, "context": context, "prefix_memory": "256M", "threaded": False}
         with precision(self.config.numerics):
-            if backend == "torch":
-                engine: Any = self._torch_generator.engine(**options)
-            else:
-                engine = self.generator.engine(warm_up=False, **options)
+            options |= {"speculate": speculate, "draft": draft._generator_of(backend) if draft is not None else None}
+            engine: Any = self._generator_of(backend).engine(warm_up=False, **options)
         name = f"{(self.path or Path()).resolve()}\0{engine.prefixes.fingerprint}"
         with engine:
             yield from answer_file(engine, Path(prompts), Path(out), defaults, name)
@@ -349,6 +360,9 @@ class Model:
             raise no_tokenizer(self.path or Path("this model"))
         return self.tokenizer
 
+    def _generator_of(self, backend: config.Backend) -> Any:
+        return self._torch_generator if backend == "torch" else self.generator
+
     @functools.cached_property
     def _torch_generator(self) -> Any:
         module = self.to_torch()
@@ -376,23 +390,4 @@ class Model:
 
     @functools.cached_property
     def _compiled(self) -> dict[str, Any]:
-        """Compiled functions of this model alone: what is traced holds its layout."""
-
-        def apply(params: Params, *inputs: Any, method: str) -> Any:
-            if self.layout is None:
-                return self.decoder.apply({"params": params}, *inputs, method=method)
-            with self.layout.active():
-                return self.decoder.apply({"params": params}, *inputs, method=method)
-
-        def hidden(params: Params, *inputs: Any) -> Any:
-            return apply(params, *inputs, method="hidden")[0]
-
-        def logits(params: Params, *inputs: Any) -> Any:
-            return apply(params, *inputs, method="__call__")[0]
-
-        def log_probs(params: Params, tokens: Any, positions: Any, segments: Any, targets: Any) -> Any:
-            hidden_BTD = hidden(params, tokens, positions, segments)
-            kernel_DV, bias_V = apply(params, method="unembedding")
-            return token_logps(hidden_BTD, kernel_DV, bias_V, targets).logps
-
-        return {"hidden": jax.jit(hidden), "logits": jax.jit(logits), "log_probs": jax.jit(log_probs)}
+        return compiled_forwards(self.decoder, self.layout)

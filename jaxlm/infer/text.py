@@ -14,7 +14,8 @@ from typing import Any
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.infer.engine import Engine, Reply, Request
-from jaxlm.infer.engine.runner_jax import JaxRunner, row_bytes
+from jaxlm.infer.engine.draft import DRAFT_WIDTHS, check_draft
+from jaxlm.infer.engine.on_jax.runner import JaxRunner, row_bytes
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.infer.memory import bytes_of, context_of, rows_within
 from jaxlm.models.decoder import Decoder, Params
@@ -52,6 +53,7 @@ class Generator:
         cache_memory: str | int | None = None,
         prefix_memory: str | int = 0,
         speculate: int = 0,
+        draft: Generator | None = None,
         threaded: bool = True,
         warm_up: bool = True,
         **options: int,
@@ -61,21 +63,30 @@ class Generator:
         Args:
             rows: texts side by side, at most; fewer where `cache_memory` is too small for so many.
             context: tokens of the longest prompt with its text; 0: model.max_seq_len.
-            cache_memory: bytes, or such as "512M"; None: whatever the rows take.
+            cache_memory: bytes, or such as "512M", for the rows of the draft too; None: whatever the rows take.
             prefix_memory: the same for the known beginnings of prompts; 0 keeps none.
-            speculate: tokens guessed and checked in one call where a text repeats itself, up to 7; 0: none.
+            speculate: tokens guessed and checked in one call, up to 7; 0: none.
+            draft: a smaller model that guesses them; None: they are guessed where a text repeats itself.
             threaded: in a thread of its own; otherwise whoever awaits a reply makes the steps.
             warm_up: compile all programs now; otherwise each when it is first needed.
             options: `budget` and `most_waiting` of `Engine`.
 
         Raises:
-            UserError: not one row fits, or the model has fewer positions.
+            UserError: not one row fits, the model has fewer positions, or the draft has another tokenizer.
         """
         cfg = self.decoder.config
         context = context_of(cfg, context)
         memory = None if cache_memory is None else bytes_of(cache_memory, "cache_memory")
-        rows = rows_within(rows, memory, row_bytes(self.decoder, context), context)
+        size, guesser = row_bytes(self.decoder, context), None
+        if draft is not None:
+            check_draft(self.tokenizer, draft.tokenizer)
+            size += row_bytes(draft.decoder, context_of(draft.decoder.config, context))
+        rows = rows_within(rows, memory, size, context)
         runner = JaxRunner(self.decoder, self.params, rows=rows, slots=context, speculates=speculate > 0)
+        if draft is not None:
+            guesser = JaxRunner(
+                draft.decoder, draft.params, rows=rows, slots=context, widths=DRAFT_WIDTHS, speculates=True
+            )
         print_of = f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}"
         return Engine(
             runner,
@@ -84,6 +95,7 @@ class Generator:
             prefix_memory=bytes_of(prefix_memory, "prefix_memory"),
             fingerprint=f"{print_of}{speculate > 0}",
             speculate=speculate,
+            draft=guesser,
             threaded=threaded,
             warm_up=warm_up,
             **options,
@@ -99,6 +111,8 @@ class Generator:
         seed: int = 0,
         num_samples: int = 1,
         stream: Callable[[int, str], None] | None = None,
+        speculate: int = 0,
+        draft: Generator | None = None,
     ) -> list[Completion]:
         """Complete all prompts, on rows side by side.
 
@@ -107,6 +121,7 @@ class Generator:
             num_samples: completions of each prompt, side by side in the result; number i of the result is choice i of
                 the seed.
             stream: called with the index in the result and each piece of its text, as soon as it is final.
+            speculate: see `engine`, also for `draft`.
 
         Raises:
             UserError: see `encode_prompts` and `check_prompts`; or the logits are not finite.
@@ -116,7 +131,8 @@ class Generator:
         slots = slots_for(self.decoder.config, max(map(len, ids)) + max_new_tokens)
         options: Any = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
         rows = min(ROWS, len(ids) * num_samples)
-        with self.engine(rows=rows, context=slots, threaded=False, warm_up=False) as engine:
+        guessing: Any = {"speculate": speculate, "draft": draft}
+        with self.engine(rows=rows, context=slots, threaded=False, warm_up=False, **guessing) as engine:
             requests = [
                 Request(prompt, sample=i * num_samples, n=num_samples, **options) for i, prompt in enumerate(ids)
             ]
@@ -132,11 +148,11 @@ def _completions(prompt: str, reply: Reply, first: int, stream: Callable[[int, s
     for part in reply:
         if stream is not None and part.text:
             stream(first + part.index, part.text)
-    choices = reply.result().choices
-    for choice in choices:
+    result = reply.result()
+    for choice in result.choices:
         if choice.finish == "error":
             raise UserError(str(choice.ended_by))
-    return [Completion(prompt, choice.text, list(choice.ids), choice.finish) for choice in choices]
+    return [Completion(prompt, one.text, list(one.ids), one.finish, one.guessed) for one in result.choices]
 
 
 def slots_for(cfg: config.Model, tokens: int) -> int:

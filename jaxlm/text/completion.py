@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,17 @@ STREAM_BLOCK = 8
 _log = logging.getLogger(__name__)
 
 
+class Guessed(NamedTuple):
+    """What speculation did for a text."""
+
+    calls: int = 0
+    """Calls of the model that looked at guesses."""
+    tokens: int = 0
+    """Guessed in them."""
+    accepted: int = 0
+    """Of the guesses, those that were drawn: so many calls less."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """One completed prompt: `text` is cut before a stop string, `tokens` are all new ids, end of text included."""
@@ -30,6 +42,7 @@ class Completion:
     tokens: list[int]
     finish: str = "length"
     """Why it ended: `stop` by an end id or stop string, `length` at the number of tokens asked for."""
+    guessed: Guessed = dataclasses.field(default=Guessed(), compare=False)
 
 
 def right_padded(prompts: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, ...]:

@@ -15,11 +15,10 @@ import pytest
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.infer.engine import runner_jax
 from jaxlm.infer.engine.engine import Engine
+from jaxlm.infer.engine.on_jax.runner import JaxRunner
 from jaxlm.infer.engine.reply import Reply
 from jaxlm.infer.engine.request import Choice, Grammar, LogProb, Request, Result
-from jaxlm.infer.engine.runner_jax import JaxRunner
 from jaxlm.infer.generate import generate
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.text.sampling import GREEDY, Sampling
@@ -97,8 +96,18 @@ def random_request(rng: np.random.Generator) -> Request:
     )
 
 
-def schedule(engine: Engine, seed: int, count: int = 8, same: Callable[[Choice, Choice], bool] = operator.eq) -> None:
-    """A random life: arrivals, cancels, choices, reuse; what was not cancelled is as it is alone, bit for bit."""
+def schedule(
+    engine: Engine,
+    seed: int,
+    count: int = 8,
+    same: Callable[[Choice, Choice], bool] = operator.eq,
+    plain: Engine | None = None,
+) -> None:
+    """A random life: arrivals, cancels, choices, reuse; what was not cancelled is as it is alone, bit for bit.
+
+    Args:
+        plain: another engine on which requests are alone.
+    """
     rng = np.random.default_rng(seed)
     running: list[tuple[Request, Reply]] = []
     for _ in range(count):
@@ -111,7 +120,7 @@ def schedule(engine: Engine, seed: int, count: int = 8, same: Callable[[Choice, 
     results = [(request, reply.result()) for request, reply in running]
     engine.prefixes.clear()
     for request, result in results:
-        alone = engine.submit(request).result()
+        alone = (plain or engine).submit(request).result()
         for one, other in zip(result.choices, alone.choices, strict=True):
             if one.finish == "cancelled":
                 assert one.ids == other.ids[: len(one.ids)]
@@ -386,15 +395,3 @@ def test_grammars_among_neighbours(engine: Engine) -> None:
 def test_mistakes(options: dict[str, Any], line: str, engine: Engine) -> None:
     with pytest.raises(UserError, match=line):
         engine.submit(Request(**{"prompt": [1], **options}))
-
-
-def test_no_cache_is_copied(runner: JaxRunner) -> None:
-    """The compiled step writes each cache in place: no copy of a whole one."""
-    import re
-
-    from jaxlm.infer.engine.runner import Orders
-
-    orders = Orders.empty(runner.rows, runner.vocab)
-    text = runner_jax._decode.lower(runner.decoder, runner.params, runner.state, orders).compile().as_text() or ""
-    slots = runner.slots
-    assert not re.search(rf"= f32\[{runner.rows},2,({slots},8|8,{slots})\]\S* copy\(", text)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from jaxlm.infer.engine import Engine, Grammar, Request
+from jaxlm.infer.engine.on_jax import programs
+from jaxlm.infer.engine.on_jax.runner import JaxRunner
 from jaxlm.infer.engine.orders import RowOrders
 from jaxlm.infer.engine.prefix import PrefixTable
-from jaxlm.infer.engine.runner_jax import JaxRunner
+from jaxlm.infer.engine.runner import Orders
 from jaxlm.infer.engine.structured import Guide
 from jaxlm.text.tokenizer import Tokenizer
 from tests.infer.test_engine import engine, runner, schedule
@@ -109,3 +111,11 @@ def test_a_mask_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Guide, "allow", late)
     assert not re.fullmatch("[a-f]{2,5}-[0-9]{1,3}", text())
+
+
+def test_no_cache_is_copied(runner: JaxRunner) -> None:
+    """The compiled step writes each cache in place: no copy of a whole one."""
+    orders = Orders.empty(runner.rows, runner.vocab)
+    text = programs.decode.lower(runner.decoder, runner.params, runner.state, orders).compile().as_text() or ""
+    slots = runner.slots
+    assert not re.search(rf"= f32\[{runner.rows},2,({slots},8|8,{slots})\]\S* copy\(", text)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
+from jaxlm.infer.engine.draft import DraftRow, check_draft
 from jaxlm.infer.engine.growing import Growing
 from jaxlm.infer.engine.request import Grammar, Request
 from jaxlm.infer.engine.speculative import GRAMS, MOST_GUESSES, Guesser, Lookup, Speculation
@@ -38,19 +41,27 @@ def growing(prompt: list[int], limit: int = 1000, forced: tuple[int, ...] = ()) 
     return Growing(request, 0, prompt, limit=limit, full="length", ends=(), tokenizer=None)
 
 
+def guessed(guesser: Guesser) -> list[int]:
+    return guesser.forced() or guesser.look_up(guesser.wanted())
+
+
+def no_draft(*_: object) -> Any:
+    raise AssertionError("there is no draft")
+
+
 def test_the_number_of_guesses_adapts() -> None:
     """Doubled while all are right, halved to nothing while none is; then longer and longer pauses."""
     text = growing([1, 2, 3, 4] * 5)
     guesser = Guesser(text, MOST_GUESSES)
     counts = []
     for _ in range(3):
-        counts.append(len(guesser.guess()))
+        counts.append(len(guessed(guesser)))
         guesser.learn(counts[-1], counts[-1])
     assert counts == [4, 7, 7]
     wrong, asked = [], 0
     for token in range(400):
         text.ids.append(1 + (len(text.prompt_ids) + len(text.ids)) % 4)
-        if ids := guesser.guess():
+        if ids := guessed(guesser):
             guesser.learn(len(ids), 0)
             wrong.append(token)
             asked += len(ids)
@@ -59,24 +70,39 @@ def test_the_number_of_guesses_adapts() -> None:
 
 def test_guesses_end_with_the_text() -> None:
     """The last token needs none; forced tokens are guessed whole, also where nothing else is."""
-    assert Guesser(growing([1, 2] * 9, limit=3), 7).guess() == [1, 2]
-    assert Guesser(growing([1, 2] * 9, limit=1), 7).guess() == []
+    assert guessed(Guesser(growing([1, 2] * 9, limit=3), 7)) == [1, 2]
+    assert guessed(Guesser(growing([1, 2] * 9, limit=1), 7)) == []
     forced = growing([5], forced=(9, 8, 7))
     guesser = Guesser(forced, 1)
-    assert guesser.guess() == [9, 8, 7]
+    assert guessed(guesser) == [9, 8, 7]
     guesser.learn(3, 3)
     forced.ids += [9, 8, 7]
-    assert guesser.guess() == []
+    assert guessed(guesser) == []
 
 
 def test_few_rows_with_guesses_do_not_stop_the_others() -> None:
     speculation = Speculation(4)
     texts = {row: (row, growing([1, 2] * 5 if row == 0 else [row])) for row in range(3)}
-    assert speculation.guess(texts) == {}
-    assert speculation.guess({row: texts[row] for row in (0, 1)}) == {0: [1, 2, 1, 2]}
-    assert Speculation(0).guess(texts) == {}
+    assert speculation.guess(texts, no_draft) == {}
+    assert speculation.guess({row: texts[row] for row in (0, 1)}, no_draft) == {0: [1, 2, 1, 2]}
+    assert Speculation(0).guess(texts, no_draft) == {}
     with pytest.raises(UserError, match="speculate = 8"):
         Speculation(8)
+
+
+def test_a_draft_keeps_what_was_right() -> None:
+    """Of the tokens that it tried those that the text has, but never the last, which it is yet to see."""
+    for ids, known in (([1, 2, 3, 4, 9], 4), ([1, 2, 3, 8, 9], 3), ([1, 2, 3, 4], 3), ([1, 2, 7, 4, 5], 2)):
+        row = DraftRow(0, 2, [3, 4, 5])
+        row.settle(ids)
+        assert (row.known, [*row.tried]) == (known, []), ids
+
+
+def test_a_draft_needs_the_same_tokenizer() -> None:
+    ours = Tokenizer.bytes_level()
+    check_draft(ours, Tokenizer.bytes_level())
+    with pytest.raises(UserError, match=r"another tokenizer: it has \d+ ids, that of the model \d+"):
+        check_draft(ours, Tokenizer.bytes_level(specials=False))
 
 
 def test_a_grammar_looks_ahead() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
+from jaxlm.infer.engine.draft import DRAFT_WIDTHS, check_draft
 from jaxlm.infer.engine.engine import Engine
 from jaxlm.infer.memory import bytes_of, context_of, rows_within
 from jaxlm.text.completion import STREAM_BLOCK, Completion, check_prompts, complete, encode_prompts, right_padded
@@ -150,21 +151,39 @@ class Generator:
         )
         return complete(drawn, self.tokenizer, prompts, stop=stop, stream=stream)
 
-    def engine(self, *, rows: int = 8, context: int = 0, prefix_memory: str | int = 0, threaded: bool = True) -> Engine:
+    def engine(
+        self,
+        *,
+        rows: int = 8,
+        context: int = 0,
+        prefix_memory: str | int = 0,
+        speculate: int = 0,
+        draft: Generator | None = None,
+        threaded: bool = True,
+        warm_up: bool = True,
+    ) -> Engine:
         """An engine on this decoder's device; see `jaxlm.infer.text.Generator.engine` for the arguments.
 
         Raises:
-            UserError: a size is none, or the model has fewer positions.
+            UserError: a size is none, the model has fewer positions, or the draft has another tokenizer.
         """
-        cfg = self.decoder.config
-        runner = TorchRunner(self.decoder, rows=rows_within(rows, None, 0, context), slots=context_of(cfg, context))
+        cfg, guesser = self.decoder.config, None
+        rows, context = rows_within(rows, None, 0, context), context_of(cfg, context)
+        runner = TorchRunner(self.decoder, rows=rows, slots=context, speculates=speculate > 0)
+        if draft is not None:
+            check_draft(self.tokenizer, draft.tokenizer)
+            context = context_of(draft.decoder.config, context)
+            guesser = TorchRunner(draft.decoder, rows=rows, slots=context, widths=DRAFT_WIDTHS, speculates=True)
         return Engine(
             runner,
             self.tokenizer,
             ends=self.ends,
             prefix_memory=bytes_of(prefix_memory, "prefix_memory"),
-            fingerprint=f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}",
+            fingerprint=f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}{speculate > 0}",
+            speculate=speculate,
+            draft=guesser,
             threaded=threaded,
+            warm_up=warm_up,
         )
 
 

@@ -1,7 +1,7 @@
 """The rows of an engine's cache: made empty, looked at one by one, kept and put back. All are written in place.
 
-Three kinds, by mixer, as in `jaxlm.infer.engine.rows`: `RowCache` has slots by position, of which those of a chunk are
-kept; `WindowCache` and the states of Mamba are kept whole, as they are after a chunk.
+Three kinds, by mixer, as in `jaxlm.infer.engine.on_jax.rows`: `RowCache` has slots by position, of which those of a
+chunk are kept; `WindowCache` and the states of Mamba are kept whole, as they are after a chunk.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class TorchRunner:
         """Empty all rows."""
         room = BURST if self.speculates else 0
         self._cache: Cache = row_ops.empty_rows(self.decoder, self.rows, self.length + self.widths[-1], room)
+        self.has_states = row_ops.has_states(self._cache)
         self.state = State.empty(self.rows, self.vocab, wide(self.decoder.policy.compute), self._device)
 
     def update(self, params: Mapping[str, Tensor]) -> None:
@@ -141,7 +142,7 @@ class TorchRunner:
         """Memory of what `keep` returned."""
         return sum(leaf.nbytes for layer in kept for leaf in layer)
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, draft: bool = False) -> None:
         """Do nothing: there is nothing to compile."""
 
     def _feed(self, tokens_RN: Tensor, given: Any, count_R: Tensor, cache: Cache) -> tuple[Tensor, Cache]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.infer.engine.draft import Draft
 from jaxlm.infer.engine.growing import Growing
 from jaxlm.infer.engine.orders import RowOrders
 from jaxlm.infer.engine.prefix import PrefixTable
@@ -45,6 +46,7 @@ class Engine:
         budget: tokens of prompts a step; 0: one chunk.
         most_waiting: texts in the queue.
         speculate: tokens that are guessed and checked in one call, up to 7; 0: none.
+        draft: rows of a smaller model that makes the guesses; None: what followed the newest tokens before is guessed.
         threaded: steps run in a thread of the engine; otherwise whoever waits for a reply makes them.
     """
 
@@ -59,6 +61,7 @@ class Engine:
         budget: int = 0,
         most_waiting: int = 4096,
         speculate: int = 0,
+        draft: Runner | None = None,
         threaded: bool = True,
         warm_up: bool = True,
     ) -> None:
@@ -66,7 +69,8 @@ class Engine:
         self.prefixes = PrefixTable(runner.widths[-1], prefix_memory, fingerprint)
         self._scheduler = Scheduler(runner.rows, runner.widths, budget=budget, most_waiting=most_waiting)
         self._orders = RowOrders(runner.rows, runner.vocab)
-        self._speculation = Speculation(speculate)
+        self._draft = draft
+        self._speculation = Speculation(speculate, None if draft is None else Draft(draft, runner))
         if speculate and not runner.speculates:
             raise UserError("this runner has no room for speculation", "make it with speculates=True")
         self._texts: dict[int, tuple[Reply, Growing]] = {}
@@ -82,11 +86,14 @@ class Engine:
         self._threaded = threaded
         if warm_up:
             runner.warm_up()
+        if warm_up and draft is not None:
+            draft.warm_up(draft=True)
 
     @property
     def programs(self) -> dict[str, str]:
         """The compiled programs, with their shapes."""
-        return dict(self.runner.programs)
+        drafts = {} if self._draft is None else self._draft.programs
+        return self.runner.programs | {f"draft: {name}": shapes for name, shapes in drafts.items()}
 
     @property
     def in_use(self) -> int:
@@ -286,17 +293,19 @@ class Engine:
         if not draws:
             return
         growing = {row: self._texts[key][1] for key, row in draws}
-        guesses = self._speculation.guess({row: (key, self._texts[key][1]) for key, row in draws})
+        keyed = {row: (key, self._texts[key][1]) for key, row in draws}
+        guesses = self._speculation.guess(keyed, self._orders.make)
         if guesses:
             drawn = self.runner.verify(*self._orders.check(growing, guesses))
         else:
-            orders, steps = self._orders.make(growing, burst)
+            # A mask is of one token.
+            orders, steps = self._orders.make(growing, 1 if any(one.guide for one in growing.values()) else burst)
             drawn = self.runner.decode(orders._replace(until=np.asarray(steps, np.int32)))
         for key, row in draws:
             reply, one = self._texts[key]
             steps = int(drawn.steps[row])
             if guessed := guesses.get(row):
-                reply.count_guesses(len(guessed), steps - 1)
+                one.count_guesses(len(guessed), steps - 1)
                 self._speculation.learn(key, len(guessed), steps - 1)
             for step in range(steps):
                 if drawn.bad[step, row]:
@@ -347,6 +356,7 @@ class Engine:
             return
         self.prefixes.clear()
         self.runner.clear()
+        self._speculation.clear()
 
 
 def _log_prob(drawn: Drawn, step: int, row: int, request: Request) -> LogProb | None:

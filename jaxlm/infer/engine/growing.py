@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.infer.engine.request import Choice, Finish, LogProb, Part, Request
 from jaxlm.infer.engine.structured import Guide
-from jaxlm.text.completion import StopStrings
+from jaxlm.text.completion import Guessed, StopStrings
 from jaxlm.text.tokenizer import TextStream, Tokenizer
 
 DRAWN_AHEAD = 256
@@ -47,6 +47,7 @@ class Growing:
         self.cancelled = False
         self.guide = guide
         self.reused = 0
+        self.guessed = Guessed()
         self._full: Finish = full
         self._stream = TextStream(tokenizer, skip_special=True, after=prompt_ids) if tokenizer else None
         self._stop = StopStrings(request.stop)
@@ -66,6 +67,11 @@ class Growing:
             more = self._generator.random(DRAWN_AHEAD, np.float32)
             self._uniforms = np.concatenate([self._uniforms, more])
         return self._uniforms[at : at + count]
+
+    def count_guesses(self, guessed: int, right: int) -> None:
+        """So many tokens were guessed in one call, and so many of them drawn."""
+        calls, tokens, accepted = self.guessed
+        self.guessed = Guessed(calls + 1, tokens + guessed, accepted + right)
 
     def push(self, token: int, log_prob: LogProb | None = None) -> None:
         """Take the next token; sets `finish` when it is the last."""
@@ -109,4 +115,4 @@ class Growing:
         """The whole, when it has ended."""
         assert self.finish is not None
         ids, log_probs = tuple(self.ids), tuple(self.log_probs) if self.request.logprobs is not None else ()
-        return Choice(self.index, self.text, ids, self.finish, self.ended_by, log_probs)
+        return Choice(self.index, self.text, ids, self.finish, self.ended_by, log_probs, self.guessed)

@@ -74,7 +74,6 @@ class RowOrders:
         """The orders of a call in which these rows draw, and how many tokens at most."""
         orders = self._orders
         orders.active[:] = 0
-        burst = 1 if any(one.guide for one in growing.values()) else burst
         orders.forced[:] = -1
         steps = min(burst, BURST, *(one.limit - len(one.ids) for one in growing.values()))
         for row, one in growing.items():

@@ -22,7 +22,6 @@ class Reply:
         self.request, self.prompt_ids = request, growing[0].prompt_ids
         self.growing = growing
         self.prompt_log_probs: list[LogProb] = []
-        self.drafted = self.accepted = 0
         self._parts: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
         self._wake = wake
         self._pump: Callable[[], bool] | None = None
@@ -50,8 +49,9 @@ class Reply:
             len(self.prompt_ids),
             sum(growing.reused for growing in self.growing),
             sum(len(growing.ids) for growing in self.growing),
-            self.drafted,
-            self.accepted,
+            sum(growing.guessed.tokens for growing in self.growing),
+            sum(growing.guessed.accepted for growing in self.growing),
+            sum(growing.guessed.calls for growing in self.growing),
         )
         return Result(self.request, tuple(self.prompt_ids), choices, usage, tuple(self.prompt_log_probs))
 
@@ -66,11 +66,6 @@ class Reply:
     def pump_by(self, step: Callable[[], bool]) -> None:
         """Whoever waits makes the engine's steps: it has no thread of its own."""
         self._pump = step
-
-    def count_guesses(self, guessed: int, right: int) -> None:
-        """So many tokens were guessed in one call, and so many of them drawn."""
-        self.drafted += guessed
-        self.accepted += right
 
     def deliver(self, growing: Growing) -> None:
         """Hand on what is new in a choice; called by the engine."""

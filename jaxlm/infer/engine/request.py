@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from jaxlm.errors import UserError
+from jaxlm.text.completion import Guessed
 from jaxlm.text.sampling import Sampling
 
 ENDS = 32
@@ -161,6 +162,8 @@ class Usage:
     drafted: int = 0
     accepted: int = 0
     """Of the drafted tokens, those that were drawn."""
+    checks: int = 0
+    """Calls of the model that looked at drafted tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +188,7 @@ class Choice:
     ended_by: str | int | None = None
     """The stop string, the end id or `grammar`; the error's line."""
     log_probs: tuple[LogProb, ...] = ()
+    guessed: Guessed = dataclasses.field(default=Guessed(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

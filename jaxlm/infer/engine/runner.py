@@ -93,13 +93,15 @@ class Scored(NamedTuple):
 
 @runtime_checkable
 class Runner(Protocol):
-    """Rows of a model: see `runner_jax.JaxRunner` for what each call does. One thread at a time."""
+    """Rows of a model: see `on_jax.runner.JaxRunner` for what each call does. One thread at a time."""
 
     rows: int
     length: int
     """Tokens that a row has room for."""
     speculates: bool
     """Whether `verify` may be called: windows need room for it."""
+    has_states: bool
+    """Whether a layer has a state, which cannot be cut back."""
     vocab: int
     widths: tuple[int, ...]
     """Of the pieces of a prompt, rising; the last is the chunk that `keep` keeps."""
@@ -116,4 +118,4 @@ class Runner(Protocol):
     def keep(self, row: int, start: int) -> Any: ...
     def put_back(self, row: int, start: int, kept: Any) -> None: ...
     def kept_bytes(self, kept: Any) -> int: ...
-    def warm_up(self) -> None: ...
+    def warm_up(self, *, draft: bool = False) -> None: ...

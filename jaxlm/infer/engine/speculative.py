@@ -2,7 +2,8 @@
 
 Prompt lookup (Saxena 2023): what followed the newest tokens where they stood before is guessed to follow again. Each
 guess is checked by the draw that would have been made there anyway, with the same random number, so a text is the same
-with and without; a guess only decides how many tokens one call of the model is worth.
+with and without; a guess only decides how many tokens one call of the model is worth. With a draft model, `draft` makes
+the guesses instead.
 
 Shapes: N tokens of a burst, R rows, W words of a mask.
 """
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.infer.engine.draft import Draft, MakeOrders
 from jaxlm.infer.engine.growing import Growing
 from jaxlm.infer.engine.runner import BURST
 
@@ -63,21 +65,27 @@ class Guesser:
         self._lookup, self._known, self._lucky = Lookup(), 0, False
         self._count, self._pause, self._resume = min(4, most), FIRST_PAUSE, 0
 
-    def guess(self) -> list[int]:
-        """Guesses for the next tokens; those that the request or its grammar forces need no luck."""
-        growing, made = self._growing, len(self._growing.ids)
-        room = min(MOST_GUESSES, growing.limit - made - 1)
+    def forced(self) -> list[int]:
+        """The next tokens as far as the request or its grammar forces them: they need no luck."""
+        growing, made, room = self._growing, len(self._growing.ids), self._room
         self._lucky = False
         if room < 1:
             return []
-        forced = growing.request.forced[made : made + room] or (growing.guide.forced()[:room] if growing.guide else ())
-        if forced or self._most < 1:
-            return [*forced]
-        self._read()
-        if self._count == 0 and made >= self._resume:
+        asked = growing.request.forced[made : made + room]
+        return [*asked] if asked or growing.guide is None else growing.guide.forced()[:room]
+
+    def wanted(self) -> int:
+        """How many guesses are worth a try now; none for a while after they were wrong."""
+        if self._count == 0 and self._most and len(self._growing.ids) >= self._resume:
             self._count = 1
-        self._lucky = True
-        return self._lookup.guess(min(self._count, room))
+        count = max(0, min(self._count, self._room))
+        self._lucky = count > 0
+        return count
+
+    def look_up(self, count: int) -> list[int]:
+        """What followed the newest tokens before."""
+        self._read()
+        return self._lookup.guess(count)
 
     def learn(self, guessed: int, right: int) -> None:
         """Adapt the number of guesses: doubled when all were right, halved to nothing when none was."""
@@ -90,6 +98,11 @@ class Guesser:
         if self._count == 0:
             self._resume = len(self._growing.ids) + self._pause
             self._pause *= 2
+
+    @property
+    def _room(self) -> int:
+        """Guesses that the text has room for: its last token needs none."""
+        return min(MOST_GUESSES, self._growing.limit - len(self._growing.ids) - 1)
 
     def _read(self) -> None:
         """Take what the text has that the lookup does not know."""
@@ -104,26 +117,42 @@ class Speculation:
 
     Args:
         most: guesses of a text in one call, 0 to 7; 0: none at all.
+        draft: makes the guesses; None: prompt lookup.
 
     Raises:
-        UserError: `most` is out of its range.
+        UserError: `most` is out of its range, or 0 where there is a draft.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, draft: Draft | None = None) -> None:
         if not 0 <= most <= MOST_GUESSES:
             raise UserError(f"speculate = {most} must be between 0 (none) and {MOST_GUESSES} guesses")
+        if draft is not None and not most:
+            raise UserError("a draft guesses nothing with speculate = 0", f"give 1 to {MOST_GUESSES}")
         self.most = most
+        self._draft = draft
         self._guessers: dict[int, Guesser] = {}
 
-    def guess(self, growing: Mapping[int, tuple[int, Growing]]) -> dict[int, list[int]]:
-        """Guesses by row, for texts by row with their keys; nothing where too few rows have any to be worth a call."""
-        if not self.most:
-            return {}
+    def guess(self, growing: Mapping[int, tuple[int, Growing]], make: MakeOrders) -> dict[int, list[int]]:
+        """Guesses by row, for texts by row with their keys; nothing where too few rows have any to be worth a call.
+
+        Args:
+            make: the orders of a draft's call.
+        """
         guesses: dict[int, list[int]] = {}
-        for row, (key, one) in growing.items():
+        counts: dict[int, int] = {}
+        for row, (key, one) in growing.items() if self.most else ():
             guesser = self._guessers.setdefault(key, Guesser(one, self.most))
-            if ids := guesser.guess():
+            if ids := guesser.forced():
                 guesses[row] = ids
+            elif count := guesser.wanted():
+                counts[row] = count
+        if self._draft is None:
+            found = {row: self._guessers[growing[row][0]].look_up(count) for row, count in counts.items()}
+        elif 2 * (len(guesses) + len(counts)) >= len(growing) and counts:
+            found = self._draft.guess({row: growing[row] for row in counts}, counts, make)
+        else:
+            found = {}
+        guesses |= {row: ids for row, ids in found.items() if ids}
         return guesses if 2 * len(guesses) >= len(growing) else {}
 
     def learn(self, key: int, guessed: int, right: int) -> None:
@@ -133,6 +162,11 @@ class Speculation:
     def forget(self, key: int) -> None:
         """A text has ended."""
         self._guessers.pop(key, None)
+
+    def clear(self) -> None:
+        """All rows are empty."""
+        if self._draft is not None:
+            self._draft.clear()
 
 
 def follow(growing: Mapping[int, Growing], guesses: dict[int, list[int]], mask_RW: np.ndarray) -> np.ndarray:
