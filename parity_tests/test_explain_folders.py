@@ -12,6 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import config
+from jaxlm.convert.open_model import load
+from jaxlm.errors import UserError
+from jaxlm.parity import check as check_parity
 from jaxlm.parity.diagnose.search import explain
 from jaxlm.parity.sides.torch_side import TorchSide
 from jaxlm.parity.sides.transformers_side import HuggingFaceSide
@@ -66,3 +69,21 @@ def test_a_fault_in_a_public_folder_is_named(name: str, tmp_path: Path) -> None:
     sound = config.Config(model=one.model)
     ours, theirs = TorchSide.of(sound, families.values(one)), HuggingFaceSide(sound, folder)
     check(explain(ours, theirs, sound, None, inputs_of(one.model)), words)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"), [("llama", "hidden_act", "gelu"), ("gpt2", "activation_function", "quick_gelu")]
+)
+def test_its_own_program_computes_what_jaxlm_cannot_express(family: str, key: str, value: str, tmp_path: Path) -> None:
+    folder = exported(example(family), tmp_path)
+    said = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "manifest.json").unlink()
+    report = check_parity(folder, levels=["forward"], dtypes=["float64"])
+    differing = [finding for finding in report.findings if not finding.ok]
+    assert {finding.level for finding in differing} == {"config", "forward"} and not report.same
+    assert differing[0].name == key
+    assert differing[0].note == f"{value!r}, which transformers computes and jaxlm cannot express"
+    for refused in (lambda: check_parity(folder, computed_by="torch"), lambda: load(folder)):
+        with pytest.raises(UserError, match=f"{key} = '{value}'"):
+            refused()

@@ -14,7 +14,7 @@ from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.convert.canonical import DEQUANTISE
 from jaxlm.convert.rows import Row
-from jaxlm.convert.settings import Key, Setting, require_same, tree
+from jaxlm.convert.settings import Choice, Fixed, Key, Setting, require_same, tree
 from jaxlm.convert.tensors import Tensors, tensors_of
 from jaxlm.errors import UserError
 
@@ -124,6 +124,20 @@ class Family:
         model = tree(options)
         learned = {"data": {"seq_len": model["max_seq_len"]}} if model.get("positions") == "learned" else {}
         return toml.from_dict({"model": model, **learned}, where).model
+
+    def nearest(self, hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """config.json without the keys whose values jaxlm cannot express, so that they have their defaults; and these.
+
+        Only keys that name one of a few values are left out, such as an activation: they change no tensor.
+        """
+        refused: dict[str, Any] = {}
+        for setting in self.settings:
+            if isinstance(setting, Choice | Fixed) and setting.theirs in hf:
+                try:
+                    setting.back(hf)
+                except ValueError:
+                    refused[setting.theirs] = hf[setting.theirs]
+        return {key: value for key, value in hf.items() if key not in refused}, refused
 
     def tensors(self, stored: Mapping[str, np.ndarray], cfg: config.Model) -> Named:
         """Stored tensors by the names of the layout, without those that say nothing.

@@ -101,6 +101,19 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Pa
     )
 
 
+def open_nearest(path: str | Path) -> tuple[Opened, dict[str, Any]]:
+    """A Hugging Face folder as `open_model` opens it, with what `Family.nearest` leaves out of its config.json.
+
+    Raises:
+        UserError: as `open_model`.
+    """
+    path = hub.local(Path(path))
+    hf = storage.read_json(path / "config.json")
+    family = FAMILIES.get(str(hf.get("model_type")))
+    kept, refused = family.nearest(hf) if family else (hf, {})
+    return _open_family(path, kept), refused
+
+
 def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
     if path.suffix == ".bin" and path.is_file():
         return _open_llama2c(path)
@@ -117,7 +130,7 @@ def _open(path: Path, step: int | None, orbax: _Reader) -> Opened:
         settings = _settings(path, "")
         return Opened(path, settings, _torch_parameters(path, settings), "torch")
     if (path / "config.json").is_file():
-        return _open_family(path)
+        return _open_family(path, storage.read_json(path / "config.json"))
     if (path / model_bin.MODEL).is_file():
         return _open_llama2c(path / model_bin.MODEL)
     if (path / adapters.CONFIG).is_file():
@@ -241,9 +254,8 @@ def _torch_parameters(path: Path, settings: config.Config, several: bool = False
     return Parameters(tensors.without(others) if others else tensors, settings.model, rows, str(path))
 
 
-def _open_family(path: Path) -> Opened:
+def _open_family(path: Path, hf: Mapping[str, Any]) -> Opened:
     where = path / "config.json"
-    hf = storage.read_json(where)
     family = FAMILIES.get(str(hf.get("model_type")))
     if reason := REFUSED.get(str(hf.get("model_type"))):
         raise UserError(f"{where}: model_type {hf['model_type']!r}: {reason}")

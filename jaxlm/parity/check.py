@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -91,9 +92,9 @@ def check(
     if computed_by != "jaxlm":
         _require_installed("torch", "torch")
     began = time.monotonic()
-    subject = open_subject(model)
+    subject = open_subject(model, nearest=other is None)
     enable_compilation_cache(subject.settings.data.cache_dir)
-    second = subject if other is None else open_subject(other)
+    second = subject if other is None else open_subject(other, nearest=True)
     # Ids and positions must exist in both models: rows are made for the smaller of the two.
     sides, notes, plain = _sides(subject, second, computed_by)
     inputs = make_inputs(
@@ -125,6 +126,9 @@ def check(
 def _of_what_is_stored(pair: _Pair) -> list[Finding]:
     """Compare two configs, and the weights of two models; a mirror of the first model has its config and weights."""
     findings: list[Finding] = []
+    for key, value in (pair.second or pair.subject).refused.items():  # whatever levels are wanted: it is no mirror
+        note = f"{value!r}, which {pair.names[1]} computes and jaxlm cannot express"
+        findings.append(Finding(STORED, "config", key, math.inf, 0.0, note=note))
     if pair.second is not None and pair.inputs.wants("config"):
         findings += compare_config(pair.subject.settings.model, pair.second.settings.model, ("A", "B"))
     if (pair.second is not None or not pair.sides[1].mirrors) and pair.inputs.wants("weights"):
@@ -308,6 +312,9 @@ def _sides(
     chosen = chosen or "torch"
     _require_known("implementation", [chosen], ("jaxlm", "torch", "hf"))
     settings = dataclasses.replace(subject.settings, model=second.settings.model)
+    if second.refused and chosen != "hf":
+        refused = ", ".join(f"{key} = {value!r}" for key, value in second.refused.items())
+        raise UserError(f"{second.name}: jaxlm cannot express {refused} yet", "--with hf computes it by transformers")
     if chosen == "jaxlm":
         return (JaxSide(subject.settings, subject.params), JaxSide(settings, second.params, "jaxlm of B")), notes, False
     if chosen == "torch":

@@ -13,11 +13,9 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import inspect
 import json
 import math
 import shutil
-import sys
 import tempfile
 import threading
 import weakref
@@ -32,7 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import UserError
-from jaxlm.train.orbax_silence import OrbaxSilence
+from jaxlm.train.orbax_silence import OrbaxSilence, hush_abandoned_work
 from jaxlm.train.recipe import MODEL
 from jaxlm.train.step import TrainState
 
@@ -41,6 +39,7 @@ _TREES = ("params", "optimizer", "trained")
 _LIMIT_GB = 96  # Orbax's own
 _REPLACED = "the run goes on saving: try again, or let it keep more with checkpoint.keep"
 _OTHER_STEP = "--step names an earlier one"
+_Unreadable = Callable[[Exception], UserError]
 _OTHER = "this is another architecture: use the run's own config.toml, or another out_dir"
 
 
@@ -57,7 +56,7 @@ class Checkpointer:
     ) -> None:
         """`several`: the parameters of a state are a dict of trees, one of which is the model."""
         self._several = several
-        _hush_abandoned_work()
+        hush_abandoned_work()
         self._silence = OrbaxSilence()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
@@ -135,7 +134,7 @@ class Checkpointer:
             try:
                 return self._first_intact(reversed(asked), {"params": like}, warn)[0]["params"]
             except UserError:
-                if not self._read_only or (set(asked) <= (there := self._on_disk()) and max(there) == max(asked)):
+                if not any(map(self._replaced, asked)):
                     raise
                 self._manager.reload()  # the run went on and replaced what was being read
         raise UserError(f"{self.folder}: every checkpoint was replaced while it was read", _REPLACED)
@@ -146,9 +145,10 @@ class Checkpointer:
         try:
             record = self._record(step, {"params": like})
         except (ValueError, OSError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / str(step)} is damaged: {_first_line(error)}", _OTHER_STEP) from error
+            raise self._unreadable(step, error) from error
         limit = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        shelf = _Shelf(self._plain / str(step), record["checksums"], limit)
+        unreadable = functools.partial(self._unreadable, step)
+        shelf = _Shelf(self._plain / str(step), record["checksums"], limit, unreadable)
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: StoredLeaf(tuple(key.key for key in path), leaf.shape, np.dtype(leaf.dtype), shelf), like
         )
@@ -167,7 +167,8 @@ class Checkpointer:
         self._silence.end()
 
     def _items(self, state: TrainState) -> dict[str, Any]:
-        items = {"params": state.params, "optimizer": _without_params(state)}
+        rest = {name: value for name, value in state._asdict().items() if name != "params"}
+        items = {"params": state.params, "optimizer": rest}
         if self._several:
             others = {name: tree for name, tree in state.params.items() if name != MODEL}
             items |= {"params": state.params[MODEL], "trained": others}
@@ -189,8 +190,16 @@ class Checkpointer:
         (Path(links) / "run").symlink_to(self.folder.parent, target_is_directory=True)
         return Path(links) / "run" / "checkpoints"
 
-    def _on_disk(self) -> set[int]:
-        return {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()}
+    def _replaced(self, step: int) -> bool:
+        """Whether `step`, which could not be read, is gone, or is being deleted because a newer one has come."""
+        there = {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()}
+        return self._read_only and (step not in there or max(there) > max(self.steps()))
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        where = self.folder / str(step)
+        if self._replaced(step):
+            return UserError(f"{where} was replaced while it was read", _REPLACED)
+        return UserError(f"{where} is damaged: {_first_line(error)}", _OTHER_STEP)
 
     def _save(self, step: int, items: dict[str, Any], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
         if step in self._manager.all_steps():
@@ -216,7 +225,7 @@ class Checkpointer:
             except UserError:
                 raise
             except Exception as error:  # Orbax raises plain ones for what it cannot read
-                if not self._read_only or step in self._on_disk():
+                if not self._replaced(step):
                     warn(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
                 cause = error
             if _everywhere(found is not None) and found:
@@ -280,8 +289,8 @@ class Checkpointer:
 class _Shelf:
     """Leaves of a checkpoint that were read last; together no more bytes than the largest one."""
 
-    def __init__(self, step: Path, checksums: Mapping[str, int], limit: int) -> None:
-        self._step, self._checksums, self._limit = step, checksums, limit
+    def __init__(self, step: Path, checksums: Mapping[str, int], limit: int, unreadable: _Unreadable) -> None:
+        self._step, self._checksums, self._limit, self._unreadable = step, checksums, limit, unreadable
         self._leaves: dict[tuple[str, ...], np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -309,9 +318,7 @@ class _Shelf:
             if _host_word_sum(values) != self._checksums[name]:
                 raise ValueError(f"the checksum of {name} differs")
         except Exception as error:  # Orbax raises plain ones for what it cannot read
-            if not self._step.is_dir():
-                raise UserError(f"{self._step} was replaced while it was read", _REPLACED) from error
-            raise UserError(f"{self._step} is damaged: {_first_line(error)}", _OTHER_STEP) from error
+            raise self._unreadable(error) from error
         return values
 
 
@@ -362,10 +369,6 @@ def under_way_gb(shapes: Any) -> int:
     return max(2, math.ceil(largest / 1e9) + 1)
 
 
-def _without_params(state: TrainState) -> dict[str, Any]:
-    return {name: value for name, value in state._asdict().items() if name != "params"}
-
-
 def _quality(metrics: dict[str, float]) -> float:
     return -metrics["validation_loss"]
 
@@ -381,19 +384,6 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
-
-
-@functools.cache
-def _hush_abandoned_work() -> None:
-    """After one failed read or write Orbax abandons the others, whose threads then complain of a closed event loop."""
-    report = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        closed_loop = str(unraisable.exc_value) == "Event loop is closed"
-        if not closed_loop and not inspect.iscoroutine(unraisable.object):
-            report(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def _first_line(error: Exception) -> str:

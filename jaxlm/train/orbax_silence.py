@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
+import sys
+from typing import Any
 
 _NAMES = ("absl", "asyncio")  # Orbax logs through the first; its abandoned work through the second
 
@@ -33,3 +37,16 @@ class _AsWithoutHandlers(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if logging.lastResort is not None and not record.name.startswith("jaxlm"):
             logging.lastResort.handle(record)
+
+
+@functools.cache
+def hush_abandoned_work() -> None:
+    """After one failed read or write Orbax abandons the others, whose threads then complain of a closed event loop."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        closed_loop = str(unraisable.exc_value) == "Event loop is closed"
+        if not closed_loop and not inspect.iscoroutine(unraisable.object):
+            report(unraisable)
+
+    sys.unraisablehook = hook

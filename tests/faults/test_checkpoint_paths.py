@@ -1,5 +1,7 @@
 """A whole checkpoint is never called damaged: whatever the path, and while the run goes on saving."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,3 +48,24 @@ def test_a_reader_takes_the_next_one_when_its_own_was_replaced(tmp_path):
     np.testing.assert_array_equal(params["a"]["kernel"], make_state(2).params["a"]["kernel"])
     with pytest.raises(UserError, match="was replaced while it was read"):
         np.asarray(stored["a"]["kernel"])
+
+
+def test_what_is_half_deleted_is_not_called_damaged(tmp_path):
+    """Orbax deletes file by file, and only what a newer checkpoint follows."""
+    writer = Checkpointer(tmp_path, keep=2)
+    writer.save(make_state(1), {})
+    writer.wait()
+    reader, slow = (Checkpointer(tmp_path, read_only=True) for _ in range(2))
+    like = make_state(0).params
+    stored = slow.stored_params(like)
+    writer.save(make_state(2), {})
+    writer.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "params")
+    params = reader.restore_params(like, pytest.fail)
+    np.testing.assert_array_equal(params["a"]["kernel"], make_state(2).params["a"]["kernel"])
+    with pytest.raises(UserError, match="1 was replaced while it was read"):
+        np.asarray(stored["a"]["kernel"])
+    damage = []
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        Checkpointer(tmp_path, read_only=True).restore_params(like, damage.append, step=1)
+    assert len(damage) == 1 and "1 is damaged: " in damage[0], "damage of an older one is damage, and said once"

@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from jaxlm import config
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.open_model import open_model
+from jaxlm.convert.open_model import open_nearest
 from jaxlm.errors import UserError
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.sides.float64_mode import Lifted
@@ -49,7 +49,7 @@ class HuggingFaceSide:
     def __init__(self, settings: config.Config, folder: str | Path, rope_layout: str = "half") -> None:
         """`rope_layout`: how the model that it is compared with stores its rotary pairs."""
         self._settings, self._folder = settings_of(settings), Path(folder)
-        opened = open_model(self._folder)
+        opened, _ = open_nearest(self._folder)
         self._cfg = dataclasses.replace(opened.config.model, rope_layout=rope_layout)  # pyright: ignore
         self._rows = FAMILIES[opened.kind].rows(self._cfg)
         self._loaded: dict[str, tuple[PreTrainedModel, Names]] = {}
