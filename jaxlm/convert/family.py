@@ -115,7 +115,7 @@ class Family:
                 raise UserError(f"{where}: {error.args[0]}", *error.args[1:]) from None
             except KeyError as error:
                 raise UserError(f"{where}: {error.args[0]} is missing") from None
-            except (TypeError, AttributeError):
+            except (TypeError, AttributeError, ArithmeticError):
                 values = ", ".join(f"{key} = {hf[key]!r}" for key in asked.now if key in hf)
                 raise UserError(f"{where}: ill-formed: {values}") from None
         silent = asked.ever | {*self.inert}
