@@ -33,6 +33,7 @@ from jaxlm.recipes.rollouts import graders
 from jaxlm.recipes.rollouts.phases import Phase, Phases
 from jaxlm.recipes.rollouts.rewards import REWARDS, find_rewards
 from jaxlm.recipes.rollouts.source import RolloutData
+from jaxlm.run.metrics import read_metrics
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine as jax_engine
 from jaxlm.train.optim import make_optimizer as jax_optimizer
@@ -53,12 +54,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"pattern": ("mamba+mlp", "attention+mlp")},
 }
 SOAK = pytest.mark.soak
+REWARDED = {"kl": "reward", "kl_kind": "k1", "kl_horizon": 40}
 RUNS = [
     pytest.param("dense", {"temperature": 0.6}, id="grpo, one update"),
     pytest.param("dense", {"iterations": 2, "minibatches": 2, "kl": "loss", "advantage": "rloo"}, id="rloo with kl"),
-    pytest.param(
-        "dense", {"iterations": 2, "ratio": "sequence", "kl": "reward", "kl_kind": "k1"}, id="gspo", marks=SOAK
-    ),
+    pytest.param("dense", {"iterations": 2, "ratio": "sequence", **REWARDED, "kl_target": 0.1}, id="gspo", marks=SOAK),
     pytest.param("experts", {"iterations": 2, "clipping": "cispo", "divisor": "constant"}, id="experts", marks=SOAK),
     pytest.param("mamba", {"iterations": 2, "kl": "loss", "kl_kind": "unbiased"}, id="mamba", marks=SOAK),
 ]
@@ -221,9 +221,9 @@ def check_same(model: str, rl: dict[str, Any], kind: str, rng: np.random.Generat
     jax_recipe, torch_recipe = (jax_ppo, torch_ppo) if kind == "ppo" else (jax_grpo, torch_grpo)
     with graders.GraderPool(find_rewards(cfg.rl.rewards)) as pool:
         make = jax_ppo.CriticPhases if kind == "ppo" else Phases
-        phases = make(cfg, open_task(cfg.rl.task), Tokenizer.bytes_level(), pool)
+        task, tokenizer = open_task(cfg.rl.task), Tokenizer.bytes_level()
         sides = JaxSide(cfg, jax_recipe, trees), TorchSide(cfg, torch_recipe, trees)
-        ours, theirs = (run(side, cfg, phases) for side in sides)
+        ours, theirs = (run(side, cfg, make(cfg, task, tokenizer, pool)) for side in sides)
     compare_phases(ours, theirs)
     for name, distance, _ in pairs.differences(*(side.parameters(cfg) for side in reversed(sides))):
         FLOAT64.check(distance, name)
@@ -248,12 +248,15 @@ def test_whole_runs_of_the_command(recipe: str, tmp_path: Path, rng: np.random.G
 
     The policy begins with the same weights, the value model with their trunk and a head drawn from the seed.
     """
-    cfg = settings("dense", {"iterations": 2, "kl": "reward", "kl_kind": "k1", "evaluate_every": 5, "held_out": 4})
+    rl = {"iterations": 2, **REWARDED, "kl_target": 0.1, "stop_kl": 0.02, "evaluate_every": 5, "held_out": 4}
+    cfg = settings("dense", rl)
     widened = jax.tree.map(lambda leaf: np.asarray(leaf, "float64"), pairs.random_params(cfg.model, rng))
     Model(cfg, widened, Tokenizer.bytes_level()).save(tmp_path / "start")
     tokenizer = config.Tokenizer(kind="bytes")
     train = dataclasses.replace(cfg.train, init_from=str(tmp_path / "start"), steps=2 * PHASES)
-    cfg = dataclasses.replace(cfg, recipe=recipe, tokenizer=tokenizer, train=train, sample=config.Sample(prompts=()))
+    cfg = dataclasses.replace(
+        cfg, recipe=recipe, tokenizer=tokenizer, train=train, sample=config.Sample(prompts=()), log=config.Log(every=1)
+    )
     made: dict[str, list[Phase]] = {"jax": [], "torch": []}
     engines: dict[str, Any] = {}
     for backend in made:
@@ -269,6 +272,12 @@ def test_whole_runs_of_the_command(recipe: str, tmp_path: Path, rng: np.random.G
             start.run(dataclasses.replace(cfg, out_dir=str(tmp_path / backend)), backend=backend)  # pyright: ignore
     assert len(made["jax"]) == PHASES
     compare_phases(made["jax"], made["torch"])
+    weights = [phase.metrics["kl_weight"] for phase in made["jax"]]
+    assert weights[0] == cfg.rl.kl_weight and len(set(weights)) == PHASES, "the weight follows its target"
+    ours, theirs = (
+        [row["stopped"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in made
+    )
+    assert ours == theirs and not any(ours[::2]) and 0 < sum(ours[1::2]) < PHASES, "some second updates are not made"
     models = {"model": cfg.model, "value": value_model(cfg)}
     for tree, model in models.items():
         ours = {name: np.asarray(x) for name, x in to_torch(jax.device_get(engines["jax"].state.params[tree]), model)}

@@ -5,6 +5,7 @@ This module imports neither jax nor torch, so both backends share it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -57,6 +58,12 @@ class RL:
     """Estimator of the divergence; docs/reinforcement.md has what each one's gradient is."""
     kl_weight: NonNegativeFloat = 0.05
     """Of the divergence."""
+    kl_target: NonNegativeFloat = 0.0
+    """Nats a sample may lie from the start: `kl_weight` follows it phase by phase (`kl = "reward"`); 0: it is fixed."""
+    kl_horizon: PositiveInt = 10000
+    """Samples over which `kl_weight` follows: the larger, the slower."""
+    stop_kl: NonNegativeFloat = 0.0
+    """An update is left out where the policy is this far, in nats a token, from the one that drew; 0: none is."""
     value_weight: NonNegativeFloat = 0.5
     """Of the value model's loss (recipe `ppo`)."""
     value_clip: NonNegativeFloat = 0.2
@@ -99,6 +106,16 @@ class RL:
             f"rl.kl_kind = {self.kl_kind!r} in the reward has another gradient than the divergence's",
             'rl.kl_kind = "k1"',
         )
+        require(
+            not self.kl_target or self.kl == "reward",
+            f"rl.kl_target = {self.kl_target} moves the weight of the divergence in the reward",
+            'rl.kl = "reward"',
+        )
+        require(
+            not self.stop_kl or self.iterations * self.minibatches > 1,
+            f"rl.stop_kl = {self.stop_kl}: with one update a phase the policy is the one that drew the samples",
+            "rl.iterations or rl.minibatches above 1",
+        )
         samples = self.prompts * self.group
         require(
             samples % self.minibatches == 0,
@@ -110,6 +127,15 @@ class RL:
         """The log-probabilities that batches hold beside the rows."""
         old = ("old_logps",) if self.iterations * self.minibatches > 1 or self.kl == "reward" else ()
         return (*old, "reference_logps") if self.kl != "none" else old
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Numbers of a phase that these options add: nats a sample from the start, and their weight."""
+        return ("kl_start", "kl_weight") if self.kl_target else ()
+
+    def stays_near(self, sums: Mapping[str, Any]) -> Any:
+        """Whether an update is made, by the sums of its batch in either framework: see `stop_kl`."""
+        return sums["kl_old"] <= self.stop_kl * sums["tokens"]
 
     @property
     def policy_options(self) -> dict[str, Any]:

@@ -170,7 +170,8 @@ def _of_torch(
     sums = loss_fn(tensors)[1]
     yield LOSS, {name: array_of(value) for name, value in sums.items() if value.ndim == 0}
     whole = recipe.objective.torch_whole(modules, cfg) if recipe.objective.torch_whole else None
-    step, state = make_steps(loss_fn, parts, cfg.train.microbatches, seed=cfg.seed, whole=whole), TrainState()
+    options: Any = {"seed": cfg.seed, "whole": whole, "update_if": recipe.objective.update_if}
+    step, state = make_steps(loss_fn, parts, cfg.train.microbatches, **options), TrainState()
     with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
         for number in range(1, max(STEPS) + 1):
             state, _ = step(state, tensors)

@@ -34,7 +34,11 @@ def recipe(cfg: config.Config) -> Recipe:
     return Recipe(
         columns=columns(cfg, STAGE),
         models=Models({MODEL: Trained(cfg.model, cfg.train)}, references(cfg)),
-        objective=Objective(objective, twin("torch_ref.recipes.grpo")),
+        objective=Objective(
+            objective,
+            twin("torch_ref.recipes.grpo"),
+            update_if=rl.stays_near if rl.stop_kl else None,
+        ),
         data=lambda own: RolloutData(cfg, own, STAGE),
         judge=lambda _: Judge(figures, "answer_nll", describe=described),
     )
@@ -43,7 +47,7 @@ def recipe(cfg: config.Config) -> Recipe:
 def columns(cfg: config.Config, stage: Stage) -> dict[str, Column]:
     """What the batches of a stage hold."""
     beside = dict.fromkeys((*stage.credit, *cfg.rl.columns), Column("float32", ("batch", "seq")))
-    return LM_COLUMNS | beside | dict.fromkeys(stage.measures, Column("float32", ()))
+    return LM_COLUMNS | beside | dict.fromkeys((*stage.measures, *cfg.rl.measures), Column("float32", ()))
 
 
 def references(cfg: config.Config) -> dict[str, Frozen]:
@@ -148,6 +152,13 @@ class JaxActor:
         compute: Any = jax.jit(_logps, static_argnums=(0, 1, 2))  # the same function, so it is compiled once a run
         options = self.decoder, self.config.rl.temperature, self.config.train.loss_block
         return np.asarray(compute(*options, self.reference if reference else self.params, named))
+
+    def adapted_kl_weight(self, weight: float, kl: float, samples: int) -> float:
+        """See `phases.Actor`."""
+        from jaxlm.objectives.advantages import adapt_kl_weight
+
+        rl = self.config.rl
+        return adapt_kl_weight(weight, kl, target=rl.kl_target, samples=samples, horizon=rl.kl_horizon)
 
     def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
         """See `phases.Actor`."""

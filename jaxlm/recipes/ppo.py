@@ -40,7 +40,11 @@ def recipe(cfg: config.Config) -> Recipe:
     return Recipe(
         columns=grpo.columns(cfg, STAGE),
         models=Models({MODEL: Trained(cfg.model, cfg.train), VALUE: value_tree(cfg)}, grpo.references(cfg)),
-        objective=Objective(objective, twin("torch_ref.recipes.ppo")),
+        objective=Objective(
+            objective,
+            twin("torch_ref.recipes.ppo"),
+            update_if=cfg.rl.stays_near if cfg.rl.stop_kl else None,
+        ),
         data=lambda own: RolloutData(cfg, own, STAGE),
         judge=lambda _: Judge(grpo.figures, "answer_nll", describe=grpo.described),
     )
@@ -84,7 +88,7 @@ class CriticPhases(Phases):
         rewards_B = np.array([sample.reward or 0.0 for sample in samples], np.float64)
         cut_B = np.array([sample.ended == "length" for sample in samples])
         last_B = np.array([len(sample.prompt_ids) + len(sample.ids) - 1 for sample in samples])
-        return actor.credit(batch, rewards_B, cut_B, last_B)
+        return actor.credit(batch, rewards_B, cut_B, last_B, self.kl_weight)
 
     def measured(self, batch: Batch) -> dict[str, float]:
         """How much of the returns the value model knew: 1 - var(G - V) / var(G), 0 where all returns are equal."""
@@ -102,14 +106,16 @@ class JaxCritic(grpo.JaxActor):
         super().__init__(engine.decoder, engine.params, reference, cfg, eos_id=eos_id, pad=pad)
         self.value, self.value_params = engine.program.modules[VALUE], engine.state.params[VALUE]
 
-    def credit(self, batch: Batch, rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray) -> Batch:
+    def credit(
+        self, batch: Batch, rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray, kl_weight: float
+    ) -> Batch:
         """Advantages (whitened), returns and values of every drawn token."""
         import jax
 
         names = ("tokens", "positions", "segments", "weights", *self.config.rl.columns)
         arrays = {name: batch[name] for name in names}
         compute: Any = jax.jit(_credit, static_argnums=(0, 1))
-        found = compute(self.value, self.config.rl, self.value_params, arrays, rewards_B, cut_B, last_B)
+        found = compute(self.value, self.config.rl, self.value_params, arrays, rewards_B, cut_B, last_B, kl_weight)
         return {name: np.asarray(x) for name, x in zip(CREDIT, found, strict=True)}
 
 
@@ -121,7 +127,9 @@ def actor_of(engine: Any, cfg: config.Config, **ends: int) -> JaxCritic:
 STAGE = Stage("ppo", actor_of, CriticPhases, CREDIT, (*MEASURES, "explained_variance"))
 
 
-def _credit(value: Any, rl: config.RL, params: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any) -> Any:
+def _credit(
+    value: Any, rl: config.RL, params: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any, kl_weight: Any
+) -> Any:
     import jax.numpy as jnp
 
     from jaxlm.objectives.advantages import gae, token_rewards, whiten
@@ -130,7 +138,7 @@ def _credit(value: Any, rl: config.RL, params: Any, batch: Any, rewards_B: Any, 
     weights_BT = batch["weights"].astype(values_BT.dtype)
     reference = batch["reference_logps"] if rl.kl == "reward" else None
     spoken = batch.get("old_logps", values_BT)
-    rewards_BT = token_rewards(spoken, reference, rewards_B.astype(values_BT.dtype), weights_BT, kl_weight=rl.kl_weight)
+    rewards_BT = token_rewards(spoken, reference, rewards_B.astype(values_BT.dtype), weights_BT, kl_weight=kl_weight)
     after_B = jnp.take_along_axis(values_BT, last_B[:, None], axis=1)[:, 0]
     credit = gae(rewards_BT, values_BT, weights_BT, jnp.where(cut_B, after_B, 0), discount=rl.discount, lam=rl.lam)
     return whiten(credit.advantages, weights_BT), credit.returns, values_BT

@@ -123,6 +123,9 @@ class Objective(NamedTuple):
     microbatch by their names. A batch that is not cut has none."""
     torch_whole: Callable[..., Callable[..., dict[str, Any]]] | None = None
     """Its twin: `torch_whole(modules, cfg)` returns `(batch) -> sums`."""
+    update_if: Callable[[Mapping[str, Any]], Any] | None = None
+    """Whether an update is made, by the sums of the whole batch, in both frameworks; None: always. One that is not made
+    changes nothing but the number of the step, and the metric `stopped` is 1."""
 
 
 def twin(module: str, name: str = "objective") -> Callable[..., Any]:

@@ -112,6 +112,7 @@ def make_steps(
     layout: Layout | None = None,
     matmul: str = "default",
     whole: Callable[[Any, Any, Batch], Sums] | None = None,
+    update_if: Callable[[Sums], Array] | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Sums]]:
     """The update as a pure function `(state, frozen, batch) -> (state, metrics)`; jit it with the state donated.
 
@@ -121,6 +122,7 @@ def make_steps(
 
     Args:
         whole: see `recipe.Objective.jax_whole`.
+        update_if: see `recipe.Objective`.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Sums]:
@@ -154,8 +156,11 @@ def make_steps(
             metrics |= {f"{prefix}grad_norm": grad_norm, f"{prefix}learning_rate": rate}
             if part.balanced is not None:
                 new_trees[name] = update_biases(new_trees[name], sums["expert_load"], part.balanced)
-        new, old = (new_trees, new_states), (trees, opt_states)
-        trees, opt_states = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        new, old, made = (new_trees, new_states), (trees, opt_states), finite
+        if update_if:
+            made = finite & update_if(sums)
+            metrics["stopped"] = 1.0 - made
+        trees, opt_states = jax.tree.map(lambda new, old: jnp.where(made, new, old), new, old)
         metrics["skipped"] = skipped = jnp.where(finite, 0, state.skipped + 1)
         for part in parts:
             if part.balanced is not None:

@@ -88,8 +88,13 @@ def test_answers_are_learnt(begun: Path) -> None:
 @pytest.mark.parametrize("recipe", ["grpo", "ppo"])
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, recipe: str) -> None:
-    """Two updates a phase and a reference; the run that stops in between draws the same samples again."""
-    options = {"rl": 'iterations = 2\nkl = "loss"', "train": f'init_from = "{begun / "answers"}"'}
+    """Two updates a phase and a reference; the run that stops in between draws the same samples again.
+
+    Of PPO the weight of the divergence follows a target, and no second update is near enough to be made.
+    """
+    follows = 'kl = "reward"\nkl_kind = "k1"\nkl_target = 0.1\nkl_horizon = 100\nstop_kl = 1e-9'
+    kept = {"grpo": 'kl = "loss"', "ppo": follows}[recipe]
+    options = {"rl": f"iterations = 2\n{kept}", "train": f'init_from = "{begun / "answers"}"'}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -97,7 +102,7 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, re
     start.run(load(parts, recipe, steps=2, **options), backend=backend)
     start.run(load(parts, recipe, steps=4, **options), resume=True, backend=backend)
     names = ("loss", "reward", "grad_norm", "kl_reference", "clip_share", "held_out_reward", "ended", "length")
-    names = (*names, *CRITIC) if recipe == "ppo" else names
+    names = (*names, *CRITIC, "kl_start", "kl_weight", "stopped") if recipe == "ppo" else names
     ours: list[list[Any]]
     ours, theirs = (
         [[row.get(name) for name in names] for row in rows(folder / recipe) if "loss" in row]
@@ -108,7 +113,13 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, re
     assert None not in ours[0]
     trees = [jaxlm.load(folder / recipe).params for folder in (whole, parts)]
     jax.tree.map(np.testing.assert_array_equal, *trees)
-    assert ours[1][3] > 0, "after the first update the policy is no longer its reference"
+    if recipe == "grpo":
+        assert ours[1][3] > 0, "after the first update the policy is no longer its reference"
+    else:
+        steps = [dict(zip(names, row, strict=True)) for row in ours]
+        assert [row["stopped"] for row in steps] == [0, 1, 0, 1]
+        assert steps[0]["kl_weight"] > steps[2]["kl_weight"] == np.float32(0.05 * (1 - 0.2 * 16 / 100))
+        assert steps[0]["kl_start"] == 0 and steps[2]["kl_start"] != 0
     assert np.isfinite([row[0] for row in ours]).all()
 
 
@@ -172,6 +183,10 @@ def test_the_value_model_has_options_of_its_own(begun: Path, tmp_path: Path) -> 
 def test_groups_of_one_are_refused(tmp_path: Path) -> None:
     cfg = load(tmp_path, "grpo")
     alone = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, group=1))
+    with pytest.raises(UserError, match=r"rl\.kl_target = 0\.1 moves the weight of the divergence in the reward"):
+        load(tmp_path, "grpo", rl="kl_target = 0.1")
+    with pytest.raises(UserError, match=r"rl\.stop_kl = 0\.1: with one update a phase"):
+        load(tmp_path, "grpo", rl="stop_kl = 0.1")
     with pytest.raises(UserError, match="a sample alone has nothing to be measured against"):
         make_recipe(alone)
 

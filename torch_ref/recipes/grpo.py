@@ -17,7 +17,7 @@ from jaxlm.text.sampling import Sampling
 from torch_ref.infer.generate import generate
 from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import wide
-from torch_ref.objectives.advantages import advantages
+from torch_ref.objectives.advantages import adapt_kl_weight, advantages
 from torch_ref.objectives.logprobs import TokenLogps, token_logps
 from torch_ref.objectives.policy import policy_loss
 from torch_ref.train.expert_balance import collect
@@ -91,6 +91,11 @@ class TorchActor:
         named = {name: torch.as_tensor(batch[name], device=device) for name in names}
         with torch.no_grad():
             return _spoken(decoder, named, self.config).logps.cpu().numpy()
+
+    def adapted_kl_weight(self, weight: float, kl: float, samples: int) -> float:
+        """See `jaxlm.recipes.rollouts.phases.Actor`."""
+        rl = self.config.rl
+        return adapt_kl_weight(weight, kl, target=rl.kl_target, samples=samples, horizon=rl.kl_horizon)
 
     def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
         """See `jaxlm.recipes.rollouts.phases.Actor`."""

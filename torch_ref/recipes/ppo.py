@@ -51,7 +51,12 @@ class TorchCritic(grpo.TorchActor):
 
     @torch.no_grad()
     def credit(
-        self, batch: Mapping[str, np.ndarray], rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray
+        self,
+        batch: Mapping[str, np.ndarray],
+        rewards_B: np.ndarray,
+        cut_B: np.ndarray,
+        last_B: np.ndarray,
+        kl_weight: float,
     ) -> dict[str, np.ndarray]:
         """Advantages (whitened), returns and values of every drawn token."""
         device = self.decoder.embed.weight.device
@@ -63,7 +68,7 @@ class TorchCritic(grpo.TorchActor):
             arrays.get("old_logps", values_BT),
             torch.as_tensor(rewards_B, dtype=values_BT.dtype, device=device),
         )
-        rewards_BT = token_rewards(spoken, reference, rewards, weights_BT, kl_weight=rl.kl_weight)
+        rewards_BT = token_rewards(spoken, reference, rewards, weights_BT, kl_weight=kl_weight)
         after_B = values_BT.gather(1, torch.as_tensor(last_B, device=device)[:, None])[:, 0]
         bootstrap_B = torch.where(torch.as_tensor(cut_B, device=device), after_B, 0)
         credit = gae(rewards_BT, values_BT, weights_BT, bootstrap_B, discount=rl.discount, lam=rl.lam)

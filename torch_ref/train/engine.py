@@ -64,7 +64,8 @@ class TorchEngine:
         if cfg.torch.compile:
             objective = torch.compile(objective)
         whole = recipe.objective.torch_whole(self.modules, cfg) if recipe.objective.torch_whole else None
-        self._step = make_steps(objective, self.parts, cfg.train.microbatches, seed=cfg.seed, whole=whole)
+        options: Any = {"seed": cfg.seed, "whole": whole, "update_if": recipe.objective.update_if}
+        self._step = make_steps(objective, self.parts, cfg.train.microbatches, **options)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         adapted = sum(x.numel() for n, x in self.decoder.named_parameters() if n.endswith((".adapter.a", ".adapter.b")))

@@ -78,6 +78,7 @@ def make_steps(
     *,
     seed: int,
     whole: Callable[[Batch], Sums] | None = None,
+    update_if: Callable[[Sums], Tensor] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update `(state, batch) -> (state, metrics)`.
 
@@ -87,6 +88,7 @@ def make_steps(
 
     Args:
         whole: see `recipe.Objective.torch_whole`.
+        update_if: see `recipe.Objective`.
     """
     for part in parts:
         for parameter in part.parameters:  # one that takes no part has a gradient of zero, as in JAX, and decays
@@ -109,9 +111,13 @@ def make_steps(
             finite = finite and bool(torch.isfinite(grad_norm))
             rate = torch.tensor(set_learning_rate(part.optimizer, part.train), dtype=torch.float64)
             metrics |= {f"{prefix}grad_norm": grad_norm, f"{prefix}learning_rate": rate}
-        if finite:
-            finite = _update(parts, weight, metrics)
-        if finite:
+        made = finite
+        if update_if:
+            made = finite and bool(update_if(sums))
+            metrics["stopped"] = torch.tensor(1.0 - made)
+        if made:
+            made = finite = _update(parts, weight, metrics)
+        if made:
             for decoder in filter(None, (part.balanced for part in parts)):
                 update_biases(decoder, sums["expert_load"])
         skipped = 0 if finite else state.skipped + 1

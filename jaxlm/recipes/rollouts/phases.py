@@ -41,6 +41,10 @@ class Actor(Protocol):
         """Log-probability [B, T] of every target, under the policy or under where it started."""
         ...
 
+    def adapted_kl_weight(self, weight: float, kl: float, samples: int) -> float:
+        """`objectives.advantages.adapt_kl_weight` of this framework, as the config has it."""
+        ...
+
     def advantages(self, rewards_GN: np.ndarray, valid_GN: np.ndarray) -> np.ndarray:
         """`objectives.advantages.advantages` of this framework, as the config has it."""
         ...
@@ -78,6 +82,8 @@ class Phases:
         self.ends = frozenset(end for end in (tokenizer.eot,) if end is not None)
         if not self.ends:
             raise UserError("the tokenizer has no end of text: no sample could end", "tokenizer.specials=true")
+        self.kl_weight = cfg.rl.kl_weight
+        """Of the divergence in the rewards of the next phase; part of what a checkpoint keeps if it has a target."""
 
     def run(self, actor: Actor, number: int) -> Phase:
         """Phase `number`.
@@ -96,7 +102,16 @@ class Phases:
         batch["weights"] = np.where(valid_B[:, None], batch["weights"], 0)
         batch |= self.credit(actor, batch, samples)
         metrics = self._metrics(samples) | self.measured(batch)
+        if rl.kl_target:
+            metrics |= self._follow_target(actor, batch)
         return Phase(samples, batch["advantages"], self._batches(batch, number), metrics)
+
+    def _follow_target(self, actor: Actor, batch: Batch) -> dict[str, float]:
+        """Move the weight of the divergence for the next phase (Ziegler et al. 2019, section 2.2)."""
+        moved_BT = (batch["old_logps"] - batch["reference_logps"]) * batch["weights"]
+        kl, used = float(moved_BT.sum(1).mean()), self.kl_weight
+        self.kl_weight = actor.adapted_kl_weight(used, kl, len(moved_BT))
+        return {"kl_start": kl, "kl_weight": used}
 
     def measured(self, batch: Batch) -> dict[str, float]:
         """More numbers of the phase, of all its rows together."""
@@ -109,7 +124,7 @@ class Phases:
         valid_GN = ~np.isnan(rewards_GN)
         if self.rl.kl == "reward":
             moved_BT = (batch["old_logps"] - batch["reference_logps"]) * batch["weights"]
-            rewards_GN = rewards_GN - self.rl.kl_weight * moved_BT.sum(1).reshape(rewards_GN.shape)
+            rewards_GN = rewards_GN - self.kl_weight * moved_BT.sum(1).reshape(rewards_GN.shape)
         advantages_B1 = actor.advantages(rewards_GN, valid_GN).reshape(-1, 1)
         return {"advantages": np.repeat(advantages_B1, batch["weights"].shape[1], axis=1)}
 

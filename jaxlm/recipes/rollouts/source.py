@@ -48,6 +48,7 @@ class RolloutData:
 
     def __init__(self, cfg: config.Config, own: Tokenizer | None, stage: Stage) -> None:
         rl, self.stage = cfg.rl, stage
+        self.measures = (*stage.measures, *rl.measures)
         self.config, self.tokenizer = cfg, stage_tokenizer(cfg, own)
         self.updates_per_phase = rl.iterations * rl.minibatches
         rows = rl.prompts * rl.group // rl.minibatches
@@ -85,7 +86,7 @@ class RolloutData:
             write_rollouts(Path(self.config.out_dir), step, self._kept(self.phase, actor))
         measured = self.phase.metrics | {"held_out_reward": self._held_out_reward}
         for batch in self.phase.batches:
-            batch |= {name: np.asarray(measured[name], np.float32) for name in self.stage.measures}
+            batch |= {name: np.asarray(measured[name], np.float32) for name in self.measures}
 
     def _kept(self, phase: Phase, actor: Actor) -> list[dict[str, Any]]:
         """The samples of a phase, each with the means over its tokens; see `run.rollouts.Rollouts`."""
@@ -147,11 +148,11 @@ class RolloutData:
             batch = {name: np.pad(x, [(0, missing), (0, 0)]) for name, x in batch.items()}
             names = (*self.stage.credit, *self.config.rl.columns)
             beside = {name: np.zeros_like(batch["weights"]) for name in names}
-            yield batch | beside | {name: np.zeros((), np.float32) for name in self.stage.measures}
+            yield batch | beside | {name: np.zeros((), np.float32) for name in self.measures}
 
 
 class RolloutBatches:
-    """The batches of the phase that has begun; its state is the number of the next batch."""
+    """The batches of the phase that has begun; its state is the number of the next batch, and a weight that moves."""
 
     def __init__(self, data: RolloutData) -> None:
         self._data, self._next = data, 0
@@ -164,7 +165,9 @@ class RolloutBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        return {"next_index": self._next}
+        phases = self._data.phases
+        return {"next_index": self._next} | ({"kl_weight": phases.kl_weight} if phases.rl.kl_target else {})
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._next = int(state["next_index"])
+        self._data.phases.kl_weight = float(state.get("kl_weight", self._data.phases.kl_weight))
