@@ -145,22 +145,17 @@ def make_steps(
         new_trees, new_states = {}, {}
         for part in parts:
             name, prefix = part.name, "" if part.name == MODEL else f"{part.name}_"
-            grad_norm = optax.tree.norm(grads[name]) / weight
-            scale = _scale(part, grad_norm, weight)
-            scaled = jax.tree.map(lambda g, scale=scale: g * scale.astype(g.dtype), grads[name])
-            updates, new_states[name] = part.optimizer.update(scaled, opt_states[name], move[name])
-            moved = optax.apply_updates(move[name], updates)
+            moved, new_states[name], grad_norm = _moved(part, move[name], opt_states[name], grads[name], weight)
             new_trees[name] = _joined({name: moved}, rest)[name]
             finite &= jnp.isfinite(grad_norm)
             rate = learning_rate(part.train, _updates_made(opt_states[name]).astype(float), jnp)
             metrics |= {f"{prefix}grad_norm": grad_norm, f"{prefix}learning_rate": rate}
             if part.balanced is not None:
                 new_trees[name] = update_biases(new_trees[name], sums["expert_load"], part.balanced)
-        new, old, made = (new_trees, new_states), (trees, opt_states), finite
-        if update_if:
-            made = finite & update_if(sums)
-            metrics["stopped"] = 1.0 - made
-        trees, opt_states = jax.tree.map(lambda new, old: jnp.where(made, new, old), new, old)
+        new, old = (new_trees, new_states), (trees, opt_states)
+        allowed = update_if(sums) if update_if else jnp.array(True)
+        metrics |= {"stopped": 1.0 - allowed} if update_if else {}
+        trees, opt_states = jax.tree.map(lambda new, old: jnp.where(finite & allowed, new, old), new, old)
         metrics["skipped"] = skipped = jnp.where(finite, 0, state.skipped + 1)
         for part in parts:
             if part.balanced is not None:
@@ -168,6 +163,15 @@ def make_steps(
         return TrainState(state.step + 1, _bare(trees, parts), _bare(opt_states, parts), skipped), metrics
 
     return _within(layout, matmul, step)
+
+
+def _moved(part: Part, tree: Any, opt_state: Any, grads: Any, weight: Array) -> tuple[Any, Any, Array]:
+    """What moves of a tree after an update by the gradient of a sum, its optimiser then, and the gradient's norm."""
+    grad_norm = optax.tree.norm(grads) / weight
+    scale = _scale(part, grad_norm, weight)
+    scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    updates, opt_state = part.optimizer.update(scaled, opt_state, tree)
+    return optax.apply_updates(tree, updates), opt_state, grad_norm
 
 
 def _scale(part: Part, grad_norm: Array, weight: Array) -> Array:

@@ -111,13 +111,11 @@ def make_steps(
             finite = finite and bool(torch.isfinite(grad_norm))
             rate = torch.tensor(set_learning_rate(part.optimizer, part.train), dtype=torch.float64)
             metrics |= {f"{prefix}grad_norm": grad_norm, f"{prefix}learning_rate": rate}
-        made = finite
-        if update_if:
-            made = finite and bool(update_if(sums))
-            metrics["stopped"] = torch.tensor(1.0 - made)
-        if made:
-            made = finite = _update(parts, weight, metrics)
-        if made:
+        allowed = bool(update_if(sums)) if update_if else True
+        metrics |= {"stopped": torch.tensor(1.0 - allowed)} if update_if else {}
+        if finite and allowed:
+            finite = _update(parts, weight, metrics)
+        if finite and allowed:
             for decoder in filter(None, (part.balanced for part in parts)):
                 update_biases(decoder, sums["expert_load"])
         skipped = 0 if finite else state.skipped + 1

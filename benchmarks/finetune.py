@@ -1,0 +1,104 @@
+"""SST-2 from end to end: what two commands of docs/finetuning.md come to, beside what costs nothing.
+
+    make pretrained && python -m benchmarks.finetune            # 20 to 40 minutes on two idle cores
+    python -m benchmarks.finetune --only words,zero-shot        # without training
+
+It trains `configs/finetune/sst2.toml` (or goes on with runs/sst2) and asks all 1,821 test sentences. Every figure is
+written as soon as it is known, with its interval (Wilson 1927, 95 %), and a figure that is there is not measured again:
+an interrupted command goes on where it was. After `--minutes` no further figure is begun, and the training is stopped
+as by Ctrl-C, which saves it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+import jaxlm
+from benchmarks import peers
+from benchmarks.sst2 import bag_of_words, chat_prompts, predictions, sentences, wilson
+from jaxlm.config import toml
+
+CONFIG = Path("configs/finetune/sst2.toml")
+FIGURES = ("words", "zero-shot", "template", "training", "tuned")
+
+
+def share(found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """How many are right, of how many, and the interval."""
+    right = int((found == labels).sum())
+    interval = list(wilson(right, len(labels)))
+    return {"right": right, "of": len(labels), "accuracy": right / len(labels), "interval": interval}
+
+
+def trained(run: Path, minutes: float) -> dict[str, Any]:
+    """Train the config, or go on with its run; after so many minutes it is stopped and saves."""
+    resume = ["--resume"] if (run / "config.toml").is_file() else []
+    command = [sys.executable, "-m", "jaxlm", "train", str(CONFIG), f'out_dir="{run}"', *resume]
+    began, process = time.perf_counter(), subprocess.Popen(command)
+    try:
+        process.wait(60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = max(row["step"] for row in rows)
+    return {"steps": steps, "of": toml.load(CONFIG).train.steps, "seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    """Measure what is missing, and print a line for each figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/sst2"))
+    parser.add_argument("--base", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
+    parser.add_argument("--only", default=",".join(FIGURES), help="which figures")
+    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/finetune.json")
+    options = parser.parse_args()
+    test, labels = sentences(options.data / "test.tsv")
+
+    def plain() -> dict[str, Any]:
+        base = jaxlm.load(options.base)
+        return share(predictions(base, [base.encode(f"Review: {text}\nSentiment:") for text in test]), labels)
+
+    def templated(run: Path) -> dict[str, Any]:
+        prompt = chat_prompts(run)
+        return share(predictions(jaxlm.load(run), [prompt(text) for text in test]), labels)
+
+    began, file = time.perf_counter(), options.out or peers.RESULTS / "finetune.json"
+    left = lambda: options.minutes - (time.perf_counter() - began) / 60  # noqa: E731
+    figures: dict[str, Callable[[], dict[str, Any]]] = {
+        "words": lambda: share(bag_of_words(options.data, test), labels),
+        "zero-shot": plain,
+        "template": lambda: templated(options.base),
+        "training": lambda: trained(options.run, left()),
+        "tuned": lambda: templated(options.run),
+    }
+    results = json.loads(file.read_text(encoding="utf-8"))["figures"] if file.is_file() else {}
+    for name in (name for name in FIGURES if name in options.only.split(",")):
+        whole = name != "training" or results.get(name, {}).get("steps") == results.get(name, {}).get("of")
+        if name not in results or not whole:
+            if left() <= 0:
+                print(f"{name}: not begun, {options.minutes:g} minutes are over; the same command goes on", flush=True)
+                continue
+            start = time.perf_counter()
+            results[name] = figures[name]() | {"load": psutil.getloadavg()[0]}
+            results[name].setdefault("seconds", time.perf_counter() - start)
+            if name == "training":
+                results.pop("tuned", None)  # of fewer steps
+            peers.save("finetune", {"figures": results}, options.out)
+        print(f"{name:10} {json.dumps(results[name])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
