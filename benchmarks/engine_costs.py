@@ -86,7 +86,8 @@ def bandwidth(rounds: int, _: int) -> dict[str, Any]:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(made.params)) - looked_up.nbytes
     read, copied = weights * BURST / times["burst"]["min_s"], 2 * source.nbytes / times["copy"]["min_s"]
     orders = Orders.empty(made.rows, made.vocab)
-    text = programs.decode.lower(made.decoder, made.params, made.state, orders).compile().as_text() or ""
+    lowered = programs.decode.lower(programs.Placed(made.decoder), made.params, made.state, orders)
+    text = lowered.compile().as_text() or ""
     cfg = made.decoder.config
     shapes = "|".join(f"{a},{b}" for a, b in ((cfg.head_dim, made.slots), (made.slots, cfg.head_dim)))
     copies = len(re.findall(rf"= f32\[{made.rows},{cfg.n_kv_heads},({shapes})\]\S* copy\(", text))
@@ -109,8 +110,9 @@ def prefill_memory(_: int, __: int) -> dict[str, Any]:
     for context in (4096, 16384):
         made = runner(1, context)
         tokens = np.zeros((1, made.widths[-1]), np.int32)
-        compiled = programs.prefill.lower(made.decoder, made.params, made.state, 0, tokens, 0, 1).compile()
-        memory: Any = compiled.memory_analysis()
+        placed = programs.Placed(made.decoder)
+        lowered = programs.prefill.lower(placed, made.params, made.state, 0, tokens, 0, 1)
+        memory: Any = lowered.compile().memory_analysis()
         found[f"{context} tokens"] = memory.temp_size_in_bytes / 2**20
     return {"temporaries_mib": found}
 

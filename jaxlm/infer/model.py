@@ -300,7 +300,8 @@ class Model:
             UserError: the model has no tokenizer.
         """
         with precision(self.config.numerics):
-            return Generator(self.decoder, self.params, self._tokenizer, end_ids(self.path) if self.path else ())
+            ends = end_ids(self.path) if self.path else ()
+            return Generator(self.decoder, self.params, self._tokenizer, ends, self.layout)
 
     def to_torch(self) -> Any:
         """The same model as a `torch_ref.models.decoder.Decoder`, a `torch.nn.Module`, bit for bit.

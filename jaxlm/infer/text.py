@@ -18,6 +18,7 @@ from jaxlm.infer.engine.draft import DRAFT_WIDTHS, check_draft
 from jaxlm.infer.engine.on_jax.runner import JaxRunner, row_bytes
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.infer.memory import bytes_of, context_of, rows_within
+from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, Params
 from jaxlm.text.completion import Completion, check_prompts, encode_prompts
 from jaxlm.text.sampling import Sampling
@@ -33,15 +34,23 @@ class Generator:
 
     Args:
         ends: ids that end a text besides the tokenizer's end and begin of text.
+        layout: devices over which the model is split.
 
     Raises:
         UserError: the model has another head than that of a language model.
     """
 
-    def __init__(self, decoder: Decoder, params: Params, tokenizer: Tokenizer, ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Params,
+        tokenizer: Tokenizer,
+        ends: Sequence[int] = (),
+        layout: Layout | None = None,
+    ) -> None:
         decoder.config.require_language_model("generation")
         check_usable(tokenizer, decoder.config.vocab_size)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.layout = tokenizer, layout
         self.decoder, self.params = unrolled_for_decoding(decoder, params)
         self.ends = tuple(dict.fromkeys([*sorted(tokenizer.ends), *ends]))
 
@@ -82,11 +91,11 @@ class Generator:
             check_draft(self.tokenizer, draft.tokenizer)
             size += row_bytes(draft.decoder, context_of(draft.decoder.config, context))
         rows = rows_within(rows, memory, size, context)
-        runner = JaxRunner(self.decoder, self.params, rows=rows, slots=context, speculates=speculate > 0)
+        sizes: Any = {"rows": rows, "slots": context}
+        runner = JaxRunner(self.decoder, self.params, speculates=speculate > 0, layout=self.layout, **sizes)
         if draft is not None:
-            guesser = JaxRunner(
-                draft.decoder, draft.params, rows=rows, slots=context, widths=DRAFT_WIDTHS, speculates=True
-            )
+            sizes |= {"widths": DRAFT_WIDTHS, "speculates": True, "layout": draft.layout}
+            guesser = JaxRunner(draft.decoder, draft.params, **sizes)
         print_of = f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}"
         return Engine(
             runner,

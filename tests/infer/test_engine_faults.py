@@ -116,6 +116,7 @@ def test_a_mask_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_cache_is_copied(runner: JaxRunner) -> None:
     """The compiled step writes each cache in place: no copy of a whole one."""
     orders = Orders.empty(runner.rows, runner.vocab)
-    text = programs.decode.lower(runner.decoder, runner.params, runner.state, orders).compile().as_text() or ""
+    lowered = programs.decode.lower(programs.Placed(runner.decoder), runner.params, runner.state, orders)
+    text = lowered.compile().as_text() or ""
     slots = runner.slots
     assert not re.search(rf"= f32\[{runner.rows},2,({slots},8|8,{slots})\]\S* copy\(", text)

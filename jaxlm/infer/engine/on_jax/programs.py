@@ -7,6 +7,8 @@ Shapes: R rows, N tokens of a burst, C of a chunk, V vocabulary, E end ids, Q li
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -19,15 +21,37 @@ from jaxlm.infer.engine.on_jax import rows as row_ops
 from jaxlm.infer.engine.on_jax.draw import State, draw_rows, log_probs, score_rows
 from jaxlm.infer.engine.request import MOST_LOGPROBS
 from jaxlm.infer.engine.runner import BURST, Orders
+from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Cache, Decoder, Params
 from jaxlm.numerics import wide
 from jaxlm.ops import sampling as ops
 
 
-def make_state(decoder: Decoder, rows: int, slots: int, room: int = 0) -> State:
-    shape = (rows, decoder.config.vocab_size)
-    counters = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, wide(decoder.policy.compute))
-    return State(row_ops.empty_rows(decoder, rows, slots, room), *counters)
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A decoder, and the devices over which its parameters and the rows are split; None: they lie on one."""
+
+    decoder: Decoder
+    layout: Layout | None = dataclasses.field(default=None, hash=False)
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """While tracing inside, activations lie where the layout says."""
+        return contextlib.nullcontext() if self.layout is None else self.layout.active()
+
+    def held(self, state: State) -> State:
+        """The state where it lies between calls: split by kv heads, inner channels or heads, whole otherwise."""
+        if self.layout is None:
+            return state
+        places = self.layout.shardings(row_ops.row_axes(self.decoder, state.cache), state.cache)
+        return state._replace(cache=jax.lax.with_sharding_constraint(state.cache, places))
+
+
+def make_state(placed: Placed, rows: int, slots: int, room: int = 0) -> State:
+    """What empty rows have on the device."""
+    decoder = placed.decoder
+    shape, width = (rows, decoder.config.vocab_size), wide(decoder.policy.compute)
+    counters = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, width)
+    return placed.held(State(row_ops.empty_rows(decoder, rows, slots, room), *counters))
 
 
 empty = jax.jit(make_state, static_argnums=(0, 1, 2, 3))
@@ -35,7 +59,7 @@ empty = jax.jit(make_state, static_argnums=(0, 1, 2, 3))
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(
-    decoder: Decoder,
+    placed: Placed,
     params: Params,
     state: State,
     row: Int[Array, ""],
@@ -43,12 +67,12 @@ def prefill(
     start: Int[Array, ""],
     count: Int[Array, ""],
 ) -> State:
-    return _run_chunk(decoder, params, state, row, tokens_1C, start, count)[0]
+    return _run_chunk(placed, params, state, row, tokens_1C, start, count)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def score(
-    decoder: Decoder,
+    placed: Placed,
     params: Params,
     state: State,
     row: Int[Array, ""],
@@ -57,22 +81,23 @@ def score(
     start: Int[Array, ""],
     count: Int[Array, ""],
 ) -> tuple[State, tuple[Array, ...]]:
-    state, hidden_1CD = _run_chunk(decoder, params, state, row, tokens_1C, start, count)
-    logits_CV: Array = _unembed(decoder, params, hidden_1CD)[0]
+    state, hidden_1CD = _run_chunk(placed, params, state, row, tokens_1C, start, count)
+    logits_CV: Array = _unembed(placed, params, hidden_1CD)[0]
     return state, log_probs(logits_CV, targets_1C[0])
 
 
 def _run_chunk(
-    decoder: Decoder, params: Params, state: State, row: Array, tokens_1C: Array, start: Array, count: Array
+    placed: Placed, params: Params, state: State, row: Array, tokens_1C: Array, start: Array, count: Array
 ) -> tuple[State, Array]:
     """A chunk of one row, of which `count` tokens are real; the others lie behind them and change nothing."""
     index_1C = jnp.arange(tokens_1C.shape[1], dtype=jnp.int32)[None]
     real_1C = (index_1C < count).astype(jnp.int32)
-    part = row_ops.one_row(decoder, state.cache, row)
+    part = row_ops.one_row(placed.decoder, state.cache, row)
     # Padding stands at the first real token's place where positions must lie within a table.
     positions_1C = jnp.where(real_1C != 0, start + index_1C, start).astype(jnp.int32)
-    hidden_1CD, part = _hidden(decoder, params, tokens_1C, positions_1C, real_1C, part)
-    return state._replace(cache=row_ops.put_row(decoder, state.cache, row, part)), hidden_1CD
+    hidden_1CD, part = _hidden(placed, params, tokens_1C, positions_1C, real_1C, part)
+    cache = row_ops.put_row(placed.decoder, state.cache, row, part)
+    return placed.held(state._replace(cache=cache)), hidden_1CD
 
 
 class _Loop(NamedTuple):
@@ -86,7 +111,7 @@ class _Loop(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(decoder: Decoder, params: Params, state: State, orders: Orders) -> tuple[State, tuple[Array, ...]]:
+def decode(placed: Placed, params: Params, state: State, orders: Orders) -> tuple[State, tuple[Array, ...]]:
     """Each step feeds a row's last token, which no layer has seen yet, and draws the next."""
     r = orders.token.shape[0]
     knobs = ops.Knobs(*(jnp.asarray(values) for values in orders.knobs))
@@ -96,8 +121,8 @@ def decode(decoder: Decoder, params: Params, state: State, orders: Orders) -> tu
         position_R1 = (orders.position + loop.step)[:, None]
         token_R1, active_R1 = loop.token_R[:, None], active_R.astype(jnp.int32)[:, None]
         cache, step = loop.state.cache, loop.step
-        hidden_R1D, cache = _hidden(decoder, params, token_R1, position_R1, active_R1, cache)
-        logits_RV = _unembed(decoder, params, hidden_R1D)[:, 0]
+        hidden_R1D, cache = _hidden(placed, params, token_R1, position_R1, active_R1, cache)
+        logits_RV = _unembed(placed, params, hidden_R1D)[:, 0]
         token_R, kept_RV = draw_rows(logits_RV, loop.state, orders, knobs, step)
         top_R = jnp.minimum(jnp.max(logits_RV, axis=-1), jnp.max(kept_RV, axis=-1))  # -inf where nothing may be drawn
         bad_R = active_R & ~jnp.isfinite(top_R)
@@ -116,15 +141,15 @@ def decode(decoder: Decoder, params: Params, state: State, orders: Orders) -> tu
     def goes_on(loop: _Loop) -> Array:
         return (loop.step < orders.until) & ~jnp.any(loop.ended_R)
 
-    drawn = _nothing_drawn(decoder, r)
+    drawn = _nothing_drawn(placed, r)
     loop = _Loop(jnp.int32(0), jnp.zeros(r, bool), jnp.asarray(orders.token), state, drawn)
     loop = lax.while_loop(goes_on, body, loop)
-    return loop.state, loop.drawn
+    return placed.held(loop.state), loop.drawn
 
 
-def _nothing_drawn(decoder: Decoder, rows: int) -> tuple[Array, ...]:
+def _nothing_drawn(placed: Placed, rows: int) -> tuple[Array, ...]:
     """The arrays of `Drawn`, without a token."""
-    width, count = wide(decoder.policy.compute), min(MOST_LOGPROBS, decoder.config.vocab_size)
+    width, count = wide(placed.decoder.policy.compute), min(MOST_LOGPROBS, placed.decoder.config.vocab_size)
     few, many = (BURST, rows), (BURST, rows, count)
     counts = jnp.zeros(few, jnp.int32), jnp.zeros(few, bool), jnp.zeros(few, width)
     return (*counts, jnp.zeros(many, jnp.int32), jnp.zeros(many, width), jnp.zeros(rows, jnp.int32))
@@ -132,7 +157,7 @@ def _nothing_drawn(decoder: Decoder, rows: int) -> tuple[Array, ...]:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def verify(
-    decoder: Decoder, params: Params, state: State, orders: Orders, guess_NR: Array, masks_NRW: Array
+    placed: Placed, params: Params, state: State, orders: Orders, guess_NR: Array, masks_NRW: Array
 ) -> tuple[State, tuple[Array, ...]]:
     """Feed each row its last token and its guesses at once, then draw from left to right while they are right."""
     n, r = guess_NR.shape
@@ -144,10 +169,10 @@ def verify(
     def feed(cache: Cache, count_R: Array) -> tuple[Array, Cache]:
         real_RN = active_R[:, None] & (index_1N < count_R[:, None])
         positions_RN = orders.position[:, None] + jnp.where(real_RN, index_1N, 0)
-        return _hidden(decoder, params, tokens_RN, positions_RN.astype(jnp.int32), real_RN.astype(jnp.int32), cache)
+        return _hidden(placed, params, tokens_RN, positions_RN.astype(jnp.int32), real_RN.astype(jnp.int32), cache)
 
     hidden_RND, after = feed(state.cache, guesses_R + 1)
-    logits_RNV = _unembed(decoder, params, hidden_RND)
+    logits_RNV = _unembed(placed, params, hidden_RND)
 
     def body(loop: _Loop) -> _Loop:
         step, alive_R = loop.step, ~loop.ended_R
@@ -167,7 +192,7 @@ def verify(
         return _Loop(step + 1, loop.ended_R | over_R, token_R, loop.state._replace(counts_RV=counts_RV), counted)
 
     begun = state._replace(cache=after)
-    loop = _Loop(jnp.int32(0), ~active_R, jnp.asarray(orders.token), begun, _nothing_drawn(decoder, r))
+    loop = _Loop(jnp.int32(0), ~active_R, jnp.asarray(orders.token), begun, _nothing_drawn(placed, r))
     loop = lax.while_loop(lambda loop: (loop.step < n) & ~jnp.all(loop.ended_R), body, loop)
 
     # Of slots by position, guesses that were wrong are overwritten. States are computed again, from before the call.
@@ -176,12 +201,12 @@ def verify(
         right = jnp.all(~active_R | (taken_R == guesses_R + 1))
         again = lambda new: feed(row_ops.before_states(state.cache, new), taken_R)[1]  # noqa: E731
         after = lax.cond(right, lambda new: new, again, after)
-    return loop.state._replace(cache=after), loop.drawn
+    return placed.held(loop.state._replace(cache=after)), loop.drawn
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def reset(decoder: Decoder, state: State, row: Array, scrub: Array) -> State:
-    return state._replace(cache=row_ops.reset_row(decoder, state.cache, jnp.int32(row), scrub))
+def reset(placed: Placed, state: State, row: Array, scrub: Array) -> State:
+    return placed.held(state._replace(cache=row_ops.reset_row(placed.decoder, state.cache, jnp.int32(row), scrub)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -194,21 +219,23 @@ def set_row(state: State, row: Array, seen_V: Array, counts_V: Array, bias_V: Ar
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def keep(decoder: Decoder, state: State, row: Array, start: Array, size: int) -> row_ops.Kept:
-    return row_ops.keep(decoder, state.cache, jnp.int32(row), jnp.int32(start), size)
+def keep(placed: Placed, state: State, row: Array, start: Array, size: int) -> row_ops.Kept:
+    return row_ops.keep(placed.decoder, state.cache, jnp.int32(row), jnp.int32(start), size)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def put_back(decoder: Decoder, state: State, row: Array, start: Array, kept: row_ops.Kept) -> State:
-    cache = row_ops.put_back(decoder, state.cache, jnp.int32(row), jnp.int32(start), kept)
-    return state._replace(cache=cache)
+def put_back(placed: Placed, state: State, row: Array, start: Array, kept: row_ops.Kept) -> State:
+    cache = row_ops.put_back(placed.decoder, state.cache, jnp.int32(row), jnp.int32(start), kept)
+    return placed.held(state._replace(cache=cache))
 
 
-def _hidden(decoder: Decoder, params: Params, *inputs: Any) -> tuple[Array, Cache]:
-    returned: Any = decoder.apply({"params": params}, *inputs, method="hidden")
+def _hidden(placed: Placed, params: Params, *inputs: Any) -> tuple[Array, Cache]:
+    with placed.active():
+        returned: Any = placed.decoder.apply({"params": params}, *inputs, method="hidden")
     return returned
 
 
-def _unembed(decoder: Decoder, params: Params, hidden_BTD: Array) -> Array:
-    returned: Any = decoder.apply({"params": params}, hidden_BTD, method="unembed")
+def _unembed(placed: Placed, params: Params, hidden_BTD: Array) -> Array:
+    with placed.active():
+        returned: Any = placed.decoder.apply({"params": params}, hidden_BTD, method="unembed")
     return returned

@@ -9,6 +9,7 @@ A cache is a tuple of what the layers remember, stacked over repeats where they 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,15 @@ from jaxtyping import Array, Int
 from jaxlm.models.block import MIXERS
 from jaxlm.models.cache import RowCache, WindowCache
 from jaxlm.models.decoder import Cache, Decoder
+from jaxlm.models.mamba import Mamba2Cache, MambaCache
+
+SLOTS = ((None, "kv_heads", None, None), (None, "kv_heads", None, None), (None, None))
+AXES: Mapping[type, tuple[tuple[str | None, ...], ...]] = {
+    RowCache: (*SLOTS[:2], ()),
+    MambaCache: ((None, None, "inner"), (None, None, "inner")),
+    Mamba2Cache: ((None, None, "inner"), (None, None, None), (None, "heads", None, None)),
+}
+"""Logical axes of the leaves of a layer's cache, without that of repeats: rows are whole."""
 
 
 class Kept(NamedTuple):
@@ -43,6 +53,17 @@ def empty_rows(decoder: Decoder, rows: int, slots: int, room: int = 0) -> Cache:
     if not cfg.scanned:
         return tuple(layers)
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cfg.repeats, *leaf.shape)), tuple(layers))
+
+
+def row_axes(decoder: Decoder, cache: Cache) -> Any:
+    """The tree of the logical axes of every leaf: what a mesh splits of a row."""
+    repeats = ("layers",) if decoder.config.scanned else ()
+    axes = [
+        (*repeats, *leaf)
+        for layer in cache
+        for leaf in (SLOTS * 2 if isinstance(layer, WindowCache) else AXES[type(layer)])
+    ]
+    return jax.tree.unflatten(jax.tree.structure(cache), axes)
 
 
 def one_row(decoder: Decoder, cache: Cache, row: Int[Array, ""]) -> Cache:

@@ -15,6 +15,7 @@ Shapes: R rows, N tokens of a burst, C of a chunk, V vocabulary, E end ids, Q li
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ from jaxlm.infer.engine.on_jax import programs
 from jaxlm.infer.engine.on_jax import rows as row_ops
 from jaxlm.infer.engine.runner import BURST, Drawn, Orders, Scored
 from jaxlm.infer.generate import unrolled_for_decoding
-from jaxlm.models.decoder import Decoder, Params
+from jaxlm.mesh import Layout
+from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.ops.attention.slots import block_of
 
 WIDTHS = (16, 64, 256)
@@ -35,12 +37,17 @@ WIDTHS = (16, 64, 256)
 
 
 class JaxRunner:
-    """Rows of a decoder on one device. Not for several threads at once; see `runner.Runner` for the contract.
+    """Rows of a decoder. Not for several threads at once; see `runner.Runner` for the contract.
 
     Args:
         slots: the longest text of a row; rounded up to whole blocks.
         widths: tokens of the prefill programs, rising; the last is the chunk.
         speculates: windows get room for tokens that are taken back, and `verify` is compiled.
+        layout: devices over which parameters, kv heads and inner channels are split; None: all lie on the first. Every
+            device has all rows, so `data` splits nothing.
+
+    Raises:
+        UserError: a mesh axis does not divide what it splits.
     """
 
     def __init__(
@@ -52,11 +59,14 @@ class JaxRunner:
         slots: int,
         widths: Sequence[int] = WIDTHS,
         speculates: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         self.original = decoder
         self._x64 = decoder.policy.compute == jnp.float64 or bool(jax.config.read("jax_enable_x64"))
         with self._numbers():
-            self.decoder, self.params = unrolled_for_decoding(decoder, params)
+            self.decoder, params = unrolled_for_decoding(decoder, params)
+            self._placed = programs.Placed(self.decoder, None if layout is None else whole_rows(layout))
+            self.params = self._laid(params)
         self.rows, self.widths, self.length = rows, tuple(widths), slots
         self.slots = rounded_slots(slots, self.widths[-1])
         self.vocab, self.speculates = decoder.config.vocab_size, speculates
@@ -66,7 +76,7 @@ class JaxRunner:
     def clear(self) -> None:
         """Empty all rows."""
         with self._numbers():
-            self.state = programs.empty(self.decoder, self.rows, self.slots, BURST if self.speculates else 0)
+            self.state = programs.empty(self._placed, self.rows, self.slots, BURST if self.speculates else 0)
         self.has_states = row_ops.has_states(self.state.cache)
 
     def update(self, params: Params) -> None:
@@ -80,25 +90,25 @@ class JaxRunner:
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (new, self.params))
         if shapes[0] != shapes[1]:
             raise UserError("the new weights have other names, shapes or dtypes than those of the engine")
-        self.params = new
+        self.params = self._laid(new)
 
     def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None:
         """Put a piece of a prompt into a row, at `start`."""
         with self._numbers():
             padded = _padded(tokens, width)
-            self.state = programs.prefill(self.decoder, self.params, self.state, row, padded, start, len(tokens))
+            self.state = programs.prefill(self._placed, self.params, self.state, row, padded, start, len(tokens))
 
     def score(self, row: int, tokens: Sequence[int], targets: Sequence[int], start: int, width: int) -> Scored:
         """As `prefill`, with the log-probabilities of the tokens that follow."""
         with self._numbers():
             padded = _padded(tokens, width), _padded(targets, width)
-            self.state, scored = programs.score(self.decoder, self.params, self.state, row, *padded, start, len(tokens))
+            self.state, scored = programs.score(self._placed, self.params, self.state, row, *padded, start, len(tokens))
             return Scored(*(np.asarray(x)[: len(tokens)] for x in scored))
 
     def decode(self, orders: Orders) -> Drawn:
         """Draw in every running row until `orders.until` tokens, or until a row ends."""
         with self._numbers():
-            self.state, drawn = programs.decode(self.decoder, self.params, self.state, orders)
+            self.state, drawn = programs.decode(self._placed, self.params, self.state, orders)
             return Drawn(*(np.asarray(x) for x in drawn))
 
     def verify(self, orders: Orders, guess: np.ndarray, masks: np.ndarray) -> Drawn:
@@ -108,13 +118,13 @@ class JaxRunner:
             masks: in place of `orders.mask`, one for each token [N, R, W].
         """
         with self._numbers():
-            self.state, drawn = programs.verify(self.decoder, self.params, self.state, orders, guess, masks)
+            self.state, drawn = programs.verify(self._placed, self.params, self.state, orders, guess, masks)
             return Drawn(*(np.asarray(x) for x in drawn))
 
     def reset(self, row: int, *, scrub: bool = False) -> None:
         """Empty a row; `scrub` also overwrites numbers that are none."""
         with self._numbers():
-            self.state = programs.reset(self.decoder, self.state, row, int(scrub))
+            self.state = programs.reset(self._placed, self.state, row, int(scrub))
 
     def penalise(self, row: int, seen_V: np.ndarray, counts_V: np.ndarray, bias_V: np.ndarray) -> None:
         """Set what the penalties of a row count, and its bias."""
@@ -124,12 +134,12 @@ class JaxRunner:
     def keep(self, row: int, start: int) -> Any:
         """What the row has after the chunk at `start`, the last one written."""
         with self._numbers():
-            return programs.keep(self.decoder, self.state, row, start, self.widths[-1])
+            return programs.keep(self._placed, self.state, row, start, self.widths[-1])
 
     def put_back(self, row: int, start: int, kept: Any) -> None:
         """Put what `keep` returned into a row."""
         with self._numbers():
-            self.state = programs.put_back(self.decoder, self.state, row, start, kept)
+            self.state = programs.put_back(self._placed, self.state, row, start, kept)
 
     def kept_bytes(self, kept: Any) -> int:
         """Memory of what `keep` returned."""
@@ -162,8 +172,21 @@ class JaxRunner:
             self.verify(empty, guess, mask)
             self.programs["verify"] = f"{shape}, guesses {BURST - 1}"
 
+    def _laid(self, params: Params) -> Params:
+        """Parameters where the mesh wants them."""
+        layout = self._placed.layout
+        if layout is None:
+            return params
+        shapes, axes = abstract_params(self.decoder)
+        return jax.device_put(params, layout.shardings(axes, shapes))
+
     def _numbers(self) -> Any:
         return jax.enable_x64(self._x64)
+
+
+def whole_rows(layout: Layout) -> Layout:
+    """The layout in which rows and their tokens are split over nothing: a prompt is one row, a step one token."""
+    return dataclasses.replace(layout, rules={**layout.rules, "batch": (), "seq": ()})
 
 
 def rounded_slots(slots: int, chunk: int) -> int:
@@ -174,7 +197,7 @@ def rounded_slots(slots: int, chunk: int) -> int:
 
 def row_bytes(decoder: Decoder, slots: int, chunk: int = WIDTHS[-1]) -> int:
     """Memory of one row for `slots` tokens."""
-    shapes = jax.eval_shape(lambda: programs.make_state(decoder, 1, rounded_slots(slots, chunk)))
+    shapes = jax.eval_shape(lambda: programs.make_state(programs.Placed(decoder), 1, rounded_slots(slots, chunk)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
