@@ -194,7 +194,8 @@ import jax, matplotlib, numpy as np
 
 def state():
     import matplotlib
-    loggers = {name: logging.getLogger(name).level for name in ("", "absl", "asyncio", "jax", "orbax", "matplotlib")}
+    names = ("", "absl", "asyncio", "jax", "orbax", "matplotlib")
+    loggers = {name: (logger.level, str(logger.handlers)) for name in names if (logger := logging.getLogger(name))}
     filters = {name: len(logging.getLogger(name).filters) for name in ("absl", "asyncio")}
     handlers = {int(number): str(signal.getsignal(number)) for number in signal.valid_signals()}
     return {

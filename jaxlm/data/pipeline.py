@@ -28,6 +28,7 @@ from jaxlm.data.shards import Part, Shard, Shards, joined, open_shards
 from jaxlm.data.sources import Documents, describe_skipped, pieces
 from jaxlm.errors import UserError
 from jaxlm.processes.file_lock import exclusive
+from jaxlm.processes.orbax_silence import OrbaxSilence
 from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 Batch = dict[str, np.ndarray]
@@ -209,7 +210,8 @@ class TrainBatches:
         self._open([])
 
     def _open(self, history: Sequence[Any]) -> None:
-        import grain
+        with OrbaxSilence():  # grain imports Orbax
+            import grain
 
         options: Any = {"batch_size": self._batch_size, "seed": self._seed, "history": history}
         self.rows, self._history = run_rows(self._data, self._corpus.parts, self._corpus.tokenizer, **options)

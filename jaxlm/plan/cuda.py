@@ -107,7 +107,7 @@ def cuda_devices(chip: str, count: int) -> Sequence[Any]:
     try:
         name = f"{chip}x{count}"
         return topologies.get_topology_desc(name, "cuda", target_config=target_config(chip), topology=shape).devices
-    except Exception as error:
+    except Exception as error:  # XLA raises its own, whose class is private
         raise UserError(f"{chip}:{count}: the CUDA compiler refuses it: {str(error).splitlines()[0]}") from None
 
 

@@ -166,7 +166,7 @@ def _tpu_devices(topology: Topology) -> Sequence[Any]:
     try:
         full = f"{'tpu7x' if name == 'v7x' else name}:{shape}"
         devices = topologies.get_topology_desc(platform="tpu", topology_name=full, **options).devices
-    except Exception as error:
+    except Exception as error:  # libtpu raises errors of several kinds, all plain
         raise UserError(f"{topology}: the TPU compiler refuses it: {str(error).splitlines()[0]}") from None
     if len(devices) != topology.devices:
         raise UserError(f"{topology}: the TPU compiler has {len(devices)} devices, {topology.devices} were expected")

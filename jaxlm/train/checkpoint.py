@@ -26,13 +26,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import UserError
-from jaxlm.train.orbax_silence import OrbaxSilence, hush_abandoned_work
+from jaxlm.processes.orbax_silence import OrbaxSilence, hush_abandoned_work
 from jaxlm.train.recipe import MODEL
 from jaxlm.train.step import TrainState
+
+with OrbaxSilence():
+    import orbax.checkpoint as ocp
 
 FORMAT = 1
 _TREES = ("params", "optimizer", "trained")
@@ -305,15 +307,12 @@ class _Shelf:
             return self._leaves[leaf.path]
 
     def _read(self, leaf: StoredLeaf) -> np.ndarray:
-        how = functools.reduce(
-            lambda inner, key: {key: inner},
-            reversed(leaf.path),
-            ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype),
-        )
+        restored = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        how = functools.reduce(lambda inner, key: {key: inner}, reversed(leaf.path), restored)
         args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, how), restore_args=how, partial_restore=True)
         name = ".".join(("params", *leaf.path))
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            with OrbaxSilence(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 values = jax.tree.leaves(checkpointer.restore(self._step / "params", args=args))[0]
             if _host_word_sum(values) != self._checksums[name]:
                 raise ValueError(f"the checksum of {name} differs")

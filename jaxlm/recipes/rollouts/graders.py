@@ -176,7 +176,7 @@ def judged(reward: Callable[..., Any], sample: Sample) -> Grade:
     """The grade of one sample: anything but a finite number is none, with the reason."""
     try:
         value = reward(*sample)
-    except Exception as error:
+    except Exception as error:  # a reward is the code of whoever trains: a sample it fails on has no grade
         return Grade(None, f"{type(error).__name__}: {error}")
     if value is None:
         return Grade(None, "it returned None")

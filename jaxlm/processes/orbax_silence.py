@@ -1,4 +1,4 @@
-"""Keep Orbax's log lines away while a checkpointer is open: jaxlm says in one line what is wrong."""
+"""Keep Orbax's log lines away, while it is imported and while a checkpointer is open: jaxlm says what is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _NAMES = ("absl", "asyncio")  # Orbax logs through the first; its abandoned work
 
 
 class OrbaxSilence:
-    """Drops what Orbax logs from now until `end`; then loggers are as before, and their levels never change."""
+    """Drops what Orbax logs from now until `end`; then loggers are as before, and their levels never change.
+
+    Also a context: Orbax logs when it is imported, and absl would leave the root logger a handler then.
+    """
 
     def __init__(self) -> None:
         self._root = _AsWithoutHandlers(logging.WARNING)
@@ -26,6 +29,12 @@ class OrbaxSilence:
         logging.root.removeHandler(self._root)
         for name in _NAMES:
             logging.getLogger(name).removeFilter(self._keeps)
+
+    def __enter__(self) -> None:
+        """The silence began when it was made."""
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
     def _keeps(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.CRITICAL
