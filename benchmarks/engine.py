@@ -286,7 +286,9 @@ def main() -> None:
         return
     left_out = {f"figure_{number}": why for number, why in NOT_HERE.items()}
     results: dict[str, Any] = {"rounds": arguments.rounds, "not_measured": left_out}
-    for number in [int(one) for one in arguments.only.split(",") if one] or [*FIGURES]:
+    wanted = [int(one) for one in arguments.only.split(",") if one] or [*FIGURES]
+    left_out |= {f"figure_{number}": "the command was ended before" for number in wanted}
+    for number in wanted:
         start, figure, load = time.perf_counter(), f"figure_{number}", os.getloadavg()[0]
         if start - begun > 60 * arguments.minutes:
             left_out[figure] = f"{arguments.minutes:g} minutes were over"
@@ -296,8 +298,10 @@ def main() -> None:
         # More load than our own figures make is somebody else's: only ratios of what took turns mean anything then.
         took = {"title": title, "load_before": load, "seconds": time.perf_counter() - start}
         results[figure] = took | found
+        del left_out[figure]
         print(title, results[figure], flush=True)
         peers.save("engine", results, arguments.out)
+    peers.save("engine", results, arguments.out)
 
 
 if __name__ == "__main__":

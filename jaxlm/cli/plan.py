@@ -55,6 +55,7 @@ def plan(
     ] = None,
     compiling: Annotated[bool, typer.Option("--compile/--no-compile", help="Ask the compiler of the chip.")] = True,
     page: Annotated[Path | None, typer.Option(help="Write what is printed to this HTML file too.")] = None,
+    decode: Annotated[str, typer.Option(help="Plan an engine in place of training: rows=64,context=8192.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Say whether CONFIG fits a machine that is not here, what limits it, what it takes and costs."""
@@ -63,6 +64,12 @@ def plan(
 
     goal, cfg = topologies.parse(topology, slices), toml.load(path, overrides or ())
     topologies.prepare_environment(goal)
+    if decode:
+        from jaxlm.plan.decoding import parse, plan_decoding
+
+        decoding = plan_decoding(sized(cfg), goal, parse(decode), Path(path).stem)
+        print(json.dumps(decoding.as_dict())) if as_json else show(decoding)
+        return
     from jaxlm.plan.overview import plan_all
 
     options = {"tokens": tokens, "price": price, "compiling": compiling, "name": Path(path).stem}
