@@ -167,7 +167,7 @@ def test_it_is_planned(runs: dict[str, Path]) -> None:
     assert plan.estimate.parameters == account(cfg).total * 4
 
 
-@pytest.mark.parametrize("head", ["value", "reward"])
+@pytest.mark.parametrize("head", [pytest.param("value", marks=pytest.mark.soak), "reward"])
 def test_it_is_proved(runs: dict[str, Path], tmp_path: Path, head: str) -> None:
     """Forward, gradients, updates and the stage's own objective; a fault in the head of one side is seen."""
     if head == "reward":
