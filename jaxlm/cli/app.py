@@ -21,6 +21,7 @@ import typer
 from jaxlm import __version__
 from jaxlm.cli import data, evaluate, launch, plan, rollouts, sandbox, train, use, weights
 from jaxlm.errors import UserError
+from jaxlm.train.orbax_silence import AsWithoutHandlers
 
 TRACEBACK = "JAXLM_TRACEBACK"
 
@@ -67,12 +68,16 @@ def speaking() -> Iterator[None]:
         return
     levels = {logger: logger.level for logger in (ours, *map(logging.getLogger, ("absl", "asyncio")))}
     ours.addHandler(handler)
+    root = AsWithoutHandlers(logging.WARNING)
+    if not logging.root.handlers:  # absl would give it one, which prints our lines again
+        logging.root.addHandler(root)
     for logger in levels:
         logger.setLevel(logging.INFO if logger is ours else logging.CRITICAL)
     try:
         yield
     finally:
         ours.removeHandler(handler)
+        logging.root.removeHandler(root)
         for logger, level in levels.items():
             logger.setLevel(level)
 

@@ -24,6 +24,7 @@ from jaxlm.data.fim import SLACK
 from jaxlm.data.packing import PackedRows
 from jaxlm.data.rows.build import run_rows
 from jaxlm.data.rows.compose import FilledRows, RunRows
+from jaxlm.data.rows.sides import of_copies
 from jaxlm.data.shards import Part, Shard, Shards, joined, open_shards
 from jaxlm.data.sources import Documents, describe_skipped, pieces
 from jaxlm.errors import UserError
@@ -358,11 +359,8 @@ def _trained(
 def _doubts(shards: Shards) -> Iterator[str]:
     """Why the validation loss of a corpus may look better than it is."""
     if shards.copied_share >= _COPIED:
-        yield (
-            f"{shards.copies:,} of {shards.validation.documents:,} validation documents, {shards.copied_share:.0%} of "
-            "their text, are training documents to the letter: a loss on them shows memory; take them out, or name "
-            "data.validation_source"
-        )
+        share = f", {shards.copied_share:.0%} of their text,"
+        yield of_copies(shards.copies, shards.validation.documents, "documents", share)
     if shards.lossy and shards.lossy[0]:
         yield (
             f"the tokenizer does not give back {shards.lossy[0]} of {shards.lossy[1]} texts as they were: bits/byte "

@@ -262,6 +262,19 @@ def test_nothing_to_train_on(tmp_path: Path, rows: list[dict[str, Any]], message
         source_of(tmp_path, rows, validation_fraction=0.0)
 
 
+def test_pairs_that_are_held_out_and_trained_on_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(10)]
+    other = tmp_path / "held out.jsonl"
+    other.write_text(
+        "".join(json.dumps(row | {"chosen": row["chosen"] + "!" * (i < 7)}) + "\n" for i, row in enumerate(rows))
+    )
+    source_of(tmp_path, rows, validation_source=str(other))
+    assert [record.getMessage() for record in caplog.records] == [
+        "warning: data.validation_source: 3 of 10 validation preferences are training preferences to the letter: a "
+        "loss on them shows memory; take them out, or name another data.validation_source"
+    ]
+
+
 def test_the_files_of_the_project() -> None:
     """All of them are read; of the HH transcripts, few have sides that are not answers to one prompt."""
     folder = DATA / "preference_small"

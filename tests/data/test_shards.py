@@ -25,7 +25,7 @@ from jaxlm.text.tokenizer import Tokenizer
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 COPIES = (
     "5 of 5 validation documents, 100% of their text, are training documents to the letter: a loss on them shows "
-    "memory; take them out, or name data.validation_source"
+    "memory; take them out, or name another data.validation_source"
 )
 LOSSY = (
     "the tokenizer does not give back 69 of 69 texts as they were: bits/byte divide the loss on what the ids hold by "

@@ -80,3 +80,19 @@ def test_arguments_of_any_bytes_end_in_a_line(tmp_path):
         done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, timeout=300)
         assert done.returncode == 2, done.stderr
         assert b"Traceback" not in done.stderr and done.stderr.count(b"\n") <= 8
+
+
+def test_a_warning_is_printed_once():
+    """absl gives the root logger a handler when it logs, and that handler prints every line of every logger."""
+    code = """
+import logging, sys
+from jaxlm.cli.app import speaking
+with speaking():
+    import absl.logging
+    absl.logging.warning("of absl")
+    absl.logging.get_absl_logger().critical("of absl")
+    logging.getLogger("jaxlm.convert").warning("ours")
+    logging.getLogger("another").warning("theirs")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and sorted(done.stderr.splitlines()) == ["of absl", "ours", "theirs"], done.stderr

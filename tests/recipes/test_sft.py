@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,18 @@ def test_only_what_the_assistant_says_counts(tmp_path: Path) -> None:
     said = source.tokenizer.decode(batch["targets"][batch["weights"] > 0].tolist())
     assert "!" in said and "say" not in said
     assert 0 < (batch["weights"] > 0).mean() < 0.6
+
+
+def test_conversations_that_are_held_out_and_trained_on_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(talks(tmp_path / "talks.jsonl"))
+    data: Any = {"source": path, "validation_source": path, "seq_len": 64}
+    ConversationSource.open(sft(tmp_path, data=data), None)
+    assert "32 of 32 validation conversations are training conversations to the letter" in caplog.text
+    caplog.clear()
+    ConversationSource.open(sft(tmp_path), None)
+    assert "training conversations" not in caplog.text, "the split goes by the example"
 
 
 def test_rows_are_functions_of_their_number(tmp_path: Path) -> None:

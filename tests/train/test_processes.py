@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -148,6 +149,28 @@ def test_processes_wait_for_one_that_compiles_for_longer_than_gloo_waits(runs, t
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@SOAK
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_twenty_rounds_beside_two_busy_processes(runs, tmp_path, monkeypatch, processes):
+    """Every second round compiles everything; 1 and 2 devices each, on meshes that split the sequence too."""
+    meshes = ({"data": 1, "fsdp": processes}, {"data": processes, "context": 2})
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for number in range(20):
+            if number % 2:
+                monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / f"cache {number}"))
+            options = (*OPTIONS, *SAMPLE, *on_mesh(**meshes[number % 2]))
+            words = command(runs, tmp_path / f"run {number}", processes, 1 + number % 2, *options)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+            printed = done.stdout + done.stderr
+            assert done.returncode == 0 and "Traceback" not in printed, f"round {number}: {printed}"
+            monkeypatch.undo()
+    finally:
+        for process in busy:
+            process.kill()
 
 
 @SOAK

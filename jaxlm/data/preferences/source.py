@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import Config
+from jaxlm.data.preferences.formats import Labelled, Pair
 from jaxlm.data.preferences.pairs import (
     Pairs,
     Read,
@@ -24,6 +25,7 @@ from jaxlm.data.preferences.pairs import (
 )
 from jaxlm.data.preferences.rows import PairRows
 from jaxlm.data.rows.epochs import Batch, NumberedBatches
+from jaxlm.data.rows.sides import warn_of_copies
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.errors import UserError
@@ -73,6 +75,7 @@ class PreferenceSource:
         train, held_out = split(read, cfg.data.validation_fraction)
         if cfg.data.validation_source:
             train, held_out = read, read_preferences(cfg.data.validation_source)
+            warn_of_copies("preferences", *(map(_content, side.pairs + side.labelled) for side in (train, held_out)))
         trained = encode(labelled_pairs(train) if labelled else sides_of(train.pairs))
         _tell(read, trained, cfg.data.seq_len)
         sets = [encode(sides_of(held_out.pairs))]
@@ -107,6 +110,11 @@ class PreferenceSource:
     def _rows(self, pairs: Pairs, seed: int) -> PairRows:
         options: Any = {"seed": seed, "pad": self.tokenizer.pad, "most": self.cfg.preference.pairs_per_row}
         return PairRows(pairs, self.cfg.data.seq_len, **options)
+
+
+def _content(preference: Pair | Labelled) -> bytes:
+    """A preference without its place."""
+    return repr(preference._replace(where="")).encode("utf-8", "surrogatepass")
 
 
 def _tell(read: Read, pairs: Pairs, seq_len: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxlm.text.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 SAMPLED = 64
 """Documents of each side that are decoded again."""
 _SAMPLE_CHARS = 2000
@@ -45,6 +47,26 @@ class Sides:
         train, validation = (np.frombuffer(digests, np.uint64) for digests in self._digests.values())
         copied, lengths = np.isin(validation, train), np.frombuffer(self._lengths["validation"], np.uint64)
         return int(copied.sum()), float(lengths[copied].sum() / max(1, lengths.sum()))
+
+
+def warn_of_copies(what: str, train: Iterable[bytes], held_out: Iterable[bytes]) -> None:
+    """Say in one line how many held-out examples are trained on, if there are any.
+
+    Args:
+        what: the examples in the plural: `conversations`.
+    """
+    known, asked = ([hashlib.blake2b(one, digest_size=8).digest() for one in side] for side in (train, held_out))
+    trained = frozenset(known)
+    if copies := sum(one in trained for one in asked):
+        _log.warning("warning: data.validation_source: %s", of_copies(copies, len(asked), what))
+
+
+def of_copies(copies: int, total: int, what: str, share: str = "") -> str:
+    """The line about held-out examples that are trained on; `share` says how much of all they are."""
+    return (
+        f"{copies:,} of {total:,} validation {what}{share} are training {what} to the letter: a loss on them shows "
+        "memory; take them out, or name another data.validation_source"
+    )
 
 
 def _digest(text: str) -> int:

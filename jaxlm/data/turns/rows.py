@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -60,6 +60,11 @@ class Examples:
         for array in (self.ids, self.weights, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+    def contents(self) -> Iterator[bytes]:
+        """The ids of each example."""
+        for m in range(len(self)):
+            yield self.ids[self.offsets[m] : self.offsets[m + 1]].tobytes()
 
     def take(self, numbers: np.ndarray) -> Examples:
         """Only these examples, in this order."""

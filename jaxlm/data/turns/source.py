@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.data.rows.epochs import NumberedBatches
+from jaxlm.data.rows.sides import warn_of_copies
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.turns.formats import conversations
 from jaxlm.data.turns.inspect import ConversationReport, shown_rows
@@ -47,7 +48,9 @@ class ConversationSource:
         chat = Chat.of(tokenizer, cfg.sft.template, beside)
         train = _examples(cfg, cfg.data.source, chat)
         if cfg.data.validation_source:
-            return cls(cfg, tokenizer, chat, train, _examples(cfg, cfg.data.validation_source, chat))
+            held_out = _examples(cfg, cfg.data.validation_source, chat)
+            warn_of_copies("conversations", train.contents(), held_out.contents())
+            return cls(cfg, tokenizer, chat, train, held_out)
         return cls(cfg, tokenizer, chat, *split(train, cfg.data.validation_fraction))
 
     @property
