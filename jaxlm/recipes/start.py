@@ -198,8 +198,8 @@ def _named_leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _import_ahead(backend: config.Backend) -> None:
     """Load the framework while the data is opened.
 
-    Of two threads that import the same modules, one may see a module half made; then it is this one that gives up, and
-    what is missing is loaded when it is needed.
+    Of two threads that import the same modules, one may see a module half made, and Python raises what it likes (under
+    pytest a SystemError); then it is this one that gives up, and what is missing is loaded when it is needed.
     """
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(Exception):
         importlib.import_module("jaxlm.train.engine" if backend == "jax" else "torch")
