@@ -21,7 +21,7 @@ import typer
 from jaxlm import __version__
 from jaxlm.cli import data, evaluate, launch, plan, rollouts, sandbox, train, use, weights
 from jaxlm.errors import UserError
-from jaxlm.train.orbax_silence import AsWithoutHandlers
+from jaxlm.processes.orbax_silence import AsWithoutHandlers
 
 TRACEBACK = "JAXLM_TRACEBACK"
 
