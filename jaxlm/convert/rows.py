@@ -37,10 +37,14 @@ class Transform(NamedTuple):
 
 def of_each(out: Callable[[np.ndarray, Leaf], np.ndarray], back: Callable[[np.ndarray, Leaf], np.ndarray]) -> Transform:
     """A bijection of single arrays, for each of the list."""
-    return Transform(
-        lambda xs, leaves: [out(x, leaf) for x, leaf in zip(xs, leaves, strict=True)],
-        lambda xs, leaves, like: [back(x, leaf) for x, leaf in zip(xs, leaves, strict=True)],
-    )
+
+    def all_out(xs: Arrays, leaves: Sequence[Leaf]) -> Arrays:
+        return [out(x, leaf) for x, leaf in zip(xs, leaves, strict=True)]
+
+    def all_back(xs: Arrays, leaves: Sequence[Leaf], _: Arrays) -> Arrays:
+        return [back(x, leaf) for x, leaf in zip(xs, leaves, strict=True)]
+
+    return Transform(all_out, all_back)
 
 
 def inputs(leaf: Leaf) -> int:
@@ -86,19 +90,36 @@ pairs_to_halves = of_each(
 
 def join(axis: int) -> Transform:
     """Several arrays one after the other along an axis of the file."""
-    return Transform(
-        lambda xs, leaves: [np.concatenate(xs, axis)],
-        lambda xs, leaves, like: np.split(xs[0], np.cumsum([x.shape[axis] for x in like])[:-1], axis),
-    )
+
+    def out(xs: Arrays, _: Sequence[Leaf]) -> Arrays:
+        return [np.concatenate(xs, axis)]
+
+    def back(xs: Arrays, _: Sequence[Leaf], like: Arrays) -> Arrays:
+        return np.split(xs[0], np.cumsum([x.shape[axis] for x in like])[:-1], axis)
+
+    return Transform(out, back)
 
 
-interleave = Transform(
-    lambda xs, leaves: [np.stack(xs, -1).reshape(*xs[0].shape[:-1], -1)],
-    lambda xs, leaves, like: [xs[0][..., n :: len(like)] for n in range(len(like))],
-)
+def _by_turns(xs: Arrays, _: Sequence[Leaf]) -> Arrays:
+    return [np.stack(xs, -1).reshape(*xs[0].shape[:-1], -1)]
+
+
+def _from_turns(xs: Arrays, _: Sequence[Leaf], like: Arrays) -> Arrays:
+    return [xs[0][..., n :: len(like)] for n in range(len(like))]
+
+
+def _unstacked(xs: Arrays, _: Sequence[Leaf]) -> Arrays:
+    return list(xs[0])
+
+
+def _restacked(xs: Arrays, _: Sequence[Leaf], __: Arrays) -> Arrays:
+    return [np.stack(xs)]
+
+
+interleave = Transform(_by_turns, _from_turns)
 """Several arrays of one shape by turns along the last axis of the file: a0 b0 a1 b1 ..."""
 
-each = Transform(lambda xs, leaves: list(xs[0]), lambda xs, leaves, like: [np.stack(xs)])
+each = Transform(_unstacked, _restacked)
 """One array as a list along its first axis: a tensor for each expert."""
 
 
@@ -136,8 +157,13 @@ class Row:
 
     def of(self, **numbers: str) -> Row:
         """The row of one layer."""
-        name = lambda text: functools.reduce(lambda t, n: t.replace(f"{{{n[0]}}}", n[1]), numbers.items(), text)  # noqa: E731
-        return Row(tuple(map(name, self.ours)), tuple(map(name, self.theirs)), *self.transforms)
+
+        def filled(name: str) -> str:
+            for key, number in numbers.items():
+                name = name.replace(f"{{{key}}}", number)
+            return name
+
+        return Row(tuple(map(filled, self.ours)), tuple(map(filled, self.theirs)), *self.transforms)
 
     def of_experts(self, count: int) -> Row:
         """The row with a name for each expert."""
@@ -276,7 +302,8 @@ def expand(rows: Sequence[Row], cfg: config.Model) -> list[Row]:
         UserError: a parameter has no row.
         ValueError: two rows share a name, or a row only has some of its parameters: a mistake in the table.
     """
-    known, used = leaves(cfg), []
+    known = leaves(cfg)
+    used: list[Row] = []
     for row in rows:
         layers = range(cfg.n_layers) if any("{i}" in name for name in row.ours) else [0]
         for one in (row.of(i=str(i)) for i in layers):
@@ -287,7 +314,7 @@ def expand(rows: Sequence[Row], cfg: config.Model) -> list[Row]:
                 several = any("{e}" in name for name in one.theirs)
                 used.append(one.of_experts(known[one.ours[0]].shape[0]) if several else one)
     for side in ("ours", "theirs"):
-        names = [name for row in used for name in getattr(row, side)]
+        names: list[str] = [name for row in used for name in getattr(row, side)]
         if len(names) != len(set(names)):
             raise ValueError(f"two rows share a name: {sorted(name for name in names if names.count(name) > 1)}")
     if homeless := sorted(known.keys() - {name for row in used for name in row.ours}):
