@@ -72,9 +72,17 @@ def plan(
         return
     from jaxlm.plan.overview import plan_all
 
-    options = {"tokens": tokens, "price": price, "compiling": compiling, "name": Path(path).stem}
     parts = []
-    for part in plan_all(sized(cfg), goal, search=search, show_sharding=show_sharding, **options):
+    for part in plan_all(
+        sized(cfg),
+        goal,
+        search=search,
+        show_sharding=show_sharding,
+        name=Path(path).stem,
+        tokens=tokens,
+        price=price,
+        compiling=compiling,
+    ):
         parts.append(part)
         if isinstance(part, str):
             print(end="" if as_json else f"{part}\n")

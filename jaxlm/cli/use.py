@@ -6,13 +6,17 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from jaxlm.cli.arguments import Backend, BackendOption, JsonFlag, ModelPath
 from jaxlm.cli.show import open_model, write
 from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxlm import config
+    from jaxlm.text.sampling import Sampling
 
 commands = typer.Typer()
 
@@ -51,7 +55,6 @@ def generate(
     """
     from jaxlm.text.sampling import Sampling
 
-    guessing = {"speculate": speculate, "draft": draft}
     sampling = Sampling(
         temperature=0.0 if greedy else temperature,
         top_k=top_k,
@@ -62,14 +65,25 @@ def generate(
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
     )
+    stops = tuple(stop or ())
+    wanted = _Wanted(sampling, max_new_tokens, stops, seed, num_samples, backend.value, speculate, draft)
     if prompts is not None or out is not None or prompt is None:
-        options: Any = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "n": num_samples}
-        engine = {"rows": rows, "backend": backend.value, **guessing}
-        _answer_file(run, prompt, prompts, out, engine, {"sampling": sampling, **options})
-        return
-    options = {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed, "num_samples": num_samples}
-    options |= {"sampling": sampling, "backend": backend.value, **guessing}
-    _answer_prompt(run, prompt, as_json, chat, verbose, options)
+        _answer_file(run, prompt, prompts, out, rows, wanted)
+    else:
+        _answer_prompt(run, prompt, as_json, chat, verbose, wanted)
+
+
+class _Wanted(NamedTuple):
+    """How every prompt is to be continued, by which framework, and with which guesses."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    num_samples: int
+    backend: config.Backend
+    speculate: int
+    draft: Path | None
 
 
 def _as_chat(model: Any, message: str) -> str:
@@ -82,27 +96,25 @@ def _as_chat(model: Any, message: str) -> str:
 
 
 def _answer_file(
-    run: Path,
-    prompt: str | None,
-    prompts: Path | None,
-    out: Path | None,
-    engine: dict[str, Any],
-    options: dict[str, Any],
+    run: Path, prompt: str | None, prompts: Path | None, out: Path | None, rows: int, wanted: _Wanted
 ) -> None:
     from jaxlm.infer.engine import Request
 
     if prompt is not None or prompts is None or out is None:
         raise UserError("give a PROMPT, or --prompts IN.jsonl and --out OUT.jsonl")
-    done = 0
-    engine["draft"] = _draft(engine["draft"])
-    for done in open_model(run).answer_file(prompts, out, Request((), **options), **engine):
+    sampling, length, stop, seed, choices, backend, speculate, draft = wanted
+    usual = Request((), sampling=sampling, max_new_tokens=length, stop=stop, seed=seed, n=choices)
+    done, guesser = 0, _draft(draft)
+    for done in open_model(run).answer_file(
+        prompts, out, usual, rows=rows, backend=backend, speculate=speculate, draft=guesser
+    ):
         write(f"\r{done} texts")
     write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")
 
 
-def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, verbose: bool, options: dict[str, Any]) -> None:
+def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, verbose: bool, wanted: _Wanted) -> None:
     """Print the completions of one prompt; a single one appears as it is made."""
-    streaming = not as_json and options["num_samples"] == 1
+    streaming = not as_json and wanted.num_samples == 1
     shown: list[str] = []
     model = open_model(run)
     echo, prompt = ("", _as_chat(model, prompt)) if chat else (prompt, prompt)
@@ -111,8 +123,18 @@ def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, verbose: b
         write(text if shown else echo + text)
         shown.append(text)
 
-    options["draft"] = _draft(options["draft"])
-    completions = model.generate([prompt], stream=stream if streaming else None, **options)
+    completions = model.generate(
+        [prompt],
+        sampling=wanted.sampling,
+        max_new_tokens=wanted.max_new_tokens,
+        stop=wanted.stop,
+        seed=wanted.seed,
+        num_samples=wanted.num_samples,
+        stream=stream if streaming else None,
+        backend=wanted.backend,
+        speculate=wanted.speculate,
+        draft=_draft(wanted.draft),
+    )
     if streaming:
         write("\n" if shown else echo + "\n")
     for completion in completions if not streaming else ():

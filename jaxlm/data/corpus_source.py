@@ -46,8 +46,14 @@ class CorpusSource:
 
     def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
         """All held-out rows, and by corpus, language and middles what the config asks for."""
-        options: Any = {"batch_size": batch_size, "rows": rows, "max_batches": max_batches}
-        return held_out_sets(self.cfg.data, self.corpus, by_language=self.cfg.eval.by_language, **options)
+        return held_out_sets(
+            self.cfg.data,
+            self.corpus,
+            batch_size=batch_size,
+            rows=rows,
+            max_batches=max_batches,
+            by_language=self.cfg.eval.by_language,
+        )
 
     def inspect(self, *, step: int = 1, rows: int = 1) -> Report:
         """See `rows.inspect.inspect_corpus`."""

@@ -131,11 +131,12 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     if config.model.vocab_size:
         check_fits(tokenizer, config.model.vocab_size)
     data = config.data
-    options: Any = {"row_limit": data.seq_len - (4 * SLACK if data.fim.rate else 0)}
-    options["with_names"] = bool(data.languages or data.mixture or data.fim.rate or config.eval.by_language)
+    row_limit = data.seq_len - (4 * SLACK if data.fim.rate else 0)
+    with_names = bool(data.languages or data.mixture or data.fim.rate or config.eval.by_language)
+    open_one = functools.partial(open_shards, row_limit=row_limit, with_names=with_names)
     parts = []
     for name, documents in corpora:
-        shards = open_shards(documents, tokenizer, data.cache_dir, data.workers, **options)
+        shards = open_one(documents, tokenizer, data.cache_dir, data.workers)
         if shards.skipped and not shards.reused and "stdlib" not in documents.where:
             _log.warning("%s: %s", ", ".join(documents.where), describe_skipped(shards.skipped))
         if not shards.train.trained_tokens:
@@ -214,8 +215,10 @@ class TrainBatches:
         with OrbaxSilence():  # grain imports Orbax
             import grain
 
-        options: Any = {"batch_size": self._batch_size, "seed": self._seed, "history": history}
-        self.rows, self._history = run_rows(self._data, self._corpus.parts, self._corpus.tokenizer, **options)
+        parts, tokenizer = self._corpus.parts, self._corpus.tokenizer
+        self.rows, self._history = run_rows(
+            self._data, parts, tokenizer, batch_size=self._batch_size, seed=self._seed, history=history
+        )
         end = self.rows.mixture.end if self.rows.mixture else math.inf
         self.count = end if math.isinf(end) else int(end) // self._batch_size
         batches = grain.MapDataset.source(_Batches(self.rows, self._batch_size, self._share))

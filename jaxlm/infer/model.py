@@ -233,16 +233,18 @@ class Model:
             UserError: the model has no tokenizer, or a prompt does not fit (see `check_prompts`).
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        options: Any = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "stream": stream}
         with precision(self.config.numerics):
             if backend == "torch":
                 if speculate:
                     raise UserError("one prompt is completed by torch without speculation", "use --prompts, or JAX")
-                repeated = [prompt for prompt in several for _ in range(num_samples)]
-                found = self._torch_generator.complete(repeated, sampling, **options)
+                several = [prompt for prompt in several for _ in range(num_samples)]
+                complete = self._torch_generator.complete
             else:
-                options |= {"speculate": speculate, "draft": draft.generator if draft is not None else None}
-                found = self.generator.complete(several, sampling, num_samples=num_samples, **options)
+                guesser = None if draft is None else draft.generator
+                complete = functools.partial(
+                    self.generator.complete, num_samples=num_samples, speculate=speculate, draft=guesser
+                )
+            found = complete(several, sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed, stream=stream)
         return found[0] if isinstance(prompts, str) and num_samples == 1 else found
 
     def stream(
@@ -284,10 +286,16 @@ class Model:
         draft: Model | None = None,
     ) -> Iterator[int]:
         """Answer a file of prompts; see `batch.answer_file`, also for errors. Yields the lines done."""
-        options: Any = {"rows": rows, "context": context, "prefix_memory": "256M", "threaded": False}
         with precision(self.config.numerics):
-            options |= {"speculate": speculate, "draft": draft._generator_of(backend) if draft is not None else None}
-            engine: Any = self._generator_of(backend).engine(warm_up=False, **options)
+            engine = self._generator_of(backend).engine(
+                rows=rows,
+                context=context,
+                prefix_memory="256M",
+                speculate=speculate,
+                draft=None if draft is None else draft._generator_of(backend),
+                threaded=False,
+                warm_up=False,
+            )
         name = f"{(self.path or Path()).resolve()}\0{engine.prefixes.fingerprint}"
         with engine:
             yield from answer_file(engine, Path(prompts), Path(out), defaults, name)

@@ -6,10 +6,10 @@ for completion in Generator(decoder, params, tokenizer).complete(["def add(a, b)
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxlm import config
 from jaxlm.errors import UserError
@@ -138,13 +138,14 @@ class Generator:
         ids = encode_prompts(self.tokenizer, prompts)
         check_prompts(self.decoder.config, ids, max_new_tokens)
         slots = slots_for(self.decoder.config, max(map(len, ids)) + max_new_tokens)
-        options: Any = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+        request = functools.partial(
+            Request, sampling=sampling, max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed, n=num_samples
+        )
         rows = min(ROWS, len(ids) * num_samples)
-        guessing: Any = {"speculate": speculate, "draft": draft}
-        with self.engine(rows=rows, context=slots, threaded=False, warm_up=False, **guessing) as engine:
-            requests = [
-                Request(prompt, sample=i * num_samples, n=num_samples, **options) for i, prompt in enumerate(ids)
-            ]
+        with self.engine(
+            rows=rows, context=slots, speculate=speculate, draft=draft, threaded=False, warm_up=False
+        ) as engine:
+            requests = [request(prompt, sample=i * num_samples) for i, prompt in enumerate(ids)]
             replies = [engine.submit(request) for request in requests]
             return [
                 completion

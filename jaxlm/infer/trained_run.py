@@ -19,7 +19,7 @@ from jaxlm.run.checkpoints import checkpoint_steps
 from jaxlm.run.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from jaxlm.infer.model import Model
+    from jaxlm.infer.model import Dtype, Model
 
 _SHOWN = ("step", "loss", "validation_loss", "tokens_per_second", "learning_rate")
 
@@ -70,15 +70,17 @@ class Run:
         """Steps that have a checkpoint, oldest first."""
         return checkpoint_steps(self.path)
 
-    def model(self, step: int | None = None, **options: Any) -> Model:
-        """The model of a checkpoint (default: the newest). See `jaxlm.load` for the options.
+    def model(
+        self, step: int | None = None, *, dtype: Dtype | None = None, mesh: str | config.Mesh | None = None
+    ) -> Model:
+        """The model of a checkpoint (default: the newest). See `jaxlm.load` for the arguments.
 
         Raises:
             UserError: as `jaxlm.load`.
         """
         from jaxlm.infer.model import load
 
-        return load(self.path, step=step, **options)
+        return load(self.path, dtype=dtype, mesh=mesh, step=step)
 
     def __str__(self) -> str:
         rows = self.metrics

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -59,8 +58,8 @@ class Attention(nn.Module):
         mixed_BTNH = mix(q_BTNH, places, seen, how, self._sink_logits(), attention_site(cached=cache is not None))
 
         axes, biased = ("heads", "head_dim", "embed"), "attention_out" in cfg.biases
-        options: Any = {"std": cfg.residual_std, "policy": self.policy, "n_in": 2, "use_bias": biased}
-        return Linear((cfg.d_model,), axes, **options, name="o_proj")(mixed_BTNH), cache
+        std, out = cfg.residual_std, (cfg.d_model,)
+        return Linear(out, axes, std, self.policy, n_in=2, use_bias=biased, name="o_proj")(mixed_BTNH), cache
 
     @staticmethod
     def empty_rows(cfg: config.Model, policy: Policy, rows: int, slots: int, room: int = 0) -> RowCache | WindowCache:

@@ -120,8 +120,7 @@ class Experts(nn.Module):
         down, down_bias = self._stack("down_proj", width, d_model)
         parameters = moe.Experts(gate, up, down, gate_bias, up_bias, down_bias)
         impl = "auto" if self.is_initializing() else cfg.moe.impl  # nothing is computed then
-        options: Any = {"activation": cfg.activation, "impl": impl, "platform": platform()}
-        compute = functools.partial(moe.moe, **options)
+        compute = functools.partial(moe.moe, activation=cfg.activation, impl=impl, platform=platform())
         layout = split_layout()
         if layout is not None:
             return _split_moe(layout, x_BTD, routing, parameters, cfg.moe, compute)

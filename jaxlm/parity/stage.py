@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -189,7 +188,8 @@ def _of_torch(
 
 def _attached(name: str, tree: Trained, module: TorchDecoder, program: Program, adapters: Params) -> Part:
     """A module with the adapters of a tree beside its linear maps."""
-    options: Any = tree.adapters
+    options = tree.adapters
+    assert options is not None
     attach_lora.attach(module, options)
     if options.quantize == "nf4":
         attach_lora.quantize(module, double=options.double_quantize)

@@ -7,6 +7,7 @@ should fit are compiled, and only those are reported.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -98,8 +99,16 @@ class Ranking:
         return self.plans[0][0].overrides
 
 
-def search_plans(cfg: config.Config, topology: Topology, **options: Any) -> Ranking:
-    """Rank the ways to run `cfg` on `topology`; `options` are those of `make`.
+def search_plans(
+    cfg: config.Config,
+    topology: Topology,
+    *,
+    name: str = "",
+    tokens: float = 0.0,
+    price: float | None = None,
+    compiling: bool = True,
+) -> Ranking:
+    """Rank the ways to run `cfg` on `topology`; the other arguments are those of `make`.
 
     Raises:
         UserError: none divides or none fits, with the nearest and its numbers.
@@ -123,7 +132,8 @@ def search_plans(cfg: config.Config, topology: Topology, **options: Any) -> Rank
     for one in sorted(fitting, key=lambda one: one.seconds):
         best.setdefault(one.cfg.mesh.fsdp * 10**6 + one.cfg.mesh.tensor * 10**3 + one.cfg.mesh.expert, one)
     chosen = list(best.values())[:COMPILED]
-    plans = [(one, make(one.cfg, topology, **options)) for one in chosen]
+    make_one = functools.partial(make, name=name, tokens=tokens, price=price, compiling=compiling)
+    plans = [(one, make_one(one.cfg, topology)) for one in chosen]
     plans.sort(key=lambda pair: (not pair[1].fits, pair[1].times.worst if pair[1].times else pair[0].seconds))
     return Ranking(len(found), len(fitting), tuple(plans))
 

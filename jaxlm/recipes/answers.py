@@ -73,8 +73,8 @@ class AnswerData:
         return AnswerBatches(self, batch_size, rows)
 
     def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
-        size: Any = {"batch_size": batch_size, "rows": rows, "max_batches": max_batches}
-        return [HeldOut("", True, functools.partial(self.held_out_batches, **size))]
+        batches = functools.partial(self.held_out_batches, batch_size=batch_size, rows=rows, max_batches=max_batches)
+        return [HeldOut("", True, batches)]
 
     def held_out_batches(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
         prompts = self.task.held_out(batch_size * (max_batches or 8))

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, D width of the student, E of the teacher, V vocabulary
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -118,13 +119,13 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 
     student, teacher = modules[MODEL], modules[TEACHER]
     common = min(student.config.vocab_size, teacher.config.vocab_size)
-    options: Any = {**cfg.distill.loss_options, "block": cfg.train.loss_block}
+    loss_of = functools.partial(distill_loss, block=cfg.train.loss_block, **cfg.distill.loss_options)
 
     def loss(heads: Any, rows: Any) -> Any:
         (kernel_DV, bias_V), taught_head = heads
         hidden_BTD, taught_BTE, targets_BT, weights_BT = rows
         taught = Teacher(taught_BTE, *taught_head)
-        return distill_loss(hidden_BTD, kernel_DV, bias_V, taught, targets_BT, weights_BT, **options)
+        return loss_of(hidden_BTD, kernel_DV, bias_V, taught, targets_BT, weights_BT)
 
     def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed = forward(student, params, batch, key)

@@ -57,9 +57,8 @@ def _base_is_reference(cfg: config.Config) -> bool:
 
 def pair_columns(pairs_per_row: int) -> dict[str, Column]:
     """Rows of tokens, and what belongs to each pair of a row, as `data.preferences.rows` lays them."""
-    beside: Any = {"axes": ("batch", None), "size": pairs_per_row}
-    pairs = {"margins": Column("float32", **beside), "ties": Column("bool", **beside)}
-    return {**LM_COLUMNS, **pairs, "labels": Column("int32", **beside)}
+    dtypes = {"margins": "float32", "ties": "bool", "labels": "int32"}
+    return {**LM_COLUMNS, **{name: Column(dtype, ("batch", None), pairs_per_row) for name, dtype in dtypes.items()}}
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ Shapes: B samples, T tokens, G prompts, N samples of each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,12 +82,12 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     from jaxlm.objectives.policy import policy_loss
 
     decoder, rl = modules[MODEL], cfg.rl
-    speak: Any = {"temperature": rl.temperature, "block": cfg.train.loss_block}
+    speak = functools.partial(token_logps, temperature=rl.temperature, block=cfg.train.loss_block)
 
     def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed = forward(decoder, params, batch, key)
         kernel_DV, bias_V = head
-        spoken = token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], **speak)
+        spoken = speak(hidden_BTD, kernel_DV, bias_V, batch["targets"])
         terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
         found = with_routing(reported(terms, spoken.logps, batch), routed)
         return found["loss"], found
@@ -130,7 +131,7 @@ class JaxActor:
 
     def __init__(self, decoder: Any, params: Any, reference: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
         self.decoder, self.params, self.reference, self.config = decoder, params, reference, cfg
-        self.ends: Any = {"eos_id": eos_id, "pad_id": pad}
+        self.ends: dict[str, int] = {"eos_id": eos_id, "pad_id": pad}
 
     def draw(
         self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int

@@ -5,6 +5,7 @@ jaxlm train configs/quickstart.toml
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,15 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     from jaxlm.mesh import over_rows
     from jaxlm.objectives.lm import lm_loss
 
-    options: Any = {"z_loss": train.z_loss, "label_smoothing": train.label_smoothing, "block": train.loss_block}
+    loss = functools.partial(
+        lm_loss, z_loss=train.z_loss, label_smoothing=train.label_smoothing, block=train.loss_block
+    )
 
     def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed = forward(decoder, params, batch, key)
         # each device sums over its own rows, and the sums are added once
         terms = over_rows(
-            lambda head, rows: lm_loss(rows[0], *head, *rows[1:], **options),
+            lambda head, rows: loss(rows[0], *head, *rows[1:]),
             head,
             (hidden_BTD, batch["targets"], batch["weights"]),
         )

@@ -182,8 +182,10 @@ def completer(cfg: config.Config, tokenizer: Tokenizer) -> Callable[..., list[st
 
         sampling, length = Sampling(temperature=sample.temperature), sample.max_new_tokens
         generator = Generator(decoder, params, tokenizer)
-        options: Any = {"max_new_tokens": length, "seed": cfg.seed, "stream": lambda *_: check()}
-        return [completion.text for completion in generator.complete(prompts, sampling, **options)]
+        completions = generator.complete(
+            prompts, sampling, max_new_tokens=length, seed=cfg.seed, stream=lambda *_: check()
+        )
+        return [completion.text for completion in completions]
 
     return complete
 

@@ -104,10 +104,10 @@ class _Run:
         self.dir, self.first = Path(cfg.out_dir), engine.process_index == 0
         self.progress, self.saved, self.score = Progress(), Progress(), None
         self.clock = Clock()
-        size: Any = {"batch_size": cfg.train.batch_size, "rows": engine.rows}
-        self.data = source.batches(**size)
+        batch_size = cfg.train.batch_size
+        self.data = source.batches(batch_size=batch_size, rows=engine.rows)
         self.last = int(min(cfg.train.steps, getattr(self.data, "count", math.inf)))  # a mixture may end before
-        self.held_out = source.held_out(max_batches=cfg.eval.batches, **size)
+        self.held_out = source.held_out(batch_size=batch_size, rows=engine.rows, max_batches=cfg.eval.batches)
         check_watch(cfg.eval.watch, self.held_out)
         logged = read_metrics(self.dir / "metrics.jsonl")
         if resume and engine.checkpoints():

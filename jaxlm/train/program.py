@@ -87,14 +87,16 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     shapes = {name: tree for name, (tree, _) in below.items()}
     matmul = cfg.numerics.matmul
     whole = _beside_base(recipe.objective.jax_whole(modules, cfg), models) if recipe.objective.jax_whole else None
-    options: Any = {
-        "seed": cfg.seed,
-        "layout": layout,
-        "matmul": matmul,
-        "whole": whole,
-        "update_if": recipe.objective.update_if,
-    }
-    step = make_steps(loss_fn, parts, cfg.train.microbatches, **options)
+    step = make_steps(
+        loss_fn,
+        parts,
+        cfg.train.microbatches,
+        seed=cfg.seed,
+        layout=layout,
+        matmul=matmul,
+        whole=whole,
+        update_if=recipe.objective.update_if,
+    )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     return Program(recipe, modules, loss_fn, parts, shardings, shapes, frozen, jitted)
 

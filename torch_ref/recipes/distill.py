@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, D width of the student, E of the teacher, V vocabulary
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
     """`batch -> (sum, sums)` of the decoder `model`, beside the frozen one `teacher`."""
     student, teacher = modules["model"], modules["teacher"]
     common = min(student.config.vocab_size, teacher.config.vocab_size)
-    options: Any = {**cfg.distill.loss_options, "block": cfg.train.loss_block}
+    loss_of = functools.partial(distill_loss, block=cfg.train.loss_block, **cfg.distill.loss_options)
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         rows = batch["tokens"], batch["positions"], batch["segments"]
@@ -32,7 +33,7 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
             taught = Teacher(taught_BTE, *common_tokens(*teacher.unembedding(), common))
         hidden_BTD, _ = student.hidden(*rows)
         head = common_tokens(*student.unembedding(), common)
-        terms = distill_loss(hidden_BTD, *head, taught, batch["targets"], batch["weights"], **options)
+        terms = loss_of(hidden_BTD, *head, taught, batch["targets"], batch["weights"])
         found = sums_of(terms)
         if student.config.moes:
             routed = collect(student)

@@ -60,8 +60,8 @@ def reported(terms: Any, logps_BT: Tensor, batch: Batch) -> Sums:
 def _spoken(decoder: Decoder, batch: Batch, cfg: config.Config) -> TokenLogps:
     """Log-probability and entropy at every target, at the temperature of sampling."""
     hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
-    options: Any = {"temperature": cfg.rl.temperature, "block": cfg.train.loss_block}
-    return token_logps(hidden_BTD, *decoder.unembedding(), batch["targets"], **options)
+    temperature, block = cfg.rl.temperature, cfg.train.loss_block
+    return token_logps(hidden_BTD, *decoder.unembedding(), batch["targets"], temperature=temperature, block=block)
 
 
 def actor_of(engine: Any, cfg: config.Config, **ends: int) -> TorchActor:
@@ -74,7 +74,7 @@ class TorchActor:
 
     def __init__(self, decoder: Decoder, reference: Decoder, cfg: config.Config, *, eos_id: int, pad: int) -> None:
         self.decoder, self.reference, self.config = decoder, reference, cfg
-        self.ends: Any = {"eos_id": eos_id, "pad_id": pad}
+        self.ends: dict[str, int] = {"eos_id": eos_id, "pad_id": pad}
 
     def draw(
         self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int

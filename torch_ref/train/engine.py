@@ -127,8 +127,10 @@ class TorchEngine:
 
         generator = Generator(self.decoder, Tokenizer.from_file(Path(self.config.out_dir) / "tokenizer.json"))
         sampling, length = Sampling(temperature=sample.temperature), sample.max_new_tokens
-        options: Any = {"max_new_tokens": length, "seed": self.config.seed, "stream": lambda *_: check()}
-        return [one.text for one in generator.complete(prompts, sampling, **options)]
+        completions = generator.complete(
+            prompts, sampling, max_new_tokens=length, seed=self.config.seed, stream=lambda *_: check()
+        )
+        return [completion.text for completion in completions]
 
     def save(self, run: dict[str, Any], validation_loss: float | None) -> None:
         self._checkpointer.save(self.parts, self.state, run, validation_loss)

@@ -108,8 +108,8 @@ class PreferenceSource:
         """Nothing comes before an update."""
 
     def _rows(self, pairs: Pairs, seed: int) -> PairRows:
-        options: Any = {"seed": seed, "pad": self.tokenizer.pad, "most": self.cfg.preference.pairs_per_row}
-        return PairRows(pairs, self.cfg.data.seq_len, **options)
+        most = self.cfg.preference.pairs_per_row
+        return PairRows(pairs, self.cfg.data.seq_len, seed=seed, pad=self.tokenizer.pad, most=most)
 
 
 def _content(preference: Pair | Labelled) -> bytes:

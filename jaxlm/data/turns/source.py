@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -114,8 +115,8 @@ class ConversationSource:
         )
 
     def _rows(self, examples: Examples, seed: int) -> ConversationRows:
-        options: Any = {"seed": seed, "pad": self.tokenizer.pad, "pack": self.cfg.sft.pack}
-        return ConversationRows(examples, self.cfg.data.seq_len, **options)
+        pack, pad = self.cfg.sft.pack, self.tokenizer.pad
+        return ConversationRows(examples, self.cfg.data.seq_len, seed=seed, pad=pad, pack=pack)
 
 
 def _tokenizer(cfg: Config) -> Tokenizer:
@@ -129,18 +130,18 @@ def _tokenizer(cfg: Config) -> Tokenizer:
 
 def _examples(cfg: Config, source: str | tuple[str, ...], chat: Chat) -> Examples:
     sft = cfg.sft
-    options: Any = {"format": cfg.sft.format, "fields": cfg.sft.fields, "system": cfg.sft.system}
-    sources: Any = (source,) if isinstance(source, str) else source
+    read = functools.partial(conversations, format=sft.format, fields=sft.fields, system=sft.system)
+    sources = (source,) if isinstance(source, str) else source
 
     def encoded() -> Iterator[Example]:
-        found = [talk for one in sources for talk in conversations(one, **options)]
+        found = [talk for one in sources for talk in read(one)]
         if sft.max_examples:
             order = np.random.default_rng([cfg.seed, 4]).permutation(len(found))
             found = [found[i] for i in np.sort(order[: sft.max_examples])]
         for talk in found:
             try:
-                weights: Any = {"train_on": sft.train_on, "prompt_weight": sft.prompt_weight}
-                yield encode(chat, talk.messages, tools=talk.tools, **weights)
+                train_on, weight = sft.train_on, sft.prompt_weight
+                yield encode(chat, talk.messages, tools=talk.tools, train_on=train_on, prompt_weight=weight)
             except UserError as error:
                 raise UserError(f"{talk.where}: {error.message}", error.hint) from None
 

@@ -203,8 +203,8 @@ class Engine:
         room, wanted = self.runner.length - len(ids), request.max_new_tokens
         full: Finish = "context" if wanted is None or wanted > room else "length"
         limit = room if wanted is None else min(wanted, room)
-        options: Any = {"limit": limit, "full": full, "ends": ends, "tokenizer": self.tokenizer, "guide": guide}
-        return Growing(request, index, ids, **options)
+        tokenizer = self.tokenizer
+        return Growing(request, index, ids, limit=limit, full=full, ends=ends, tokenizer=tokenizer, guide=guide)
 
     def _grammar_rules(self) -> Grammars:
         if self._grammars is None:

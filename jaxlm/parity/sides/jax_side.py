@@ -270,8 +270,8 @@ def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) 
     """The update of training without noise; jitted here, so that it is compiled once for all comparisons of a model."""
     objective = jax_loss(decoder, train)
     still: LossFn = lambda params, frozen, batch, _: objective(params, frozen, batch, None)  # noqa: E731  # pyright: ignore
-    options: Any = {"seed": 0, "matmul": "highest", "model": decoder.config}
-    return make_step(still, make_optimizer(train), train, **options)(state, {}, batch)
+    step = make_step(still, make_optimizer(train), train, seed=0, matmul="highest", model=decoder.config)
+    return step(state, {}, batch)
 
 
 def _outputs(captured: Mapping[str, Any], prefix: str = "") -> Arrays:

@@ -113,11 +113,10 @@ class RolloutData:
 
     def actor(self, engine: Any) -> Actor:
         """The policy of an engine, in its framework."""
-        ends: Any = {"eos_id": self.tokenizer.special("eot"), "pad": self.tokenizer.pad}
+        actor_of = self.stage.actor_of
         if type(engine).__module__.startswith("torch_ref"):
-            twin = importlib.import_module(f"torch_ref.recipes.{self.stage.name}")
-            return twin.actor_of(engine, self.config, **ends)
-        return self.stage.actor_of(engine, self.config, **ends)
+            actor_of = importlib.import_module(f"torch_ref.recipes.{self.stage.name}").actor_of
+        return actor_of(engine, self.config, eos_id=self.tokenizer.special("eot"), pad=self.tokenizer.pad)
 
     def greedy_reward(self, actor: Actor, count: int) -> float:
         """Mean reward of the likeliest answers to the held-out prompts."""
@@ -129,8 +128,8 @@ class RolloutData:
         return float(np.mean(rewards)) if rewards else 0.0
 
     def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
-        size: Any = {"batch_size": batch_size, "rows": rows, "max_batches": max_batches}
-        return [HeldOut("", True, functools.partial(self.held_out_batches, **size))]
+        batches = functools.partial(self.held_out_batches, batch_size=batch_size, rows=rows, max_batches=max_batches)
+        return [HeldOut("", True, batches)]
 
     def held_out_batches(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
         """Held-out prompts with their answers, as rows: how likely the model finds what is right."""
