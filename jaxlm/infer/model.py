@@ -287,15 +287,9 @@ class Model:
     ) -> Iterator[int]:
         """Answer a file of prompts; see `batch.answer_file`, also for errors. Yields the lines done."""
         with precision(self.config.numerics):
-            engine = self._generator_of(backend).engine(
-                rows=rows,
-                context=context,
-                prefix_memory="256M",
-                speculate=speculate,
-                draft=None if draft is None else draft._generator_of(backend),
-                threaded=False,
-                warm_up=False,
-            )
+            guesser, make = None if draft is None else draft._generator_of(backend), self._generator_of(backend).engine
+            make = functools.partial(make, prefix_memory="256M", threaded=False, warm_up=False)
+            engine = make(rows=rows, context=context, speculate=speculate, draft=guesser)
         name = f"{(self.path or Path()).resolve()}\0{engine.prefixes.fingerprint}"
         with engine:
             yield from answer_file(engine, Path(prompts), Path(out), defaults, name)

@@ -43,7 +43,8 @@ def recipe(cfg: config.Config) -> Recipe:
         objective=Objective(
             objective,
             twin("torch_ref.recipes.dpo"),
-            *((whole_divergence, twin("torch_ref.recipes.dpo", "whole_divergence")) if options.loss == "kto" else ()),
+            jax_whole=whole_divergence if options.loss == "kto" else None,
+            torch_whole=twin("torch_ref.recipes.dpo", "whole_divergence") if options.loss == "kto" else None,
         ),
         data=lambda own: PreferenceSource.open(cfg, own, labelled=options.loss == "kto"),
         judge=lambda _: Judge(figures, "validation_accuracy", lower_is_better=False, describe=described),

@@ -62,8 +62,9 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         random: Any = {} if key is None or not decoder.config.random else {"dropout": key}
         places, documents = (batch["tokens"], batch["positions"], batch["segments"]), 2 * batch["margins"].shape[1]
-        how: Any = {"method": "score_documents", "rngs": random, "mutable": ["routing"]}
-        (scores_BM1, present_BM), collections = decoder.apply({"params": params}, *places, documents, **how)
+        (scores_BM1, present_BM), collections = decoder.apply(
+            {"params": params}, *places, documents, method="score_documents", rngs=random, mutable=["routing"]
+        )
         scores_BM = scores_BM1[..., 0]
         terms = reward_loss(scores_BM, present_BM, batch["margins"].astype(scores_BM.dtype), batch["ties"], **options)
         found = dict(terms._asdict())

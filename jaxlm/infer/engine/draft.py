@@ -137,6 +137,6 @@ def check_draft(ours: Tokenizer, theirs: Tokenizer) -> None:
 def _bare(orders: Orders, steps: int) -> Orders:
     """Orders without what only the large model's rows count: penalties, bias, grammar, log-probabilities."""
     none = np.zeros_like(orders.biased)
-    neutral = Orders.empty(len(none), 1).knobs[5:]
-    options: Any = {"biased": none, "ruled": none, "scored": none, "processed": none}
-    return orders._replace(knobs=(*orders.knobs[:5], *neutral), until=np.asarray(steps, np.int32), **options)
+    knobs = (*orders.knobs[:5], *Orders.empty(len(none), 1).knobs[5:])
+    until = np.asarray(steps, np.int32)
+    return orders._replace(knobs=knobs, until=until, biased=none, ruled=none, scored=none, processed=none)
