@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxlm import config
 from jaxlm.errors import UserError
