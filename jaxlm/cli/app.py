@@ -21,7 +21,7 @@ import typer
 from jaxlm import __version__
 from jaxlm.cli import data, evaluate, launch, plan, rollouts, sandbox, train, use, weights
 from jaxlm.errors import UserError
-from jaxlm.processes.orbax_silence import AsWithoutHandlers
+from jaxlm.processes.orbax_silence import OrbaxSilence
 
 TRACEBACK = "JAXLM_TRACEBACK"
 
@@ -66,20 +66,15 @@ def speaking() -> Iterator[None]:
     if any(isinstance(known, _Lines) for known in ours.handlers):  # a verb within one that speaks already
         yield
         return
-    levels = {logger: logger.level for logger in (ours, *map(logging.getLogger, ("absl", "asyncio")))}
+    level = ours.level
     ours.addHandler(handler)
-    root = AsWithoutHandlers(logging.WARNING)
-    if not logging.root.handlers:  # absl would give it one, which prints our lines again
-        logging.root.addHandler(root)
-    for logger in levels:
-        logger.setLevel(logging.INFO if logger is ours else logging.CRITICAL)
+    ours.setLevel(logging.INFO)
     try:
-        yield
+        with OrbaxSilence():
+            yield
     finally:
         ours.removeHandler(handler)
-        logging.root.removeHandler(root)
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        ours.setLevel(level)
 
 
 class _Lines(logging.Handler):

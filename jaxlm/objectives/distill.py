@@ -36,7 +36,7 @@ class DistillLoss(NamedTuple):
     divergence: Float[Array, ""]
     """D, before tau^2."""
     correct: Float[Array, ""]
-    """How often no token of the student was likelier than the target."""
+    """How often the student's likeliest token was the target."""
     weight: Float[Array, ""]
 
 
@@ -180,7 +180,7 @@ def _block_sums(
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
     loss_BC = hard_weight * nll_BC + (1 - hard_weight) * temperature**2 * divergence_BC
-    correct_BC = target_BC >= jnp.max(logits_BCV, axis=-1)
+    correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
     loss, nll, apart, correct = (jnp.sum(x * weights_BC) for x in (loss_BC, nll_BC, divergence_BC, correct_BC))
     return DistillLoss(loss, nll, apart, correct, jnp.sum(weights_BC))
 

@@ -18,7 +18,7 @@ class OrbaxSilence:
     """
 
     def __init__(self) -> None:
-        self._root = AsWithoutHandlers(logging.WARNING)
+        self._root = _AsWithoutHandlers(logging.WARNING)
         if not logging.root.handlers:
             logging.root.addHandler(self._root)
         for name in _NAMES:
@@ -40,7 +40,7 @@ class OrbaxSilence:
         return record.levelno >= logging.CRITICAL
 
 
-class AsWithoutHandlers(logging.Handler):
+class _AsWithoutHandlers(logging.Handler):
     """Does what Python does where the root logger has no handler. For absl gives one to a root that has none."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -35,7 +35,7 @@ class DistillLoss(NamedTuple):
     divergence: Float[Tensor, ""]
     """D, before tau^2."""
     correct: Float[Tensor, ""]
-    """How often no token of the student was likelier than the target."""
+    """How often the student's likeliest token was the target."""
     weight: Float[Tensor, ""]
 
 
@@ -138,10 +138,9 @@ def _block_sums(
     else:
         teacher_logps = torch.log_softmax(wide_logits(*teacher, *output) / temperature, dim=-1)
     divergence_BC = divergence(logp_BCV, teacher_logps.detach(), beta)
-    target_BC = logits_BCV.gather(-1, targets_BC[..., None])[..., 0]
-    nll_BC = torch.logsumexp(logits_BCV, dim=-1) - target_BC
+    nll_BC = torch.logsumexp(logits_BCV, dim=-1) - logits_BCV.gather(-1, targets_BC[..., None])[..., 0]
     loss_BC = hard_weight * nll_BC + (1 - hard_weight) * temperature**2 * divergence_BC
-    correct_BC = (target_BC >= logits_BCV.amax(dim=-1)).to(loss_BC.dtype)
+    correct_BC = (logits_BCV.argmax(dim=-1) == targets_BC).to(loss_BC.dtype)
     terms = loss_BC, nll_BC, divergence_BC, correct_BC
     return *(torch.sum(x * weights_BC) for x in terms), weights_BC.sum()
 

@@ -26,7 +26,7 @@ class LMLoss(NamedTuple):
     nll: Float[Tensor, ""]
     """Plain negative log-likelihood."""
     correct: Float[Tensor, ""]
-    """How often no token was likelier than the target."""
+    """How often the likeliest token was the target."""
     weight: Float[Tensor, ""]
     """Sum of the weights."""
 
@@ -124,10 +124,9 @@ def _block_terms(
     logits_BCV = wide_matmul(hidden_BCD, kernel_DV) + bias_V
     partition_BC1 = torch.logsumexp(logits_BCV, dim=-1, keepdim=True)
     partition_BC = partition_BC1[..., 0]
-    target_BC = logits_BCV.gather(-1, targets_BC[..., None])[..., 0]
-    nll_BC = partition_BC - target_BC
+    nll_BC = partition_BC - logits_BCV.gather(-1, targets_BC[..., None])[..., 0]
     smooth_BC = partition_BC - logits_BCV.mean(dim=-1)
     loss_BC = (1 - label_smoothing) * nll_BC + label_smoothing * smooth_BC + z_loss * partition_BC**2
-    correct_BC = target_BC >= logits_BCV.amax(dim=-1)
+    correct_BC = logits_BCV.argmax(dim=-1) == targets_BC
     terms = [torch.sum(term * weights_BC) for term in (loss_BC, nll_BC, correct_BC)]
     return (logits_BCV, partition_BC1), [*terms, weights_BC.sum()]
