@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class MissingPeersError(UserError):
-    """Other processes did not come in time. They may the next time."""
+    """Other processes did not come in time. They may the next time, so launchers try again."""
 
     exit_code = 1
 

@@ -1,6 +1,8 @@
 """The command line: verbs of a few lines that call the library. A user's mistake is one line and exit code 2.
 
 Any other exception is one line and exit code 1; with JAXLM_TRACEBACK=1 in the environment it comes with its traceback.
+Exit codes: 0 done; 1 another error, or a check that found a difference; 2 a user's mistake, never to be started again;
+75 stopped by a signal with nothing unsaved, 124 hung: start again with --resume; 130 Ctrl-C.
 
 jaxlm train configs/quickstart.toml train.steps=100
 """

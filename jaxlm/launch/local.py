@@ -26,7 +26,7 @@ from jaxlm.errors import UserError
 PROGRAM = (sys.executable, "-m", "jaxlm")
 LAST_LINES = 12
 USERS_MISTAKE, RESUMABLE = 2, 75
-"""Exit codes of `jaxlm train`: do not start it again; it was stopped and has saved."""
+"""Exit codes of `jaxlm train`: 2, starting it again is of no use; 75, it was stopped and goes on with --resume."""
 LAST_SAVE, LAST_WORDS = 300.0, 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 _NOISE = re.compile(

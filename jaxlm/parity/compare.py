@@ -1,7 +1,8 @@
 """Two traces to findings: every tensor with its error, its bound and whether it keeps it.
 
 float64 is judged first and strictly: different mathematics shows, rounding does not. float32 and bfloat16 are judged by
-ratio against the float64 trace of jaxlm: neither framework may be more than twice as wrong as the other.
+ratio against the float64 trace of jaxlm: neither framework may be more than twice as wrong as the other, or than the
+floor (`tolerances`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 RESUMABLE = 75
-"""Exit code of a run that stopped on a signal after saving (EX_TEMPFAIL): start it again with --resume."""
+"""Exit code of a run that stopped on a signal with nothing unsaved (EX_TEMPFAIL): start it again with --resume."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _Item = TypeVar("_Item")
 

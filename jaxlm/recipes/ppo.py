@@ -59,7 +59,7 @@ def value_tree(cfg: config.Config) -> Trained:
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """`(trained, frozen, batch, key) -> (sum, sums)`: policy and value loss, both divided by the trained tokens."""
+    """`(trained, frozen, batch, key) -> (sum, sums)`: policy and value loss, both divided by what `rl.divisor` says."""
     from jaxlm.objectives.value import value_loss
 
     policy, value, rl = grpo.objective(modules, cfg), modules[VALUE], cfg.rl

@@ -146,6 +146,9 @@ def judge(
 ) -> Verdict:
     """Run tests against a program, each in a box of its own.
 
+    The verdict is what the tests' process sends over its own socket; nothing that the program sends is one. A limit
+    that is seen from outside before it counts instead, and so does too much disk used by a program that passed.
+
     Raises: HarnessError where the isolation or the tests themselves fail; Cancelled.
     """
     if not isinstance(program, str) or len(program) > MAX_PROGRAM:

@@ -4,7 +4,8 @@
 
 `run` holds what is not an array: data-iterator state, tokenizer hash, format version, shape and checksum of every leaf;
 so another architecture is refused by name, and damage is noticed when it is read, whatever the mesh. Frozen trees are
-not saved: `run` has the path and sha256 of each, and a run resumes with the same ones alone (`loop.FrozenFile`).
+not saved, nor the base under adapters: `run` has the path and sha256 of each, and a run resumes with the same ones
+alone (`loop.FrozenFile`).
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ class Growing:
         return self.ids[-1] if self.ids else self.prompt_ids[-1]
 
     def uniforms(self, count: int) -> np.ndarray:
-        """Numbers in [0, 1) for the next tokens: the k-th token of a choice always has the same one."""
+        """Numbers in [0, 1) for the next tokens.
+
+        The k-th token draws with the k-th float32 of numpy's `default_rng([seed, sample + index])`, guessed or not.
+        """
         at = len(self.ids)
         while len(self._uniforms) < at + count:
             more = self._generator.random(DRAWN_AHEAD, np.float32)

@@ -3,7 +3,7 @@
     Request("def add(a, b):", sampling=Sampling(temperature=0.2), max_new_tokens=64, n=2, stop=("\\n\\n",), seed=7)
 
 A choice's random numbers depend on the seed, the number of the choice and the place in its text, never on what else is
-decoded: choice i of a request is the only choice of the same request with `sample = i` and `n = 1`.
+decoded (`growing.uniforms`): choice i of a request is the only choice of the same request with `sample = i`, `n = 1`.
 """
 
 from __future__ import annotations

@@ -56,11 +56,15 @@ Whole = Callable[[Array, Array, Array, Places, Places, Form, Array | None, Site]
 
 
 class Kernel(NamedTuple):
-    """One way to compute attention, and the calls that it is for."""
+    """One way to compute attention, and the calls that it is for: a row of `KERNELS`, and a name in the config.
+
+    A query of segment 0 gets zero, the output has `form.dtype`, and a gradient reaches queries, keys and values.
+    """
 
     platforms: tuple[str, ...]
+    """Where it runs: of `cpu`, `gpu` and `tpu`."""
     refuses: Callable[[Call], str]
-    """Why a call cannot be computed, empty where it can."""
+    """Why a call cannot be computed, empty where it can. A kernel without `part` refuses `merged` calls."""
     part: Part | None = None
     """A kernel has `part` or `whole`. `part(q, k, v, q_places, k_places, form)`, with its log-sum-exp."""
     whole: Whole | None = None
@@ -68,7 +72,7 @@ class Kernel(NamedTuple):
     splits: bool = False
     """Whether the kernel divides its call over a mesh by itself."""
     rings: bool = False
-    """Whether it computes the blocks of `ring`; others see all keys, gathered."""
+    """Whether it computes the blocks of `ring`; others see all keys of a split row, gathered: more than queries."""
 
     def objection(self, call: Call) -> str:
         """Why the kernel is not for this call, empty where it is."""
