@@ -42,7 +42,7 @@ STUDENT: dict[str, Any] = {
 TEACHER = STUDENT | {"d_model": 24, "n_layers": 2, "d_ff": 32, "tie_embeddings": False, "init_std": 0.2}
 
 
-def save(path: Path, tokenizer: Tokenizer = BYTES, **model: Any) -> None:
+def save(path: Path, tokenizer: Tokenizer | None = BYTES, **model: Any) -> None:
     """A random model, by default that of the teacher."""
     cfg = toml.from_dict({"model": TEACHER | {"max_seq_len": 64} | model, "data": {"seq_len": 32}})
     params = jax.tree.map(lambda x: np.asarray(x, "float32"), pairs.random_params(cfg.model, np.random.default_rng(5)))
@@ -202,6 +202,10 @@ def test_teachers_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     silent = dataclasses.replace(silent, model=dataclasses.replace(silent.model, vocab_size=300))
     with pytest.raises(UserError, match=f"its vocabulary has {BYTES.vocab_size} tokens, the student's 300"):
         make_recipe(silent).data(None)
+    save(tmp_path / "few", None, vocab_size=100)
+    few = settings(folder, distill={"teacher": str(tmp_path / "few")}, tokenizer={"kind": "bytes"})
+    with pytest.raises(UserError, match=f"its vocabulary has 100 tokens, the tokenizer {BYTES.vocab_size} ids"):
+        make_recipe(few).data(None)
     for options, message in (({"hard_weight": 1.0}, "leaves the teacher no weight"), ({"beta": 1.0}, "below 1")):
         with pytest.raises(UserError, match=message):
             settings(folder, distill=options)

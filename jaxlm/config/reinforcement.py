@@ -121,6 +121,16 @@ class RL:
             samples % self.minibatches == 0,
             f"rl.minibatches = {self.minibatches} does not divide prompts x group = {samples}",
         )
+        require(
+            not self.kl_target or self.kl_weight > 0,
+            f"rl.kl_target = {self.kl_target}: a weight of 0 cannot follow it",
+            "rl.kl_weight=0.05",
+        )
+        require(
+            not self.kl_target or samples < 5 * self.kl_horizon,
+            f"rl.kl_horizon = {self.kl_horizon}: {samples} samples a phase could turn rl.kl_weight negative",
+            f"rl.kl_horizon={samples // 5 + 1} or more",
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:

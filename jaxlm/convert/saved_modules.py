@@ -33,7 +33,7 @@ def from_layout(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], cfg: con
     """The whole modules among these tensors of a layout, as parts of the live tree.
 
     Raises:
-        UserError: a tensor has another shape than the model's.
+        UserError: a tensor has another shape than the model's, or a module has not all of its tensors.
     """
     known: Any = leaves(cfg)
     tree: Tree = {}
@@ -49,4 +49,8 @@ def from_layout(tensors: Mapping[str, np.ndarray], rows: Sequence[Row], cfg: con
         for name, array in zip(row.ours, ours, strict=True):
             module, _, leaf = name.partition(".")
             tree.setdefault(module, {})[leaf] = np.ascontiguousarray(array)
+    for name in known:
+        module, _, leaf = name.partition(".")
+        if module in tree and leaf not in tree[module]:
+            raise UserError(f"{name}: missing; a module of modules_to_save is stored whole", "it is of another model")
     return tree

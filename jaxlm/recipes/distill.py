@@ -88,6 +88,9 @@ def _require_same_vocabulary(cfg: config.Config, ours: Tokenizer, theirs: Tokeni
     if theirs is not None and theirs.fingerprint() != ours.fingerprint():
         hint = "train the student with it: leave [tokenizer] out of the config"
         raise UserError(f"distill.teacher = {path!r}: its tokenizer is another than the student's", hint)
+    if taught < ours.vocab_size:
+        ids = f"its vocabulary has {taught} tokens, the tokenizer {ours.vocab_size} ids"
+        raise UserError(f"distill.teacher = {path!r}: {ids}")
     if theirs is None and taught != size:
         raise UserError(f"distill.teacher = {path!r}: its vocabulary has {taught} tokens, the student's {size}")
     if taught != size:
@@ -97,7 +100,11 @@ def _require_same_vocabulary(cfg: config.Config, ours: Tokenizer, theirs: Tokeni
 
 
 def judge(source: DataSource) -> Judge:
-    """That of a language model, so that runs with and without a teacher compare; the divergence stands beside it."""
+    """That of a language model, and the divergence beside it.
+
+    Runs with and without a teacher compare, unless the student has more ids than its teacher: then the first ids, which
+    both have, are all that is judged.
+    """
     language = language_judge(source)
 
     def figures(sums: Mapping[str, float]) -> dict[str, float]:

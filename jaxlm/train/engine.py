@@ -84,11 +84,14 @@ class JaxEngine:
 
     def peak_flops(self, reached: float) -> float:
         """Of all devices together: the vendor's figure where it is known, else products timed here."""
+        count = jax.device_count()
         if known := PEAK_FLOPS.get(jax.devices()[0].device_kind):
-            return known * jax.device_count()
-        if self._peak_flops < max(reached, 1.0):
-            self._peak_flops = measured_flops(self.config.data.cache_dir, reached)
-        return self._peak_flops
+            return known * count
+        # The virtual devices of a CPU share what is timed; one accelerator is timed for all.
+        parts = 1 if self.layout.platform == "cpu" else count
+        if self._peak_flops * parts < max(reached, 1.0):
+            self._peak_flops = measured_flops(self.config.data.cache_dir, reached / parts)
+        return self._peak_flops * parts
 
     @property
     def checkpointer(self) -> Any:

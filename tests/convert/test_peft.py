@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxlm import config
+from jaxlm.convert import saved_modules
 from jaxlm.convert.adapters import CONFIG, WEIGHTS
 from jaxlm.convert.families import FAMILIES
 from jaxlm.convert.files.storage import planned, write_folder
@@ -74,3 +75,14 @@ def test_what_cannot_be_read_is_named(
     where = base(tmp_path, tie_embeddings=tied)
     with pytest.raises(UserError, match=message):
         load(peft(tmp_path, tensors, where, **stated))
+
+
+def test_half_of_a_module_that_was_trained_whole_is_refused() -> None:
+    """A layer norm has a scale and a bias; a file with one of them is of another model."""
+    model = config.Model(vocab_size=40, d_model=16, n_layers=1, n_heads=2, d_ff=24, max_seq_len=32, norm="layernorm")
+    rows = [row for row in FAMILIES["gpt2"].rows(model) if row.ours[0].startswith("final_norm")]
+    tensors = {name: np.ones(16, np.float32) for row in rows for name in row.theirs}
+    assert saved_modules.from_layout(tensors, rows, model)["final_norm"].keys() == {"scale", "bias"}
+    bias = next(name for name in tensors if "bias" in name)
+    with pytest.raises(UserError, match=r"final_norm\.bias: missing; a module of modules_to_save is stored whole"):
+        saved_modules.from_layout({name: x for name, x in tensors.items() if name != bias}, rows, model)

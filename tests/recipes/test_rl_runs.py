@@ -61,6 +61,8 @@ max_new_tokens = 3
 every = 1
 """
 
+REWARDED = 'kl = "reward"\nkl_kind = "k1"\nkl_target = 0.1'
+
 
 def load(folder: Path, recipe: str, *, steps: int = 4, rl: str = "", train: str = "") -> config.Config:
     path = folder / f"{recipe}.toml"
@@ -180,13 +182,23 @@ def test_the_value_model_has_options_of_its_own(begun: Path, tmp_path: Path) -> 
     assert (value.model.head, value.train.learning_rate, value.path) == ("value", 0.5, str(path))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("kl_target = 0.1", r"rl\.kl_target = 0\.1 moves the weight of the divergence in the reward"),
+        (f"{REWARDED}\nkl_weight = 0.0", r"rl\.kl_target = 0\.1: a weight of 0 cannot follow it"),
+        (f"{REWARDED}\nkl_horizon = 1", r"rl\.kl_horizon = 1: \d+ samples a phase could turn rl\.kl_weight negative"),
+        ("stop_kl = 0.1", r"rl\.stop_kl = 0\.1: with one update a phase"),
+    ],
+)
+def test_a_weight_that_cannot_follow_its_target_is_refused(tmp_path: Path, options: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, "grpo", rl=options)
+
+
 def test_groups_of_one_are_refused(tmp_path: Path) -> None:
     cfg = load(tmp_path, "grpo")
     alone = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, group=1))
-    with pytest.raises(UserError, match=r"rl\.kl_target = 0\.1 moves the weight of the divergence in the reward"):
-        load(tmp_path, "grpo", rl="kl_target = 0.1")
-    with pytest.raises(UserError, match=r"rl\.stop_kl = 0\.1: with one update a phase"):
-        load(tmp_path, "grpo", rl="stop_kl = 0.1")
     with pytest.raises(UserError, match="a sample alone has nothing to be measured against"):
         make_recipe(alone)
 

@@ -108,9 +108,11 @@ class Phases:
 
     def _follow_target(self, actor: Actor, batch: Batch) -> dict[str, float]:
         """Move the weight of the divergence for the next phase (Ziegler et al. 2019, section 2.2)."""
+        counted_B = batch["weights"].any(axis=1)  # samples without a grade teach nothing
         moved_BT = (batch["old_logps"] - batch["reference_logps"]) * batch["weights"]
-        kl, used = float(moved_BT.sum(1).mean()), self.kl_weight
-        self.kl_weight = actor.adapted_kl_weight(used, kl, len(moved_BT))
+        moved_B = moved_BT.sum(1)[counted_B]
+        kl, used = float(moved_B.mean()) if len(moved_B) else 0.0, self.kl_weight
+        self.kl_weight = actor.adapted_kl_weight(used, kl, len(moved_B))
         return {"kl_start": kl, "kl_weight": used}
 
     def measured(self, batch: Batch) -> dict[str, float]:
