@@ -1,7 +1,8 @@
-"""Functions of JAX with complete types. Each calls JAX's function of the same name and does nothing else.
+"""Functions of JAX with complete types.
 
-JAX leaves parts of their signatures untyped. With these, pyright (strict) sees what enters and leaves an
-op. A tree is a nested tuple or dict of arrays; what JAX does to each leaf keeps the type of the tree.
+Each calls JAX's function of the same name; some fix options (`tiled`, `keepdims`) that no op varies. JAX leaves parts
+of their signatures untyped. With these, pyright (strict) sees what enters and leaves an op. A tree is a nested tuple or
+dict of arrays; what JAX does to each leaf keeps the type of the tree.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload, runtime_ch
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
@@ -106,6 +108,11 @@ def pad(
 def put_along_axis(array: Array, indices: Array, values: ArrayLike, axis: int) -> Array:
     """`jnp.put_along_axis`, which returns the new array."""
     return jnp.put_along_axis(array, indices, values, axis=axis, inplace=False)
+
+
+def finfo(dtype: DTypeLike) -> np.finfo[Any]:
+    """`jnp.finfo`, which knows bfloat16 too."""
+    return cast("np.finfo[Any]", jnp.finfo(dtype))
 
 
 def broadcasted_iota(dtype: DTypeLike, shape: Sequence[int], dimension: int) -> Array:

@@ -78,7 +78,12 @@ def settings(folder: Path, name: str = "run", **sections: Any) -> config.Config:
 STAGES = [
     pytest.param({"divergence": "jsd", "beta": 0.3}, {}, id="jsd"),
     pytest.param({"divergence": "reverse"}, {"lora": {"rank": 2}}, id="reverse, adapters"),
-    pytest.param({}, {"model": {"pattern": ("attention+moe",), "moe": {"n_experts": 4}}}, id="experts", marks=SOAK),
+    pytest.param(
+        {},
+        {"model": {"pattern": ("attention+moe",), "moe": {"n_experts": 4, "balance_loss": 0.1}}},
+        id="experts",
+        marks=SOAK,
+    ),
     pytest.param({}, {"model": {"vocab_size": BYTES.vocab_size + 3}}, id="filled vocabulary", marks=SOAK),
 ]
 

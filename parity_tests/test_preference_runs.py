@@ -42,7 +42,12 @@ STAGES = [
     pytest.param({"loss": "robust"}, {}, id="robust", marks=SOAK),
     pytest.param({"loss": "ipo"}, {}, id="ipo", marks=SOAK),
     pytest.param({"loss": "simpo", "beta": 2.0}, {}, id="simpo", marks=SOAK),
-    pytest.param({"loss": "dpo"}, {"pattern": ("attention+moe",), "moe": {"n_experts": 4}}, id="experts", marks=SOAK),
+    pytest.param(
+        {"loss": "dpo"},
+        {"pattern": ("attention+moe",), "moe": {"n_experts": 4, "balance_loss": 0.1}},
+        id="experts",
+        marks=SOAK,
+    ),
     pytest.param({"loss": "dpo"}, {"pattern": ("mamba+mlp", "attention+mlp")}, id="mamba", marks=SOAK),
 ]
 

@@ -50,7 +50,7 @@ IMPORTED = (jax_engine,)
 PHASES = 10
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "experts": {"pattern": ("attention+moe",), "moe": {"n_experts": 4, "d_ff": 24}},
+    "experts": {"pattern": ("attention+moe",), "moe": {"n_experts": 4, "d_ff": 24, "balance_loss": 0.1}},
     "mamba": {"pattern": ("mamba+mlp", "attention+mlp")},
 }
 SOAK = pytest.mark.soak

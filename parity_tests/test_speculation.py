@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from jaxlm.infer.engine.draft import Draft
 from jaxlm.infer.engine.growing import Growing
 from jaxlm.infer.engine.on_jax.runner import JaxRunner
 from jaxlm.infer.engine.speculative import Speculation
+from jaxlm.models.cache import RowCache
 from jaxlm.text.sampling import GREEDY, Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from parity_tests.options import small
@@ -238,6 +241,22 @@ def test_a_draft_that_lags(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(engine("windows", "torch", draft=drafting("windows", "torch", 7)), asked)
     same(found, texts)
     assert all(one.usage.accepted == one.usage.drafted > 0 for one in found[5:])
+
+
+def test_a_draft_that_overflowed() -> None:
+    """NaN that an earlier text left in its rows reaches no later one; without finite logits it guesses nothing."""
+    asked = [Request(PROMPTS[0], sampling=Sampling(top_k=40), max_new_tokens=17)]
+    draft, (text,) = drafting("every mixer", "jax", 7), run(engine("every mixer", "jax"), asked)
+    whole, none = draft.params, functools.partial(jax.tree.map, lambda leaf: jnp.full_like(leaf, jnp.nan))
+    rows = (
+        RowCache(*none(layer[:2]), layer.row) if isinstance(layer, RowCache) else layer for layer in draft.state.cache
+    )
+    draft.state = draft.state._replace(cache=tuple(rows))
+    for params, some in ((whole, True), (none(whole), False)):
+        draft.params = params
+        (found,) = run(engine("every mixer", "jax", draft=draft), asked)
+        assert found.choices == text.choices
+        assert found.usage.accepted == found.usage.drafted and bool(found.usage.drafted) is some
 
 
 def sometimes(guess: Any) -> Any:

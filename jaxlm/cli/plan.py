@@ -11,6 +11,7 @@ import typer
 
 from jaxlm.cli.arguments import ConfigPath, JsonFlag, Overrides
 from jaxlm.cli.show import show, sized
+from jaxlm.errors import UserError
 
 commands = typer.Typer()
 
@@ -61,6 +62,10 @@ def plan(
     """Say whether CONFIG fits a machine that is not here, what limits it, what it takes and costs."""
     from jaxlm.config import toml
     from jaxlm.plan import topology as topologies
+
+    of_training = search, show_sharding, tokens, price is not None, not compiling, page is not None
+    if decode and any(of_training):
+        raise UserError("--decode plans an engine and takes none of the options of training, nor --page")
 
     goal, cfg = topologies.parse(topology, slices), toml.load(path, overrides or ())
     topologies.prepare_environment(goal)

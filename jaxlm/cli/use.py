@@ -67,6 +67,8 @@ def generate(
     )
     stops = tuple(stop or ())
     wanted = _Wanted(sampling, max_new_tokens, stops, seed, num_samples, backend.value, speculate, draft)
+    if verbose and prompts is not None:
+        raise UserError("--verbose is of one prompt", "with --prompts, usage of each line has the guesses")
     if prompts is not None or out is not None or prompt is None:
         _answer_file(run, prompt, prompts, out, rows, wanted)
     else:
@@ -148,7 +150,7 @@ def _draft(path: Path | None) -> Any:
 
 
 def _fields(completion: Any) -> dict[str, Any]:
-    """What is printed of a completion; guesses where there were any."""
+    """The fields of a completion to print; guesses where there were any."""
     fields = dataclasses.asdict(completion)
     fields["guessed"] = completion.guessed._asdict()
     if not completion.guessed.calls:

@@ -230,12 +230,13 @@ class Model:
                 smaller model. The text is the same.
 
         Raises:
-            UserError: the model has no tokenizer, or a prompt does not fit (see `check_prompts`).
+            UserError: the model has no tokenizer, a prompt does not fit (see `check_prompts`), a draft has nothing to
+                guess (`speculate` is 0), or torch is to speculate.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         with precision(self.config.numerics):
             if backend == "torch":
-                if speculate:
+                if speculate or draft is not None:
                     raise UserError("one prompt is completed by torch without speculation", "use --prompts, or JAX")
                 several = [prompt for prompt in several for _ in range(num_samples)]
                 complete = self._torch_generator.complete

@@ -10,7 +10,6 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxlm import config
 from jaxlm.errors import UserError
@@ -92,11 +91,10 @@ class Generator:
             check_draft(self.tokenizer, draft.tokenizer)
             size += row_bytes(draft.decoder, context_of(draft.decoder.config, context))
         rows = rows_within(rows, memory, size, context)
-        sizes: Any = {"rows": rows, "slots": context}
-        runner = JaxRunner(self.decoder, self.params, speculates=speculate > 0, layout=self.layout, **sizes)
+        make = functools.partial(JaxRunner, rows=rows, slots=context)
+        runner = make(self.decoder, self.params, speculates=speculate > 0, layout=self.layout)
         if draft is not None:
-            sizes |= {"widths": DRAFT_WIDTHS, "speculates": True, "layout": draft.layout}
-            guesser = JaxRunner(draft.decoder, draft.params, **sizes)
+            guesser = make(draft.decoder, draft.params, widths=DRAFT_WIDTHS, speculates=True, layout=draft.layout)
         print_of = f"{cfg}{self.decoder.policy}{self.tokenizer.fingerprint()}"
         return Engine(
             runner,

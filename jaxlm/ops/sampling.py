@@ -128,7 +128,7 @@ def filtered_rows(logits_BV: Float[Array, "b v"], knobs: Knobs) -> Float[Array, 
 
 
 def greedy(logits_BV: Float[Array, "b v"]) -> Int[Array, " b"]:
-    """The token with the largest logit; of equal ones the lowest. The last where a logit is none.
+    """The token with the largest logit; of equal ones the lowest. The last token where a logit is NaN.
 
     Two reductions that XLA vectorises: on a CPU a quarter of the time of its `argmax`.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -170,8 +169,8 @@ def _of_torch(
     sums = loss_fn(tensors)[1]
     yield LOSS, {name: array_of(value) for name, value in sums.items() if value.ndim == 0}
     whole = recipe.objective.torch_whole(modules, cfg) if recipe.objective.torch_whole else None
-    options: Any = {"seed": cfg.seed, "whole": whole, "update_if": recipe.objective.update_if}
-    step, state = make_steps(loss_fn, parts, cfg.train.microbatches, **options), TrainState()
+    update_if, state = recipe.objective.update_if, TrainState()
+    step = make_steps(loss_fn, parts, cfg.train.microbatches, seed=cfg.seed, whole=whole, update_if=update_if)
     with torch.random.fork_rng(devices=[]):  # each step seeds the generator of the process
         for number in range(1, max(STEPS) + 1):
             state, _ = step(state, tensors)

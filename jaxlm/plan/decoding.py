@@ -1,4 +1,4 @@
-"""What decoding takes of one device, from shapes and the layout alone: memory, and the fastest that a step can be.
+"""Counts the memory that decoding takes of one device, and the fastest that a step can be, from shapes and the layout.
 
 A step reads every weight once, and of every row the keys, values and states of all its tokens. So the memory bandwidth
 bounds it ("How to Scale Your Model", Austin et al. 2025, chapter 7). Collectives and latencies are not counted.
@@ -30,7 +30,7 @@ from jaxlm.plan.topology import Topology
 
 
 class Load(NamedTuple):
-    """What an engine is to hold."""
+    """The size of an engine."""
 
     rows: int
     context: int
@@ -60,7 +60,7 @@ class Decoding:
 
     @property
     def bytes(self) -> int:
-        """What lies there between two steps."""
+        """Bytes held between two steps."""
         return self.weights + self.cache + self.counters
 
     @property

@@ -22,7 +22,7 @@ from jaxlm.numerics import Policy, wide
 from jaxlm.recipes import make_recipe
 from jaxlm.train import adapters
 from jaxlm.train.program import stored_policy
-from jaxlm.train.recipe import Models
+from jaxlm.train.recipe import Models, Recipe
 
 Leaves = tuple[tuple[str, jax.ShapeDtypeStruct, Axes], ...]
 """Name, shape with dtype, and logical axes of each parameter of a tree."""
@@ -52,11 +52,14 @@ class Memory:
         return self.state + self.gradients + self.activations + self.working
 
 
-def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
+def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe | None = None) -> Memory:
     """Count the memory of one of `devices`.
 
+    Args:
+        recipe: of `cfg`, where the caller has made it; None: it is made here.
+
     Raises:
-        UserError: the mesh does not fit the devices, or a size does not divide.
+        UserError: the mesh does not fit the devices, a size does not divide, or the stage cannot be made.
     """
     # An abstract mesh: the rules of the real one, no devices behind it.
     layout, policy = Layout.abstract(cfg.mesh, devices, slices), Policy.from_config(cfg.numerics)
@@ -69,8 +72,8 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     model = dataclasses.replace(cfg.model, remat="none", layer_loop="scan")
     # AdamW keeps two moments of every parameter that moves, in its dtype; they may be split further than the parameters
     # (ZeRO-1).
-    recipe = make_recipe(cfg)
-    trained, frozen = _trees(recipe.models, policy)
+    recipe = recipe or make_recipe(cfg)
+    trained, frozen = stage_trees(recipe.models, policy)
     moving = sum(_bytes(layout, tree) for tree in trained)
     moments = 2 * sum(_bytes(layout.optimizer, tree) for tree in trained)
     leaves = _leaves(model, policy)
@@ -94,8 +97,12 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1) -> Memory:
     )
 
 
-def _trees(models: Models, policy: Policy) -> tuple[list[Leaves], list[Leaves]]:
-    """The parameters of what a stage trains, and of what is frozen: teachers, references, the base of adapters."""
+def stage_trees(models: Models, policy: Policy) -> tuple[list[Leaves], list[Leaves]]:
+    """The parameters of what a stage trains, and of what is frozen: teachers, references, the base of adapters.
+
+    Raises:
+        UserError: the options of adapters match nothing of the model.
+    """
     trained, frozen = [], []
     for tree in models.trained.values():
         if tree.adapters is None:
@@ -125,7 +132,7 @@ def _flat(shapes: Any, axes: Any) -> Leaves:
 
 
 def _bytes(layout: Layout, leaves: Leaves) -> int:
-    """What a device holds of a tree."""
+    """Bytes of a tree that a device holds."""
     return sum(_held(layout, name, leaf.shape, axes) * leaf.dtype.itemsize for name, leaf, axes in leaves)
 
 

@@ -17,7 +17,7 @@ from jaxlm.plan.memory import estimate
 from jaxlm.plan.report import Plan, price_of
 from jaxlm.plan.roofline import times
 from jaxlm.plan.topology import Topology
-from jaxlm.train.adapters import adapter_params, saved_params
+from jaxlm.train.adapters import moved_params
 
 
 def make(
@@ -48,7 +48,7 @@ def make(
     rows = cfg.train.batch_size * cfg.data.seq_len
     # FLOP that the mathematics needs, for MFU: recomputation is work but no progress, so it does not count here.
     decoder = Decoder(cfg.model, Policy.from_config(cfg.numerics))
-    moved = [count(decoder, cfg.lora) for count in (adapter_params, saved_params)] if cfg.lora.rank else []
+    moved = moved_params(decoder, cfg.lora) if cfg.lora.rank else ()
     needed = flops_per_token(cfg.model, matmul_params(decoder), cfg.data.seq_len, *moved)
     layout = Layout.abstract(cfg.mesh, topology.devices, topology.slices)
     return Plan(

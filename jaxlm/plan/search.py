@@ -20,10 +20,11 @@ from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
 from jaxlm.numerics import Policy
-from jaxlm.plan.memory import Memory, estimate
+from jaxlm.plan.memory import Memory, estimate, stage_trees
 from jaxlm.plan.plan_one import make
 from jaxlm.plan.report import USABLE, Plan, gib
 from jaxlm.plan.topology import Topology
+from jaxlm.recipes import make_recipe
 
 COMPILED = 3
 """Candidates that are compiled."""
@@ -111,7 +112,7 @@ def search_plans(
     """Rank the ways to run `cfg` on `topology`; the other arguments are those of `make`.
 
     Raises:
-        UserError: none divides or none fits, with the nearest and its numbers.
+        UserError: none divides or none fits, with the nearest and its numbers; or the stage cannot be made.
     """
     found = list(_candidates(cfg, topology))
     if not found:
@@ -139,14 +140,15 @@ def search_plans(
 
 
 def _candidates(cfg: config.Config, topology: Topology) -> Iterator[Candidate]:
-    decoder = Decoder(cfg.model, Policy.from_config(cfg.numerics))
+    decoder, recipe = Decoder(cfg.model, Policy.from_config(cfg.numerics)), make_recipe(cfg)
+    stage_trees(recipe.models, decoder.policy)  # here, for in the loop a UserError means that a mesh does not divide
     # FLOP of a forward pass do not depend on the mesh: counted once for all candidates.
     forward = forward_flops(cfg.model, matmul_params(decoder), cfg.data.seq_len)
     for mesh, remat, parts in itertools.product(_meshes(cfg, topology), _RECOMPUTED, _powers(cfg.train.batch_size)):
         model = dataclasses.replace(cfg.model, remat=remat)
         one = dataclasses.replace(cfg, mesh=mesh, model=model, train=dataclasses.replace(cfg.train, microbatches=parts))
         try:
-            memory = estimate(one, topology.devices, topology.slices)
+            memory = estimate(one, topology.devices, topology.slices, recipe)
         except UserError:  # it does not divide
             continue
         yield Candidate(one, memory, _seconds(one, topology, memory, forward))

@@ -160,9 +160,8 @@ def agree(facts: Mapping[str, Any]) -> None:
         verdict = service.blocking_key_value_get(f"{place}/verdict", _DAY)
     except jax.errors.JaxRuntimeError as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise MissingPeersError(
-            f"process {me}: the coordinator answers no longer: {cause}", "see the log of process 0"
-        ) from error
+        hint = "see the logs of the others" if me == 0 else "see the log of process 0"
+        raise MissingPeersError(f"process {me}: the coordinator answers no longer: {cause}", hint) from error
     if verdict:
         with contextlib.suppress(Exception):  # the first process, whom the others ask, must not leave before them
             service.wait_at_barrier(f"{place}/read", _FAREWELL)

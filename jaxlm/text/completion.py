@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class Guessed(NamedTuple):
-    """What speculation did for a text."""
+    """Counts of speculation for a text."""
 
     calls: int = 0
     """Calls of the model that looked at guesses."""

@@ -53,6 +53,11 @@ def saved_params(decoder: Decoder, options: config.LoRA) -> int:
     return sum(saved[name][leaf].size for name, leaf in outputs.items() if name in saved)
 
 
+def moved_params(decoder: Decoder, options: config.LoRA) -> tuple[int, int]:
+    """Parameters in matrix products that move: of all adapters, and of the modules that are trained whole."""
+    return adapter_params(decoder, options), saved_params(decoder, options)
+
+
 def abstract_base(decoder: Decoder, options: config.LoRA) -> Shapes:
     """Shapes and logical axes of the collections that are frozen."""
     every = lora.sites(decoder)

@@ -26,7 +26,7 @@ from jaxlm.processes.compiled_together import CompiledTogether, connect
 from jaxlm.processes.hang_watch import Watch
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.run.peak import peak_flops
-from jaxlm.train.adapters import adapter_params, base_collections, saved_params
+from jaxlm.train.adapters import base_collections, moved_params
 from jaxlm.train.program import training_program
 from jaxlm.train.recipe import BASE, MODEL, Recipe
 from jaxlm.train.step import TrainState, make_eval
@@ -66,8 +66,7 @@ class JaxEngine:
         self._steps, self._profiling = 0, False
 
         multiplied = matmul_params(self.decoder)
-        lora = self._adapters
-        moved = [count(self.decoder, lora) for count in (adapter_params, saved_params)] if lora else []
+        moved = moved_params(self.decoder, self._adapters) if self._adapters else ()
         self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, *moved)
         self._peak_flops = 0.0
 

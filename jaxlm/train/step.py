@@ -166,7 +166,7 @@ def make_steps(
 
 
 def _moved(part: Part, tree: Any, opt_state: Any, grads: Any, weight: Array) -> tuple[Any, Any, Array]:
-    """What moves of a tree after an update by the gradient of a sum, its optimiser then, and the gradient's norm."""
+    """Returns the moved tree, its optimiser state and the norm of the gradient."""
     grad_norm = optax.tree.norm(grads) / weight
     scale = _scale(part, grad_norm, weight)
     scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)

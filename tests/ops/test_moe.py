@@ -160,6 +160,13 @@ def test_uniform_use_is_the_minimum_of_the_losses() -> None:
     np.testing.assert_allclose(routed(jnp.zeros((4, E)), jnp.ones(4, bool)).entropy, np.log(E))
 
 
+def test_scores_of_zero_have_no_entropy_in_bfloat16() -> None:
+    """x log x of 0 is 0 and not NaN: the smallest number is that of the dtype."""
+    logits = jnp.asarray([[0.0, -1e4], [0.0, -1e4]], "bfloat16")
+    routing = router.route(logits, top_k=1)
+    assert router.balance(logits, routing, routing, jnp.ones(2, bool)).entropy == 0
+
+
 @pytest.mark.parametrize("term", ["balance", "importance", "z", "entropy"])
 def test_the_terms_train_the_router_that_is_used(term: str, rng: np.random.Generator) -> None:
     logits = jnp.asarray(rng.standard_normal((T, E)) + np.arange(E))

@@ -51,9 +51,9 @@ def test_bytes_are_those_of_the_engine(mesh: dict[str, int]) -> None:
         return sum(shard.data.nbytes for shard in shards if shard.device == first)
 
     plan = planned(cfg, count)
-    assert plan.weights == pytest.approx(held(runner.params), rel=0.01)
-    assert plan.cache == pytest.approx(held(runner.state.cache), rel=0.01)
-    assert plan.bytes == pytest.approx(held(runner.params) + held(runner.state), rel=0.01)
+    assert plan.weights == held(runner.params)
+    assert plan.cache == held(runner.state.cache)
+    assert plan.bytes == held(runner.params) + held(runner.state)
 
 
 def test_what_a_step_reads() -> None:
@@ -82,6 +82,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.argv", ["jaxlm", *args])
     assert cli.main() == 0
     assert "tokens a second, bound by" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--search",), ("--show-sharding",), ("--no-compile",), ("--tokens", "5"), ("--price", "0"), ("--page", "x.html")],
+    ids=" ".join,
+)
+def test_options_that_are_not_of_an_engine(
+    more: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["plan", "dense-113m", "--topology", "h100:1", "--decode", "rows=64,context=2048", *more]
+    monkeypatch.setattr("sys.argv", ["jaxlm", *args])
+    assert cli.main() == 2
+    assert "takes none of the options of training, nor --page" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["rows", "rows=0", "rows=x", "context=5", "rows=2,length=5"])

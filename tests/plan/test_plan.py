@@ -19,6 +19,7 @@ from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder
+from jaxlm.plan import memory, search
 from jaxlm.plan.compile_elsewhere import Traffic, _asked_for, compile_step, measure
 from jaxlm.plan.memory import estimate
 from jaxlm.plan.plan_one import make
@@ -236,8 +237,12 @@ def test_refused(overrides, words):
     assert words in str(caught.value)
 
 
-def test_search_ranks_what_divides_and_fits():
+def test_search_ranks_what_divides_and_fits(monkeypatch):
+    made = []
+    for module in (search, memory):
+        monkeypatch.setattr(module, "make_recipe", lambda cfg: made.append(cfg) or make_recipe(cfg))
     ranking = search_plans(tiny("moe"), CPU, compiling=False)
+    assert len(made) == 1 + len(ranking.plans)  # a teacher is opened once, and not for each that is counted
     assert ranking.counted > 50 and len(ranking.plans) == 3
     for one, plan in ranking.plans:
         assert plan.fits and plan.devices == 8 and len(one.overrides.split()) == 7
@@ -251,6 +256,20 @@ def test_search_says_what_is_missing():
         search_plans(toml.load("dense-69b", ["train.batch_size=8"]), parse("v5e:2x2"), compiling=False)
     with pytest.raises(UserError, match="no mesh of 7 devices divides"):
         search_plans(tiny(), parse("h100:7"), compiling=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"recipe": "distill"}, "the recipe distill has no teacher"),
+        ({"recipe": "sft", "lora": config.LoRA(rank=4, targets=("nowhere",))}, "nowhere"),
+    ],
+)
+def test_search_names_a_mistake_of_the_stage(stage, words):
+    """It is the same on every mesh, so it must not read as if no mesh divided."""
+    train = config.Train(batch_size=8, init_from="base")
+    with pytest.raises(UserError, match=words):
+        search_plans(dataclasses.replace(tiny(), train=train, **stage), CPU, compiling=False)
 
 
 def test_the_command(tmp_path):

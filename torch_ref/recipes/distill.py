@@ -16,6 +16,7 @@ from jaxlm import config
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.distill import distill_loss
 from torch_ref.objectives.teacher import Teacher
+from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
@@ -35,10 +36,7 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
         head = common_tokens(*student.unembedding(), common)
         terms = loss_of(hidden_BTD, *head, taught, batch["targets"], batch["weights"])
         found = sums_of(terms)
-        if student.config.moes:
-            routed = collect(student)
-            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
-            found["loss"] = terms.loss + routed.loss * terms.weight
+        found = with_routing(found, collect(student) if student.config.moes else None)
         return found["loss"], found
 
     return compute

@@ -17,6 +17,7 @@ from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.kto import KTODivergence, kto_divergence, kto_loss
 from torch_ref.objectives.logprobs import segment_sums, token_logps
 from torch_ref.objectives.preference import preference_loss
+from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
@@ -38,9 +39,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
             found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=not training)
         else:
             found = pair_sums(preference_loss(logps_BM, counts_BM, reference_BM, **options.loss_options))
-        if routed is not None:
-            found |= {name: term * found["weight"] for name, term in routed.means.items()} | routed.counts
-            found["loss"] = found["loss"] + routed.loss * found["weight"]
+        found = with_routing(found, routed)
         return found["loss"], found
 
     return compute

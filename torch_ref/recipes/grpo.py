@@ -20,6 +20,7 @@ from torch_ref.numerics import wide
 from torch_ref.objectives.advantages import adapt_kl_weight, advantages
 from torch_ref.objectives.logprobs import TokenLogps, token_logps
 from torch_ref.objectives.policy import policy_loss
+from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
@@ -32,10 +33,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
         spoken = _spoken(decoder, batch, cfg)
         terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
         found = reported(terms, spoken.logps, batch)
-        if decoder.config.moes:
-            routed = collect(decoder)
-            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
-            found["loss"] = terms.loss + routed.loss * terms.weight
+        found = with_routing(found, collect(decoder) if decoder.config.moes else None)
         return found["loss"], found
 
     return compute

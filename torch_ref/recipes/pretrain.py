@@ -9,6 +9,7 @@ from torch import Tensor
 from jaxlm import config
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.lm import lm_loss
+from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
@@ -20,7 +21,6 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
 
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
     """The language-model objective of `decoder`, with dropout where that is in training mode."""
-    has_experts = bool(decoder.config.moes)
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
@@ -36,10 +36,7 @@ def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
             block=train.loss_block,
         )
         sums = {"loss": terms.loss, "nll": terms.nll, "accuracy": terms.correct, "weight": terms.weight}
-        if has_experts:
-            routed = collect(decoder)
-            sums |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
-            sums["loss"] = terms.loss + routed.loss * terms.weight
+        sums = with_routing(sums, collect(decoder) if decoder.config.moes else None)
         return sums["loss"], sums
 
     return compute

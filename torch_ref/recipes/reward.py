@@ -13,6 +13,7 @@ from torch import Tensor
 from jaxlm import config
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.reward import reward_loss
+from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
@@ -31,10 +32,7 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
         lengths_BM = (batch["segments"][..., None] == segment_M).sum(1)
         longer_BP = 0.5 * (1 + torch.sign(lengths_BM[:, 0::2] - lengths_BM[:, 1::2]))
         found["longer"] = (longer_BP * (present_BM[:, 0::2] & present_BM[:, 1::2])).sum().to(scores_BM.dtype)
-        if decoder.config.moes:
-            routed = collect(decoder)
-            found |= {name: term * terms.weight for name, term in routed.means.items()} | routed.counts
-            found["loss"] = terms.loss + routed.loss * terms.weight
+        found = with_routing(found, collect(decoder) if decoder.config.moes else None)
         return found["loss"], found
 
     return compute

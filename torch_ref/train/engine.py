@@ -64,13 +64,13 @@ class TorchEngine:
         if cfg.torch.compile:
             objective = torch.compile(objective)
         whole = recipe.objective.torch_whole(self.modules, cfg) if recipe.objective.torch_whole else None
-        options: Any = {"seed": cfg.seed, "whole": whole, "update_if": recipe.objective.update_if}
-        self._step = make_steps(objective, self.parts, cfg.train.microbatches, **options)
+        parts, update_if = cfg.train.microbatches, recipe.objective.update_if
+        self._step = make_steps(objective, self.parts, parts, seed=cfg.seed, whole=whole, update_if=update_if)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         adapted = sum(x.numel() for n, x in self.decoder.named_parameters() if n.endswith((".adapter.a", ".adapter.b")))
-        multiplied, whole = matmul_params(self.decoder), saved_params(self.decoder) if adapted else 0
-        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, adapted, whole)
+        multiplied, saved = matmul_params(self.decoder), saved_params(self.decoder) if adapted else 0
+        self.flops_per_token: float = flops_per_token(cfg.model, multiplied, cfg.data.seq_len, adapted, saved)
         self._peak_flops = 0.0
         self._profiler: Any = None
 

@@ -1,4 +1,4 @@
-"""What spoils a validation loss: documents that lie on both sides, and texts that do not come back from their ids."""
+"""Finds documents on both sides and texts that do not come back from their ids."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.infer.engine.growing import Growing
-from jaxlm.infer.engine.runner import BURST, Orders, Runner
+from jaxlm.infer.engine.runner import BURST, Drawn, Orders, Runner
 from jaxlm.infer.engine.scheduler import next_piece
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ MakeOrders = Callable[[Mapping[int, Growing], int], tuple[Orders, int]]
 
 @dataclasses.dataclass
 class DraftRow:
-    """What a row of the draft has of a text."""
+    """The tokens of a text that a row of the draft holds."""
 
     key: int
     known: int = 0
@@ -82,7 +82,7 @@ class Draft:
         drawn = self.runner.decode(_bare(orders, steps))
         for row, kept in states.items():
             self.runner.put_back(row, 0, kept)
-        guesses = {row: drawn.tokens[: drawn.steps[row], row].tolist() for row in texts}
+        guesses = {row: _finite(drawn, row) for row in texts}
         for row, one in texts.items():
             self._rows[row].tried = () if states else [one.last, *guesses[row][:-1]]
         return {row: ids[: counts[row]] for row, ids in guesses.items()}
@@ -103,7 +103,7 @@ class Draft:
         """
         ids, runner = [*growing.prompt_ids, *growing.ids], self.runner
         if row not in self._rows or self._rows[row].key != key:
-            runner.reset(row)
+            runner.reset(row, scrub=True)  # numbers of an earlier text may be NaN: nobody looks at the draft's logits
             self._rows[row] = DraftRow(key)
         ours = self._rows[row]
         ours.settle(ids)
@@ -113,6 +113,13 @@ class Draft:
             runner.prefill(row, ids[ours.known : ours.known + count], ours.known, width)
             ours.known += count
         return end == len(ids) - 1
+
+
+def _finite(drawn: Drawn, row: int) -> list[int]:
+    """The tokens that a row drew before its logits were not finite: what is drawn from such need be no id."""
+    steps = int(drawn.steps[row])
+    bad_N = drawn.bad[:steps, row]
+    return drawn.tokens[: int(np.argmax(bad_N)) if bad_N.any() else steps, row].tolist()
 
 
 def check_draft(ours: Tokenizer, theirs: Tokenizer) -> None:

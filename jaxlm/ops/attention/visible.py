@@ -89,7 +89,7 @@ def visible(q: Places, k: Places, window: int = 0, beyond: int = 0) -> Bool[Arra
 
 
 def tokens_at(x_BS: Shaped[Array, "b s ..."], at_BT: Int[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-    """What x has of the tokens with these numbers, row by row: [B, ...] and what a token has."""
+    """Picks tokens by number, row by row: [B, ...] and what a token has."""
 
     def of_row(x_S: Array, at_T: Array) -> Array:
         return x_S[at_T]

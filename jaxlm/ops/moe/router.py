@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm import typed_jax
 
 
 class Routing(NamedTuple):
@@ -140,7 +141,8 @@ def balance(logits: Float[Array, "*t e"], chosen: Routing, carried_out: Routing,
     shares = chosen.scores / (jnp.sum(chosen.scores, axis=-1, keepdims=True) + 1e-20)
     mean_share = jnp.sum(shares * weight, axis=over_tokens) / tokens
     # x log x goes to 0 with x, but log 0 is -inf and 0 * -inf is NaN: the smallest normal number stands in.
-    entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, np.finfo(shares.dtype).tiny)), axis=-1, keepdims=True)
+    tiny = typed_jax.finfo(shares.dtype).tiny
+    entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, tiny)), axis=-1, keepdims=True)
     partition = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return Balance(
         load,

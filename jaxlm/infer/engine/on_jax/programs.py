@@ -47,7 +47,7 @@ class Placed:
 
 
 def make_state(placed: Placed, rows: int, slots: int, room: int = 0) -> State:
-    """What empty rows have on the device."""
+    """Returns the state of empty rows."""
     decoder = placed.decoder
     shape, width = (rows, decoder.config.vocab_size), wide(decoder.policy.compute)
     counters = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, width)
