@@ -113,7 +113,7 @@ def test_the_step_does_not_depend_on_the_hashes_of_strings(request):
     """Each process has its own: a set of names in a traced function gives each process another program."""
     programs = []
     for seed in "12":  # data and context come in two orders
-        environment = os.environ | {"PYTHONHASHSEED": seed}
+        environment = os.environ | {"PYTHONHASHSEED": seed, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
         options: Any = {"capture_output": True, "text": True, "env": environment, "cwd": request.config.rootpath}
         done = subprocess.run([sys.executable, "-c", STEP], timeout=240, **options)
         assert done.returncode == 0, done.stderr
