@@ -20,6 +20,8 @@ class RL:
 
     task: str = ""
     """Where prompts come from: `addition(digits=2)`, `reverse(length=4)`, ..., or a file of prompts with answers."""
+    template: str = ""
+    """The chat template in which the model is asked, as `sft.template`; empty: a prompt is plain text."""
     rewards: tuple[str, ...] = ()
     """Each `name(option=value) * weight`, or `module:function` of your own."""
     prompts: PositiveInt = 32

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.data.turns.formats import FORMATS, Unfit
+from jaxlm.data.turns.records import records as read_records
 from jaxlm.errors import UserError, did_you_mean
 
 HELD_OUT = 10
@@ -40,13 +42,14 @@ class Task(NamedTuple):
     """Draws a prompt and its answer."""
     records: Sequence[Prompt] = ()
     """Those of a file; then nothing is drawn."""
+    kept: Sequence[Prompt] = ()
+    """The records that are trained on."""
 
     def train(self, seed: int, number: int) -> Prompt:
         """Prompt `number` of training: drawn by (seed, number), or the records in a new order every epoch."""
         if self.records:
-            kept = [prompt for prompt in self.records if not is_held_out(prompt.text)]
-            epoch, place = divmod(number, len(kept))
-            return kept[int(np.random.default_rng((seed, epoch)).permutation(len(kept))[place])]
+            epoch, place = divmod(number, len(self.kept))
+            return self.kept[int(np.random.default_rng((seed, epoch)).permutation(len(self.kept))[place])]
         return self._draw(np.random.default_rng((seed, number)), held_out=False)
 
     def held_out(self, count: int) -> list[Prompt]:
@@ -78,7 +81,7 @@ def open_task(spec: str, records: Callable[[str], Iterator[Any]] | None = None) 
     """The task of `name(option=number, ...)`, or the prompts of a file by its path.
 
     Args:
-        records: reads a file of records: `data.records.records`.
+        records: reads a file of records; None: `data.turns.records`.
 
     Raises:
         UserError: there is no such task, option or file, or a record has no prompt and answer.
@@ -95,18 +98,21 @@ def open_task(spec: str, records: Callable[[str], Iterator[Any]] | None = None) 
                 raise UserError(f"{spec}: {key} must be a whole number above 0, not {value!r}")
             options[key] = int(value)
         return Task(spec, maker(**options))
-    if records is None or (match and "/" not in spec and "." not in spec):
+    if match and "/" not in spec and "." not in spec:
         raise UserError(f"no task {spec!r}", did_you_mean(match[1] if match else spec, TASKS))
-    prompts = [_of_record(record.where, record.fields) for record in records(spec)]
-    if all(is_held_out(prompt.text) for prompt in prompts):
+    prompts = [_of_record(record.where, record.fields) for record in (records or read_records)(spec)]
+    kept = [prompt for prompt in prompts if not is_held_out(prompt.text)]
+    if not kept:
         raise UserError(f"{spec}: {len(prompts)} prompts are too few for two parts", "take more records")
-    return Task(spec, lambda _: ("", ""), prompts)
+    return Task(spec, lambda _: ("", ""), prompts, kept)
 
 
 def _of_record(where: str, fields: Mapping[str, Any]) -> Prompt:
-    """MAWPS and GSM8K (`question`, `answer`), SVAMP (`Body`, `Question`, `Answer`), or `prompt` and `answer`."""
+    """MAWPS and GSM8K (`question`, `answer`), SVAMP (`Body`, `Question`, `Answer`), Alpaca; `prompt` and `answer`."""
     if {"Body", "Question", "Answer"} <= fields.keys():
         text, answer = f"{str(fields['Body']).strip()} {fields['Question']}", fields["Answer"]
+    elif "instruction" in fields and fields.keys() & {"chosen", "output"}:
+        text, answer = _of_alpaca(where, fields)
     elif "answer" in fields and ("prompt" in fields or "question" in fields):
         text, answer = fields.get("prompt", fields.get("question")), fields["answer"]
     else:
@@ -117,6 +123,15 @@ def _of_record(where: str, fields: Mapping[str, Any]) -> Prompt:
     return Prompt(text.strip(), answer.removesuffix(".0"), fields)
 
 
+def _of_alpaca(where: str, fields: Mapping[str, Any]) -> tuple[str, str]:
+    """Instruction and input as `[sft]` and `[preference]` join them, and the chosen answer, if one was chosen."""
+    try:
+        turns = FORMATS["alpaca"].messages({**fields, "output": fields.get("chosen", fields.get("output"))})
+    except Unfit as error:
+        raise UserError(f"{where}: {error}") from None
+    return turns[-2]["content"], turns[-1]["content"]
+
+
 def _addition(digits: int) -> Callable[[np.random.Generator], tuple[str, str]]:
     def draw(rng: np.random.Generator) -> tuple[str, str]:
         a, b = rng.integers(0, 10**digits, 2)
@@ -125,10 +140,12 @@ def _addition(digits: int) -> Callable[[np.random.Generator], tuple[str, str]]:
     return draw
 
 
-def _reverse(length: int) -> Callable[[np.random.Generator], tuple[str, str]]:
+def _reverse(length: int, copied: int) -> Callable[[np.random.Generator], tuple[str, str]]:
+    """Digits to be reversed. The answer of `copied` in a hundred is their copy: a start that knows both."""
+
     def draw(rng: np.random.Generator) -> tuple[str, str]:
         digits = "".join(map(str, rng.integers(0, 10, length)))
-        return f"{digits}=", digits[::-1]
+        return f"{digits}=", digits if rng.integers(100) < copied else digits[::-1]
 
     return draw
 
@@ -184,7 +201,7 @@ def _countdown(numbers: int) -> Callable[[np.random.Generator], tuple[str, str]]
 
 TASKS: Mapping[str, tuple[Callable[..., Callable[[np.random.Generator], tuple[str, str]]], Mapping[str, int]]] = {
     "addition": (_addition, {"digits": 2}),
-    "reverse": (_reverse, {"length": 4}),
+    "reverse": (_reverse, {"length": 4, "copied": 0}),
     "bracket_matching": (_brackets, {"length": 6}),
     "list_operations": (_lists, {"length": 4}),
     "countdown": (_countdown, {"numbers": 3}),

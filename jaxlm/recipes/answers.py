@@ -18,8 +18,8 @@ from jaxlm.data.prompts import Prompt, open_task
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.recipes import pretrain
+from jaxlm.recipes.rollouts.asking import Asking
 from jaxlm.recipes.rollouts.phases import Batch, Drawn, lay
-from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Recipe, Trained, twin
 
@@ -56,16 +56,15 @@ class AnswerData:
 
     def __init__(self, cfg: config.Config, own: Tokenizer | None = None) -> None:
         self.config, self.tokenizer = cfg, stage_tokenizer(cfg, own)
-        self.task = open_task(cfg.rl.task)
+        self.task, self.asking = open_task(cfg.rl.task), Asking.of(cfg, self.tokenizer)
 
     def identity(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.fingerprint(), "task": self.task.name}
 
     def rows(self, prompts: list[Prompt]) -> Batch:
         """A row for each prompt; its answer counts, with its end."""
-        ids = encode_prompts(self.tokenizer, [prompt.text for prompt in prompts])
-        end = self.tokenizer.special("eot")
-        answers = [[*self.tokenizer.encode(prompt.answer), end] for prompt in prompts]
+        ids = self.asking.encode([prompt.text for prompt in prompts])
+        answers = [self.asking.answer(prompt.answer) for prompt in prompts]
         samples = [Drawn(*one, "end", "") for one in zip(prompts, ids, answers, strict=True)]
         return lay(samples, self.config.data.seq_len, self.tokenizer.pad)
 

@@ -1,6 +1,6 @@
 """Proximal policy optimisation with a value model of its own trunk (Schulman et al. 2017; Ouyang et al. 2022).
 
-    jaxlm train configs/rl/ppo.toml
+    jaxlm train configs/rl/ppo-add.toml
 
 The value model has the head `value` and begins with the trunk of the policy, or of `rl.value_from`, such as a reward
 model.

@@ -31,6 +31,8 @@ def test_the_answers_are_right() -> None:
         assert eval(text.removesuffix("=")) == int(answer) and row == {"prompt": text, "answer": answer}
         text, answer, _ = open_task("reverse(length=5)").train(3, number)
         assert text == f"{answer[::-1]}=" and len(answer) == 5
+        text, answer, _ = open_task("reverse(copied=60)").train(3, number)
+        assert answer in (text[:4], text[3::-1])
         text, answer, _ = open_task("countdown").train(3, number)
         numbers, _, target = text.removesuffix(": ").partition(" -> ")
         assert eval(answer) == int(target)
@@ -40,6 +42,8 @@ def test_the_answers_are_right() -> None:
         while any(pair in whole for pair in ("()", "[]", "{}")):
             whole = whole.replace("()", "").replace("[]", "").replace("{}", "")
         assert not whole and answer
+    copied = sum(p.answer == p.text[:4] for p in (open_task("reverse(copied=60)").train(3, i) for i in range(300)))
+    assert 150 < copied < 210
     assert {open_task("list_operations").train(3, number).text.split()[0] for number in range(50)} == {
         "sort", "reverse", "max", "min", "sum", "rotate"
     }  # fmt: skip
@@ -70,6 +74,8 @@ def test_formats_of_records() -> None:
         ({"Body": "A has 2. ", "Question": "How many?", "Answer": 2.0}, "A has 2. How many?", "2"),
         ({"question": "q", "answer": "so\n#### 1,234"}, "q", "1,234"),
         ({"prompt": "p", "answer": "yes"}, "p", "yes"),
+        ({"instruction": "i", "input": "x", "output": "rude", "chosen": "polite", "rejected": "r"}, "i\n\nx", "polite"),
+        ({"instruction": "i", "output": "only"}, "i", "only"),
     ]
     for fields, text, answer in rows:
         read = lambda _, fields=fields: iter([SimpleNamespace(where="x", fields=fields)] * 2)  # noqa: E731

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.errors import UserError
+from jaxlm.recipes.rollouts import graders, rewards
 from jaxlm.recipes.rollouts.graders import Grade, GraderPool, Sample
 from jaxlm.recipes.rollouts.rewards import REWARDS, find_rewards
 
@@ -154,3 +155,25 @@ def test_no_worker_is_left(own: str) -> None:
         pool.grade([Sample("p", "1", {"answer": "1"})] * 100)
         assert not pool.idle
     assert time.monotonic() - started < 1
+
+
+def test_many_answers_are_judged_at_once_and_one_by_one_if_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def lengths(answers: list[tuple[str, str]], *, most: int = 9) -> list[float]:
+        calls.append(len(answers))
+        if any(len(answer) > most for _, answer in answers):
+            raise ValueError("too long")
+        return [float("nan") if answer == "nan" else float(len(prompt) + len(answer)) for prompt, answer in answers]
+
+    monkeypatch.setitem(rewards.TOGETHER, "length_at_once", lengths)
+    monkeypatch.setitem(REWARDS, "length_at_once", lambda prompt, answer, row: lengths([(prompt, answer)])[0])
+    monkeypatch.setattr(graders, "QUICK", {"length_at_once"})
+    samples = [Sample("p", answer, {}) for answer in ("a", "bcd", "efgh", *"stuvwx", "nan")]
+    with GraderPool(find_rewards(["length_at_once"])) as pool:
+        graded = [grade for (grade,) in pool.grade(samples)]
+        assert calls == [10] and [grade.value for grade in graded] == [2, 4, 5, *[2] * 6, None]
+        assert graded[-1].reason == "it returned nan"
+        graded = [grade for (grade,) in pool.grade([*samples, Sample("p", "much too long", {})])]
+        assert calls[1:] == [11, *[1] * 11] and graded[1].value == 4
+        assert graded[-1] == Grade(None, "ValueError: too long")

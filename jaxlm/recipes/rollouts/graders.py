@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError
-from jaxlm.recipes.rollouts.rewards import QUICK, Reward
+from jaxlm.recipes.rollouts.rewards import QUICK, TOGETHER, Reward
 
 MOST_LOST = 0.2
 """Of the grades of a step; if more are missing, the graders are broken."""
@@ -72,11 +72,11 @@ class GraderPool:
         grades: list[list[Grade]] = [[Grade(None)] * len(self.rewards) for _ in samples]
         jobs: deque[_Job] = deque()
         for place, reward in enumerate(self.rewards):
-            for number, sample in enumerate(samples):
-                if reward.name in QUICK:
-                    grades[number][place] = judged(reward, sample)
-                else:
-                    jobs.append(_Job(number, place, reward, sample))
+            if reward.name in QUICK:
+                for number, grade in enumerate(judged_here(reward, samples)):
+                    grades[number][place] = grade
+            else:
+                jobs.extend(_Job(number, place, reward, sample) for number, sample in enumerate(samples))
         for job, grade in self._in_workers(jobs):
             grades[job.number][job.place] = grade
         self._check(grades)
@@ -172,12 +172,25 @@ class _Worker:
                 pipe.close()
 
 
+def judged_here(reward: Reward, samples: Sequence[Sample]) -> list[Grade]:
+    """The grades of samples in this process: at once where the reward can, else, or if that fails, one by one."""
+    if reward.name in TOGETHER:
+        with contextlib.suppress(Exception):  # one by one each sample has its own reason
+            values = TOGETHER[reward.name]([sample[:2] for sample in samples], **reward.options)
+            return [_grade(value) for value in values]
+    return [judged(reward, sample) for sample in samples]
+
+
 def judged(reward: Callable[..., Any], sample: Sample) -> Grade:
     """The grade of one sample: anything but a finite number is none, with the reason."""
     try:
         value = reward(*sample)
     except Exception as error:  # a reward is the code of whoever trains: a sample it fails on has no grade
         return Grade(None, f"{type(error).__name__}: {error}")
+    return _grade(value)
+
+
+def _grade(value: Any) -> Grade:
     if value is None:
         return Grade(None, "it returned None")
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -20,8 +20,8 @@ import numpy as np
 from jaxlm import config
 from jaxlm.data.prompts import Prompt, Task
 from jaxlm.errors import UserError
+from jaxlm.recipes.rollouts.asking import Asking
 from jaxlm.recipes.rollouts.graders import GraderPool, Sample
-from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -79,9 +79,8 @@ class Phases:
 
     def __init__(self, cfg: config.Config, task: Task, tokenizer: Tokenizer, pool: GraderPool) -> None:
         self.config, self.rl, self.task, self.tokenizer, self.pool = cfg, cfg.rl, task, tokenizer, pool
-        self.ends = frozenset(end for end in (tokenizer.eot,) if end is not None)
-        if not self.ends:
-            raise UserError("the tokenizer has no end of text: no sample could end", "tokenizer.specials=true")
+        self.asking = Asking.of(cfg, tokenizer)
+        self.ends = self.asking.ends
         self.kl_weight = cfg.rl.kl_weight
         """Of the divergence in the rewards of the next phase; part of what a checkpoint keeps if it has a target."""
 
@@ -157,7 +156,7 @@ class Phases:
         rl = self.rl
         first = (number * (rl.refills + 1) + refill) * rl.prompts
         chosen = [self.task.train(self.config.seed, first + i) for i in range(rl.prompts)]
-        encoded = encode_prompts(self.tokenizer, [prompt.text for prompt in chosen])
+        encoded = self.asking.encode([prompt.text for prompt in chosen])
         self._check(encoded)
         repeated = [ids for ids in encoded for _ in range(rl.group)]
         seed = int(np.random.SeedSequence((self.config.seed, number, refill)).generate_state(1)[0])

@@ -186,7 +186,12 @@ def math_verify(prompt: str, completion: str, row: Row) -> float:
 
 def reward_model(prompt: str, completion: str, row: Row, *, path: str = "") -> float:
     """The score of a reward model, the run at `path`, for the completion as an answer to the prompt."""
-    return float(_scorer(path).score([(prompt, completion)])[0])
+    return scores([(prompt, completion)], path=path)[0]
+
+
+def scores(answers: Sequence[tuple[str, str]], *, path: str = "") -> list[float]:
+    """The scores of many answers (prompt, completion) at once."""
+    return [float(score) for score in _scorer(path).score(answers)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -207,5 +212,7 @@ REWARDS: dict[str, Judge] = {
     "reward_model": reward_model,
 }
 """Rewards by name."""
+TOGETHER: dict[str, Callable[..., Sequence[float]]] = {"reward_model": scores}
+"""Those that judge many answers at once, as `(prompt, completion)`."""
 QUICK = frozenset(REWARDS) - {"matches", "math_verify"}
 """Those that cannot hang: they run where they are called."""

@@ -23,7 +23,6 @@ from jaxlm.recipes.rollouts.graders import GraderPool
 from jaxlm.recipes.rollouts.phases import Actor, Batch, Drawn, Phase, Phases, lay
 from jaxlm.recipes.rollouts.rewards import find_rewards
 from jaxlm.run.rollouts import write_rollouts
-from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 
 MEASURES = ("reward", "reward_std", "informative_groups", "ungraded", "length", "ended", "held_out_reward")
@@ -116,12 +115,12 @@ class RolloutData:
         actor_of = self.stage.actor_of
         if type(engine).__module__.startswith("torch_ref"):
             actor_of = importlib.import_module(f"torch_ref.recipes.{self.stage.name}").actor_of
-        return actor_of(engine, self.config, eos_id=self.tokenizer.special("eot"), pad=self.tokenizer.pad)
+        return actor_of(engine, self.config, eos_id=self.phases.asking.end, pad=self.tokenizer.pad)
 
     def greedy_reward(self, actor: Actor, count: int) -> float:
         """Mean reward of the likeliest answers to the held-out prompts."""
         prompts = self.task.held_out(count)
-        ids = encode_prompts(self.tokenizer, [prompt.text for prompt in prompts])
+        ids = self.phases.asking.encode([prompt.text for prompt in prompts])
         drawn = actor.draw(ids, temperature=0.0, max_new_tokens=self.config.rl.max_new_tokens, seed=0)
         graded = self.phases.graded([self.phases.cut(*one) for one in zip(prompts, ids, drawn, strict=True)])
         rewards = [sample.reward for sample in graded if sample.reward is not None]
@@ -134,8 +133,9 @@ class RolloutData:
     def held_out_batches(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
         """Held-out prompts with their answers, as rows: how likely the model finds what is right."""
         prompts = self.task.held_out(min(self.config.rl.held_out, batch_size * max_batches or self.config.rl.held_out))
-        ids = encode_prompts(self.tokenizer, [prompt.text for prompt in prompts])
-        answers = [[*self.tokenizer.encode(prompt.answer), self.tokenizer.special("eot")] for prompt in prompts]
+        asking = self.phases.asking
+        ids = asking.encode([prompt.text for prompt in prompts])
+        answers = [asking.answer(prompt.answer) for prompt in prompts]
         samples = [
             Drawn(prompt, before, answer, "end", prompt.answer)
             for prompt, before, answer in zip(prompts, ids, answers, strict=True)

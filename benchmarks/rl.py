@@ -1,0 +1,222 @@
+"""What reinforcement learning and learning from preferences come to on tasks with a known answer.
+
+    python -m benchmarks.rl                                    # all figures, about an hour on two idle cores
+    python -m benchmarks.rl --only reverse-grpo --seeds 0      # one figure of one seed
+    python -m benchmarks.rl --only cost,trl                    # what a step costs, beside TRL's GRPOTrainer
+
+Every training is the command `jaxlm train CONFIG seed=SEED` in a process of its own; its minutes, its processor seconds
+and its updates are all of that command: starting, compiling, validating and saving too. Then 1,000 prompts that no
+training shows are answered, by the likeliest tokens and by one sample each, with intervals (Wilson 1927, 95 %).
+
+A figure that is written is not measured again, so an interrupted command goes on with the next one. After `--minutes`
+no further figure is begun. A training that was interrupted begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+import jaxlm
+from benchmarks import peers, rl_step
+from benchmarks.sst2 import wilson
+from jaxlm.infer.trained_run import Run
+
+PROMPTS = 1000
+CURVE = ("reward", "held_out_reward", "entropy", "length")
+LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
+SIDES = ("accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
+
+
+class Experiment(NamedTuple):
+    """A config, where it starts, and what it changes."""
+
+    start: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+
+EXPERIMENTS = {
+    "reverse-grpo": Experiment("rl/answers-reverse", "rl/grpo-reverse"),
+    "reverse-rloo": Experiment("rl/answers-reverse", "rl/grpo-reverse", ("rl.advantage=rloo",)),
+    "reverse-ppo": Experiment("rl/answers-reverse", "rl/ppo-reverse"),
+    "add-grpo": Experiment("rl/answers-add", "rl/grpo-add"),
+    "add-ppo": Experiment("rl/answers-add", "rl/ppo-add"),
+}
+POLITE = {
+    "polite-reward": Experiment("preference/start", "preference/reward"),
+    **{
+        f"polite-{loss}": Experiment("preference/start", "preference/dpo", (f'preference.loss="{loss}"',))
+        for loss in LOSSES
+    },
+}
+FIGURES = (*EXPERIMENTS, *POLITE, *rl_step.FIGURES)
+
+
+def share(right: int, of: int) -> dict[str, Any]:
+    """How many are right, of how many, and the interval."""
+    return {"right": right, "of": of, "accuracy": right / of, "interval": list(wilson(right, of))}
+
+
+def train(config: str, run: Path, *overrides: str) -> dict[str, Any]:
+    """Train a config from the beginning: its updates, the seconds of the whole command and of the processors."""
+    shutil.rmtree(run, ignore_errors=True)
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    command = [sys.executable, "-m", "jaxlm", "train", f"configs/{config}.toml", f'out_dir="{run}"', *overrides]
+    subprocess.run(command, check=True)
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"updates": Run(run).metrics[-1]["step"], "seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def answered(run: Path, task: str) -> dict[str, Any]:
+    """How many held-out prompts of a task are answered rightly, by the likeliest tokens and by a sample of each."""
+    from jaxlm.data.prompts import open_task
+    from jaxlm.recipes.grpo import JaxActor
+    from jaxlm.text.completion import encode_prompts
+
+    model = jaxlm.load(run)
+    tokenizer: Any = model.tokenizer
+    end, length = tokenizer.special("eot"), model.config.rl.max_new_tokens
+    prompts = open_task(task).held_out(PROMPTS)
+    actor = JaxActor(model.decoder, model.params, None, model.config, eos_id=end, pad=tokenizer.pad)
+    ids = encode_prompts(tokenizer, [prompt.text for prompt in prompts])
+    found = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        drawn = actor.draw(ids, temperature=temperature, max_new_tokens=length, seed=1)
+        right = [[*tokenizer.encode(p.answer), end] == one for p, one in zip(prompts, drawn, strict=True)]
+        found[name] = share(sum(right), len(right))
+    return found
+
+
+def curve(run: Path) -> list[list[float]]:
+    """Step, and the means of `CURVE` at it."""
+    rows = [row for row in Run(run).metrics if "reward" in row]
+    return [[row["step"], *(round(row[name], 4) for name in CURVE)] for row in rows]
+
+
+class Benchmark:
+    """The figures of a file, and the folder of their runs."""
+
+    def __init__(self, file: Path, runs: Path, extra: Sequence[str]) -> None:
+        self.file, self.runs, self.extra = file, runs, tuple(extra)
+        self.figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"] if file.is_file() else {}
+
+    def keep(self, name: str, figure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figure of this name: measured and written, if it is not there."""
+        if name not in self.figures:
+            self.figures[name] = figure() | {"load": psutil.getloadavg()[0]}
+            peers.save("rl", {"figures": self.figures}, self.file)
+        return self.figures[name]
+
+    def start(self, config: str, seed: int) -> Path:
+        """The run of a config of a start and this seed, trained if it is not there."""
+        run = self.runs / f"{Path(config).name}-{seed}"
+        if not (run / "config.toml").is_file():
+            self.figures.pop(f"{config}/{seed}", None)
+        self.keep(f"{config}/{seed}", lambda: train(config, run, f"seed={seed}"))
+        return run
+
+    def rewarded(self, name: str, seed: int) -> dict[str, Any]:
+        """A run of reinforcement learning, and the answers before and after it."""
+        experiment, run = EXPERIMENTS[name], self.runs / f"{name}-{seed}"
+        start = self.start(experiment.start, seed)
+        options = (*experiment.overrides, *self.extra, f"seed={seed}", f'train.init_from="{start}"')
+
+        def measure() -> dict[str, Any]:
+            cost = train(experiment.config, run, *options)
+            task = Run(run).config.rl.task
+            found = {"before": answered(start, task), **answered(run, task), **cost, "curve": curve(run)}
+            return found | {"overrides": [*experiment.overrides, *self.extra]}
+
+        return self.keep(f"{name}/{seed}", measure)
+
+    def preferred(self, name: str, seed: int) -> dict[str, Any]:
+        """A run on pairs, judged on those that are held out."""
+        experiment, run = POLITE[name], self.runs / f"{name}-{seed}"
+        start = self.start(experiment.start, seed)
+        options = (*experiment.overrides, *self.extra, f"seed={seed}", f'train.init_from="{start}"')
+
+        def measure() -> dict[str, Any]:
+            cost = train(experiment.config, run, *options)
+            rows = [row for row in Run(run).metrics if "validation_accuracy" in row]
+            pairs = held_out_pairs(run)
+            last = {key.removeprefix("validation_"): value for key, value in rows[-1].items()}
+            chosen = {key: last[key] for key in SIDES if key in last}
+            accuracies = [[row["step"], row["validation_accuracy"]] for row in rows]
+            found = share(round(last["accuracy"] * pairs["pairs"]), pairs["pairs"])
+            return {**chosen, **found, **cost, "longer": pairs["longer"], "curve": accuracies}
+
+        return self.keep(f"{name}/{seed}", measure)
+
+
+def held_out_pairs(run: Path) -> dict[str, Any]:
+    """How many pairs a run holds out, and in how many the longer answer was chosen; half of a draw counts."""
+    import numpy as np
+
+    from jaxlm.data.preferences.source import PreferenceSource
+    from jaxlm.text.tokenizer import Tokenizer
+
+    source = PreferenceSource.open(Run(run).config, Tokenizer.from_file(run / "tokenizer.json"))
+    lengths = np.diff(source.validation[-1].examples.offsets).reshape(-1, 2)
+    longer = 0.5 * (1 + np.sign(lengths[:, 0] - lengths[:, 1]))
+    return {"pairs": len(lengths), "longer": float(longer.mean())}
+
+
+def line(name: str, figure: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    parts = [name]
+    sides = [("before ", figure["before"]), ("", figure)] if "before" in figure else []
+    for when, side in sides:
+        parts += [f"{when}{kind} {shown(side[kind])}" for kind in ("greedy", "sampled")]
+    if "accuracy" in figure:
+        parts.append(f"accuracy {shown(figure)}")
+    if "updates" in figure:
+        cost = f"{figure['seconds']:.0f} s, {figure['cpu_seconds']:.0f} processor s"
+        parts.append(f"{figure['updates']} updates, {cost}, load {figure['load']:.1f}")
+    return "; ".join(parts) if len(parts) > 1 else f"{name} {json.dumps(figure)}"
+
+
+def shown(one: dict[str, Any]) -> str:
+    low, high = one["interval"]
+    return f"{one['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {one['of']}"
+
+
+def main() -> None:
+    """Measure what is missing, and print a line for each figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(FIGURES), help="which figures")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--set", nargs="*", default=[], help="options of the config, such as train.steps=80")
+    parser.add_argument("--runs", type=Path, default=Path("runs/rl"))
+    parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument("--out", type=Path, default=peers.RESULTS / "rl.json")
+    options = parser.parse_args()
+    benchmark, began = Benchmark(options.out, options.runs, options.set), time.perf_counter()
+    for name in options.only.split(","):
+        for seed in [0] if name in rl_step.FIGURES else map(int, options.seeds.split(",")):
+            if time.perf_counter() - began > 60 * options.minutes:
+                print(f"{name}: not begun, {options.minutes:g} minutes are over; the same command goes on", flush=True)
+                continue
+            if name in EXPERIMENTS:
+                figure = benchmark.rewarded(name, seed)
+            elif name in POLITE:
+                figure = benchmark.preferred(name, seed)
+            else:
+                start = benchmark.start("rl/answers-reverse", 0)
+                figure = benchmark.keep(name, lambda name=name, start=start: rl_step.FIGURES[name](start))
+            print(line(f"{name}, seed {seed}", figure), flush=True)
+
+
+if __name__ == "__main__":
+    main()
