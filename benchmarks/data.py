@@ -122,7 +122,7 @@ def plan_of_a_million() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["rows"])
-    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[2048, 256, 64])
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--cache", default=".cache/jaxlm")
     args = parser.parse_args()
@@ -130,7 +130,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = {
             "machine": f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}",
-            "million tokens a CPU-second": row_speeds(args.cache, args.seq_len, args.batches),
+            "million tokens a CPU-second": {
+                str(seq_len): row_speeds(args.cache, seq_len, args.batches * max(1, 512 // seq_len))
+                for seq_len in args.seq_len
+            },
             "first batch, CPU-seconds": far_step(folder, Path(folder)),
             "best fit": best_fit_figures(args.cache),
             "plan of a million documents, CPU-seconds": plan_of_a_million(),

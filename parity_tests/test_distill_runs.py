@@ -19,7 +19,7 @@ from jaxlm.infer.model import Model
 from jaxlm.mesh import Layout
 from jaxlm.parity.inputs import random_params
 from jaxlm.parity.stage import compare_stage
-from jaxlm.recipes import distill, make_recipe, sft, start  # two threads that import at once break Python's ast
+from jaxlm.recipes import distill, make_recipe, sft, start, teach  # two threads that import at once break Python's ast
 from jaxlm.run.metrics import read_metrics
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine
@@ -85,6 +85,7 @@ STAGES = [
         marks=SOAK,
     ),
     pytest.param({}, {"model": {"vocab_size": BYTES.vocab_size + 3}}, id="filled vocabulary", marks=SOAK),
+    pytest.param({"cache": "unread", "cache_size": 5, "divergence": "jsd"}, {}, id="cached"),
 ]
 
 
@@ -214,3 +215,55 @@ def test_teachers_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for options, message in (({"hard_weight": 1.0}, "leaves the teacher no weight"), ({"beta": 1.0}, "below 1")):
         with pytest.raises(UserError, match=message):
             settings(folder, distill=options)
+
+
+def test_a_cache_stands_for_its_teacher(folder: Path, tmp_path: Path) -> None:
+    """All tokens kept: the losses of the teacher itself to 1e-12; few of them: both frameworks and a stop agree."""
+    begun = {"train": {"init_from": str(folder / "student"), "steps": 6}}
+    whole = {"cache": str(tmp_path / "whole"), "cache_size": BYTES.vocab_size}
+    few = {"cache": str(tmp_path / "few"), "cache_size": 7}
+    for options in (whole, few):
+        rows = teach.teach(settings(folder, distill=options, **begun))
+        assert rows["train"] == 12 and rows["held_out-0"] > 0
+    names = ("loss", "nll", "divergence", "grad_norm")
+
+    def curve(name: str, distill: dict[str, Any], **options: Any) -> np.ndarray:
+        rows = run(settings(tmp_path, name, distill=distill | {"teacher": str(folder / "teacher")}, **data), **options)
+        return np.array([[row[key] for key in names] for row in rows])
+
+    data: dict[str, Any] = {**begun, "data": {"source": str(folder / "talks.jsonl")}}
+    memory, kept = curve("memory", {}), curve("kept", whole)
+    np.testing.assert_allclose(kept, memory, rtol=1e-12, atol=1e-12)
+    ours, theirs = curve("few", few), curve("torch", few, backend="torch")
+    FLOAT64.check(pairs.error(theirs, ours), "metrics")
+    assert np.all(ours[:, 2] < memory[:, 2]), "fewer outcomes are never further apart"
+    data["train"] = begun["train"] | {"steps": 3}
+    curve("stopped", few)
+    data["train"] = begun["train"]
+    assert np.array_equal(curve("stopped", few, resume=True)[-3:], ours[-3:])
+
+
+def test_caches_of_something_else(folder: Path, tmp_path: Path) -> None:
+    def source(**options: Any) -> Any:
+        distill = {"cache": str(tmp_path / "cache"), "cache_size": 3} | options
+        return make_recipe(settings(folder, distill=distill, train={"steps": 1})).data(None)
+
+    with pytest.raises(UserError, match="reads no cache of a teacher"):
+        teach.teach(settings(folder))
+    with pytest.raises(UserError, match=r"distill\.cache_size = 900: the vocabulary has"):
+        source(cache_size=900)
+    teach.teach(settings(folder, distill={"cache": str(tmp_path / "cache"), "cache_size": 3}, train={"steps": 1}))
+    assert source().identity()["teacher"].endswith(" 3")
+    save(tmp_path / "other", d_ff=40)
+    with pytest.raises(UserError, match="another teacher, by the sha256"):
+        source(teacher=str(tmp_path / "other")).identity()
+
+
+def test_vocabularies_are_compared_before_a_corpus_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "tongue", Tokenizer.bytes_level(specials=False))
+    monkeypatch.setattr(distill.CorpusSource, "open", lambda *_: pytest.fail("the corpus is read"))
+    options = {"teacher": str(tmp_path / "tongue"), "rows": "corpus"}
+    with pytest.raises(UserError, match="its tokenizer is another than the student's"):
+        make_recipe(settings(folder, distill=options, tokenizer={"kind": "bytes"})).data(None)

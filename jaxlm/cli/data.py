@@ -84,3 +84,14 @@ def data_score(
 
     scores = score(toml.load(path, overrides or ()), run, out)
     print(f"{out}: {len(scores):,} documents, mean loss {scores.mean():.4f} nats/token")
+
+
+@data_app.command("teach")
+def data_teach(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Write what the teacher of CONFIG thinks of each token of the run into `distill.cache`, or go on with it."""
+    from jaxlm.config import toml
+    from jaxlm.recipes.teach import teach
+
+    cfg = toml.load(path, overrides or ())
+    rows = teach(cfg)
+    print(f"{cfg.distill.cache}: {', '.join(f'{count:,} rows of {name}' for name, count in rows.items())}")

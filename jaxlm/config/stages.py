@@ -55,6 +55,10 @@ class Distill:
     """Weight of the target itself; the teacher's distribution has the rest. 0: the teacher alone."""
     temperature: PositiveFloat = 1.0
     """Divides the logits of both in the divergence."""
+    cache: str = ""
+    """Folder of what `jaxlm data teach` wrote of the teacher, which then need not be in memory; empty: it is."""
+    cache_size: PositiveInt = 64
+    """Likeliest tokens of each place in the cache; all others are one outcome."""
 
     def __post_init__(self) -> None:
         require(self.hard_weight < 1, f"distill.hard_weight = {self.hard_weight} leaves the teacher no weight: below 1")

@@ -3,7 +3,8 @@
     jaxlm train configs/finetune/distill.toml
 
 The teacher is any model with the same tokenizer, of any shape. Its parameters are read from `distill.teacher`; a
-checkpoint holds their path and sha256, and a resumed run with another teacher is refused.
+checkpoint holds their path and sha256, and a resumed run with another teacher is refused. With `distill.cache` it is
+not in memory: its likeliest tokens come from files, as columns of the batch (`recipes/teach.py`).
 
 Shapes: B rows, T tokens, D width of the student, E of the teacher, V vocabulary.
 """
@@ -18,8 +19,11 @@ from typing import Any
 
 from jaxlm import config
 from jaxlm.data.corpus_source import CorpusSource
+from jaxlm.data.pipeline import train_tokenizer
+from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.data.turns.source import ConversationSource
 from jaxlm.errors import UserError
+from jaxlm.recipes import teach
 from jaxlm.recipes.forward import forward, with_routing
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.judges import language_judge
@@ -37,6 +41,8 @@ from jaxlm.train.recipe import (
 )
 
 TEACHER = "teacher"
+CACHED = ("teacher_logps", "teacher_ids", "teacher_rest")
+"""Columns of a batch that stand for a teacher, in the order of `LikeliestTokens`."""
 _log = logging.getLogger(__name__)
 
 
@@ -60,26 +66,34 @@ def recipe(cfg: config.Config) -> Recipe:
         raise UserError(f"{longest}, data.seq_len is {cfg.data.seq_len}", f"data.seq_len={teacher.max_seq_len}")
     words = Tokenizer.from_file(opened.tokenizer_path) if opened.tokenizer_path else None
 
-    def data(own: Tokenizer | None) -> DataSource:
-        source = _source(cfg, own, str(opened.tokenizer_path or ""))
-        _require_same_vocabulary(cfg, source.tokenizer, words, teacher.vocab_size)
-        return source
+    cached = bool(cfg.distill.cache)
 
+    def data(own: Tokenizer | None) -> DataSource:
+        with_words = _with_tokenizer(cfg, str(opened.tokenizer_path or ""))
+        ours = own or _tokenizer(with_words)
+        _require_same_vocabulary(cfg, ours, words, teacher.vocab_size)  # before a corpus is read for it
+        source = (CorpusSource if cfg.distill.rows == "corpus" else ConversationSource).open(with_words, ours)
+        return teach.with_cache(cfg, source, teacher) if cached else source
+
+    frozen = {} if cached else {TEACHER: Frozen(teacher, path, cfg.numerics.params)}
     return Recipe(
-        columns=LM_COLUMNS,
-        models=Models({MODEL: model_of_run(cfg)}, {TEACHER: Frozen(teacher, path, cfg.numerics.params)}),
+        columns={**LM_COLUMNS, **(teach.columns(cfg, teacher) if cached else {})},
+        models=Models({MODEL: model_of_run(cfg)}, frozen),
         objective=Objective(objective, twin("torch_ref.recipes.distill")),
         data=data,
         judge=judge,
     )
 
 
-def _source(cfg: config.Config, own: Tokenizer | None, teachers: str) -> DataSource:
-    """The rows of the stage; a config without a tokenizer takes the teacher's."""
-    if cfg.tokenizer == config.Tokenizer() and teachers:
-        own = own or Tokenizer.from_file(teachers)
-        cfg = dataclasses.replace(cfg, tokenizer=config.Tokenizer(kind="file", path=teachers))
-    return (CorpusSource if cfg.distill.rows == "corpus" else ConversationSource).open(cfg, own)
+def _with_tokenizer(cfg: config.Config, teachers: str) -> config.Config:
+    """A config without a tokenizer takes the teacher's."""
+    if cfg.tokenizer != config.Tokenizer() or not teachers:
+        return cfg
+    return dataclasses.replace(cfg, tokenizer=config.Tokenizer(kind="file", path=teachers))
+
+
+def _tokenizer(cfg: config.Config) -> Tokenizer:
+    return train_tokenizer(cfg) if cfg.distill.rows == "corpus" else stage_tokenizer(cfg)
 
 
 def _require_same_vocabulary(cfg: config.Config, ours: Tokenizer, theirs: Tokenizer | None, taught: int) -> None:
@@ -122,26 +136,33 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 
     from jaxlm.mesh import over_rows
     from jaxlm.objectives.distill import distill_loss
-    from jaxlm.objectives.teacher import Teacher
+    from jaxlm.objectives.teacher import LikeliestTokens, Teacher
 
-    student, teacher = modules[MODEL], modules[TEACHER]
-    common = min(student.config.vocab_size, teacher.config.vocab_size)
+    student, teacher = modules[MODEL], modules.get(TEACHER)
+    common = min(tree.config.vocab_size for tree in (student, teacher) if tree is not None)
     loss_of = functools.partial(distill_loss, block=cfg.train.loss_block, **cfg.distill.loss_options)
 
     def loss(heads: Any, rows: Any) -> Any:
         (kernel_DV, bias_V), taught_head = heads
-        hidden_BTD, taught_BTE, targets_BT, weights_BT = rows
-        taught = Teacher(taught_BTE, *taught_head)
+        hidden_BTD, taught, targets_BT, weights_BT = rows
+        taught = LikeliestTokens(*taught) if teacher is None else Teacher(*taught, *taught_head)
         return loss_of(hidden_BTD, kernel_DV, bias_V, taught, targets_BT, weights_BT)
+
+    def thoughts(frozen: Any, batch: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What stands at each place of the teacher, by rows, and its output matrix."""
+        if teacher is None:
+            return tuple(batch[name] for name in CACHED), ()
+        taught_BTE, taught_head, _ = stop_gradient(forward(teacher, frozen[TEACHER], batch, None))
+        return (taught_BTE,), common_tokens(*taught_head, common)
 
     def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed = forward(student, params, batch, key)
-        taught_BTE, taught_head, _ = stop_gradient(forward(teacher, frozen[TEACHER], batch, None))
+        taught, taught_head = thoughts(frozen, batch)
         # Each device sums over its own rows, and the sums are added once.
         terms = over_rows(
             loss,
-            (common_tokens(*head, common), common_tokens(*taught_head, common)),
-            (hidden_BTD, taught_BTE, batch["targets"], batch["weights"]),
+            (common_tokens(*head, common), taught_head),
+            (hidden_BTD, taught, batch["targets"], batch["weights"]),
         )
         found = with_routing(sums_of(terms), routed)
         return found["loss"], found

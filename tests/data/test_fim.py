@@ -1,6 +1,7 @@
 """Fill-in-the-middle: pieces give back their text, marks stand in order, parts are encoded as a prompt is."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.config import toml
 from jaxlm.data.best_fit import BestFitRows
 from jaxlm.data.fim import SLACK, FillIn, Marks, by_characters, by_lines, parts, prompt
 from jaxlm.data.packing import PackedRows
+from jaxlm.data.pipeline import prepare
+from jaxlm.data.rows.build import source_rows
 from jaxlm.data.rows.compose import FilledRows
 from jaxlm.data.rows.local_encoding import PartsOfText, splits_before_words
 from jaxlm.data.shards import Shard
@@ -272,3 +276,68 @@ def test_tokenizers_of_others_give_back_the_text(shared_data, tmp_path):
                 first, last = filled.span
                 asked = prompt(tokenizer, filler.marks, text[:first], text[last:], spm=filled.spm)
                 assert filled.tokens[: filled.answer].tolist() == asked, name
+
+
+EVERYTHING = [
+    pytest.param(name, span, seq_len, packing, marks=pytest.mark.soak, id=f"{name}-{span}-{seq_len}-{packing}")
+    for name in ("ours", "gpt2", "deepseek_r1", "tok512")
+    for span in ("characters", "lines", "syntax")
+    for seq_len, packing in ((64, "best_fit"), (256, "stream"), (2048, "best_fit"), (2048, "stream"))
+]
+
+
+@pytest.mark.parametrize(("name", "span", "seq_len", "packing"), [("small", "characters", 96, "best_fit"), *EVERYTHING])
+@pytest.mark.timeout(3600)
+def test_every_piece_of_a_corpus_gives_back_its_text(name, span, seq_len, packing, request, tmp_path):
+    """One epoch of the whole standard library: texts, tokens, marks and shares, through the rows of a run."""
+    tokenizer: dict = {"vocab_size": 2048}
+    if name not in ("small", "ours"):
+        data = request.getfixturevalue("shared_data")
+        files = {"gpt2": "tokenizers/gpt2/tokenizer.json", "tok512": "llama2c_weights/tok512.bin"}
+        path = data / files[name] if name in files else tmp_path / "deepseek.json"
+        if name == "deepseek_r1":
+            path.write_bytes(gzip.decompress((data / "tokenizers/deepseek_r1/tokenizer.json.gz").read_bytes()))
+        tokenizer = {"kind": "file", "path": str(path), "fim_marks": True}
+    source = str(Path(json.__file__).parent) if name == "small" else "stdlib"
+    tree = {"source": source, "cache_dir": str(tmp_path / "cache"), "seq_len": seq_len, "packing": packing}
+    cfg = toml.from_dict({"data": {**tree, "fim": {"rate": 0.5, "span": span}}, "tokenizer": tokenizer})
+    corpus = prepare(cfg)
+    counts = look_at_epoch(source_rows(cfg.data, corpus.train, corpus.tokenizer, 3), corpus.tokenizer)
+    print(name, span, seq_len, packing, counts)
+    roomy, drawn = counts["roomy"], counts["drawn"]
+    assert abs(drawn - 0.5 * roomy) <= 3 * np.sqrt(0.25 * roomy), "the share is the rate"
+    assert counts["transformed"] >= {"characters": 0.98, "lines": 0.7, "syntax": 0.7}[span] * drawn
+    assert counts["transformed"] * 0.5 == pytest.approx(counts["spm"], abs=3 * np.sqrt(0.25 * counts["transformed"]))
+
+
+def look_at_epoch(rows: FilledRows, tokenizer: Tokenizer) -> dict[str, int]:
+    """Check every piece of epoch 0, and count them."""
+    filler, shard = rows._fill_in, rows.shard
+    spelled = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if tokenizer.is_byte_level else None
+    taken = np.zeros(len(shard.tokens), int)
+    counts = dict.fromkeys(("pieces", "roomy", "drawn", "transformed", "spm"), 0)
+    for index in range(rows.rows_per_epoch):
+        made, pieces = rows.made(index), rows.pieces(index)
+        assert sum(len(piece.tokens) for piece in made) <= rows.seq_len
+        for piece, begin, end, stop, drawn in zip(made, *pieces, strict=True):
+            taken[begin:end] += 1
+            document = shard.document_at(int(begin))
+            assert int(shard.offsets[document + 1]) == stop, "a piece lies in one document"
+            counts["pieces"] += 1
+            counts["roomy"] += end - begin + SLACK <= rows.seq_len
+            counts["drawn"] += bool(drawn)
+            ids = np.asarray(shard.tokens[begin:end], np.int64)
+            if not piece.filled:
+                assert np.array_equal(piece.tokens, ids)
+                continue
+            counts["transformed"] += 1
+            counts["spm"] += piece.filled[0].spm
+            first = int(len(ids) > 0 and ids[0] == tokenizer.bos)
+            body = ids[first : len(ids) - (end == stop and ids[-1] == filler.marks.end)]
+            back = text_back(tokenizer, filler, piece.filled[0])
+            if spelled is None:
+                assert back == filler.text(body, starts=int(shard.offsets[document]) == begin)
+            else:
+                assert back.encode("utf-8", "surrogateescape") == b"".join(spelled[i] for i in body.tolist())
+    assert np.all(taken == 1), "no token is missing or comes twice"
+    return {name: int(count) for name, count in counts.items()}

@@ -15,26 +15,33 @@ from torch import Tensor
 from jaxlm import config
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.distill import distill_loss
-from torch_ref.objectives.teacher import Teacher
+from torch_ref.objectives.teacher import LikeliestTokens, Teacher
 from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
+CACHED = ("teacher_logps", "teacher_ids", "teacher_rest")
+"""Columns of a batch that stand for a teacher, in the order of `LikeliestTokens`."""
+
 
 def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
     """`batch -> (sum, sums)` of the decoder `model`, beside the frozen one `teacher`."""
-    student, teacher = modules["model"], modules["teacher"]
-    common = min(student.config.vocab_size, teacher.config.vocab_size)
+    student, teacher = modules["model"], modules.get("teacher")
+    common = min(tree.config.vocab_size for tree in (student, teacher) if tree is not None)
     loss_of = functools.partial(distill_loss, block=cfg.train.loss_block, **cfg.distill.loss_options)
 
-    def compute(batch: Batch) -> tuple[Tensor, Sums]:
-        rows = batch["tokens"], batch["positions"], batch["segments"]
+    def thoughts(batch: Batch) -> Teacher | LikeliestTokens:
+        if teacher is None:
+            logps_BTK, ids_BTK, rest_BT = (batch[name] for name in CACHED)
+            return LikeliestTokens(logps_BTK, ids_BTK.long(), rest_BT)
         with torch.no_grad():
-            taught_BTE, _ = teacher.eval().hidden(*rows)
-            taught = Teacher(taught_BTE, *common_tokens(*teacher.unembedding(), common))
-        hidden_BTD, _ = student.hidden(*rows)
+            taught_BTE, _ = teacher.eval().hidden(batch["tokens"], batch["positions"], batch["segments"])
+            return Teacher(taught_BTE, *common_tokens(*teacher.unembedding(), common))
+
+    def compute(batch: Batch) -> tuple[Tensor, Sums]:
+        hidden_BTD, _ = student.hidden(batch["tokens"], batch["positions"], batch["segments"])
         head = common_tokens(*student.unembedding(), common)
-        terms = loss_of(hidden_BTD, *head, taught, batch["targets"], batch["weights"])
+        terms = loss_of(hidden_BTD, *head, thoughts(batch), batch["targets"], batch["weights"])
         found = sums_of(terms)
         found = with_routing(found, collect(student) if student.config.moes else None)
         return found["loss"], found

@@ -1,0 +1,134 @@
+"""Small models trained side by side, judged on the same held-out tokens: for benchmarks of ways to make rows.
+
+Everything lies in a folder. A run that was stopped goes on, and scores that are there are not made again.
+
+Shapes: S seeds, N sequences or tokens, B sequences at a time, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlm
+from jaxlm.config import toml
+
+BATCH = 16
+RESAMPLES = 4000
+
+
+class Scores(NamedTuple):
+    """Scores of sequences, of the targets that count.
+
+    Attributes:
+        nll: negative log-likelihood of each target, sequence after sequence, nats.
+        likeliest: whether the target was the likeliest token.
+    """
+
+    nll: np.ndarray
+    likeliest: np.ndarray
+
+
+class Sequences(NamedTuple):
+    """Ids of sequences, and of each id whether it counts as a target; a first id never does."""
+
+    ids: list[list[int]]
+    counts: list[np.ndarray]
+
+
+def trained(tree: Mapping[str, Any], folder: Path) -> jaxlm.Model:
+    """The model of a run, which begins or goes on where it stopped."""
+    config = toml.from_dict({**tree, "sample": {"prompts": ()}, "out_dir": str(folder)})
+    newest = max((int(path.name) for path in folder.glob("checkpoints/[0-9]*") if path.name.isdigit()), default=0)
+    if newest < config.train.steps:
+        logging.getLogger("jaxlm").setLevel(logging.WARNING)
+        jaxlm.train(config, resume=True)
+    return jaxlm.load(folder)
+
+
+def scored(model: jaxlm.Model, sequences: Sequences) -> Scores:
+    """Score sequences, those of like length together."""
+
+    @jax.jit
+    def judge(params: Any, tokens_BT: Any, targets_BT: Any) -> tuple[Any, Any]:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        places = tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
+        logits_BTV = model.decoder.apply({"params": params}, *places)[0].astype(jnp.float32)
+        picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT, logits_BTV.argmax(axis=-1) == targets_BT
+
+    order = np.argsort([len(ids) for ids in sequences.ids], kind="stable")
+    nll: list[np.ndarray] = [np.zeros(0)] * len(order)
+    likeliest: list[np.ndarray] = [np.zeros(0, bool)] * len(order)
+    for first in range(0, len(order), BATCH):
+        numbers = order[first : first + BATCH].tolist()
+        # The last batch is filled up, and its width rounded: a program for each shape would be compiled. What stands
+        # behind a sequence is not seen by it.
+        width = -(-max(len(sequences.ids[number]) for number in numbers) // 128) * 128
+        ids_BT = np.zeros((BATCH, width + 1), np.int32)
+        for row, number in enumerate(numbers):
+            ids_BT[row, : len(sequences.ids[number])] = sequences.ids[number]
+        nll_BT, likeliest_BT = map(np.asarray, judge(model.params, ids_BT[:, :-1], ids_BT[:, 1:]))
+        for row, number in enumerate(numbers):
+            places = np.flatnonzero(sequences.counts[number]) - 1
+            nll[number], likeliest[number] = nll_BT[row, places].astype(np.float64), likeliest_BT[row, places]
+    return Scores(np.concatenate(nll), np.concatenate(likeliest))
+
+
+def kept(path: Path, make: Any) -> dict[str, np.ndarray]:
+    """Arrays by name from a file, or made now."""
+    if path.is_file():
+        with np.load(path) as file:
+            return dict(file)
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **made)
+    temporary.replace(path)
+    return made
+
+
+def compared(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], documents: np.ndarray) -> dict[str, Any]:
+    """The difference of two arms in nats a token, with a 95 % interval over documents and seeds.
+
+    Both are drawn with replacement: tokens of a document are no independent cases, and neither are those of a seed.
+
+    Args:
+        ours: negative log-likelihood of each token [N], of each seed [S]; `theirs` of the same tokens and seeds.
+        documents: which document each token is of [N].
+    """
+    ours_SN, theirs_SN = np.stack(list(ours)), np.stack(list(theirs))
+    _, document_N = np.unique(documents, return_inverse=True)
+    count = int(document_N.max()) + 1
+    tokens_M = np.bincount(document_N, minlength=count)
+    apart_SM = np.stack([np.bincount(document_N, row, minlength=count) for row in ours_SN - theirs_SN])
+    random = np.random.default_rng(0)
+    resampled = []
+    for _ in range(RESAMPLES):
+        seeds, chosen = random.integers(len(apart_SM), size=len(apart_SM)), random.integers(count, size=count)
+        resampled.append(apart_SM[seeds].mean(axis=0)[chosen].sum() / tokens_M[chosen].sum())
+    return {
+        "ours": float(ours_SN.mean()),
+        "theirs": float(theirs_SN.mean()),
+        "difference": float((ours_SN - theirs_SN).mean()),
+        "interval": np.quantile(resampled, (0.025, 0.975)).tolist(),
+        "by seed": (ours_SN - theirs_SN).mean(axis=1).tolist(),
+        "tokens": ours_SN.shape[1],
+        "documents": count,
+    }
+
+
+def printed(name: str, found: Mapping[str, Any]) -> None:
+    """A line of a comparison."""
+    low, high = found["interval"]
+    print(
+        f"{name:44} {found['ours']:7.4f} {found['theirs']:7.4f} {found['difference']:+8.4f} [{low:+.4f}, {high:+.4f}]"
+        f"  {found['tokens']:,} tokens, {found['documents']} documents",
+        flush=True,
+    )
