@@ -37,6 +37,7 @@ STAGES = [
     pytest.param({"loss": "dpo", "sft_weight": 0.2}, {}, id="dpo"),
     pytest.param({"loss": "orpo"}, {}, id="orpo"),
     pytest.param({"loss": "kto", "desirable_weight": 1.3}, {}, id="kto"),
+    pytest.param({"loss": "dpo", "cached_reference": True}, {}, id="dpo, cached reference"),
     pytest.param({"loss": "kto"}, {"lora": {"rank": 2}, "train": {"microbatches": 2}}, id="kto, adapters"),
     pytest.param({"loss": "dpo"}, {"lora": {"rank": 2, "dora": True}}, id="dpo, adapters", marks=SOAK),
     pytest.param({"loss": "robust"}, {}, id="robust", marks=SOAK),

@@ -11,20 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jaxlm
 from jaxlm import config
 from jaxlm.config import toml
+from jaxlm.convert.base import draw_head
+from jaxlm.convert.files.safetensors_file import MappedFile
 from jaxlm.convert.native import to_torch
+from jaxlm.convert.open_model import open_adapters
 from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
 from jaxlm.infer.model import Model
+from jaxlm.infer.scores import Scorer
 from jaxlm.recipes import make_recipe, reward, start  # two threads that import at once break Python's ast
 from jaxlm.recipes.rollouts.rewards import find_rewards
+from jaxlm.run.pair_scores import PairScores
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
+from torch_ref.models import attach_lora
 from torch_ref.recipes import reward as torch_reward
 
 IMPORTED = engine, reward
@@ -39,6 +46,7 @@ SETTINGS: dict[str, Any] = {
     "eval": {"every": 2, "batches": 8},
     "log": {"every": 1},
 }
+EXAMINED = [f"validation_{name}" for name in ("accuracy", "loss", "auc", "ece", "length_correlation")]
 SIZES = {"n_layers": 1, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24}
 
 
@@ -83,7 +91,7 @@ def compare(folder: Path, name: str, **sections: Any) -> None:
         found = jaxlm.load(run)
         trees.append({key: np.asarray(x) for key, x in to_torch(jax.device_get(found.params), found.config.model)})
     for ours, theirs in zip(*rows, strict=True):
-        for key in ("loss", "correct", "chosen", "rejected", "longer", "validation_accuracy", "validation_loss"):
+        for key in ("loss", "correct", "chosen", "rejected", "longer", *EXAMINED):
             FLOAT64.check(pairs.error(np.array(theirs.get(key, 0.0)), np.array(ours.get(key, 0.0))), key)
     for key, distance, _ in pairs.differences(*reversed(trees)):
         FLOAT64.check(distance, key)
@@ -99,6 +107,33 @@ def test_whole_runs_of_the_command(folder: Path) -> None:
     assert losses[-1] < losses[0] and len(judged) == 2
     assert judged[-1]["validation_pairs"] >= 5 and 0 <= judged[-1]["validation_accuracy"] <= 1
     assert judged[0]["validation_longer"] == judged[1]["validation_longer"] > 0.5, "polite answers are longer"
+    scores = PairScores.read(folder / "whole-jax")
+    assert scores is not None and len(scores.chosen) == judged[-1]["validation_pairs"]
+    for name in ("accuracy", "longer"):  # pair by pair what the sums of the objective say
+        assert scores.figures()[name] == pytest.approx(judged[-1][f"validation_{name}"], abs=1e-12)
+    assert scores.chosen.mean() == pytest.approx(judged[-1]["validation_chosen"], abs=1e-12)
+    assert judged[-1]["validation_swap_drift"] < 1e-12 and 0 <= judged[-1]["validation_ece"] <= 1
+    assert "Held-out pairs" in (folder / "whole-jax" / "report.html").read_text()
+
+
+def test_adapters_beside_a_head_that_is_trained_whole(folder: Path) -> None:
+    """Losses, accuracy and the merged model; a checkpoint has adapters and the head, no trunk, and opens as a model."""
+    compare(folder, "adapters", lora={"rank": 2}, data=unjudged(folder))
+    run = folder / "adapters-torch" / "checkpoints" / "4" / "model.safetensors"
+    stored = {name for name in MappedFile(run).entries if ".adapter." not in name}
+    assert stored == {"score.weight", "score.bias"}
+    _, trained = open_adapters(folder / "adapters-jax")
+    assert trained.keys() == {"layers_0", "score"}, "nothing else is in a checkpoint"
+    cfg = settings(folder, "x")
+    begun, now = draw_head(cfg.model, cfg.seed)["score.kernel"], np.asarray(trained["score"]["kernel"])
+    assert (begun != now).all(), "the head that began as noise is trained"
+    base, merged = (
+        {name: np.asarray(x) for name, x in to_torch(model.params, model.config.model)}
+        for model in (jaxlm.load(folder / name) for name in ("start", "adapters-jax"))
+    )
+    moved = {name for name in base.keys() & merged.keys() if not np.allclose(base[name], merged[name], atol=1e-6)}
+    assert moved == {f"{name}.weight" for name in attach_lora.sites(jaxlm.load(folder / "start").to_torch())}
+    assert len(Scorer.open(folder / "adapters-jax").score([("say abc", "abc please")])) == 1
 
 
 def test_a_run_resumes_bit_for_bit(folder: Path) -> None:
@@ -118,6 +153,30 @@ def test_a_fault_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="loss"):
         begun = {**SETTINGS["train"], "steps": 1, "init_from": str(folder / "start")}
         compare(folder, "fault", train=begun, data=unjudged(folder))
+
+
+def test_documents_that_see_each_other_drift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: all answers of a row are one document for the attention, so their order changes the scores."""
+    original = torch_reward.document_scores
+
+    def leaking(modules: Any, cfg: Any) -> Any:
+        decoder, hidden = modules["model"], modules["model"].hidden
+
+        def as_one(ids: Any, positions: Any, segments: Any) -> Any:
+            return hidden(ids, torch.arange(ids.shape[1]).expand(ids.shape), segments.clamp(max=1))
+
+        def compute(batch: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(decoder, "hidden", as_one)
+                return original(modules, cfg)(batch)
+
+        return compute
+
+    monkeypatch.setattr(torch_reward, "document_scores", leaking)
+    begun = {**SETTINGS["train"], "steps": 2, "init_from": str(folder / "start")}
+    start.run(settings(folder, "leaks", train=begun), backend="torch")
+    (judged,) = (row for row in metrics(folder / "leaks") if "validation_swap_drift" in row)
+    assert judged["validation_swap_drift"] > 1e-4
 
 
 def test_a_reward_model_rewards_samples(folder: Path) -> None:

@@ -19,7 +19,10 @@ import optax
 import pytest
 import torch
 
+import jaxlm
 from jaxlm import config
+from jaxlm.convert.adapters import to_torch as adapters_to_torch
+from jaxlm.convert.files.safetensors_file import MappedFile
 from jaxlm.convert.native import to_torch
 from jaxlm.data.prompts import open_task
 from jaxlm.infer.model import Model
@@ -36,6 +39,7 @@ from jaxlm.recipes.rollouts.source import RolloutData
 from jaxlm.run.metrics import read_metrics
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine as jax_engine
+from jaxlm.train.adapters import targets as adapter_targets
 from jaxlm.train.optim import make_optimizer as jax_optimizer
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
@@ -131,9 +135,8 @@ class JaxSide:
     def params(self) -> Any:
         return self.trees["model"]
 
-    @property
-    def state(self) -> Any:
-        return SimpleNamespace(params=self.trees)
+    def tree(self, name: str) -> Any:
+        return self.trees[name]
 
     def step(self, batch: Any) -> None:
         self.trees, self.states = self._update(self.trees, self.states, batch)
@@ -242,21 +245,25 @@ def test_policies_alone(model: str, rl: dict[str, Any], rng: np.random.Generator
             assert set(drawn) <= {tuple(one.ids) for one in phase.samples}
 
 
-@pytest.mark.parametrize("recipe", ["ppo"])
-def test_whole_runs_of_the_command(recipe: str, tmp_path: Path, rng: np.random.Generator) -> None:
+Runs = tuple[dict[str, list[Phase]], dict[str, Any], config.Config]
+"""Of both backends the phases and the engine, and the config."""
+
+
+def runs_of_the_command(
+    recipe: str, rl: dict[str, Any], folder: Path, rng: np.random.Generator, *, phases: int = PHASES, **beside: Any
+) -> Runs:
     """`jaxlm train` and `--backend torch` from one start: loop, engine, optimiser, checkpoint and all.
 
-    The policy begins with the same weights, the value model with their trunk and a head drawn from the seed.
+    The policy begins with the same weights, a value model with their trunk and a head drawn from the seed.
     """
-    rl = {"iterations": 2, **REWARDED, "kl_target": 0.1, "stop_kl": 0.02, "evaluate_every": 5, "held_out": 4}
     cfg = settings("dense", rl)
     widened = jax.tree.map(lambda leaf: np.asarray(leaf, "float64"), pairs.random_params(cfg.model, rng))
-    Model(cfg, widened, Tokenizer.bytes_level()).save(tmp_path / "start")
+    Model(cfg, widened, Tokenizer.bytes_level()).save(folder / "start")
     tokenizer = config.Tokenizer(kind="bytes")
-    train = dataclasses.replace(cfg.train, init_from=str(tmp_path / "start"), steps=2 * PHASES)
-    cfg = dataclasses.replace(
-        cfg, recipe=recipe, tokenizer=tokenizer, train=train, sample=config.Sample(prompts=()), log=config.Log(every=1)
-    )
+    updates = cfg.rl.iterations * cfg.rl.minibatches
+    train = dataclasses.replace(cfg.train, init_from=str(folder / "start"), steps=updates * phases)
+    options: dict[str, Any] = {"sample": config.Sample(prompts=()), "log": config.Log(every=1), **beside}
+    cfg = dataclasses.replace(cfg, recipe=recipe, tokenizer=tokenizer, train=train, **options)
     made: dict[str, list[Phase]] = {"jax": [], "torch": []}
     engines: dict[str, Any] = {}
     for backend in made:
@@ -269,9 +276,15 @@ def test_whole_runs_of_the_command(recipe: str, tmp_path: Path, rng: np.random.G
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RolloutData, "begin_phase", begin)
-            start.run(dataclasses.replace(cfg, out_dir=str(tmp_path / backend)), backend=backend)  # pyright: ignore
-    assert len(made["jax"]) == PHASES
+            start.run(dataclasses.replace(cfg, out_dir=str(folder / backend)), backend=backend)  # pyright: ignore
+    assert len(made["jax"]) == phases
     compare_phases(made["jax"], made["torch"])
+    return made, engines, cfg
+
+
+def test_whole_runs_of_the_command(tmp_path: Path, rng: np.random.Generator) -> None:
+    rl = {"iterations": 2, **REWARDED, "kl_target": 0.1, "stop_kl": 0.02, "evaluate_every": 5, "held_out": 4}
+    made, engines, cfg = runs_of_the_command("ppo", rl, tmp_path, rng)
     weights = [phase.metrics["kl_weight"] for phase in made["jax"]]
     assert weights[0] == cfg.rl.kl_weight and len(set(weights)) == PHASES, "the weight follows its target"
     ours, theirs = (
@@ -284,6 +297,42 @@ def test_whole_runs_of_the_command(recipe: str, tmp_path: Path, rng: np.random.G
         theirs = {name: x.detach().numpy() for name, x in engines["torch"].modules[tree].named_parameters()}
         for name, distance, _ in pairs.differences(theirs, ours):
             FLOAT64.check(distance, f"{tree}: {name}")
+
+
+ADAPTED = {
+    "grpo": {"iterations": 2, "kl": "loss", "evaluate_every": 2, "held_out": 4},
+    "ppo": {"iterations": 2, "evaluate_every": 2, "held_out": 4, "kl": "reward", "kl_kind": "k1"},
+}
+
+
+@pytest.mark.parametrize("recipe", ADAPTED)
+def test_runs_with_adapters(recipe: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The same tokens in every phase from base and adapters, the base as the reference, and the same adapters then.
+
+    Checkpoints have adapters and, of the value model, its whole head; the run opens as a whole model that generates.
+    """
+    lora = config.LoRA(rank=2, alpha=8.0)
+    _, engines, cfg = runs_of_the_command(recipe, ADAPTED[recipe], tmp_path, rng, phases=4, lora=lora)
+    names = ["model", "value"] if recipe == "ppo" else ["model"]
+    stored = {*MappedFile(tmp_path / "torch" / "checkpoints" / "8" / "model.safetensors").entries}
+    heads = {"value/score.weight", "value/score.bias"} if recipe == "ppo" else set[str]()
+    assert {name for name in stored if ".adapter." not in name} == heads
+    for tree in names:
+        module, model = engines["torch"].modules[tree], cfg.model if tree == "model" else value_model(cfg)
+        params = engines["jax"].state.params
+        params = jax.device_get(params[tree] if recipe == "ppo" else params)
+        targets = adapter_targets(engines["jax"].program.modules[tree], lora)
+        ours = {name: np.asarray(x) for name, x in adapters_to_torch(params, targets, model)}
+        theirs = {name: x.detach().numpy() for name, x in module.named_parameters() if x.requires_grad}
+        assert ours.keys() == theirs.keys() and ("score.weight" in ours) == (tree == "value")
+        for name, distance, _ in pairs.differences(theirs, ours):
+            FLOAT64.check(distance, f"{tree}: {name}")
+            assert np.abs(ours[name]).max() > 0, f"{tree}: {name} has not moved"
+    assert "reference" not in engines["torch"].modules and "reference" not in engines["jax"].frozen
+    ours, theirs = (jaxlm.load(tmp_path / name) for name in ("jax", "torch"))
+    for a, b in zip(*map(jax.tree.leaves, (theirs.params, ours.params)), strict=True):
+        FLOAT64.check(pairs.error(np.asarray(a), np.asarray(b)), "the merged model")
+    assert ours.generate("12=", max_new_tokens=4).tokens == theirs.generate("12=", max_new_tokens=4).tokens
 
 
 @pytest.mark.parametrize(("model", "rl"), CRITICS)

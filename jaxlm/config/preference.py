@@ -35,6 +35,9 @@ class Preference:
     """Weight of answers that are not (`kto`)."""
     reference: str = ""
     """The frozen model that the loss compares with; empty: where the run starts, `train.init_from`."""
+    cached_reference: bool = False
+    """Compute what the reference thinks of each answer once, before training, and keep it in `data.cache_dir`: no step
+    runs a second model, nor holds one."""
     dropout: bool = False
     """Drop out as `[model]` says when the policy is trained; the reference never does."""
     template: str = "auto"
@@ -51,6 +54,11 @@ class Preference:
         require(
             not self.sft_weight or self.loss != "kto",
             f"preference.sft_weight = {self.sft_weight}: kto has no chosen answer",
+        )
+        require(
+            not self.cached_reference or self.needs_reference,
+            f"preference.cached_reference: {self.loss} compares with no reference",
+            "preference.cached_reference=false",
         )
 
     @property

@@ -71,6 +71,10 @@ class Distill:
         return {"beta": beta, "hard_weight": self.hard_weight, "temperature": self.temperature}
 
 
+SCORE = "score"
+"""The head of a model that scores."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoRA:
     """Adapters: low-rank updates that are trained while the base is frozen."""
@@ -92,7 +96,8 @@ class LoRA:
     alpha_pattern: dict[str, PositiveFloat] = dataclasses.field(default_factory=dict[str, PositiveFloat])
     """Other alphas, by pattern."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules outside the layers that are trained whole beside the adapters: `embed`, `head`, `final_norm`, `score`."""
+    """Modules outside the layers that are trained whole beside the adapters: `embed`, `head`, `final_norm`. The head of
+    a model that scores always is."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen linear maps lie in memory in four bits (QLoRA, Dettmers et al. 2023)."""
     double_quantize: bool = True
@@ -130,7 +135,16 @@ class LoRA:
             if name not in known:
                 hint = did_you_mean(name, known) or f"there is: {', '.join(known)}"
                 raise UserError(f"lora.modules_to_save: {name!r} is no module outside the layers", hint)
-        return self.modules_to_save
+        return tuple(dict.fromkeys((*self.modules_to_save, *(name for name in known if name == SCORE))))
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter, by its name in torch_ref, is one of an adapter or of a module that is trained whole."""
+        return ".adapter." in name or name.split(".")[0] in (*self.modules_to_save, SCORE)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the model without its adapters is the one that the run began with."""
+        return bool(self.rank) and not self.modules_to_save
 
     def rank_of(self, name: str) -> int:
         """The rank of the adapter of a linear map, by its canonical name."""

@@ -6,7 +6,7 @@ runs/NAME/frozen.json   {"base": {"path": "runs/smollm2", "sha256": "..."}}
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,41 @@ def cast(tree: Params, dtype: np.dtype) -> Params:
     return {
         name: cast(leaf, dtype) if isinstance(leaf, dict) else np.asarray(leaf, dtype) for name, leaf in tree.items()
     }
+
+
+def takes_the_trunk(model: config.Model, before: config.Model) -> bool:
+    """Whether a model that begins with another has a head of its own, that scores."""
+    return model.head not in ("lm", before.head)
+
+
+def with_head(parameters: Mapping[str, Any], model: config.Model, before: config.Model, seed: int) -> Mapping[str, Any]:
+    """The parameters with which `model` begins, by canonical names: those of `before`, with a new head where it scores.
+
+    The head depends on the seed alone: it is the same in both frameworks, and when a run with adapters is opened again.
+    """
+    return _Beside(draw_head(model, seed), parameters) if takes_the_trunk(model, before) else parameters
+
+
+def draw_head(model: config.Model, seed: int) -> dict[str, np.ndarray]:
+    """A new head of a model that scores, by canonical names: a normal kernel [D, C] and a bias of zero."""
+    normal_DC = np.random.default_rng(seed).standard_normal((model.d_model, model.outputs))
+    return {"score.kernel": normal_DC * model.init_std, "score.bias": np.zeros(model.outputs)}
+
+
+class _Beside(Mapping[str, Any]):
+    """Parameters with some of others in their place; each is read when it is asked for."""
+
+    def __init__(self, first: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+        self._first, self._rest = first, rest
+
+    def __getitem__(self, name: str) -> Any:
+        return self._first[name] if name in self._first else self._rest[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._first, *self._rest]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def base_path(run_dir: Path, settings: config.Config) -> str:

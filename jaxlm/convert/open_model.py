@@ -170,7 +170,8 @@ def _open_with_adapters(path: Path, settings: config.Config, step: int | None) -
     below = open_model(base.base_path(path, settings))
     dtype = np.dtype(settings.numerics.params)
     with jax.enable_x64(True):  # float64 parameters stay so; the others have their own dtype
-        params = base.cast(fill(below.parameters, settings.model, str(below.path)), dtype)
+        parameters = base.with_head(below.parameters, settings.model, below.config.model, settings.seed)
+        params = base.cast(fill(parameters, settings.model, str(below.path)), dtype)
         params = base.whole_model(path, settings, params, _trained(path, settings, step))
     train = dataclasses.replace(settings.train, init_from="")
     merged = dataclasses.replace(settings, lora=config.LoRA(), train=train)
@@ -181,7 +182,7 @@ def _trained(path: Path, settings: config.Config, step: int | None) -> Params:
     """The live tree of the adapters of a run."""
     newest = checkpoint_folder(path, step)
     if any(newest.glob("model.safetensors*")):
-        return base.from_torch(storage.read_folder(newest), settings)
+        return base.from_torch(_of_model(storage.read_folder(newest)), settings)
     return _orbax_params(path, settings, step, _restored, base.adapter_shapes(settings))
 
 
@@ -249,9 +250,14 @@ def _orbax_params(
 def _torch_parameters(path: Path, settings: config.Config, several: bool = False) -> Parameters:
     """`several`: other trained trees of the stage may lie there too, as `value/NAME`."""
     tensors = storage.read_folder(path)
-    others = {name for name in tensors if several and "/" in name}
     rows = native.rows(settings.model)
-    return Parameters(tensors.without(others) if others else tensors, settings.model, rows, str(path))
+    return Parameters(_of_model(tensors) if several else tensors, settings.model, rows, str(path))
+
+
+def _of_model(tensors: Any) -> Any:
+    """The tensors of a checkpoint of torch_ref without those of other trained trees."""
+    others = {name for name in tensors if "/" in name}
+    return tensors.without(others) if others else tensors
 
 
 def _open_family(path: Path, hf: Mapping[str, Any]) -> Opened:

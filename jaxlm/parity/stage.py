@@ -26,7 +26,7 @@ from jaxlm.parity.trace import STEPS, numerics_of, settings_of
 from jaxlm.recipes import make_recipe
 from jaxlm.train import adapters
 from jaxlm.train.program import Program, training_program
-from jaxlm.train.recipe import BASE, MODEL, Recipe, Trained, parameter_name
+from jaxlm.train.recipe import MODEL, Recipe, Trained, base_name, parameter_name
 from jaxlm.train.step import init_states
 from torch_ref.models import attach_lora
 from torch_ref.models.decoder import Decoder as TorchDecoder
@@ -93,20 +93,28 @@ def _trees(program: Program, params: Params, seed: int) -> dict[str, Params]:
         name: params if name == MODEL else init_params(module, draws[name]) for name, module in program.modules.items()
     }
     trees = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trees)
-    if options := program.recipe.models.trained[MODEL].adapters:
-        first, rng = adapters.new_adapters(program.decoder, options, trees[MODEL], seed), np.random.default_rng(seed)
-        moved = jax.tree.map(lambda leaf: leaf + 0.01 * rng.standard_normal(leaf.shape), first)  # B is zero at first
-        trees |= {MODEL: moved, BASE: trees[MODEL]}
+    for name, tree in program.recipe.models.trained.items():
+        if tree.adapters is None:
+            continue
+        first, rng = adapters.new_adapters(program.modules[name], tree.adapters, trees[name], seed), _random(name, seed)
+        moved = jax.tree.map(lambda leaf, rng=rng: leaf + 0.01 * rng.standard_normal(leaf.shape), first)  # B is zero
+        trees |= {name: moved, base_name(name): trees[name]}
     return trees
+
+
+def _random(name: str, seed: int) -> np.random.Generator:
+    """Other numbers for each tree, for equal adapters would hide that one is taken for another."""
+    return np.random.default_rng(seed if name == MODEL else [seed, *name.encode()])
 
 
 def _of_jax(program: Program, trees: Mapping[str, Params], batch: Named) -> Iterator[tuple[str, Named]]:
     models = program.recipe.models
     trained = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.trained}
     frozen = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.frozen}
-    if options := models.trained[MODEL].adapters:
-        collections = adapters.base_collections(program.decoder, options, trees[BASE])
-        frozen[BASE] = jax.tree.map(jax.numpy.asarray, collections)
+    for name, tree in models.trained.items():
+        if tree.adapters:
+            below = adapters.base_collections(program.modules[name], tree.adapters, trees[base_name(name)])
+            frozen[base_name(name)] = jax.tree.map(jax.numpy.asarray, below)
     # One trained tree is handed over as itself, several as a mapping: the same convention as in the engine, so the
     # objective sees what it sees in training.
     state = init_states(trained if models.several else trained[MODEL], program.parts)
@@ -124,14 +132,15 @@ def _named(trees: Mapping[str, Params], program: Program) -> Named:
     return {
         f"{tree}: {name}": array
         for tree, params in trees.items()
-        for name, array in _by_torch_name(params, program, program.recipe.models.trained[tree])
+        for name, array in _by_torch_name(params, program, tree)
     }
 
 
-def _by_torch_name(params: Params, program: Program, tree: Trained) -> Iterator[tuple[str, np.ndarray]]:
+def _by_torch_name(params: Params, program: Program, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    tree = program.recipe.models.trained[name]
     if tree.adapters is None:
         return to_torch(params, tree.model)
-    return adapters_to_torch(params, adapters.targets(program.decoder, tree.adapters), tree.model)
+    return adapters_to_torch(params, adapters.targets(program.modules[name], tree.adapters), tree.model)
 
 
 def _with_adapters(cfg: config.Config, run: str) -> config.Config:
@@ -150,7 +159,7 @@ def _of_torch(
     modules = {}
     for name, tree in models.items():
         modules[name] = TorchDecoder(_reference(tree.model), policy).eval()
-        below = BASE if isinstance(tree, Trained) and tree.adapters else name
+        below = base_name(name) if isinstance(tree, Trained) and tree.adapters else name
         tensors = {key: torch.tensor(np.asarray(x)) for key, x in to_torch(trees[below], tree.model)}
         # Everything is frozen first, and then opened by the filter of the stage: what the filter forgets would
         # otherwise still move.
@@ -193,7 +202,7 @@ def _attached(name: str, tree: Trained, module: TorchDecoder, program: Program, 
     attach_lora.attach(module, options)
     if options.quantize == "nf4":
         attach_lora.quantize(module, double=options.double_quantize)
-    values = _by_torch_name(adapters, program, tree)
+    values = _by_torch_name(adapters, program, name)
     attach_lora.load(module, {key: torch.tensor(np.array(array)) for key, array in values})
     return Part(name, tree.train, make_optimizer(module, tree.train, attach_lora.moves(options)), module, adapters=True)
 

@@ -21,7 +21,7 @@ from jaxlm.recipes import pretrain
 from jaxlm.recipes.rollouts.asking import Asking
 from jaxlm.recipes.rollouts.phases import Batch, Drawn, lay
 from jaxlm.text.tokenizer import Tokenizer
-from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Recipe, Trained, twin
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Recipe, model_of_run, twin
 
 
 def recipe(cfg: config.Config) -> Recipe:
@@ -29,7 +29,7 @@ def recipe(cfg: config.Config) -> Recipe:
     cfg.model.require_language_model("the recipe answers")
     return Recipe(
         columns=LM_COLUMNS,
-        models=Models({MODEL: Trained(cfg.model, cfg.train)}),
+        models=Models({MODEL: model_of_run(cfg)}),
         objective=Objective(pretrain.objective, twin("torch_ref.recipes.pretrain")),
         data=lambda own: AnswerData(cfg, own),
         judge=lambda _: Judge(figures, describe=described),

@@ -11,10 +11,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlm import config
+from jaxlm.data.preferences.rows import REFERENCE_LOGPS
 from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
 from jaxlm.recipes.forward import forward, with_routing
-from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, model_of_run, twin
+from jaxlm.train.recipe import (
+    LM_COLUMNS,
+    MODEL,
+    Column,
+    Frozen,
+    Judge,
+    Models,
+    Objective,
+    Recipe,
+    RowFunction,
+    model_of_run,
+    twin,
+)
 
 REFERENCE = "reference"
 
@@ -28,23 +41,23 @@ def recipe(cfg: config.Config) -> Recipe:
     options = cfg.preference
     cfg.model.require_language_model("the recipe dpo")
     path = options.reference or cfg.train.init_from
-    frozen = {REFERENCE: Frozen(cfg.model, path, cfg.numerics.params)}
     if options.needs_reference and not path:
         raise UserError(
             f"preference.loss = {options.loss!r} compares with the model that the run starts from, and there is none",
             'train.init_from=RUN, or preference.loss="simpo" or "orpo"',
         )
+    apart = options.needs_reference and not _base_is_reference(cfg)
+    frozen = {REFERENCE: Frozen(cfg.model, path, cfg.numerics.params)} if apart else {}
+    cached = RowFunction(reference_logps, twin("torch_ref.recipes.dpo", "reference_logps"), frozen)
     return Recipe(
-        columns=pair_columns(options.pairs_per_row),
-        models=Models(
-            {MODEL: model_of_run(cfg)},
-            frozen if options.needs_reference and not _base_is_reference(cfg) else {},
-        ),
+        columns=pair_columns(options.pairs_per_row) | (_reference_column(cfg) if options.cached_reference else {}),
+        models=Models({MODEL: model_of_run(cfg)}, {} if options.cached_reference else frozen),
         objective=Objective(
             objective,
             twin("torch_ref.recipes.dpo"),
             jax_whole=whole_divergence if options.loss == "kto" else None,
             torch_whole=twin("torch_ref.recipes.dpo", "whole_divergence") if options.loss == "kto" else None,
+            cached=cached if options.cached_reference else None,
         ),
         data=lambda own: PreferenceSource.open(cfg, own, labelled=options.loss == "kto"),
         judge=lambda _: Judge(figures, "validation_accuracy", lower_is_better=False, describe=described),
@@ -53,13 +66,19 @@ def recipe(cfg: config.Config) -> Recipe:
 
 def _base_is_reference(cfg: config.Config) -> bool:
     """Whether the reference is the base under the adapters of the policy, of which there is then no second copy."""
-    return bool(cfg.lora.rank) and not cfg.preference.reference and not cfg.lora.modules_to_save
+    return cfg.lora.keeps_base and not cfg.preference.reference
 
 
 def pair_columns(pairs_per_row: int) -> dict[str, Column]:
     """Rows of tokens, and what belongs to each pair of a row, as `data.preferences.rows` lays them."""
     dtypes = {"margins": "float32", "ties": "bool", "labels": "int32"}
     return {**LM_COLUMNS, **{name: Column(dtype, ("batch", None), pairs_per_row) for name, dtype in dtypes.items()}}
+
+
+def _reference_column(cfg: config.Config) -> dict[str, Column]:
+    """Log-probabilities of the answers under the reference, as wide as the loss computes."""
+    dtype = "float64" if cfg.numerics.compute == "float64" else "float32"
+    return {REFERENCE_LOGPS: Column(dtype, ("batch", None), 2 * cfg.preference.pairs_per_row)}
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -89,13 +108,13 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     """`(params, frozen, batch, key) -> (sum, sums)`; `frozen` holds the reference where the loss has one."""
     from jaxlm.objectives.preference import preference_loss
 
-    decoder, options = modules[MODEL], cfg.preference
+    decoder, options, reference = modules[MODEL], cfg.preference, _reference_of(modules, cfg)
 
     def compute(params: Any, frozen: Mapping[str, Any], batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         logps_BM, counts_BM, routed = answer_sums(decoder, params, batch, key if options.dropout else None, cfg)
         reference_BM: Any = None
         if options.needs_reference:
-            reference_BM = _reference_sums(modules, cfg, params, frozen, batch)
+            reference_BM = reference(params, frozen, batch)
         if options.loss == "kto":
             found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=key is None)
         else:
@@ -110,26 +129,37 @@ def whole_divergence(modules: Mapping[str, Any], cfg: config.Config) -> Callable
     """`(params, frozen, batch) -> sums` of KTO's divergence, for batches that are cut into microbatches."""
     from jaxlm.objectives.kto import kto_divergence
 
+    reference = _reference_of(modules, cfg)
+
     def compute(params: Any, frozen: Mapping[str, Any], batch: Any) -> dict[str, Any]:
         logps_BM, counts_BM, _ = answer_sums(modules[MODEL], params, batch, None, cfg)
-        reference_BM = _reference_sums(modules, cfg, params, frozen, batch)
+        reference_BM = reference(params, frozen, batch)
         sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch), reference_BM)
         return {f"divergence_{name}": value for name, value in sums._asdict().items()}
 
     return compute
 
 
-def _reference_sums(
-    modules: Mapping[str, Any], cfg: config.Config, params: Any, frozen: Mapping[str, Any], batch: Mapping[str, Any]
-) -> Any:
-    """Log-probabilities of the answers [B, M] under the reference: a frozen tree, or the policy without adapters."""
+def _reference_of(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., Any]:
+    """`(params, frozen, batch) -> [B, M]`: what the reference thinks of the answers, now or from before training."""
+    if cfg.preference.cached_reference:
+        return lambda params, frozen, batch: batch[REFERENCE_LOGPS]
+    return reference_logps(modules, cfg)
+
+
+def reference_logps(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., Any]:
+    """`(params, frozen, batch) -> [B, M]`: log-probabilities of the answers under a frozen tree, or under the policy
+    without its adapters."""
     from jax.lax import stop_gradient
 
     from jaxlm.models.adapted import base_of
 
-    if REFERENCE in modules:
-        return answer_sums(modules[REFERENCE], frozen[REFERENCE], batch, None, cfg)[0]
-    return stop_gradient(answer_sums(modules[MODEL], base_of(params), batch, None, cfg)[0])
+    def compute(params: Any, frozen: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        if REFERENCE in modules:
+            return answer_sums(modules[REFERENCE], frozen[REFERENCE], batch, None, cfg)[0]
+        return stop_gradient(answer_sums(modules[MODEL], base_of(params), batch, None, cfg)[0])
+
+    return compute
 
 
 def answer_sums(

@@ -17,7 +17,7 @@ from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.recipes.forward import forward, with_routing
 from jaxlm.recipes.rollouts.source import RolloutData, Stage
-from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, Trained, twin
+from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, model_of_run, twin
 
 REFERENCE = "reference"
 
@@ -34,7 +34,7 @@ def recipe(cfg: config.Config) -> Recipe:
         raise UserError("rl.group = 1: a sample alone has nothing to be measured against", "rl.group=8")
     return Recipe(
         columns=columns(cfg, STAGE),
-        models=Models({MODEL: Trained(cfg.model, cfg.train)}, references(cfg)),
+        models=Models({MODEL: model_of_run(cfg)}, references(cfg)),
         objective=Objective(
             objective,
             twin("torch_ref.recipes.grpo"),
@@ -52,7 +52,7 @@ def columns(cfg: config.Config, stage: Stage) -> dict[str, Column]:
 
 
 def references(cfg: config.Config) -> dict[str, Frozen]:
-    """Where the policy started, if the divergence from it is asked for.
+    """Where the policy started, if the divergence from it is asked for and no base of adapters is it.
 
     Raises:
         UserError: it is, and the policy starts nowhere.
@@ -62,6 +62,8 @@ def references(cfg: config.Config) -> dict[str, Frozen]:
     if not cfg.train.init_from:
         where = f"rl.kl = {cfg.rl.kl!r} holds the model near its start, and there is none"
         raise UserError(where, "train.init_from=RUN")
+    if cfg.lora.keeps_base:
+        return {}
     return {REFERENCE: Frozen(cfg.model, cfg.train.init_from, cfg.numerics.params)}
 
 
@@ -113,7 +115,15 @@ def reported(terms: Any, logps_BT: Any, batch: Mapping[str, Any]) -> dict[str, A
 
 def actor_of(engine: Any, cfg: config.Config, **ends: int) -> JaxActor:
     """The policy of an engine as it stands."""
-    return JaxActor(engine.decoder, engine.params, engine.frozen.get(REFERENCE), cfg, **ends)
+    policy = engine.tree(MODEL)
+    return JaxActor(engine.decoder, policy, reference_of(engine, policy), cfg, whole=engine.params, **ends)
+
+
+def reference_of(engine: Any, policy: Any) -> Any:
+    """Where the policy started: a frozen tree, or the base under its adapters; None where no loss compares with it."""
+    from jaxlm.models.adapted import Adapted, base_of
+
+    return engine.frozen.get(REFERENCE) or (base_of(policy) if isinstance(policy, Adapted) else None)
 
 
 STAGE = Stage("grpo", actor_of)
@@ -127,10 +137,26 @@ def _logps(decoder: Any, temperature: float, block: int, params: Any, batch: Any
 
 
 class JaxActor:
-    """The policy in JAX. `params` is set anew after every update."""
+    """The policy in JAX as it stands.
 
-    def __init__(self, decoder: Any, params: Any, reference: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
+    Args:
+        params: as its objective takes them, so that log-probabilities are those of the trainer.
+        whole: the same with adapters added to their base, for drawing; None: there are no adapters.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        params: Any,
+        reference: Any,
+        cfg: config.Config,
+        *,
+        eos_id: int,
+        pad: int,
+        whole: Any = None,
+    ) -> None:
         self.decoder, self.params, self.reference, self.config = decoder, params, reference, cfg
+        self.whole = params if whole is None else whole
         self.ends: dict[str, int] = {"eos_id": eos_id, "pad_id": pad}
 
     def draw(
@@ -142,7 +168,7 @@ class JaxActor:
 
         sampling = Sampling(temperature=temperature)
         return generate(
-            self.decoder, self.params, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends
+            self.decoder, self.whole, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends
         )
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:

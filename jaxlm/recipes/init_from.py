@@ -6,14 +6,15 @@ Shapes: D width, C numbers that a head gives for a token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxlm import config
 from jaxlm.convert import adapters, native
-from jaxlm.convert.base import base_digest, cast
+from jaxlm.convert.base import base_digest, cast, takes_the_trunk, with_head
 from jaxlm.convert.canonical import fill
 from jaxlm.convert.open_model import Opened, open_model
 from jaxlm.convert.settings import function_of
@@ -22,6 +23,7 @@ from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.adapters import new_adapters, targets
+from jaxlm.train.recipe import Trained
 
 FREE = ("dropout", "remat", "attention_impl", "layer_loop")
 """Options of `[model]` that a run may set for itself when it takes the model of `train.init_from`."""
@@ -43,31 +45,9 @@ def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: c
     if opened.tokenizer_path and Tokenizer.from_file(opened.tokenizer_path).fingerprint() != tokenizer.fingerprint():
         hint = f"tokenizer.kind=file tokenizer.path={opened.tokenizer_path}"
         raise UserError(f"{where}: its tokenizer is another than that of [tokenizer]", hint)
-    head = draw_head(model, cfg.seed) if _takes_the_trunk(model, opened.config.model) else {}
-    params = fill(_Beside(head, opened.parameters), model, str(opened.path))
+    parameters = with_head(opened.parameters, model, opened.config.model, cfg.seed)
+    params = fill(parameters, model, str(opened.path))
     return cast(params, np.dtype(cfg.numerics.params))
-
-
-class _Beside(Mapping[str, Any]):
-    """Parameters with some of others in their place; each is read when it is asked for."""
-
-    def __init__(self, first: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
-        self._first, self._rest = first, rest
-
-    def __getitem__(self, name: str) -> Any:
-        return self._first[name] if name in self._first else self._rest[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._first, *self._rest]))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def draw_head(model: config.Model, seed: int) -> dict[str, np.ndarray]:
-    """A new head of a model that scores, by canonical names: a normal kernel [D, C] and a bias of zero."""
-    normal_DC = np.random.default_rng(seed).standard_normal((model.d_model, model.outputs))
-    return {"score.kernel": normal_DC * model.init_std, "score.bias": np.zeros(model.outputs)}
 
 
 def read_params(path: str, model: config.Model, dtype: str) -> Params:
@@ -102,17 +82,23 @@ class ParameterLayout(NamedTuple):
 
     parameters: Callable[[Params, config.Model], Any]
     """Of the live tree of a model."""
-    adapters: Callable[[Params, config.Config], Any]
-    """The first adapters of a run, for its base."""
+    adapters: Callable[[Params, Trained, config.Config], Any]
+    """The first adapters of a tree, for its base."""
 
 
-def _first_adapters(base: Params, cfg: config.Config) -> Params:
-    return new_adapters(Decoder(cfg.model, Policy.from_config(cfg.numerics)), cfg.lora, base, cfg.seed)
+def _first_adapters(base: Params, tree: Trained, cfg: config.Config) -> Params:
+    return new_adapters(Decoder(tree.model, Policy.from_config(cfg.numerics)), _options(tree), base, cfg.seed)
 
 
-def _first_adapters_by_name(base: Params, cfg: config.Config) -> dict[str, Any]:
-    sites = targets(Decoder(cfg.model, Policy.from_config(cfg.numerics)), cfg.lora)
-    return dict(adapters.to_torch(_first_adapters(base, cfg), sites, cfg.model))
+def _first_adapters_by_name(base: Params, tree: Trained, cfg: config.Config) -> dict[str, Any]:
+    with jax.enable_x64(True):  # the shapes of float64, which PyTorch always has
+        sites = targets(Decoder(tree.model, Policy.from_config(cfg.numerics)), _options(tree))
+        return dict(adapters.to_torch(_first_adapters(base, tree, cfg), sites, tree.model))
+
+
+def _options(tree: Trained) -> config.LoRA:
+    assert tree.adapters is not None, "only trees with adapters are asked for some"
+    return tree.adapters
 
 
 LIVE = ParameterLayout(lambda params, model: params, _first_adapters)
@@ -120,14 +106,9 @@ BY_NAME = ParameterLayout(lambda params, model: dict(native.to_torch(params, mod
 """By the names of torch_ref."""
 
 
-def _takes_the_trunk(model: config.Model, before: config.Model) -> bool:
-    """Whether the head is another one, that scores."""
-    return model.head not in ("lm", before.head)
-
-
 def _require_same_function(model: config.Model, opened: Opened, where: str) -> None:
     before = opened.config.model
-    if _takes_the_trunk(model, before):
+    if takes_the_trunk(model, before):
         before = dataclasses.replace(before, head=model.head, classes=model.classes, pooling=model.pooling)
     if model.rope_scaling.original_max_seq_len == (before.max_seq_len or None):  # a stage of longer texts
         before = dataclasses.replace(before, rope_scaling=model.rope_scaling, max_seq_len=model.max_seq_len)

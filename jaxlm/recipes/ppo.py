@@ -21,7 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.recipes import grpo
 from jaxlm.recipes.rollouts.phases import Batch, Drawn, Phases
 from jaxlm.recipes.rollouts.source import MEASURES, RolloutData, Stage
-from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, twin
+from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, model_of_run, twin
 
 VALUE = "value"
 CREDIT = ("advantages", "returns", "old_values")
@@ -39,7 +39,7 @@ def recipe(cfg: config.Config) -> Recipe:
         raise UserError("PPO without a reward: rl.rewards is empty", 'rl.rewards = ["exact_text"]')
     return Recipe(
         columns=grpo.columns(cfg, STAGE),
-        models=Models({MODEL: Trained(cfg.model, cfg.train), VALUE: value_tree(cfg)}, grpo.references(cfg)),
+        models=Models({MODEL: model_of_run(cfg), VALUE: value_tree(cfg)}, grpo.references(cfg)),
         objective=Objective(
             objective,
             twin("torch_ref.recipes.ppo"),
@@ -51,11 +51,16 @@ def recipe(cfg: config.Config) -> Recipe:
 
 
 def value_tree(cfg: config.Config) -> Trained:
-    """The value model: the policy's architecture with a head of its own, and a learning rate of its own."""
+    """The value model: the policy's architecture with a head of its own, and a learning rate of its own.
+
+    With `[lora]` its trunk has adapters as the policy's has, over a base of its own; its head is trained whole.
+    """
     rate = cfg.rl.value_learning_rate or cfg.train.learning_rate
     model = dataclasses.replace(cfg.model, head="value")
     train = dataclasses.replace(cfg.train, learning_rate=rate)
-    return Trained(model, train, path=cfg.rl.value_from or cfg.train.init_from)
+    saved = tuple(name for name in cfg.lora.modules_to_save if name != "head")
+    lora = dataclasses.replace(cfg.lora, modules_to_save=saved) if cfg.lora.rank else None
+    return Trained(model, train, path=cfg.rl.value_from or cfg.train.init_from, adapters=lora)
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -77,7 +82,9 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 
 def values_of(module: Any, params: Any, batch: Mapping[str, Any]) -> Any:
     """The value of the state after each token [B, T]."""
-    applied: Any = module.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
+    from jaxlm.models.adapted import variables
+
+    applied: Any = module.apply(variables(params), batch["tokens"], batch["positions"], batch["segments"])
     return applied[0][..., 0]
 
 
@@ -102,9 +109,10 @@ class JaxCritic(grpo.JaxActor):
     """Policy and value model in JAX."""
 
     def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
-        reference = engine.frozen.get(grpo.REFERENCE)
-        super().__init__(engine.decoder, engine.params, reference, cfg, eos_id=eos_id, pad=pad)
-        self.value, self.value_params = engine.program.modules[VALUE], engine.state.params[VALUE]
+        policy = engine.tree(MODEL)
+        reference, whole = grpo.reference_of(engine, policy), engine.params
+        super().__init__(engine.decoder, policy, reference, cfg, eos_id=eos_id, pad=pad, whole=whole)
+        self.value, self.value_params = engine.program.modules[VALUE], engine.tree(VALUE)
 
     def credit(
         self, batch: Batch, rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray, kl_weight: float

@@ -10,9 +10,11 @@ import dataclasses
 import importlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxlm import config
 from jaxlm.errors import UserError
@@ -25,10 +27,11 @@ from jaxlm.run.progress import tell
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.loop import Engine, FrozenFile, Progress, train
-from jaxlm.train.recipe import BASE, MODEL, DataSource, Recipe, digest_of
+from jaxlm.train.recipe import BASE, MODEL, Batch, CachingSource, DataSource, Recipe, base_name, digest_of
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
+    from jaxlm.recipes import init_from
 
 
 def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "jax") -> Progress:
@@ -133,12 +136,15 @@ def give_parameters(
     layout = init_from.BY_NAME if by_name else init_from.LIVE
     begins = {name: tree.path for name, tree in recipe.models.trained.items()}
     begins[MODEL] = begins[MODEL] or cfg.train.init_from
-    if recipe.models.trained[MODEL].adapters:
-        base = init_from.initial_params(cfg, source.tokenizer, begins.pop(MODEL), cfg.model)
-        files[BASE] = FrozenFile(cfg.train.init_from, init_from.base_digest(base, cfg.model))
-        engine.freeze(BASE, layout.parameters(base, cfg.model))
-        if anew:
-            engine.adopt(layout.adapters(base, cfg), MODEL)
+    for name, tree in recipe.models.trained.items():
+        if tree.adapters:
+            path = begins.pop(name)
+            base = init_from.initial_params(cfg, source.tokenizer, path, tree.model)
+            files[base_name(name)] = FrozenFile(path, init_from.base_digest(base, tree.model))
+            engine.freeze(base_name(name), layout.parameters(base, tree.model))
+            if anew:
+                engine.adopt(layout.adapters(base, tree, cfg), name)
+    files |= _cache_numbers(cfg, recipe, source, engine, layout, files)
     for name, path in begins.items():
         if path and anew:
             model = recipe.models.trained[name].model
@@ -151,6 +157,47 @@ def give_parameters(
             sha256 = digest_of(_named_leaves(params))
             engine.freeze(name, layout.parameters(params, tree.model))
         files[name] = FrozenFile(tree.path, sha256)
+    return files
+
+
+def _cache_numbers(
+    cfg: config.Config,
+    recipe: Recipe,
+    source: DataSource,
+    engine: Engine,
+    layout: init_from.ParameterLayout,
+    bases: Mapping[str, FrozenFile],
+) -> dict[str, FrozenFile]:
+    """Let the source have what frozen trees say of its rows, once for all; returns what the trees were.
+
+    It comes before the run's own parameters, so that only one model is in memory.
+
+    Args:
+        bases: what lies under adapters, which has the word where the function has no tree of its own.
+    """
+    from jaxlm.recipes import init_from
+
+    function = recipe.objective.cached
+    if function is None:
+        return {}
+    files, trees = dict[str, FrozenFile](), dict[str, Any]()
+    for name, tree in function.frozen.items():
+        params = init_from.read_params(tree.path, tree.model, tree.dtype)
+        files[name] = FrozenFile(tree.path, digest_of(_named_leaves(params)))
+        trees[name] = layout.parameters(params, tree.model)
+
+    def compute(batches: Iterator[Batch]) -> Iterator[np.ndarray]:
+        if engine.process_index == 0:
+            tell(f"the frozen {', '.join(trees) or BASE} computes its numbers of all rows, once")
+        return engine.map_rows(function, batches, trees)
+
+    if not isinstance(source, CachingSource):
+        raise TypeError(f"{type(source).__name__} keeps no numbers of its rows")
+    facts = {name: file.sha256 for name, file in (files or bases).items()}
+    facts["numerics"] = " ".join(str(value) for value in dataclasses.asdict(cfg.numerics).values())
+    if not files:
+        facts["quantize"] = cfg.lora.quantize + " double" * cfg.lora.double_quantize
+    source.cache(facts, compute, engine)
     return files
 
 

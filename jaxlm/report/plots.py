@@ -37,9 +37,19 @@ def plot_loss(
     figure.savefig(path)
 
 
-ELSEWHERE = re.compile(r"step|tokens|weight|skipped|loss|learning_rate|validation_loss(_.+)?|share_.+")
+ELSEWHERE = re.compile(r"step|tokens|weight|skipped|loss|(.+_)?learning_rate|validation_loss(_.+)?|share_.+")
 """Names of metrics that other plots show, or that need none."""
-PANELS = 24
+PANELS = 36
+
+
+def measures_of(rows: list[dict[str, Any]]) -> list[str]:
+    """The names of the measures that have a panel, at most `PANELS`."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for name, value in row.items():
+            counts[name] = counts.get(name, 0) + isinstance(value, float)
+    names = [name for name, count in counts.items() if count > 1]
+    return [name for name in names if not ELSEWHERE.fullmatch(name) and not OF_THE_MACHINE.fullmatch(name)][:PANELS]
 
 
 def plot_measures(rows: list[dict[str, Any]], path: Path) -> None:
@@ -48,12 +58,7 @@ def plot_measures(rows: list[dict[str, Any]], path: Path) -> None:
     Rewards, margins, KL, entropy, lengths and gradients' norms are such measures: all numbers of `metrics.jsonl` that
     are reported more than once and do not depend on the machine.
     """
-    counts: dict[str, int] = {}
-    for row in rows:
-        for name, value in row.items():
-            counts[name] = counts.get(name, 0) + isinstance(value, float)
-    names = [name for name, count in counts.items() if count > 1]
-    names = [name for name in names if not ELSEWHERE.fullmatch(name) and not OF_THE_MACHINE.fullmatch(name)][:PANELS]
+    names = measures_of(rows)
     if not names:
         return
     from matplotlib.figure import Figure
@@ -61,7 +66,7 @@ def plot_measures(rows: list[dict[str, Any]], path: Path) -> None:
     height = -(-len(names) // 3)
     figure = Figure(figsize=(9, 2 * height), dpi=120)
     panels = figure.subplots(height, 3, squeeze=False).flat
-    for axes, name in zip(panels, names, strict=False):
+    for name, axes in zip(names, panels, strict=False):  # in this order no panel is taken in vain
         points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float)]
         axes.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 20 else "")
         axes.set_title(name.replace("_", " "), fontsize=8)

@@ -10,6 +10,7 @@ from typing import Any
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.report.page import inline, newest_sample, render
+from jaxlm.report.stage_parts import pairs_of, samples_of
 
 Row = Mapping[str, Any]
 UNITS = {
@@ -42,6 +43,8 @@ def write_report(cfg: config.Config, rows: Sequence[Row], baseline: float | None
         loss=inline(plots / "loss.png"),
         measures=inline(plots / "measures.png"),
         time=inline(plots / "time.png"),
+        pairs=pairs_of(run_dir),
+        phases=samples_of(run_dir),
         sample=newest_sample(run_dir) or "none",
         config=toml.to_toml(cfg),
     )

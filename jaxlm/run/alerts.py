@@ -68,7 +68,9 @@ class Alerts:
             ids = ", ".join(map(str, self._ends))
             yield f"step {step}: no sample has ended for {ENDLESS} steps; the ids that end one: {ids or 'none'}"
         self._lengths.append(length)
-        begun, now = statistics.median(self._lengths[:5]), statistics.median(self._lengths[-3:])
+        # A reward may be found within a few updates: then even the median of the first three is too late.
+        begun = min(self._lengths[0], statistics.median(self._lengths[:3]))
+        now = statistics.median(self._lengths[-3:])
         if len(self._lengths) > 5 and now > GROWN * begun and self._is_news("length", step, now / begun):
             yield (
                 f"step {step}: samples have grown from {begun:.1f} to {now:.1f} tokens, {ended:.0%} of them end; "

@@ -35,23 +35,27 @@ def write_rollouts(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]]) 
     path.write_text(text, encoding="utf-8")
 
 
+def kept_steps(run_dir: Path) -> list[int]:
+    """The first updates of the phases whose samples a run keeps, in order."""
+    return sorted(int(file.stem) for file in (run_dir / FOLDER).glob("*.jsonl"))
+
+
 def read_rollouts(run_dir: Path, step: int = 0) -> Rollouts:
     """The kept samples of the phase nearest before update `step`; 0: the last ones.
 
     Raises:
         UserError: there are none, or none so early.
     """
-    files = sorted((run_dir / FOLDER).glob("*.jsonl"))
-    if not files:
+    steps = kept_steps(run_dir)
+    if not steps:
         raise UserError(
             f"{run_dir}: no samples are kept here", "runs of reinforcement learning keep them, where rl.keep_every > 0"
         )
-    fitting = [file for file in files if not step or int(file.stem) <= step]
+    fitting = [first for first in steps if not step or first <= step]
     if not fitting:
-        raise UserError(f"{run_dir}: no samples are kept of step {step}", f"the first are of step {int(files[0].stem)}")
-    file = fitting[-1]
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return Rollouts(int(file.stem), [json.loads(line) for line in lines])
+        raise UserError(f"{run_dir}: no samples are kept of step {step}", f"the first are of step {steps[0]}")
+    lines = (run_dir / FOLDER / f"{fitting[-1]:08d}.jsonl").read_text(encoding="utf-8").splitlines()
+    return Rollouts(fitting[-1], [json.loads(line) for line in lines])
 
 
 def best_and_worst(rows: Sequence[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -82,7 +82,8 @@ def base_collections(decoder: Decoder, options: config.LoRA, base: Params) -> Pa
 
 def new_adapters(decoder: Decoder, options: config.LoRA, base: Params, seed: int) -> Params:
     """The adapters that a run begins with, in numpy arrays: see `lora.init`. Whole modules begin as the base's."""
-    saved = {name: jax.tree.map(np.array, base[name]) for name in options.modules_to_save}
+    outside = options.saved(name for name in base if not name.startswith("layers"))
+    saved = {name: jax.tree.map(np.array, base[name]) for name in outside}
     if options.dora and options.quantize == "nf4":  # the magnitudes are those of the values in use
         every, dtype = lora.sites(decoder), decoder.policy.params
         base = four_bits.joined(*four_bits.split(base, every, double=options.double_quantize), every, dtype)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxlm import config
+from jaxlm.train.recipe import RowFunction
 
 Batch = Mapping[str, np.ndarray]
 
@@ -45,6 +46,17 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         """Sums of the objective over batches, without dropout."""
+        ...
+
+    def map_rows(
+        self, function: RowFunction, batches: Iterator[Batch], frozen: Mapping[str, Any] | None = None, /
+    ) -> Iterator[np.ndarray]:
+        """The numbers [B, ...] of each batch, of the rows of all processes, without dropout.
+
+        Args:
+            frozen: the trees of the function, as `freeze` takes them; nothing that is trained is looked at. None: the
+                function has none, and takes what is trained as it is now.
+        """
         ...
 
     def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:

@@ -27,8 +27,8 @@ from jaxlm.processes.hang_watch import Watch
 from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.run.peak import peak_flops
 from jaxlm.train.adapters import base_collections, moved_params
-from jaxlm.train.program import training_program
-from jaxlm.train.recipe import BASE, MODEL, Recipe
+from jaxlm.train.program import RowProgram, row_program, training_program
+from jaxlm.train.recipe import MODEL, Recipe, RowFunction, base_name
 from jaxlm.train.step import TrainState, make_eval
 
 RUN_AHEAD = 2  # steps that may wait on the device
@@ -51,7 +51,9 @@ class JaxEngine:
         self.program = program = training_program(cfg, self.layout, recipe)
         self.decoder, self._step = program.decoder, CompiledTogether(program.step, "the training step")
         self._frozen: dict[str, Any] = {}
+        self._row_programs: dict[Any, tuple[RowProgram, CompiledTogether]] = {}
         self._adapters = recipe.models.trained[MODEL].adapters
+        self._bases = {base_name(name): name for name, tree in recipe.models.trained.items() if tree.adapters}
         self._whole = jax.jit(program.whole)
         self._init = jax.jit(
             program.init,
@@ -135,16 +137,17 @@ class JaxEngine:
             return self.program.whole(self.state.params, {})
         return self._whole(self.state.params, self.frozen)
 
+    def tree(self, name: str) -> Any:
+        """A trained tree as it is now, as objectives take it: parameters, or `Adapted`."""
+        return self.program.tree(name, self.state.params, self.frozen)
+
     def freeze(self, name: str, params: Params) -> None:
         """Give the frozen tree `name` its parameters, numpy arrays that every process has."""
-        if name == BASE and self._adapters:
-            params = base_collections(self.decoder, self._adapters, params)
-        self._frozen[name] = jax.tree.map(
-            lambda leaf, like, place: _lay(np.asarray(leaf, like.dtype), place),
-            params,
-            self.program.frozen_shapes[name],
-            self.program.frozen_shardings[name],
-        )
+        if name in self._bases:
+            options = self.program.recipe.models.trained[self._bases[name]].adapters
+            assert options is not None
+            params = base_collections(self.program.modules[self._bases[name]], options, params)
+        self._frozen[name] = _lay_tree(params, self.program.frozen_shapes[name], self.program.frozen_shardings[name])
 
     @property
     def frozen(self) -> dict[str, Any]:
@@ -153,8 +156,8 @@ class JaxEngine:
         Raises:
             UserError: the base of adapters was not given.
         """
-        if self._adapters and BASE not in self._frozen:
-            raise UserError("adapters need the parameters of their base", "freeze('base', params)")
+        for name in self._bases.keys() - self._frozen.keys():
+            raise UserError("adapters need the parameters of their base", f"freeze({name!r}, params)")
         for number, (name, places) in enumerate(self.program.frozen_shardings.items(), 1000):
             if name not in self._frozen:
                 key = jax.random.fold_in(jax.random.key(self.config.seed), number)
@@ -192,6 +195,26 @@ class JaxEngine:
                 totals[name] += float(value)
         self._mark("between two steps")
         return dict(totals)
+
+    def map_rows(
+        self,
+        function: RowFunction,
+        batches: Iterator[Mapping[str, np.ndarray]],
+        frozen: Mapping[str, Params] | None = None,
+    ) -> Iterator[np.ndarray]:
+        if function.jax not in self._row_programs:
+            made = row_program(self.config, self.layout, self.program, function)
+            self._row_programs[function.jax] = made, CompiledTogether(made.compute, "the numbers of rows")
+        program, compute = self._row_programs[function.jax]
+        if frozen is None:
+            trees = self.state.params, self.frozen
+        else:
+            beside = {n: _lay_tree(tree, program.shapes[n], program.shardings[n]) for n, tree in frozen.items()}
+            trees = program.untrained, {**self._frozen, **beside}
+        for batch in batches:
+            self._mark("in a forward pass over the data")
+            yield np.asarray(compute(*trees, self._place(batch)))
+        self._mark("between two steps")
 
     def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
         self._mark("in a sample")
@@ -237,6 +260,11 @@ class JaxEngine:
             self._checkpointer.close()
         if self._watch:
             self._watch.close()
+
+
+def _lay_tree(params: Params, shapes: Params, places: Params) -> Params:
+    """Numpy arrays, in the dtypes of `shapes`, on their devices."""
+    return jax.tree.map(lambda x, like, place: _lay(np.asarray(x, like.dtype), place), params, shapes, places)
 
 
 def _lay(leaf: np.ndarray, place: Any) -> jax.Array:

@@ -310,7 +310,7 @@ class _Run:
         self.progress.evaluated = self.progress.step
         if not sums.get("weight"):
             return False
-        figures = self.judge.figures(sums)
+        figures = self.judge.figures(sums) | self.judge.examine(self.engine)
         score = self.score = losses.get(self.cfg.eval.watch, self.judge.score(figures))
         by_set = {f"validation_loss_{name}": value for name, value in losses.items()}
         if self.progress.step not in self.validated:  # by a process that was killed before it could save

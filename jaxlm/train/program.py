@@ -20,8 +20,8 @@ from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
 from jaxlm.train import adapters
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.recipe import BASE, MODEL, Models, Recipe, Trained
-from jaxlm.train.step import LossFn, Part, TrainState, init_states, make_steps, moving
+from jaxlm.train.recipe import BASE, MODEL, Models, Recipe, RowFunction, Trained, base_name
+from jaxlm.train.step import LossFn, Part, TrainState, init_states, make_steps, moving, within
 
 
 class Program(NamedTuple):
@@ -57,6 +57,11 @@ class Program(NamedTuple):
         options = self.recipe.models.trained[MODEL].adapters
         return adapters.whole_on_devices(self.decoder, options, own, frozen[BASE]) if options else own
 
+    def tree(self, name: str, params: Params, frozen: Params) -> Any:
+        """A trained tree as an objective takes it: its parameters, or its adapters beside their base."""
+        own = params[name] if self.recipe.models.several else params
+        return Adapted(own, frozen[base_name(name)]) if self.recipe.models.trained[name].adapters else own
+
     def _drawn(self, name: str, key: jax.Array) -> Params:
         """Random parameters; adapters, whose first values depend on their base, are zero until they are given."""
         if (options := self.recipe.models.trained[name].adapters) is None:
@@ -81,8 +86,9 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     trained = {name: _abstract(modules[name], tree) for name, tree in models.trained.items()}
     shardings = _state_shardings(trained, parts, layout)
     below = {name: abstract_params(modules[name]) for name in models.frozen}
-    if lora := models.trained[MODEL].adapters:
-        below[BASE] = adapters.abstract_base(modules[MODEL], lora)
+    for name, tree in models.trained.items():
+        if tree.adapters:
+            below[base_name(name)] = adapters.abstract_base(modules[name], tree.adapters)
     frozen = {name: layout.shardings(axes, shapes) for name, (shapes, axes) in below.items()}
     shapes = {name: tree for name, (tree, _) in below.items()}
     matmul = cfg.numerics.matmul
@@ -99,6 +105,30 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     return Program(recipe, modules, loss_fn, parts, shardings, shapes, frozen, jitted)
+
+
+class RowProgram(NamedTuple):
+    """A row function as a program."""
+
+    compute: Any
+    """`jax.jit` of `(trained, frozen, batch) -> array`, which every device then has whole."""
+    shapes: dict[str, Any]
+    """Of the trees that only the function needs, and their places."""
+    shardings: dict[str, Any]
+    untrained: Params
+    """What stands for the trained trees where none is looked at."""
+
+
+def row_program(cfg: config.Config, layout: Layout, program: Program, function: RowFunction) -> RowProgram:
+    """The program of a row function beside that of the training step."""
+    policy, models = Policy.from_config(cfg.numerics), program.recipe.models
+    beside = {n: Decoder(tree.model, stored_policy(policy, tree.dtype)) for n, tree in function.frozen.items()}
+    below = {name: abstract_params(module) for name, module in beside.items()}
+    compute = _beside_base(function.jax({**program.modules, **beside}, cfg), models)
+    jitted = jax.jit(within(layout, cfg.numerics.matmul, compute), out_shardings=layout.replicated)
+    places = {name: layout.shardings(axes, shapes) for name, (shapes, axes) in below.items()}
+    untrained: Params = {name: {} for name in models.trained} if models.several else {}
+    return RowProgram(jitted, {name: shapes for name, (shapes, _) in below.items()}, places, untrained)
 
 
 def abstract_inputs(cfg: config.Config, layout: Layout, program: Program) -> tuple[TrainState, dict, dict[str, Any]]:
@@ -127,14 +157,16 @@ def _part(name: str, tree: Trained) -> Part:
 
 
 def _beside_base(function: Callable[..., Any], models: Models) -> Any:
-    """A function of `(trained, frozen, ...)` where the model of the run is its adapters beside their base."""
-    if models.trained[MODEL].adapters is None:
+    """A function of `(trained, frozen, ...)` that is handed adapters beside their base, where a tree has some."""
+    names = [name for name, tree in models.trained.items() if tree.adapters]
+    if not names:
         return function
 
     def compute(trained: Any, frozen: Any, *rest: Any) -> Any:
         if not models.several:
             return function(Adapted(trained, frozen[BASE]), frozen, *rest)
-        return function({**trained, MODEL: Adapted(trained[MODEL], frozen[BASE])}, frozen, *rest)
+        beside = {name: Adapted(trained[name], frozen[base_name(name)]) for name in names}
+        return function({**trained, **beside}, frozen, *rest)
 
     return compute
 

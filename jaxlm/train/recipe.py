@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,7 +24,7 @@ from jaxlm.text.tokenizer import Tokenizer
 MODEL = "model"
 """The trained tree that is the model of the run: what `jaxlm.load` opens, and what goes to other layouts."""
 BASE = "base"
-"""The frozen tree under the adapters of the model of the run."""
+"""The frozen tree under the adapters of the model of the run; see `base_name`."""
 Batch = Mapping[str, np.ndarray]
 
 
@@ -66,7 +66,12 @@ class Trained(NamedTuple):
     Empty: `MODEL` begins with `train.init_from`, the others are drawn from the seed.
     """
     adapters: config.LoRA | None = None
-    """Of `MODEL`: these are trained instead, and its parameters, those of `train.init_from`, are the frozen `BASE`."""
+    """These are trained instead, and the parameters with which the tree begins are the frozen tree `base_name`."""
+
+
+def base_name(name: str) -> str:
+    """The name of the frozen tree under the adapters of a trained one."""
+    return BASE if name == MODEL else f"{name}_{BASE}"
 
 
 def model_of_run(cfg: config.Config) -> Trained:
@@ -105,6 +110,19 @@ class Models(NamedTuple):
         return len(self.trained) > 1
 
 
+class RowFunction(NamedTuple):
+    """Numbers of the rows of a batch in both frameworks: scores of its documents, or what a reference thinks of them.
+
+    `jax(modules, cfg)` returns `(trained, frozen, batch) -> array [B, ...]`, `torch(modules, cfg)` its twin
+    `(batch) -> array`; modules and trees are as for `Objective`.
+    """
+
+    jax: Callable[..., Callable[..., Any]]
+    torch: Callable[..., Callable[..., Any]]
+    frozen: Mapping[str, Frozen] = {}
+    """Trees that only this needs: an engine holds them while it computes, and no longer."""
+
+
 class Objective(NamedTuple):
     """The loss in both frameworks.
 
@@ -126,6 +144,9 @@ class Objective(NamedTuple):
     update_if: Callable[[Mapping[str, Any]], Any] | None = None
     """Whether an update is made, by the sums of the whole batch, in both frameworks; None: always. One that is not made
     changes nothing but the number of the step, and the metric `stopped` is 1."""
+    cached: RowFunction | None = None
+    """Numbers of each row that no update changes. They are computed once, before training, and kept by the data, which
+    is a `CachingSource`; batches have them as a column, so the step needs neither the trees nor their forward pass."""
 
 
 def twin(module: str, name: str = "objective") -> Callable[..., Any]:
@@ -183,6 +204,23 @@ class DataSource(Protocol):
         ...
 
 
+Compute = Callable[[Iterator[Batch]], Iterator[np.ndarray]]
+"""Batches to the numbers of their rows, by an engine."""
+
+
+@runtime_checkable
+class CachingSource(DataSource, Protocol):
+    """Rows that have a column of numbers which a frozen model computes once: see `Objective.cached`."""
+
+    def cache(self, facts: Mapping[str, str], compute: Compute, engine: Any) -> None:
+        """Read the numbers of all rows from a file that was made by the same facts, or compute and write them.
+
+        Args:
+            facts: what decides the numbers beside the rows: sha256 of the frozen model, numerics.
+        """
+        ...
+
+
 class Judge(NamedTuple):
     """How a stage is judged: figures of the held-out rows, of which one is the headline."""
 
@@ -190,6 +228,9 @@ class Judge(NamedTuple):
     """Sums over the held-out rows to the figures of a validation, by their names in `metrics.jsonl`."""
     headline: str = "validation_loss"
     lower_is_better: bool = True
+    examine: Callable[[Any], dict[str, float]] = lambda engine: {}
+    """Takes the engine at each validation: figures that are no sums, which stand beside the others; it may keep in the
+    run what the report page shows."""
     describe: Callable[[Mapping[str, float]], str] = lambda figures: ""
     """One line about the figures, for the terminal."""
     baseline: float | None = None

@@ -162,7 +162,7 @@ def make_steps(
                 metrics |= load_metrics(trees[part.name], sums, part.balanced)
         return TrainState(state.step + 1, _bare(trees, parts), _bare(opt_states, parts), skipped), metrics
 
-    return _within(layout, matmul, step)
+    return within(layout, matmul, step)
 
 
 def _moved(part: Part, tree: Any, opt_state: Any, grads: Any, weight: Array) -> tuple[Any, Any, Array]:
@@ -191,7 +191,7 @@ def make_eval(
         sums = loss_fn(params, frozen, batch, None)[1]  # pyright: ignore[reportArgumentType]
         return {name: value for name, value in sums.items() if value.ndim == 0}
 
-    return _within(layout, matmul, evaluate)
+    return within(layout, matmul, evaluate)
 
 
 def _updates_made(opt_state: Any) -> Int[Array, ""]:
@@ -256,7 +256,7 @@ def _gradient(
     return jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))[0]
 
 
-def _within(layout: Layout | None, matmul: str, function: Callable) -> Callable:
+def within(layout: Layout | None, matmul: str, function: Callable) -> Callable:
     """`function`, traced where activations are placed by `layout` and matrix products have the precision `matmul`."""
 
     def traced(*args: Any) -> Any:

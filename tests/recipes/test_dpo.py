@@ -13,11 +13,15 @@ import pytest
 
 from jaxlm import config
 from jaxlm.config import toml
+from jaxlm.data.preferences.reference_file import ReferenceFile
+from jaxlm.data.preferences.rows import PairRows
 from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
+from jaxlm.plan.memory import estimate
 from jaxlm.recipes import dpo, make_recipe, sft, start  # two threads that import at once break Python's ast
 from jaxlm.train import engine
 from jaxlm.train.program import abstract_inputs, training_program
+from torch_ref.train.engine import TorchEngine
 
 IMPORTED = dpo, sft, engine
 SOAK = pytest.mark.soak
@@ -41,7 +45,7 @@ def run_of(folder: Path, name: str, recipe: str, source: str, **sections: dict[s
     options: dict[str, dict[str, Any]] = {
         "model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64},
         "tokenizer": {"kind": "bytes"},
-        "data": {"source": source, "seq_len": 96, "validation_fraction": 0.2},
+        "data": {"source": source, "seq_len": 96, "validation_fraction": 0.2, "cache_dir": str(folder / "cache")},
         "train": {"steps": 4, "batch_size": 8, "warmup_steps": 0, "learning_rate": 3e-3, "schedule": "constant"},
         "eval": {"every": 0, "batches": 2},
         "sample": {"prompts": ()},
@@ -166,6 +170,98 @@ def test_adapters_stand_on_their_reference(begun: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[0], found[1], rtol=1e-12)
 
 
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("loss", "backend"),
+    [
+        ("dpo", "jax"),
+        ("kto", "torch"),
+        pytest.param("kto", "jax", marks=SOAK),
+        pytest.param("ipo", "torch", marks=SOAK),
+    ],
+)
+def test_a_cached_reference_is_the_frozen_one(begun: Path, tmp_path: Path, loss: str, backend: Any) -> None:
+    """Updates, figures of the held-out pairs, and of KTO the divergence of microbatches: float64, to 1e-12."""
+    found, names = [], ("loss", "grad_norm", "chosen_reward", "validation_loss", "validation_margin", "divergence")
+    for cached in (False, True):
+        options: Any = {"train": {"steps": 3, "microbatches": 2}, "preference": {"cached_reference": cached}}
+        start.run(dpo_run(begun, tmp_path / str(cached), loss=loss, **options), backend=backend)
+        found.append([[row.get(name, 0.0) for name in names] for row in rows(tmp_path / str(cached) / "run")])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12, atol=1e-12)
+    assert len(found[0]) == 4 and found[0][2][0] != found[0][0][0], "the policy has left its reference"
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=SOAK)])
+def test_adapters_and_a_cached_reference(begun: Path, tmp_path: Path, backend: Any) -> None:
+    """The base alone computes the numbers; the steps after that are those of the base that computes in each."""
+    found = []
+    for cached in (False, True):
+        options: Any = {"train": {"steps": 3}, "preference": {"cached_reference": cached}, "lora": {"rank": 2}}
+        start.run(dpo_run(begun, tmp_path / str(cached), data=UNJUDGED, **options), backend=backend)
+        found.append([[row["loss"], row["grad_norm"]] for row in rows(tmp_path / str(cached) / "run") if "loss" in row])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("fault", ["another order of the answers", "chosen and rejected exchanged"])
+def test_faults_of_the_cache_are_seen(begun: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first loss is ln 2 only by the reference's own numbers."""
+    original = PairRows.by_answer
+
+    def wrong(self: Any, numbers: Any) -> Any:
+        values = original(self, numbers)
+        return np.roll(values, 2) if fault.startswith("another") else values.reshape(-1, 2)[:, ::-1].reshape(-1)
+
+    monkeypatch.setattr(PairRows, "by_answer", wrong)
+    options: Any = {"train": {"steps": 1}, "preference": {"cached_reference": True}}
+    start.run(dpo_run(begun, tmp_path, data=UNJUDGED, **options), backend="torch")
+    (first,) = rows(tmp_path / "run")
+    assert abs(first["loss"] - np.log(2)) > 1e-3
+
+
+def test_a_run_with_a_cache_resumes_bit_for_bit(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run, and one that resumes, read the file: the reference computes once for all of them."""
+    options: Any = {"preference": {"cached_reference": True}}
+    options["data"] = {**UNJUDGED, "cache_dir": str(tmp_path / "cache")}
+    start.run(dpo_run(begun, tmp_path / "whole", **options), backend="torch")
+    (file,) = (tmp_path / "cache" / "reference").iterdir()
+    monkeypatch.setattr(TorchEngine, "map_rows", lambda *_: pytest.fail("it is computed again"))
+    start.run(dpo_run(begun, tmp_path / "parts", train={"steps": 2}, **options), backend="torch")
+    start.run(dpo_run(begun, tmp_path / "parts", **options), resume=True, backend="torch")
+    ours, theirs = (
+        [[row[name] for name in FIGURES] for row in rows(tmp_path / name / "run") if "loss" in row]
+        for name in ("whole", "parts")
+    )
+    assert ours == theirs and len(ours) == 4
+    for content in (file.read_bytes()[:-9], b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{file.name}: damaged: ") as error:
+            start.run(dpo_run(begun, tmp_path / "again", **options), backend="torch")
+        assert error.value.hint == "delete it: it is computed again"
+
+
+def test_caches_of_others_are_refused(tmp_path: Path) -> None:
+    """Another reference, other data, other numerics, a value that was changed."""
+    facts = {"reference": "a" * 64, "pairs": "b" * 64, "numerics": "float32"}
+    file, numbers = ReferenceFile.of(tmp_path, facts), {"train": np.arange(4.0)}
+    assert file.read({"train": 4}) is None
+    file.write(numbers)
+    assert np.array_equal((file.read({"train": 4}) or {})["train"], numbers["train"])
+    for name in facts:
+        other = ReferenceFile.of(tmp_path, {**facts, name: "c" * 64})
+        other.path.write_bytes(file.path.read_bytes())
+        with pytest.raises(UserError, match=f"made with {name} .*, and this run has cccccccccccccccc"):
+            other.read({"train": 4})
+    changed = "damaged: its numbers are not those that were written"
+    with pytest.raises(UserError, match=changed):
+        file.read({"train": 6})
+    content = bytearray(file.path.read_bytes())
+    content[-1] ^= 1
+    file.path.write_bytes(content)
+    with pytest.raises(UserError, match=changed):
+        file.read({"train": 4})
+
+
 def test_kto_orders_held_out_pairs(begun: Path, tmp_path: Path) -> None:
     start.run(dpo_run(begun, tmp_path, loss="kto", train={"steps": 12}, preference={"beta": 0.5}))
     judged = [row for row in rows(tmp_path / "run") if "validation_loss" in row][-1]
@@ -183,6 +279,17 @@ def test_the_config_of_the_repository_is_planned() -> None:
     assert batch["labels"].shape == batch["margins"].shape == (4, 8) and batch["tokens"].shape == (4, 1024)
 
 
+def test_a_cached_reference_is_not_planned() -> None:
+    """Its tree is not there, and the batch has a number for each answer."""
+    path = Path(__file__).parents[2] / "configs" / "preference" / "dpo.toml"
+    sizes = ["model.vocab_size=262", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    frozen, cached = (toml.load(path, [*sizes, f"preference.cached_reference={on}"]) for on in ("false", "true"))
+    layout = Layout.from_config(cached.mesh)
+    _, trees, batch = abstract_inputs(cached, layout, training_program(cached, layout, make_recipe(cached)))
+    assert trees == {} and batch["reference_logps"].shape == (4, 16)
+    assert estimate(cached, 8).parameters == estimate(frozen, 8).parameters // 2
+
+
 def test_mistakes_of_the_config(begun: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="compares with the model that the run starts from, and there is none"):
         make_recipe(dpo_run(begun, tmp_path, train={"init_from": ""}))
@@ -191,6 +298,8 @@ def test_mistakes_of_the_config(begun: Path, tmp_path: Path) -> None:
         dpo_run(begun, tmp_path, preference={"beta": 0.0})
     with pytest.raises(UserError, match=r"label_noise = 0.5 must be below 0.5"):
         dpo_run(begun, tmp_path, loss="cdpo", preference={"label_noise": 0.5})
+    with pytest.raises(UserError, match="cached_reference: simpo compares with no reference"):
+        dpo_run(begun, tmp_path, loss="simpo", preference={"cached_reference": True})
     with pytest.raises(UserError, match="kto has no chosen answer"):
         dpo_run(begun, tmp_path, loss="kto", preference={"sft_weight": 0.5})
 

@@ -18,6 +18,8 @@ from jaxlm.cli.app import app
 from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.recipes import answers, grpo, make_recipe, start  # two threads that import at once break Python's ast
+from jaxlm.report.plots import measures_of
+from jaxlm.run.progress import Display
 from jaxlm.run.rollouts import best_and_worst, read_rollouts
 from jaxlm.train import engine
 
@@ -150,6 +152,28 @@ def test_the_samples_of_a_step_are_kept(begun: Path, tmp_path: Path) -> None:
     assert len(lines) == 16 and json.loads(lines[0])["step"] == 3
     with pytest.raises(UserError, match="no samples are kept here"):
         read_rollouts(begun / "answers")
+
+
+def test_a_reward_for_length_is_seen(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted reward, longer is better: samples grow, a line says so within 20 steps, and the page shows them."""
+    lines: list[str] = []
+    monkeypatch.setattr(Display, "say", lambda _, line: lines.append(line))
+    load(tmp_path, "grpo", steps=20, train=f'init_from = "{begun / "answers"}"')
+    options = [
+        'rl.rewards=["length(per_token=1.0)"]',
+        "rl.max_new_tokens=6",
+        "data.seq_len=12",
+        "train.learning_rate=1e-2",
+    ]
+    start.run(toml.load(tmp_path / "grpo.toml", [*options, f'out_dir="{tmp_path / "grpo"}"']), backend="torch")
+    steps = [row for row in rows(tmp_path / "grpo") if "length" in row]
+    assert steps[-1]["length"] > 1.5 * steps[0]["length"] and steps[-1]["ended"] < steps[0]["ended"]
+    (alert,) = [line for line in lines if "samples have grown" in line]
+    assert int(alert.split()[1].rstrip(":")) <= 20 and "is the reward for length?" in alert
+    assert {"reward", "length", "ended", "entropy", "kl_old", "clip_share"} <= {*measures_of(steps)}
+    page = (tmp_path / "grpo" / "report.html").read_text()
+    assert "each measure of the recipe against step" in page
+    assert "Samples of update 1<" in page and "Samples of update 11<" in page and "ended by" in page
 
 
 @pytest.mark.parametrize(

@@ -55,3 +55,5 @@ def test_samples_that_grow_are_told() -> None:
         "step 14: samples have grown from 3.0 to 4.8 tokens, 90% of them end"
     )
     assert of_samples([3.0, 4.0] * 20, [0.9] * 40) == []
+    (line,) = of_samples([2.0, 5.4, 6.0] + [6.0] * 20, [0.0] * 23)
+    assert line.startswith("step 6: samples have grown from 2.0 to 6.0 tokens"), "found within two updates"

@@ -60,7 +60,7 @@ def quantize(decoder: Decoder, *, double: bool) -> None:
 
 def moves(lora: config.LoRA) -> Callable[[str], bool]:
     """Whether a parameter, by its name, is one of an adapter or of a module that is trained whole."""
-    return lambda name: ".adapter." in name or name.split(".")[0] in lora.modules_to_save
+    return lora.trains
 
 
 def load_base(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jaxlm import config
+from jaxlm.data.preferences.rows import REFERENCE_LOGPS
 from torch_ref.models.attach_lora import base_of
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.kto import KTODivergence, kto_divergence, kto_loss
@@ -24,7 +25,7 @@ from torch_ref.train.step import Batch, LossFn, Sums
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     """`batch -> (sum, sums)` of the decoder `model`, beside the frozen one `reference` where the loss has one."""
-    decoder, options = modules["model"], cfg.preference
+    decoder, options, reference = modules["model"], cfg.preference, _reference_of(modules, cfg)
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         training = decoder.training
@@ -34,7 +35,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
         routed = collect(decoder) if decoder.config.moes else None
         reference_BM: Any = None
         if options.needs_reference:
-            reference_BM = _reference_sums(modules, cfg, batch)
+            reference_BM = reference(batch)
         if options.loss == "kto":
             found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=not training)
         else:
@@ -47,30 +48,43 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
 
 def whole_divergence(modules: Mapping[str, Any], cfg: config.Config) -> Callable[[Batch], Sums]:
     """`batch -> sums` of KTO's divergence, for batches that are cut into microbatches."""
+    reference = _reference_of(modules, cfg)
 
     def compute(batch: Batch) -> Sums:
         decoder = modules["model"]
         training = decoder.training
         logps_BM, counts_BM = answer_sums(decoder.eval(), batch, cfg)
         decoder.train(training)
-        reference_BM = _reference_sums(modules, cfg, batch)
+        reference_BM = reference(batch)
         sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch), reference_BM)
         return {f"divergence_{name}": value for name, value in sums._asdict().items()}
 
     return compute
 
 
-@torch.no_grad()
-def _reference_sums(modules: Mapping[str, Any], cfg: config.Config, batch: Batch) -> Tensor:
-    """Log-probabilities of the answers [B, M] under the reference: a frozen module, or the policy without adapters."""
-    if "reference" in modules:
-        return answer_sums(modules["reference"].eval(), batch, cfg)[0]
-    decoder = modules["model"]
-    training = decoder.training
-    with base_of(decoder.eval()):
-        found = answer_sums(decoder, batch, cfg)[0]
-    decoder.train(training)
-    return found
+def _reference_of(modules: Mapping[str, Any], cfg: config.Config) -> Callable[[Batch], Tensor]:
+    """`batch -> [B, M]`: what the reference thinks of the answers, computed now or before training."""
+    if cfg.preference.cached_reference:
+        return lambda batch: batch[REFERENCE_LOGPS]
+    return reference_logps(modules, cfg)
+
+
+def reference_logps(modules: Mapping[str, Any], cfg: config.Config) -> Callable[[Batch], Tensor]:
+    """`batch -> [B, M]`: log-probabilities of the answers under a frozen module, or under the policy without its
+    adapters."""
+
+    @torch.no_grad()
+    def compute(batch: Batch) -> Tensor:
+        if "reference" in modules:
+            return answer_sums(modules["reference"].eval(), batch, cfg)[0]
+        decoder = modules["model"]
+        training = decoder.training
+        with base_of(decoder.eval()):
+            found = answer_sums(decoder, batch, cfg)[0]
+        decoder.train(training)
+        return found
+
+    return compute
 
 
 def answer_sums(decoder: Decoder, batch: Batch, cfg: config.Config) -> tuple[Tensor, Tensor]:

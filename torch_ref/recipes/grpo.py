@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, G prompts, N samples of each.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from jaxlm import config
 from jaxlm.text.sampling import Sampling
 from torch_ref.infer.generate import generate
+from torch_ref.models.attach_lora import base_of
 from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import wide
 from torch_ref.objectives.advantages import adapt_kl_weight, advantages
@@ -68,9 +70,15 @@ def actor_of(engine: Any, cfg: config.Config, **ends: int) -> TorchActor:
 
 
 class TorchActor:
-    """The policy in PyTorch: `decoder`, which updates change in place, and where it started."""
+    """The policy in PyTorch: `decoder`, which updates change in place, and where it started.
 
-    def __init__(self, decoder: Decoder, reference: Decoder, cfg: config.Config, *, eos_id: int, pad: int) -> None:
+    Args:
+        reference: None: the decoder without its adapters, if it has some.
+    """
+
+    def __init__(
+        self, decoder: Decoder, reference: Decoder | None, cfg: config.Config, *, eos_id: int, pad: int
+    ) -> None:
         self.decoder, self.reference, self.config = decoder, reference, cfg
         self.ends: dict[str, int] = {"eos_id": eos_id, "pad_id": pad}
 
@@ -83,11 +91,12 @@ class TorchActor:
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
         """See `jaxlm.recipes.rollouts.phases.Actor`."""
-        decoder = (self.reference if reference else self.decoder).eval()
-        device = decoder.embed.weight.device
+        decoder = self.decoder if not reference or self.reference is None else self.reference
+        bare = base_of(decoder) if reference and self.reference is None else contextlib.nullcontext()
+        device = decoder.eval().embed.weight.device
         names = ("tokens", "targets", "positions", "segments")
         named = {name: torch.as_tensor(batch[name], device=device) for name in names}
-        with torch.no_grad():
+        with torch.no_grad(), bare:
             return _spoken(decoder, named, self.config).logps.cpu().numpy()
 
     def adapted_kl_weight(self, weight: float, kl: float, samples: int) -> float:

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, M segments, P = M / 2 pairs of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ from torch_ref.objectives.reward import reward_loss
 from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
+
+
+def document_scores(modules: Mapping[str, Decoder], cfg: config.Config) -> Callable[[Batch], Tensor]:
+    """`batch -> [B, M]`: the score of each answer."""
+    decoder = modules["model"]
+
+    def compute(batch: Batch) -> Tensor:
+        places, documents = (batch["tokens"], batch["positions"], batch["segments"]), 2 * batch["margins"].shape[1]
+        return decoder.score_documents(*places, documents)[0][..., 0]
+
+    return compute
 
 
 def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:

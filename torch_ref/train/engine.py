@@ -22,13 +22,13 @@ from jaxlm.run.metrics import PEAK_FLOPS, memory_of_process, plain
 from jaxlm.run.peak import peak_flops
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
-from jaxlm.train.recipe import BASE, MODEL, Recipe, Trained, parameter_name
+from jaxlm.train.recipe import MODEL, Recipe, RowFunction, Trained, base_name, parameter_name
 from torch_ref.models import attach_lora
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.numerics import Policy
 from torch_ref.train.checkpoint import Checkpointer
 from torch_ref.train.optim import make_optimizer
-from torch_ref.train.step import LossFn, Part, Sums, TrainState, make_eval, make_steps
+from torch_ref.train.step import Part, TrainState, make_eval, make_steps
 
 
 class TorchEngine:
@@ -48,6 +48,7 @@ class TorchEngine:
         narrow = policy.compute if cfg.torch.autocast else None
         if narrow:
             policy = dataclasses.replace(policy, compute=policy.params)
+        self._policy, self._narrow = policy, narrow
         models, self.recipe = recipe.models, recipe
         self.modules = {
             name: init_params(Decoder(tree.model, policy), cfg.seed + number).to(self.device)
@@ -55,7 +56,7 @@ class TorchEngine:
         }
         for name in models.frozen:
             self.modules[name].requires_grad_(False).eval()
-        self.decoder, self._adapters = self.modules[MODEL], models.trained[MODEL].adapters
+        self.decoder = self.modules[MODEL]
         self.parts = [_part(name, tree, self.modules[name]) for name, tree in models.trained.items()]
 
         objective = recipe.objective.torch(self.modules, cfg)
@@ -92,18 +93,21 @@ class TorchEngine:
     def adopt(self, tensors: Mapping[str, np.ndarray], name: str = MODEL) -> None:
         """Let a trained module begin with these parameters, or adapters, by the names of its `state_dict`."""
         values = {key: torch.tensor(np.array(array)) for key, array in tensors.items()}
-        if name == MODEL and self._adapters:
-            attach_lora.load(self.decoder, values)
+        if self.recipe.models.trained[name].adapters:
+            attach_lora.load(self.modules[name], values)
         else:
             self.modules[name].load_state_dict(values, strict=True)
 
     def freeze(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """Give a frozen module its parameters, by the names of its `state_dict`; `BASE` is the model under adapters."""
-        if name == BASE and self._adapters:
-            attach_lora.load_base(self.decoder, {key: torch.tensor(np.array(x)) for key, x in tensors.items()})
-            if self._adapters.quantize == "nf4":
-                attach_lora.quantize(self.decoder, double=self._adapters.double_quantize)
-            return
+        """Give a frozen module its parameters, by the names of its `state_dict`, or a trained one those under its
+        adapters."""
+        for trained, tree in self.recipe.models.trained.items():
+            if tree.adapters and name == base_name(trained):
+                module = self.modules[trained]
+                attach_lora.load_base(module, {key: torch.tensor(np.array(x)) for key, x in tensors.items()})
+                if tree.adapters.quantize == "nf4":
+                    attach_lora.quantize(module, double=tree.adapters.double_quantize)
+                return
         self.modules[name].load_state_dict({key: torch.tensor(array) for key, array in tensors.items()}, strict=True)
 
     def step(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
@@ -121,6 +125,25 @@ class TorchEngine:
             for name, value in self._eval(self._place(batch)).items():
                 totals[name] += float(value)
         return dict(totals)
+
+    def map_rows(
+        self,
+        function: RowFunction,
+        batches: Iterator[Mapping[str, np.ndarray]],
+        frozen: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    ) -> Iterator[np.ndarray]:
+        self._training(False)
+        modules = dict(self.modules)
+        for name, tensors in (frozen or {}).items():
+            modules[name] = Decoder(function.frozen[name].model, self._policy).to(self.device).eval()
+            modules[name].load_state_dict({key: torch.tensor(np.array(x)) for key, x in tensors.items()}, strict=True)
+        compute = function.torch(modules, self.config)
+        if self._narrow:
+            compute = _autocast(compute, self.device, self._narrow)
+        for batch in batches:
+            with torch.no_grad():
+                numbers = compute(self._place(batch))
+            yield numbers.cpu().numpy()
 
     def complete(self, prompts: Sequence[str], sample: config.Sample, check: Callable[[], None]) -> list[str]:
         from torch_ref.infer.generate import Generator
@@ -243,9 +266,9 @@ def _require_one_device(mesh: config.Mesh) -> None:
             raise UserError(f"mesh.{axis} = {size}: the torch backend trains on one device", f"mesh.{axis}=1")
 
 
-def _autocast(objective: LossFn, device: torch.device, dtype: torch.dtype) -> LossFn:
-    def compute(batch: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
+def _autocast(function: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    def compute(batch: Mapping[str, Tensor]) -> Any:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16):
-            return objective(batch)
+            return function(batch)
 
     return compute

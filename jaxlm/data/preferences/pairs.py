@@ -72,6 +72,12 @@ class Pairs:
         return len(self.labels)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each answer that count [2 x pairs]."""
+        starts = self.examples.offsets[:-1].astype(np.int64)
+        return np.add.reduceat(self.examples.weights > 0, starts, dtype=np.int64) if len(starts) else starts
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) of all that decides what is trained."""
         digest = hashlib.sha256(self.examples.fingerprint.encode())

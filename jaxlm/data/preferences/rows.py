@@ -7,7 +7,7 @@ Shapes: B rows, T tokens of a row, M segments, P = M / 2 pairs of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,29 +15,64 @@ from jaxlm.data.best_fit import rows_by_fit
 from jaxlm.data.preferences.pairs import Pairs
 from jaxlm.data.rows.epochs import Batch, EpochRows, lay_examples
 
+REFERENCE_LOGPS = "reference_logps"
+"""The column of what a reference thinks of each answer, where that was computed before training."""
+
 
 class PairRows(EpochRows):
     """The endless sequence of rows; those of an epoch hold each pair once.
 
     Args:
         most: P, the most pairs of a row; 1 packs nothing.
+        swapped: lay the second answer before the first.
+        reference: log-probability of each answer [2 x pairs] under a reference, for the column `reference_logps`.
     """
 
-    def __init__(self, pairs: Pairs, seq_len: int, *, seed: int = 0, pad: int = 0, most: int = 8) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        pad: int = 0,
+        most: int = 8,
+        swapped: bool = False,
+        reference: np.ndarray | None = None,
+    ) -> None:
         self._pairs, self._seq_len, self._seed, self._pad, self._most = pairs, seq_len, seed, pad, most
+        self._reference, self._order = reference, (1, 0) if swapped else (0, 1)
         self._sizes = (np.diff(pairs.examples.offsets) - 1).reshape(-1, 2).sum(1)
         super().__init__()
 
     def lay(self, rows: Sequence[np.ndarray]) -> Batch:
-        """The arrays of conversations [B, T], and `margins`, `ties`, `labels` [B, P] of the pairs of each row."""
-        sides = [[2 * pair + side for pair in row.tolist() for side in (0, 1)] for row in rows]
+        """The arrays of conversations [B, T], and `margins`, `ties`, `labels` [B, P] of the pairs of each row.
+
+        With a reference also `reference_logps` [B, M] of its answers, 0 where the row has none.
+        """
+        sides = [[2 * pair + side for pair in row.tolist() for side in self._order] for row in rows]
         batch = lay_examples(self._pairs.examples, sides, self._seq_len, self._pad)
         for name in ("margins", "ties", "labels"):
             of_pairs = getattr(self._pairs, name)
             batch[name] = np.zeros((len(rows), self._most), of_pairs.dtype)
             for row, members in enumerate(rows):
                 batch[name][row, : len(members)] = of_pairs[members]
+        if self._reference is not None:
+            batch[REFERENCE_LOGPS] = np.zeros((len(rows), 2 * self._most), self._reference.dtype)
+            for row, answers in enumerate(sides):
+                batch[REFERENCE_LOGPS][row, : len(answers)] = self._reference[answers]
         return batch
+
+    def by_answer(self, numbers: Iterable[np.ndarray]) -> np.ndarray:
+        """Numbers [B, M] of the segments of each batch of `once`, as one array of all answers [2 x pairs].
+
+        NaN for answers of which no batch came.
+        """
+        found_RM = np.concatenate(list(numbers))
+        values = np.full(2 * len(self._sizes), np.nan, found_RM.dtype)
+        for members, numbers_M in zip(self._epoch(0), found_RM, strict=False):  # the last batch is filled up
+            for place, pair in enumerate(members.tolist()):
+                values[[2 * pair + side for side in self._order]] = numbers_M[2 * place : 2 * place + 2]
+        return values
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The pairs of each row of an epoch: by best fit; a row with more than the most pairs is cut into several."""

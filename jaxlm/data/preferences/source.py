@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxlm.data.preferences.pairs import (
     sides_of,
     split,
 )
+from jaxlm.data.preferences.reference_file import ReferenceFile
 from jaxlm.data.preferences.rows import PairRows
 from jaxlm.data.rows.epochs import Batch, NumberedBatches
 from jaxlm.data.rows.sides import warn_of_copies
@@ -33,6 +34,7 @@ from jaxlm.text.chat import Chat
 from jaxlm.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
+Compute = Callable[[Iterator[Batch]], Iterator[np.ndarray]]
 _HELD_OUT_SEED = 0  # not the run's seed: runs that differ in it are judged on the same rows
 
 
@@ -48,6 +50,8 @@ class PreferenceSource:
     train: Pairs
     validation: tuple[Pairs, ...]
     updates_per_phase: int = 1
+    reference: dict[str, np.ndarray] = dataclasses.field(default_factory=dict[str, np.ndarray])
+    """Of each set of `_sets` the log-probability of each answer under the reference, where that is cached."""
 
     @classmethod
     def open(
@@ -92,24 +96,60 @@ class PreferenceSource:
     def batches(self, *, batch_size: int, rows: np.ndarray | None) -> NumberedBatches:
         """Batches of packed pairs, in another order in each epoch."""
         share = np.arange(batch_size) if rows is None else rows
-        return NumberedBatches(self._rows(self.train, self.cfg.seed), batch_size, share)
+        return NumberedBatches(self._rows("train", self.train, self.cfg.seed), batch_size, share)
 
     def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
         """One set: every held-out pair once."""
         share = np.arange(batch_size) if rows is None else rows
 
         def batches() -> Iterator[Batch]:
-            for pairs in self.validation:
-                yield from self._rows(pairs, _HELD_OUT_SEED).once(batch_size, share, max_batches)
+            for name, pairs in list(self._sets.items())[1:]:
+                yield from self._rows(name, pairs, _HELD_OUT_SEED).once(batch_size, share, max_batches)
 
         return [HeldOut("", True, batches)] if self.validation else []
 
     def begin_phase(self, number: int, engine: Any) -> None:
         """Nothing comes before an update."""
 
-    def _rows(self, pairs: Pairs, seed: int) -> PairRows:
-        most = self.cfg.preference.pairs_per_row
-        return PairRows(pairs, self.cfg.data.seq_len, seed=seed, pad=self.tokenizer.pad, most=most)
+    def cache(self, facts: Mapping[str, str], compute: Compute, engine: Any) -> None:
+        """Give each answer its log-probability under the reference; see `train.recipe.CachingSource`.
+
+        Raises:
+            UserError: the file of these facts is damaged or holds other numbers, or it cannot be written.
+        """
+        prints = " ".join(pairs.fingerprint for pairs in self._sets.values())
+        facts = {**facts, "pairs": hashlib.sha256(prints.encode()).hexdigest()}
+        file = ReferenceFile.of(Path(self.cfg.data.cache_dir), facts)
+        found = file.read({name: 2 * len(pairs) for name, pairs in self._sets.items()})
+        if not all(engine.gather(float(found is not None))):  # all processes compute, or none does
+            found = {name: self.by_answer(name, compute, engine) for name in self._sets}
+            if engine.process_index == 0:
+                file.write(found)
+        self.reference.update(found or {})
+
+    def by_answer(
+        self, name: str, compute: Compute, engine: Any, *, batches: int = 0, swapped: bool = False
+    ) -> np.ndarray:
+        """The numbers [2 x pairs] that `compute` has of each answer of a set, `train` or `held_out_0`.
+
+        Args:
+            batches: at most so many, 0: all; answers beyond them are NaN.
+            swapped: the second answer of a pair lies before the first.
+        """
+        size = self.cfg.train.batch_size
+        rows = self._rows(name, self._sets[name], _HELD_OUT_SEED, swapped=swapped)
+        share = np.arange(size) if engine.rows is None else engine.rows
+        return rows.by_answer(compute(rows.once(size, share, batches)))
+
+    @property
+    def _sets(self) -> dict[str, Pairs]:
+        """All pairs by name: those of training first."""
+        return {"train": self.train, **{f"held_out_{i}": pairs for i, pairs in enumerate(self.validation)}}
+
+    def _rows(self, name: str, pairs: Pairs, seed: int, *, swapped: bool = False) -> PairRows:
+        sizes: dict[str, Any] = {"pad": self.tokenizer.pad, "most": self.cfg.preference.pairs_per_row}
+        numbers: dict[str, Any] = {"reference": self.reference.get(name), "swapped": swapped}
+        return PairRows(pairs, self.cfg.data.seq_len, seed=seed, **numbers, **sizes)
 
 
 def _content(preference: Pair | Labelled) -> bytes:
