@@ -18,6 +18,7 @@ from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.convert.native import from_torch
 from jaxlm.data.pipeline import Corpus, make_train_iterator, make_validation_batches
+from jaxlm.recipes import make_recipe
 from jaxlm.recipes.start import open_stage
 from jaxlm.train.backend import Engine
 from jaxlm.train.engine import JaxEngine
@@ -72,7 +73,8 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., t
         for override in ("", torch_only):
             if (dtype, override) not in made:
                 overrides = [f'out_dir="{folder / "run"}"', *numerics, *([override] if override else [])]
-                cfg, recipe, source = open_stage(toml.load(folder / "curve.toml", overrides), resume=False)
+                cfg = toml.load(folder / "curve.toml", overrides)
+                cfg, recipe, source = open_stage(cfg, make_recipe(cfg), resume=False)
                 engine = TorchEngine(cfg, recipe) if override else JaxEngine(cfg, recipe, lambda *_: [])
                 made[dtype, override] = take(engine, cfg, source.corpus)
         return made[dtype, ""], made[dtype, torch_only]

@@ -42,10 +42,10 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     """
     keep_freed_memory()
     cfg, first = join_processes(with_base(cfg), backend)
-    make_recipe(cfg)  # what it imports is there before a second thread imports
+    recipe = make_recipe(cfg)  # what it imports is there before a second thread imports
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
-    cfg, recipe, source = open_stage(cfg, resume=resume, tell=tell if first else lambda _: None)
+    cfg, recipe, source = open_stage(cfg, recipe, resume=resume, tell=tell if first else lambda _: None)
     warm.join()
     if backend == "jax":
         one_step_at_a_time()
@@ -82,20 +82,20 @@ def _train(cfg: config.Config, recipe: Recipe, source: DataSource, resume: bool,
 
 
 def open_stage(
-    cfg: config.Config, *, resume: bool, tell: Callable[[str], None] = tell
+    cfg: config.Config, recipe: Recipe, *, resume: bool, tell: Callable[[str], None] = tell
 ) -> tuple[config.Config, Recipe, DataSource]:
-    """Open the data of the stage and compare with the run that is there; returns the resolved config with both.
+    """Open the data of the stage and compare with the run that is there; returns config and recipe resolved, and data.
 
     Raises:
-        UserError: a run is already there and `resume` is not asked for, it has another architecture, or the data or
-            the recipe is not usable.
+        UserError: a run is already there and `resume` is not asked for, it has another architecture, or the data is not
+            usable.
     """
     tokenizer = tokenizer_of_run(cfg, resume=resume)
-    source = make_recipe(cfg).data(tokenizer)
+    source = recipe.data(tokenizer)
     cfg = with_vocabulary(cfg, source.tokenizer)
     if tokenizer is not None:
         compare_with_run(cfg, tell)
-    return cfg, make_recipe(cfg), source
+    return cfg, recipe._replace(models=recipe.models.with_vocabulary(cfg.model.vocab_size)), source
 
 
 def inspect_data(cfg: config.Config, *, step: int = 1, rows: int = 1) -> Any:

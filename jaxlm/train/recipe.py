@@ -9,6 +9,7 @@ such as the M documents of a row.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import re
@@ -108,6 +109,16 @@ class Models(NamedTuple):
     def several(self) -> bool:
         """Whether parameters are a dict of trees; the only trained tree stands for itself."""
         return len(self.trained) > 1
+
+    def with_vocabulary(self, size: int) -> Models:
+        """The same trees, of `size` tokens where a model leaves `vocab_size` open (0)."""
+
+        def sized(tree: Any) -> Any:
+            model = dataclasses.replace(tree.model, vocab_size=tree.model.vocab_size or size)
+            return tree._replace(model=model)
+
+        trees = ({name: sized(tree) for name, tree in some.items()} for some in self)
+        return Models(*trees)
 
 
 class RowFunction(NamedTuple):
@@ -243,7 +254,11 @@ class Judge(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What a training stage is."""
+    """What a training stage is.
+
+    It is made before the data is opened, so `vocab_size` may still be 0 in the models of a run with a tokenizer of its
+    own: `Models.with_vocabulary` fills it in. Objectives read it from their modules.
+    """
 
     columns: Mapping[str, Column]
     models: Models

@@ -38,8 +38,11 @@ def toy(out, **sections) -> config.Config:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    start.run(toy(folder / "run"))
+    folder, made = tmp_path_factory.mktemp("toy"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "make_recipe", lambda cfg: made.append(cfg) or make_recipe(cfg))
+        start.run(toy(folder / "run"))
+    assert len(made) == 1, "one recipe is handed on: a teacher is opened once"
     return folder / "run"
 
 
@@ -96,7 +99,8 @@ def test_eight_devices_are_one(tmp_path):
 
 
 def test_another_frozen_tree_is_named(trained):
-    cfg, recipe, source = start.open_stage(toy(trained), resume=True)
+    cfg = toy(trained)
+    cfg, recipe, source = start.open_stage(cfg, make_recipe(cfg), resume=True)
     engine = JaxEngine(cfg, recipe, completer(cfg, source.tokenizer))
     with pytest.raises(UserError, match=r"the frozen teacher, other/run, is not the one of the checkpoint"):
         train(cfg, recipe, source, engine, resume=True, frozen={"teacher": FrozenFile("other/run", "ab")})

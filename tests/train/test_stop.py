@@ -11,6 +11,7 @@ from jaxlm.data.pipeline import make_train_iterator
 from jaxlm.data.rows import validation
 from jaxlm.errors import UserError
 from jaxlm.processes.stop_signals import Interrupted, StopRequest
+from jaxlm.recipes import make_recipe
 from jaxlm.recipes.start import open_stage
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.engine import JaxEngine
@@ -150,7 +151,8 @@ def test_another_batch_size_continues_with_the_next_row(runs, tmp_path, monkeypa
     options = ("train.microbatches=1", "eval.every=0", "model.max_seq_len=16")
     runs.train(tmp_path, *options, "train.steps=6")
     runs.train(tmp_path, *options, "train.steps=9", "train.batch_size=8", resume=True)
-    cfg, _, source = open_stage(runs.config(tmp_path / "undisturbed"), resume=False)
+    cfg = runs.config(tmp_path / "undisturbed")
+    cfg, _, source = open_stage(cfg, make_recipe(cfg), resume=False)
     batches = make_train_iterator(cfg.data, source.corpus, batch_size=4, seed=0)
     assert read == [bytes(row) for _ in range(12) for row in next(batches)["tokens"]]
     refusal = r"train.batch_size = 5: the checkpoint has read 48 rows, .*with the next row: 3, 4, 6, 8\)"
