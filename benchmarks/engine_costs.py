@@ -111,7 +111,7 @@ def prefill_memory(_: int, __: int) -> dict[str, Any]:
         made = runner(1, context)
         tokens = np.zeros((1, made.widths[-1]), np.int32)
         placed = programs.Placed(made.decoder)
-        lowered = programs.prefill.lower(placed, made.params, made.state, 0, tokens, 0, 1)
+        lowered = programs.prefill.lower(placed, made.params, made.state, programs.Chunk(0, tokens, 0, 1))
         memory: Any = lowered.compile().memory_analysis()
         found[f"{context} tokens"] = memory.temp_size_in_bytes / 2**20
     return {"temporaries_mib": found}

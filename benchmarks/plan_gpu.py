@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/plan_gpu.json")
     arguments = parser.parse_args()
     machine = topology.parse(CHIPS)
-    topology.prepare_environment(machine)
-    target = topology.target(machine)
+    with topology.environment(machine):
+        target = topology.target(machine)
     if target.compiler != "gpu":
         parser.exit(2, f"{target.note}\n")
     results = {}

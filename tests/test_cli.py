@@ -200,6 +200,8 @@ def test_look_at_the_tokenizer_and_the_data(workplace: Path, capsys: pytest.Capt
         (("generate", "{}/corpus", "x"), "not a model"),
         (("generate", "{}/run", "x", "--top-p", "2"), "top_p = 2.0"),
         (("generate", "{}/run", "--prompts", "i", "--out", "o", "--verbose"), "--verbose is of one prompt"),
+        (("generate", "{}/run", "--prompts", "i", "--out", "o", "--json"), "--json is of one prompt"),
+        (("generate", "{}/run", "--prompts", "i", "--out", "o", "--chat"), "--chat is of one prompt"),
         (("generate", "{}/run", "x", "--backend", "torch", "--draft", "{}/run"), "by torch without speculation"),
         (("convert", "{}/run", "{}/out", "--to", "lama"), "did you mean 'llama'?"),
         (("info", "{}/tiny.toml", "train.steps=many"), "train.steps = 'many'"),

@@ -189,7 +189,7 @@ def test_a_model_shows_its_tree() -> None:
 
 
 MANNERS = """
-import json, logging, signal, sys, warnings
+import json, logging, os, signal, sys, threading, warnings
 import jax, matplotlib, numpy as np
 
 def state():
@@ -199,7 +199,8 @@ def state():
     filters = {name: len(logging.getLogger(name).filters) for name in ("absl", "asyncio")}
     handlers = {int(number): str(signal.getsignal(number)) for number in signal.valid_signals()}
     return {
-        "loggers": loggers, "filters": filters, "signals": handlers,
+        "loggers": loggers, "filters": filters, "signals": handlers, "environment": dict(os.environ),
+        "hooks": [str(hook) for hook in (sys.unraisablehook, sys.excepthook, sys.displayhook, threading.excepthook)],
         "matplotlib": matplotlib.rcParams._get("backend").__repr__() if hasattr(matplotlib.rcParams, "_get") else "",
         "jax": {name: str(value) for name, value in jax.config.values.items()},
     }
@@ -223,7 +224,10 @@ open("facts.json", "w").write(json.dumps({"before": before, "after": after, **fa
 
 
 def test_using_the_library_leaves_no_trace(tmp_path: Path) -> None:
-    """It prints nothing and changes no logger, signal handler, setting of JAX or backend of matplotlib."""
+    """It prints nothing and changes no logger, signal handler, hook, setting of JAX or backend of matplotlib.
+
+    Nor the environment, which processes that are started later would inherit.
+    """
     (tmp_path / "corpus").mkdir()
     for i in range(20):
         (tmp_path / "corpus" / f"module_{i}.py").write_text(f"def add_{i}(a, b):\n    return a + b + {i}\n\n" * 3)

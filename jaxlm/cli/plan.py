@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,32 +69,29 @@ def plan(
         raise UserError("--decode plans an engine and takes none of the options of training, nor --page")
 
     goal, cfg = topologies.parse(topology, slices), toml.load(path, overrides or ())
-    topologies.prepare_environment(goal)
-    if decode:
-        from jaxlm.plan.decoding import parse, plan_decoding
+    name, parts = Path(path).stem, []
+    with topologies.environment(goal):
+        if decode:
+            from jaxlm.plan.decoding import parse, plan_decoding
 
-        decoding = plan_decoding(sized(cfg), goal, parse(decode), Path(path).stem)
-        print(json.dumps(decoding.as_dict())) if as_json else show(decoding)
-        return
-    from jaxlm.plan.overview import plan_all
+            _print(plan_decoding(sized(cfg), goal, parse(decode), name), as_json)
+            return
+        from jaxlm.plan.overview import plan_all
+        from jaxlm.plan.plan_one import make
 
-    parts = []
-    for part in plan_all(
-        sized(cfg),
-        goal,
-        search=search,
-        show_sharding=show_sharding,
-        name=Path(path).stem,
-        tokens=tokens,
-        price=price,
-        compiling=compiling,
-    ):
-        parts.append(part)
-        if isinstance(part, str):
-            print(end="" if as_json else f"{part}\n")
-        else:
-            print(json.dumps(part.as_dict())) if as_json else show(part)
+        make_plan = functools.partial(make, name=name, tokens=tokens, price=price, compiling=compiling)
+        for part in plan_all(sized(cfg), goal, make_plan, search=search, show_sharding=show_sharding):
+            parts.append(part)
+            _print(part, as_json)
     if page is not None:
         from jaxlm.report.printed_page import write_printed
 
-        write_printed(f"Plan of {Path(path).stem}", parts, page)
+        write_printed(f"Plan of {name}", parts, page)
+
+
+def _print(part: Any, as_json: bool) -> None:
+    """A table, or a line of text, which JSON leaves out."""
+    if isinstance(part, str):
+        print(end="" if as_json else f"{part}\n")
+    else:
+        print(json.dumps(part.as_dict())) if as_json else show(part)

@@ -67,12 +67,23 @@ def generate(
     )
     stops = tuple(stop or ())
     wanted = _Wanted(sampling, max_new_tokens, stops, seed, num_samples, backend.value, speculate, draft)
-    if verbose and prompts is not None:
-        raise UserError("--verbose is of one prompt", "with --prompts, usage of each line has the guesses")
+    if prompts is not None:
+        _refuse_options_of_one_prompt(verbose, as_json, chat)
     if prompts is not None or out is not None or prompt is None:
         _answer_file(run, prompt, prompts, out, rows, wanted)
     else:
         _answer_prompt(run, prompt, as_json, chat, verbose, wanted)
+
+
+def _refuse_options_of_one_prompt(verbose: bool, as_json: bool, chat: bool) -> None:
+    if verbose:
+        raise UserError("--verbose is of one prompt", "with --prompts, usage of each line has the guesses")
+    if as_json:
+        raise UserError("--json is of one prompt", "with --prompts, --out has a JSON object a line")
+    if chat:
+        raise UserError(
+            "--chat is of one prompt", "with --prompts, a line has the whole text, template and all"
+        )
 
 
 class _Wanted(NamedTuple):

@@ -9,6 +9,7 @@ import typer
 
 from jaxlm.cli.arguments import Backend
 from jaxlm.cli.show import read_text
+from jaxlm.convert import FAMILY_NAMES, LLAMA2C
 from jaxlm.errors import UserError
 
 commands = typer.Typer()
@@ -16,8 +17,7 @@ commands = typer.Typer()
 
 _LAYOUTS = (
     "`jaxlm` (a run), `torch` (torch_ref), `hf` (the first public layout that can hold the model), "
-    "`peft` (the adapters of a run alone), or one by its name: "
-    "llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen3_moe, gpt_oss, dots1, mamba, mamba2, jamba, llama2c."
+    f"`peft` (the adapters of a run alone), or one by its name: {', '.join((*FAMILY_NAMES, LLAMA2C))}."
 )
 
 

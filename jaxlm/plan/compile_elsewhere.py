@@ -23,7 +23,7 @@ from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.plan.hlo.program import Program
 from jaxlm.plan.hlo.program import parse as parse_hlo
-from jaxlm.plan.topology import Topology, parse, prepare_environment, target
+from jaxlm.plan.topology import Topology, environment, parse, target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +185,7 @@ def main() -> None:
     """Serve one request on the standard input."""
     request = json.load(sys.stdin)
     topology = parse(request["topology"])
-    prepare_environment(topology)
-    with contextlib.suppress(KeyboardInterrupt):
+    with environment(topology), contextlib.suppress(KeyboardInterrupt):
         try:
             content: dict[str, Any] = dataclasses.asdict(measure(toml.from_dict(request["config"]), topology))
         except UserError as error:

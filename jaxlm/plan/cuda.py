@@ -7,7 +7,6 @@ The target is given by XLA's `GpuTargetConfigProto`. The figures are those of th
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,14 +92,13 @@ def target_config(chip: str) -> str:
 
 
 def cuda_devices(chip: str, count: int) -> Sequence[Any]:
-    """Abstract devices of so many GPUs, on hosts of the usual size.
+    """Abstract devices of so many GPUs, on hosts of the usual size; see `topology.environment`.
 
     Raises:
         UserError: the compiler refuses them.
     """
     from jax.experimental import topologies
 
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # jax asks the driver, which is not here
     # The shape decides which devices XLA takes to be joined by NVLink: those of one host.
     per_host = min(count, CHIPS[chip].host)
     shape = f"1x{-(-count // per_host)}x{per_host}"  # slices, hosts, devices of a host

@@ -7,10 +7,9 @@ should fit are compiled, and only those are reported.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxlm import config
@@ -26,6 +25,7 @@ from jaxlm.plan.report import USABLE, Plan, gib
 from jaxlm.plan.topology import Topology
 from jaxlm.recipes import make_recipe
 
+MakePlan = Callable[[config.Config, Topology], Plan]
 COMPILED = 3
 """Candidates that are compiled."""
 MARGIN = 0.9
@@ -100,16 +100,8 @@ class Ranking:
         return self.plans[0][0].overrides
 
 
-def search_plans(
-    cfg: config.Config,
-    topology: Topology,
-    *,
-    name: str = "",
-    tokens: float = 0.0,
-    price: float | None = None,
-    compiling: bool = True,
-) -> Ranking:
-    """Rank the ways to run `cfg` on `topology`; the other arguments are those of `make`.
+def search_plans(cfg: config.Config, topology: Topology, make_plan: MakePlan = make) -> Ranking:
+    """Rank the ways to run `cfg` on `topology`, the best few by their plans: `make`, or a part of it.
 
     Raises:
         UserError: none divides or none fits, with the nearest and its numbers; or the stage cannot be made.
@@ -133,8 +125,7 @@ def search_plans(
     for one in sorted(fitting, key=lambda one: one.seconds):
         best.setdefault(one.cfg.mesh.fsdp * 10**6 + one.cfg.mesh.tensor * 10**3 + one.cfg.mesh.expert, one)
     chosen = list(best.values())[:COMPILED]
-    make_one = functools.partial(make, name=name, tokens=tokens, price=price, compiling=compiling)
-    plans = [(one, make_one(one.cfg, topology)) for one in chosen]
+    plans = [(one, make_plan(one.cfg, topology)) for one in chosen]
     plans.sort(key=lambda pair: (not pair[1].fits, pair[1].times.worst if pair[1].times else pair[0].seconds))
     return Ranking(len(found), len(fitting), tuple(plans))
 

@@ -6,11 +6,12 @@ Otherwise they are virtual CPU devices: the partitioner is the same, memory and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError, did_you_mean
@@ -26,6 +27,7 @@ _QUIET = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",  # of the machine at hand, which has none
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # jax asks the driver, which is not here
 }
 _SHAPES = {3: "4x4x4", 2: "8x8", 0: "64"}
 
@@ -116,8 +118,13 @@ def compiler(topology: Topology) -> str:
     return platform if installed else "cpu"
 
 
-def prepare_environment(topology: Topology) -> None:
-    """Set what must stand in the environment before JAX is imported: nothing is asked of a cloud, logs are quiet."""
+@contextlib.contextmanager
+def environment(topology: Topology) -> Iterator[None]:
+    """What must stand in the environment when JAX is imported and until its devices are made, as before afterwards.
+
+    Nothing is asked of a cloud, and logs are quiet.
+    """
+    before = dict(os.environ)
     # JAX reads these once, at import. Without them libtpu asks the metadata server of a cloud and waits for an answer
     # that does not come.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -126,10 +133,16 @@ def prepare_environment(topology: Topology) -> None:
     if compiler(topology) == "cpu":
         kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
         os.environ["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={topology.devices}"])
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def target(topology: Topology) -> Target:
-    """The devices of a topology; `prepare_environment` was called before JAX was imported.
+    """The devices of a topology, within its `environment`.
 
     Raises:
         UserError: the compiler refuses the shape, or this process has too few virtual devices.

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import UserError
-from jaxlm.processes.orbax_silence import OrbaxSilence, hush_abandoned_work
+from jaxlm.processes.orbax_silence import OrbaxSilence
 from jaxlm.train.recipe import MODEL
 from jaxlm.train.step import TrainState
 
@@ -59,7 +59,6 @@ class Checkpointer:
     ) -> None:
         """`several`: the parameters of a state are a dict of trees, one of which is the model."""
         self._several = several
-        hush_abandoned_work()
         self._silence = OrbaxSilence()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)

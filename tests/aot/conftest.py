@@ -26,8 +26,8 @@ def tpu() -> Callable[[str], Sequence[Any]]:
 
     def devices(name: str) -> Sequence[Any]:
         machine = topology.parse(name)
-        topology.prepare_environment(machine)
-        return topology.target(machine).devices
+        with topology.environment(machine):
+            return topology.target(machine).devices
 
     return devices
 

@@ -44,5 +44,6 @@ def test_the_step_of_a_dense_model_runs_cudnn(compiled: Callable[..., Any]) -> N
         numerics=config.Numerics(compute="bfloat16"),
         mesh=config.Mesh(data=1, fsdp=4, tensor=2),
     )
-    text = compiled(cfg, topology.target(machine).devices).as_text()
+    with topology.environment(machine):
+        text = compiled(cfg, topology.target(machine).devices).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text

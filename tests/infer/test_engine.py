@@ -223,7 +223,7 @@ def test_ends(engine: Engine) -> None:
     other = lambda **options: engine.submit(Request(PROMPTS[2], sampling=WARM, seed=5, **options)).result()  # noqa: E731
     first = other(max_new_tokens=30, stop_ids=(free[0],)).choices[0]
     assert (first.ids, first.finish, first.ended_by) == (free[:1], "stop", free[0])
-    engine.ends = (V - 1, free[6])
+    engine.intake.ends = (V - 1, free[6])
     cut = free.index(free[6])
     ended = other(max_new_tokens=30).choices[0]
     assert (ended.ids, ended.finish, ended.ended_by) == (free[: cut + 1], "stop", free[6])
@@ -360,7 +360,7 @@ def test_threads_and_asyncio(runner: JaxRunner) -> None:
 def test_grammars_among_neighbours(engine: Engine) -> None:
     """A text follows its grammar; one of which every token is forbidden ends with an error, and never draws token 0."""
     pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
-    engine.ends, options = (256,), {"sampling": Sampling(temperature=1.5), "max_new_tokens": 5}
+    engine.intake.ends, options = (256,), {"sampling": Sampling(temperature=1.5), "max_new_tokens": 5}
     grammars = [Grammar(choices=("yes", "no")), None, Grammar(choices=("q",))]
     asked = [Request("a", grammar=one, forbidden=(ord("q"),), **options) for one in grammars]  # pyright: ignore
     results = run(engine, asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 import jax
@@ -77,7 +78,9 @@ def test_what_a_step_reads() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["plan", "dense-113m", "--topology", "h100:1", "--decode", "rows=64,context=2048"]
     monkeypatch.setattr("sys.argv", ["jaxlm", *args, "--json"])
+    before = dict(os.environ)
     assert cli.main() == 0
+    assert dict(os.environ) == before, "what the compiler needs is there while it is asked"
     assert json.loads(capsys.readouterr().out)["rows"] == 64
     monkeypatch.setattr("sys.argv", ["jaxlm", *args])
     assert cli.main() == 0

@@ -1,6 +1,7 @@
 """Plans: our count of memory and FLOP against compilers, what is refused, what is said."""
 
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -32,6 +33,7 @@ from jaxlm.train.program import abstract_inputs, training_program
 eight = pytest.mark.skipif(jax.device_count() != 8, reason="needs the 8 virtual devices of conftest.py")
 tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the extra plan-tpu")
 CPU = parse("cpu:8")
+count_only = functools.partial(make, compiling=False)
 MODEL = {"vocab_size": 512, "d_model": 64, "n_layers": 16, "n_heads": 4, "n_kv_heads": 2, "d_ff": 192}
 KINDS = {
     "dense": {"pattern": ("attention+mlp",)},
@@ -241,7 +243,7 @@ def test_search_ranks_what_divides_and_fits(monkeypatch):
     made = []
     for module in (search, memory):
         monkeypatch.setattr(module, "make_recipe", lambda cfg: made.append(cfg) or make_recipe(cfg))
-    ranking = search_plans(tiny("moe"), CPU, compiling=False)
+    ranking = search_plans(tiny("moe"), CPU, count_only)
     assert len(made) == 1 + len(ranking.plans)  # a teacher is opened once, and not for each that is counted
     assert ranking.counted > 50 and len(ranking.plans) == 3
     for one, plan in ranking.plans:
@@ -253,9 +255,9 @@ def test_search_ranks_what_divides_and_fits(monkeypatch):
 
 def test_search_says_what_is_missing():
     with pytest.raises(UserError, match=r"none of \d+ ways fits \(the least needs .* of 16.00 GiB: mesh.data="):
-        search_plans(toml.load("dense-69b", ["train.batch_size=8"]), parse("v5e:2x2"), compiling=False)
+        search_plans(toml.load("dense-69b", ["train.batch_size=8"]), parse("v5e:2x2"), count_only)
     with pytest.raises(UserError, match="no mesh of 7 devices divides"):
-        search_plans(tiny(), parse("h100:7"), compiling=False)
+        search_plans(tiny(), parse("h100:7"), count_only)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_search_names_a_mistake_of_the_stage(stage, words):
     """It is the same on every mesh, so it must not read as if no mesh divided."""
     train = config.Train(batch_size=8, init_from="base")
     with pytest.raises(UserError, match=words):
-        search_plans(dataclasses.replace(tiny(), train=train, **stage), CPU, compiling=False)
+        search_plans(dataclasses.replace(tiny(), train=train, **stage), CPU, count_only)
 
 
 def test_the_command(tmp_path):

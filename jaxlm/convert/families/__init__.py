@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 
-from jaxlm.convert.families import (
-    dots1,
-    gpt2,
-    gpt_oss,
-    jamba,
-    llama,
-    mamba,
-    mamba2,
-    mistral,
-    mixtral,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-)
+from jaxlm.convert import FAMILY_NAMES
 from jaxlm.convert.family import Family
 
 FAMILIES: Mapping[str, Family] = {
-    one.name: one
-    for one in (
-        llama.FAMILY,
-        mistral.FAMILY,
-        qwen2.FAMILY,
-        qwen3.FAMILY,
-        gpt2.FAMILY,
-        mixtral.FAMILY,
-        qwen3_moe.FAMILY,
-        gpt_oss.FAMILY,
-        dots1.FAMILY,
-        mamba.FAMILY,
-        mamba2.FAMILY,
-        jamba.FAMILY,
-    )
+    name: importlib.import_module(f"jaxlm.convert.families.{name}").FAMILY for name in FAMILY_NAMES
 }
-"""`model_type` of config.json to the family; `--to hf` takes the first that can hold the model."""
+"""`model_type` of config.json to the family."""
 
 _MLA = "its attention keeps a latent in place of keys and values (MLA), which jaxlm cannot express yet"
 REFUSED: Mapping[str, str] = {"deepseek_v2": _MLA, "deepseek_v3": _MLA}

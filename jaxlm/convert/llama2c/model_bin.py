@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config import toml
+from jaxlm.convert import LLAMA2C
 from jaxlm.convert.canonical import leaves
 from jaxlm.convert.family import sizes
 from jaxlm.convert.rows import Parameters, Row, Transform, expand, matrix, pairs_to_halves, plan
@@ -32,7 +33,7 @@ from jaxlm.errors import UserError
 from jaxlm.text import tokenizer_bin as vocabulary
 from jaxlm.text.tokenizer import Tokenizer
 
-NAME, MODEL, TOKENIZER, ROPE_TABLES = "llama2c", "model.bin", "tokenizer.bin", "llama2c_rope.f32"
+NAME, MODEL, TOKENIZER, ROPE_TABLES = LLAMA2C, "model.bin", "tokenizer.bin", "llama2c_rope.f32"
 HEADER: tuple[str, ...] = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
 BYTES = 4 * len(HEADER)
 

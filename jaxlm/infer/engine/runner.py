@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxlm.infer.engine.request import ENDS
+from jaxlm.infer.engine.request import ENDS, LogProb, Request
 
 BURST = 8
 """N: tokens that rows draw in one call when nothing else waits; a cancelled row is free after at most so many."""
@@ -82,6 +82,15 @@ class Drawn(NamedTuple):
     steps: np.ndarray
     """Tokens of each row that are real [R]."""
 
+    def log_prob(self, step: int, row: int, request: Request) -> LogProb | None:
+        """Of one token, with the likeliest in its place, as the request wants it."""
+        if request.logprobs is None and request.best_of is None:
+            return None
+        count = request.logprobs or 0
+        ids, values = self.top_ids[step, row, :count], self.top_log_probs[step, row, :count]
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return LogProb(int(self.tokens[step, row]), float(self.log_probs[step, row]), top)
+
 
 class Scored(NamedTuple):
     """Log-probabilities of the tokens that follow those of a piece."""
@@ -89,6 +98,15 @@ class Scored(NamedTuple):
     log_probs: np.ndarray
     top_ids: np.ndarray
     top_log_probs: np.ndarray
+
+    def listed(self, targets: Sequence[int], logprobs: int | None) -> list[LogProb]:
+        """Of each target, with so many of the likeliest in its place."""
+        count = logprobs or 0
+        tops = zip(self.top_ids[:, :count].tolist(), self.top_log_probs[:, :count].tolist(), strict=True)
+        return [
+            LogProb(target, float(value), tuple(zip(ids, values, strict=True)))
+            for target, value, (ids, values) in zip(targets, self.log_probs.tolist(), tops, strict=True)
+        ]
 
 
 @runtime_checkable

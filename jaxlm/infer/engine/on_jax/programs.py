@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
@@ -57,39 +58,31 @@ def make_state(placed: Placed, rows: int, slots: int, room: int = 0) -> State:
 empty = jax.jit(make_state, static_argnums=(0, 1, 2, 3))
 
 
+class Chunk(NamedTuple):
+    """A piece of a prompt for one row, of which `count` tokens are real; the others lie behind and change nothing."""
+
+    row: Int[Array, ""] | int
+    tokens_1C: Int[Array | np.ndarray, "1 c"]
+    start: Int[Array, ""] | int
+    count: Int[Array, ""] | int
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill(
-    placed: Placed,
-    params: Params,
-    state: State,
-    row: Int[Array, ""],
-    tokens_1C: Int[Array, "1 c"],
-    start: Int[Array, ""],
-    count: Int[Array, ""],
-) -> State:
-    return _run_chunk(placed, params, state, row, tokens_1C, start, count)[0]
+def prefill(placed: Placed, params: Params, state: State, chunk: Chunk) -> State:
+    return _run_chunk(placed, params, state, chunk)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def score(
-    placed: Placed,
-    params: Params,
-    state: State,
-    row: Int[Array, ""],
-    tokens_1C: Int[Array, "1 c"],
-    targets_1C: Int[Array, "1 c"],
-    start: Int[Array, ""],
-    count: Int[Array, ""],
+    placed: Placed, params: Params, state: State, chunk: Chunk, targets_1C: Int[Array, "1 c"]
 ) -> tuple[State, tuple[Array, ...]]:
-    state, hidden_1CD = _run_chunk(placed, params, state, row, tokens_1C, start, count)
+    state, hidden_1CD = _run_chunk(placed, params, state, chunk)
     logits_CV: Array = _unembed(placed, params, hidden_1CD)[0]
     return state, log_probs(logits_CV, targets_1C[0])
 
 
-def _run_chunk(
-    placed: Placed, params: Params, state: State, row: Array, tokens_1C: Array, start: Array, count: Array
-) -> tuple[State, Array]:
-    """A chunk of one row, of which `count` tokens are real; the others lie behind them and change nothing."""
+def _run_chunk(placed: Placed, params: Params, state: State, chunk: Chunk) -> tuple[State, Array]:
+    row, tokens_1C, start, count = map(jnp.asarray, chunk)
     index_1C = jnp.arange(tokens_1C.shape[1], dtype=jnp.int32)[None]
     real_1C = (index_1C < count).astype(jnp.int32)
     part = row_ops.one_row(placed.decoder, state.cache, row)

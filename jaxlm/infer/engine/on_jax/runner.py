@@ -95,14 +95,15 @@ class JaxRunner:
     def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None:
         """Put a piece of a prompt into a row, at `start`."""
         with self._numbers():
-            padded = _padded(tokens, width)
-            self.state = programs.prefill(self._placed, self.params, self.state, row, padded, start, len(tokens))
+            chunk = programs.Chunk(row, _padded(tokens, width), start, len(tokens))
+            self.state = programs.prefill(self._placed, self.params, self.state, chunk)
 
     def score(self, row: int, tokens: Sequence[int], targets: Sequence[int], start: int, width: int) -> Scored:
         """As `prefill`, with the log-probabilities of the tokens that follow."""
         with self._numbers():
-            padded = _padded(tokens, width), _padded(targets, width)
-            self.state, scored = programs.score(self._placed, self.params, self.state, row, *padded, start, len(tokens))
+            chunk = programs.Chunk(row, _padded(tokens, width), start, len(tokens))
+            targets_1C = _padded(targets, width)
+            self.state, scored = programs.score(self._placed, self.params, self.state, chunk, targets_1C)
             return Scored(*(np.asarray(x)[: len(tokens)] for x in scored))
 
     def decode(self, orders: Orders) -> Drawn:
