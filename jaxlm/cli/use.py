@@ -81,9 +81,7 @@ def _refuse_options_of_one_prompt(verbose: bool, as_json: bool, chat: bool) -> N
     if as_json:
         raise UserError("--json is of one prompt", "with --prompts, --out has a JSON object a line")
     if chat:
-        raise UserError(
-            "--chat is of one prompt", "with --prompts, a line has the whole text, template and all"
-        )
+        raise UserError("--chat is of one prompt", "with --prompts, a line has the whole text, template and all")
 
 
 class _Wanted(NamedTuple):
