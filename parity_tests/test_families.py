@@ -19,14 +19,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxlm import config
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.families.windows import Everywhere
 from jaxlm.convert.family import Family
 from jaxlm.convert.files import storage
 from jaxlm.convert.open_model import open_model
 from jaxlm.convert.rows import Row, matrix, pairs_to_halves
-from jaxlm.convert.settings import Always, function_of
+from jaxlm.convert.settings import Setting, always, function_of
 from jaxlm.convert.write_model import convert
 from parity_tests import table
 from parity_tests.families import Example, exported, measure, strictly
@@ -128,28 +126,25 @@ def conv1d_as_linear(row: Row) -> Row:
     return Row(row.ours, row.theirs, *((matrix,) if turned else row.transforms))
 
 
-class OneMore(Everywhere):
-    """A window that leaves the token itself out of its count, both ways."""
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        return {"sliding_window": model.window - 1}
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        return {"pattern": ["attention+mlp"], "window": hf["sliding_window"] + 1}
+ONE_MORE = Setting(
+    lambda model: {"sliding_window": model.window - 1},
+    lambda hf: {"pattern": ["attention+mlp"], "window": hf["sliding_window"] + 1},
+)
+"""A window that leaves the token itself out of its count, both ways."""
 
 
-def of_settings(theirs: Any, wrong: Any) -> Callable[[Family], Family]:
+def of_settings(theirs: str, wrong: Setting) -> Callable[[Family], Family]:
     """A fault in the settings of a family: another in the place of that for a key."""
     return lambda family: replace(
-        family, settings=tuple(wrong if getattr(one, "theirs", type(one)) == theirs else one for one in family.settings)
+        family, settings=tuple(wrong if one.name == theirs else one for one in family.settings)
     )
 
 
 FAULTS: dict[str, tuple[str, Callable[[Family], Family]]] = {
     "gate and up swapped": ("llama: grouped heads, tied", of_rows(swap_gate_and_up)),
     "rotary pairs as they are": ("llama: interleaved", of_rows(forget_the_turn)),
-    "eps left to the default": ("llama: grouped heads, tied", of_settings("rms_norm_eps", Always("norm_eps", 1e-5))),
-    "window of one more": ("mistral: window", of_settings(Everywhere, OneMore(None))),
+    "eps left to the default": ("llama: grouped heads, tied", of_settings("rms_norm_eps", always("norm_eps", 1e-5))),
+    "window of one more": ("mistral: window", of_settings("sliding_window", ONE_MORE)),
     "values before keys": ("gpt2: tied", of_rows(values_first)),
     "Conv1D read as a Linear": ("gpt2: tied", of_rows(conv1d_as_linear)),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,11 @@ import pytest
 
 from jaxlm import config
 from jaxlm.convert.families import FAMILIES
-from jaxlm.convert.families.gpt_oss import GptOssRope
+from jaxlm.convert.families.gpt_oss import PUBLISHED
+from jaxlm.convert.families.llama import rope
 from jaxlm.convert.family import Family
 from jaxlm.convert.rows import Row, Transform, each, interleave, join
-from jaxlm.convert.settings import Always
+from jaxlm.convert.settings import Setting, always
 from parity_tests.families import measure
 from parity_tests.families_moe import EXAMPLES
 from parity_tests.tolerances import FLOAT64
@@ -22,16 +23,17 @@ backwards = Transform(lambda xs, leaves: list(xs[0][::-1]), each.back)
 """The experts in the order in which no one wants them."""
 
 
-class Truncated(GptOssRope):
-    """Knows nothing of `truncate`, which is true by default."""
+ROPE = rope(150000.0, absent=PUBLISHED)
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        sections = ("rope_scaling", "rope_parameters")
-        hf = super().out(model)
-        return hf | {name: {k: v for k, v in hf[name].items() if k != "truncate"} for name in sections}
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        return super().back(hf) | {"rope_scaling.truncate": False}
+def without_truncate(model: config.Model) -> dict[str, Any]:
+    sections = ("rope_scaling", "rope_parameters")
+    hf = ROPE.out(model)
+    return hf | {name: {k: v for k, v in hf[name].items() if k != "truncate"} for name in sections}
+
+
+TRUNCATED = Setting(without_truncate, lambda hf: ROPE.back(hf) | {"rope_scaling.truncate": False})
+"""Knows nothing of `truncate`, which is true by default."""
 
 
 def renamed(row: Row) -> Row:
@@ -48,10 +50,10 @@ def of_rows(change: Callable[[Row], Row]) -> Callable[[Family], Family]:
     return lambda family: replace(family, rows=lambda cfg: [change(row) for row in family.rows(cfg)])
 
 
-def of_settings(theirs: Any, wrong: Any) -> Callable[[Family], Family]:
+def of_settings(theirs: str, wrong: Setting) -> Callable[[Family], Family]:
     """Another setting in the place of that for a key."""
     return lambda family: replace(
-        family, settings=tuple(wrong if getattr(one, "theirs", type(one)) == theirs else one for one in family.settings)
+        family, settings=tuple(wrong if one.name == theirs else one for one in family.settings)
     )
 
 
@@ -59,9 +61,9 @@ FAULTS: dict[str, tuple[str, str, Callable[[Family], Family]]] = {
     "w1 and w3 swapped": ("mixtral", "theta", of_rows(renamed)),
     "experts backwards": ("qwen3_moe", "every second", in_place_of(each, backwards)),
     "gate and up in halves": ("gpt_oss", "YaRN", in_place_of(interleave, join(-1))),
-    "YaRN truncated": ("gpt_oss", "YaRN", of_settings(GptOssRope, Truncated())),
-    "not renormalised": ("qwen3_moe", ", renormalised", of_settings("norm_topk_prob", Always("moe.renormalize", True))),
-    "scale left out": ("dots1", "groups", of_settings("routed_scaling_factor", Always("moe.route_scale", 2.5))),
+    "YaRN truncated": ("gpt_oss", "YaRN", of_settings("rope_parameters", TRUNCATED)),
+    "not renormalised": ("qwen3_moe", ", renormalised", of_settings("norm_topk_prob", always("moe.renormalize", True))),
+    "scale left out": ("dots1", "groups", of_settings("routed_scaling_factor", always("moe.route_scale", 2.5))),
 }
 
 

@@ -14,32 +14,25 @@ from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.convert.canonical import DEQUANTISE
 from jaxlm.convert.rows import Row
-from jaxlm.convert.settings import Choice, Fixed, Key, Setting, require_same, tree
+from jaxlm.convert.settings import Setting, key, nothing, require_same, tree
 from jaxlm.convert.tensors import Tensors, tensors_of
 from jaxlm.errors import UserError
 
 
-class Unquantised:
+def _unquantised(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Weights are stored in a float dtype."""
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {}
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        if found := hf.get("quantization_config"):
-            method = found.get("quant_method")
-            hint = DEQUANTISE
-            if method == "mxfp4":
-                hint = "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
-            raise ValueError(f"quantization_config = {found!r}: jaxlm reads no quantised weights", hint)
-        return {}
+    if found := hf.get("quantization_config"):
+        method = found.get("quant_method")
+        hint = DEQUANTISE
+        if method == "mxfp4":
+            hint = "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
+        raise ValueError(f"quantization_config = {found!r}: jaxlm reads no quantised weights", hint)
+    return {}
 
 
 _log = logging.getLogger(__name__)
 
-COMMON: tuple[Setting, ...] = (Unquantised(),)
+COMMON: tuple[Setting, ...] = (Setting(nothing, _unquantised, "quantization_config"),)
 """Settings of every layout."""
 
 INERT = re.compile(
@@ -132,11 +125,11 @@ class Family:
         """
         refused: dict[str, Any] = {}
         for setting in self.settings:
-            if isinstance(setting, Choice | Fixed) and setting.theirs in hf:
+            if setting.few and setting.name in hf:
                 try:
                     setting.back(hf)
                 except ValueError:
-                    refused[setting.theirs] = hf[setting.theirs]
+                    refused[setting.name] = hf[setting.name]
         return {key: value for key, value in hf.items() if key not in refused}, refused
 
     def tensors(self, stored: Mapping[str, np.ndarray], cfg: config.Model) -> Named:
@@ -227,4 +220,4 @@ class Named(Tensors):
 
 def sizes(**ours: str) -> tuple[Setting, ...]:
     """Settings for keys that config.json must have: theirs = ours."""
-    return tuple(Key(theirs, mine) for theirs, mine in ours.items())
+    return tuple(key(theirs, mine) for theirs, mine in ours.items())

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxlm import config
 from jaxlm.config.pattern import MIXERS
@@ -16,142 +16,116 @@ from jaxlm.errors import UserError
 
 REQUIRED: Any = object()
 """The default of a key that config.json must have."""
+Hf = Mapping[str, Any]
+"""A config.json."""
 
 
-@runtime_checkable
-class Setting(Protocol):
+class Setting(NamedTuple):
     """Some keys of config.json and the options of `[model]` that they stand for, by dotted names: `moe.top_k`."""
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """Keys of config.json. What cannot be expressed may be left out: the way back finds it."""
-        ...
+    out: Callable[[config.Model], dict[str, Any]]
+    """Keys of config.json. What cannot be expressed may be left out: the way back finds it."""
+    back: Callable[[Hf], dict[str, Any]]
+    """Options of `[model]`; a key that is absent has the default of transformers.
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `[model]`; a key that is absent has the default of transformers.
+    Raises ValueError where a key says what jaxlm cannot express; the message names key and value, a second argument is
+    a hint.
+    """
+    name: str = ""
+    """The key, or the first of several."""
+    few: bool = False
+    """Whether the key has one of a few values, and changes no tensor."""
 
-        Raises:
-            ValueError: a key says what jaxlm cannot express; the message names key and value. A second argument is a
-                hint.
-        """
-        ...
 
+def key(
+    theirs: str, ours: str, default: Any = REQUIRED, of: Callable[[config.Model], config.Model] = lambda model: model
+) -> Setting:
+    """One key with the same value as one option.
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """One key with the same value as one option."""
+    Args:
+        default: of transformers; a value, or a function of config.json.
+        of: `[model]` as the block sees it that has the option.
+    """
+    option = operator.attrgetter(ours)
 
-    theirs: str
-    ours: str
-    default: Any = REQUIRED
-    """Of transformers; a value, or a function of config.json."""
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {self.theirs: operator.attrgetter(self.ours)(model)}
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        value = hf.get(self.theirs)
+    def back(hf: Hf) -> dict[str, Any]:
+        value = hf.get(theirs)
         if value is None:
-            if self.default is REQUIRED:
-                raise ValueError(f"{self.theirs} is missing")
-            value = self.default(hf) if callable(self.default) else self.default
-        return {self.ours: value}
+            if default is REQUIRED:
+                raise ValueError(f"{theirs} is missing")
+            value = default(hf) if callable(default) else default
+        return {ours: value}
+
+    return Setting(lambda model: {theirs: option(of(model))}, back, theirs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One key whose values have other names: the first spelling of each goes out."""
+def choice(theirs: str, ours: str, values: Mapping[Any, Sequence[Any]], default: Any) -> Setting:
+    """One key whose values have other names: `values` maps ours to their spellings, of which the first goes out."""
+    option = operator.attrgetter(ours)
 
-    theirs: str
-    ours: str
-    values: Mapping[Any, Sequence[Any]]
-    """Our value to their spellings."""
-    default: Any
+    def out(model: config.Model) -> dict[str, Any]:
+        value = option(model)
+        return {theirs: values[value][0]} if value in values else {}
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        value = operator.attrgetter(self.ours)(model)
-        return {self.theirs: self.values[value][0]} if value in self.values else {}
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        found = hf.get(self.theirs, self.default)
-        for value, spellings in self.values.items():
+    def back(hf: Hf) -> dict[str, Any]:
+        found = hf.get(theirs, default)
+        for value, spellings in values.items():
             if found in spellings:
-                return {self.ours: value}
-        raise refusal(self.theirs, found)
+                return {ours: value}
+        raise refusal(theirs, found)
+
+    return Setting(out, back, theirs, few=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Always:
+def always(ours: str, value: Any) -> Setting:
     """An option that every model of the layout has."""
-
-    ours: str
-    value: Any
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {}
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        return {self.ours: self.value}
+    return Setting(nothing, lambda hf: {ours: value})
 
 
-@dataclasses.dataclass(frozen=True)
-class Says:
+def says(theirs: str, value: Any) -> Setting:
     """A key that only goes out: it plays no role in what the weights compute."""
+    return Setting(lambda model: {theirs: value}, inert(theirs).back, theirs)
 
-    theirs: str
-    value: Any
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {self.theirs: self.value}
+def inert(*theirs: str) -> Setting:
+    """Keys that are known and say nothing here: of another version or program, or of training."""
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        hf.get(self.theirs)  # a key that is known
+    def back(hf: Hf) -> dict[str, Any]:
+        for name in theirs:
+            hf.get(name)  # a key that is asked for is known
         return {}
 
+    return Setting(nothing, back, theirs[0])
 
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    """A key that jaxlm knows with one value only."""
 
-    theirs: str
-    value: Any
-    also: tuple[Any, ...] = ()
-    """Other spellings of it; None: the key may be absent or null."""
+def fixed(theirs: str, value: Any, also: Sequence[Any] = ()) -> Setting:
+    """A key that jaxlm knows with one value only.
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {} if self.value is None else {self.theirs: self.value}
+    Args:
+        also: other spellings of it; None: the key may be absent or null.
+    """
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        if hf.get(self.theirs, self.value) not in (self.value, *self.also):
-            raise refusal(self.theirs, hf[self.theirs])
+    def back(hf: Hf) -> dict[str, Any]:
+        if hf.get(theirs, value) not in (value, *also):
+            raise refusal(theirs, hf[theirs])
         return {}
 
+    return Setting(lambda model: {} if value is None else {theirs: value}, back, theirs, few=True)
 
-@dataclasses.dataclass(frozen=True)
-class Biases:
+
+def biases(theirs: str, ours: Sequence[str], default: bool = False) -> Setting:
     """One key for the biases of some maps. They come together or not at all."""
 
-    theirs: str
-    ours: tuple[str, ...]
-    default: bool = False
+    def back(hf: Hf) -> dict[str, Any]:
+        value = hf.get(theirs)
+        return {"biases": list(ours) if (default if value is None else value) else []}
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {self.theirs: self.ours[0] in model.biases}
+    return Setting(lambda model: {theirs: ours[0] in model.biases}, back, theirs)
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        value = hf.get(self.theirs)
-        return {"biases": list(self.ours) if (self.default if value is None else value) else []}
+
+def nothing(model: config.Model) -> dict[str, Any]:
+    """The way out of a setting that config.json has no key for, or that another writes."""
+    return {}
 
 
 def refusal(key: str, value: Any) -> ValueError:

@@ -11,19 +11,17 @@ from typing import Any
 from jaxlm import config
 from jaxlm.convert.families.experts import (
     FIRST_DENSE,
-    Hf,
-    Inert,
-    Pattern,
-    Routed,
-    Width,
     decoder_settings,
     expert_rows,
     layer_types,
+    pattern,
+    routed,
+    width,
 )
-from jaxlm.convert.families.llama import HEAD_DIM, SILU, Rope, attention_rows, mlp_rows, outer_rows
+from jaxlm.convert.families.llama import HEAD_DIM, SILU, attention_rows, mlp_rows, outer_rows, rope
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, matrix
-from jaxlm.convert.settings import Always, Biases, Fixed
+from jaxlm.convert.settings import Hf, always, biases, fixed, inert
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -40,14 +38,14 @@ def rows(cfg: config.Model) -> list[Row]:
     ]
 
 
-class Shared(Routed):
-    """The number of shared experts, of which there is one at least."""
+_SHARED = routed("n_shared_experts", "moe.n_shared")
 
-    def back(self, hf: Hf) -> dict[str, Any]:
-        """See `Setting`."""
-        if hf.get(self.theirs) == 0:
-            raise ValueError(f"{self.theirs} = 0, but every layer with experts has shared ones")
-        return super().back(hf)
+
+def _shared_back(hf: Hf) -> dict[str, Any]:
+    """The number of shared experts, of which there is one at least."""
+    if hf.get(_SHARED.name) == 0:
+        raise ValueError(f"{_SHARED.name} = 0, but every layer with experts has shared ones")
+    return _SHARED.back(hf)
 
 
 def _last_slide(hf: Hf) -> list[str]:
@@ -63,25 +61,25 @@ FAMILY = Family(
         *decoder_settings(kv_heads=32, max_seq_len=2048, norm_eps=1e-6),
         HEAD_DIM,
         SILU,
-        Rope(),
-        Biases("attention_bias", ("qkv", "attention_out")),
-        Always("qk_norm", True),
-        Pattern(layer_types(_last_slide, 4096), FIRST_DENSE),
+        rope(),
+        biases("attention_bias", ("qkv", "attention_out")),
+        always("qk_norm", True),
+        pattern(layer_types(_last_slide, 4096), FIRST_DENSE),
         *sizes(intermediate_size="d_ff"),
-        Width("moe_intermediate_size", "moe.d_ff", 1408),
-        Routed("n_routed_experts", "moe.n_experts"),
-        Routed("num_experts_per_tok", "moe.top_k"),
-        Shared("n_shared_experts", "moe.n_shared"),
-        Routed("n_group", "moe.n_groups", 1),
-        Routed("topk_group", "moe.top_groups", 1),
-        Routed("norm_topk_prob", "moe.renormalize", False),
-        Routed("routed_scaling_factor", "moe.route_scale", 1.0),
-        Inert("max_window_layers"),
-        Always("moe.router", "sigmoid"),
-        Always("moe.selection_bias", True),
-        Fixed("scoring_func", None, ("sigmoid", "noaux_tc")),
-        Fixed("topk_method", None, ("noaux_tc",)),
-        Fixed("moe_layer_freq", None, (1,)),
+        width("moe_intermediate_size", "moe.d_ff", 1408),
+        routed("n_routed_experts", "moe.n_experts"),
+        routed("num_experts_per_tok", "moe.top_k"),
+        _SHARED._replace(back=_shared_back),
+        routed("n_group", "moe.n_groups", 1),
+        routed("topk_group", "moe.top_groups", 1),
+        routed("norm_topk_prob", "moe.renormalize", False),
+        routed("routed_scaling_factor", "moe.route_scale", 1.0),
+        inert("max_window_layers"),
+        always("moe.router", "sigmoid"),
+        always("moe.selection_bias", True),
+        fixed("scoring_func", None, ("sigmoid", "noaux_tc")),
+        fixed("topk_method", None, ("noaux_tc",)),
+        fixed("moe_layer_freq", None, (1,)),
     ),
     inert=("max_window_layers",),  # layer_types says it
 )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm import config
 from jaxlm.convert.families.windows import windows
 from jaxlm.convert.family import sizes
 from jaxlm.convert.rows import Row, each, matrix
-from jaxlm.convert.settings import Key, Says, Setting, refusal, shortest_pattern
-
-Hf = Mapping[str, Any]
+from jaxlm.convert.settings import REQUIRED, Hf, Setting, key, refusal, says, shortest_pattern
 
 
 def expert_rows(theirs: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> list[Row]:
@@ -29,38 +27,18 @@ def of_experts(model: config.Model) -> config.Model:
     return next((half.ffn for half in halves if half.ffn_name == "moe"), model)
 
 
-class Routed(Key):
-    """A `Key` of the experts, which a block may have set for itself."""
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return super().out(of_experts(model))
+routed = functools.partial(key, of=of_experts)
+"""A `key` of the experts, which a block may have set for itself."""
 
 
-class Width(Key):
+def width(theirs: str, ours: str, default: Any = REQUIRED) -> Setting:
     """The width of one expert: `moe.d_ff`, or `d_ff` in its place."""
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
+    def out(model: config.Model) -> dict[str, Any]:
         experts = of_experts(model)
-        return {self.theirs: experts.moe.d_ff or experts.d_ff}
+        return {theirs: experts.moe.d_ff or experts.d_ff}
 
-
-class Inert:
-    """Keys that are known and say nothing here: of another version or program, or of training."""
-
-    def __init__(self, *theirs: str) -> None:
-        self.theirs = theirs
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {}
-
-    def back(self, hf: Hf) -> dict[str, Any]:
-        """See `Setting`."""
-        for key in self.theirs:
-            hf.get(key)
-        return {}
+    return key(theirs, ours, default)._replace(out=out)
 
 
 class PerLayer(NamedTuple):
@@ -70,26 +48,22 @@ class PerLayer(NamedTuple):
     back: Callable[[Hf], Sequence[Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pattern:
+def pattern(windows_of: PerLayer, ffns_of: PerLayer) -> Setting:
     """The pattern of attention blocks, from the window (0: none) and the kind of feed-forward of each layer."""
 
-    windows: PerLayer
-    ffns: PerLayer
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
+    def out(model: config.Model) -> dict[str, Any]:
         ffns = [model.halves(kind).ffn_name for kind in model.pattern] * model.repeats
-        return self.windows.out(windows(model)) | self.ffns.out(ffns)
+        return windows_of.out(windows(model)) | ffns_of.out(ffns)
 
-    def back(self, hf: Hf) -> dict[str, Any]:
-        """See `Setting`."""
-        sizes, ffns = self.windows.back(hf), self.ffns.back(hf)
+    def back(hf: Hf) -> dict[str, Any]:
+        sizes, ffns = windows_of.back(hf), ffns_of.back(hf)
         if len(set(sizes)) == 1:
             return {"pattern": shortest_pattern([f"attention+{ffn}" for ffn in ffns]), "window": sizes[0]}
         mixers = [f"attention(window={size})" if size else "attention" for size in sizes]
         blocks = [f"{mixer}+{ffn}" for mixer, ffn in zip(mixers, ffns, strict=True)]
         return {"pattern": shortest_pattern(blocks)}
+
+    return Setting(out, back, "layer_types")
 
 
 def _window(hf: Hf, default: int | None = None) -> int:
@@ -178,13 +152,13 @@ def decoder_settings(*, kv_heads: int, max_seq_len: int, norm_eps: float) -> tup
     return (
         *sizes(vocab_size="vocab_size", hidden_size="d_model", num_hidden_layers="n_layers"),
         *sizes(num_attention_heads="n_heads"),
-        Key("num_key_value_heads", "n_kv_heads", heads),
-        Key("rms_norm_eps", "norm_eps", norm_eps),
-        Key("max_position_embeddings", "max_seq_len", max_seq_len),
-        Key("tie_word_embeddings", "tie_embeddings", False),
-        Key("initializer_range", "init_std", 0.02),
-        Says("attention_dropout", 0.0),
+        key("num_key_value_heads", "n_kv_heads", heads),
+        key("rms_norm_eps", "norm_eps", norm_eps),
+        key("max_position_embeddings", "max_seq_len", max_seq_len),
+        key("tie_word_embeddings", "tie_embeddings", False),
+        key("initializer_range", "init_std", 0.02),
+        says("attention_dropout", 0.0),
         # Their balancing loss is one over all layers and counts every choice of a token, ours is one for each layer.
-        Says("router_aux_loss_coef", 0.001),
-        Says("output_router_logits", False),
+        says("router_aux_loss_coef", 0.001),
+        says("output_router_logits", False),
     )

@@ -5,13 +5,12 @@ Its kernels are [in, out] (`Conv1D`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, flat, join, matrix, plain
-from jaxlm.convert.settings import Always, Choice, Fixed, Key, Says
+from jaxlm.convert.settings import Hf, Setting, always, choice, fixed, key, says
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -41,17 +40,15 @@ def rows(cfg: config.Model) -> list[Row]:
     ]
 
 
-class Inner:
-    """`n_inner`, the width of the feed-forward; null: four times that of the residual stream."""
+def _inner_back(hf: Hf) -> dict[str, Any]:
+    given = hf.get("n_inner")
+    return {"d_ff": 4 * hf["n_embd"] if given is None else given}
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {"n_inner": None if model.d_ff == 4 * model.d_model else model.d_ff}
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        given = hf.get("n_inner")
-        return {"d_ff": 4 * hf["n_embd"] if given is None else given}
+INNER = Setting(
+    lambda model: {"n_inner": None if model.d_ff == 4 * model.d_model else model.d_ff}, _inner_back, "n_inner"
+)
+"""`n_inner`, the width of the feed-forward; null: four times that of the residual stream."""
 
 
 ACTIVATIONS = {
@@ -67,23 +64,23 @@ FAMILY = Family(
     rows=rows,
     settings=(
         *sizes(vocab_size="vocab_size", n_embd="d_model", n_layer="n_layers", n_head="n_heads"),
-        Key("n_positions", "max_seq_len", 1024),
-        Inner(),
-        Choice("activation_function", "activation", ACTIVATIONS, "gelu_new"),
-        Key("layer_norm_epsilon", "norm_eps", 1e-5),
-        Key("initializer_range", "init_std", 0.02),
-        Key("tie_word_embeddings", "tie_embeddings", True),
-        Key("embd_pdrop", "dropout", 0.1),
-        Key("resid_pdrop", "dropout", 0.1),
-        Says("attn_pdrop", 0.0),
-        Fixed("scale_attn_weights", True),
-        Fixed("scale_attn_by_inverse_layer_idx", False),
-        Fixed("reorder_and_upcast_attn", False, (True,)),  # the same function, rounded elsewhere
-        Fixed("add_cross_attention", False),
-        Always("norm", "layernorm"),
-        Always("positions", "learned"),
-        Always("biases", ["qkv", "attention_out", "mlp"]),
-        Always("pattern", ["attention+mlp"]),
+        key("n_positions", "max_seq_len", 1024),
+        INNER,
+        choice("activation_function", "activation", ACTIVATIONS, "gelu_new"),
+        key("layer_norm_epsilon", "norm_eps", 1e-5),
+        key("initializer_range", "init_std", 0.02),
+        key("tie_word_embeddings", "tie_embeddings", True),
+        key("embd_pdrop", "dropout", 0.1),
+        key("resid_pdrop", "dropout", 0.1),
+        says("attn_pdrop", 0.0),
+        fixed("scale_attn_weights", True),
+        fixed("scale_attn_by_inverse_layer_idx", False),
+        fixed("reorder_and_upcast_attn", False, (True,)),  # the same function, rounded elsewhere
+        fixed("add_cross_attention", False),
+        always("norm", "layernorm"),
+        always("positions", "learned"),
+        always("biases", ["qkv", "attention_out", "mlp"]),
+        always("pattern", ["attention+mlp"]),
     ),
     embedding="transformer.wte.weight",
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from jaxlm import config
-from jaxlm.convert.families.experts import ALL_EXPERTS, Hf, Inert, Pattern, Routed, Width, decoder_settings, layer_types
-from jaxlm.convert.families.llama import Rope, attention_rows, outer_rows
+from jaxlm.convert.families.experts import ALL_EXPERTS, decoder_settings, layer_types, pattern, routed, width
+from jaxlm.convert.families.llama import attention_rows, outer_rows, rope
 from jaxlm.convert.family import Family
 from jaxlm.convert.rows import Row, flat, interleave, matrix, plain
-from jaxlm.convert.settings import Always, Biases, Fixed, Key
+from jaxlm.convert.settings import Hf, always, biases, fixed, inert, key
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -30,22 +27,15 @@ def rows(cfg: config.Model) -> list[Row]:
     ]
 
 
-class GptOssRope(Rope):
-    """A config.json without rotary keys means the YaRN of the published models."""
-
-    PUBLISHED: Mapping[str, Any] = {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    }
-
-    def back(self, hf: Hf) -> dict[str, Any]:
-        """See `Setting`."""
-        scaling = hf.get("rope_parameters") or hf.get("rope_scaling")
-        return super().back(hf if scaling else {**hf, "rope_parameters": self.PUBLISHED})
+PUBLISHED = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""The YaRN of the published models, which a config.json without rotary keys means."""
 
 
 def _every_other(hf: Hf) -> list[str]:
@@ -62,23 +52,19 @@ FAMILY = Family(
     rows=rows,
     settings=(
         *decoder_settings(kv_heads=8, max_seq_len=131072, norm_eps=1e-5),
-        Key(
-            "head_dim",
-            "head_dim",
-            lambda hf: hf["hidden_size"] // hf["num_attention_heads"] if "head_dim" in hf else 64,
-        ),
-        GptOssRope(150000.0),
-        Biases("attention_bias", ("qkv", "attention_out"), default=True),
-        Always("biases", ["router", "experts"]),
-        Always("sink_logits", True),
-        Pattern(layer_types(_every_other, 128), ALL_EXPERTS),
-        Always("activation", "swiglu_clamped"),
-        Fixed("hidden_act", "silu", (None,)),
-        Fixed("swiglu_alpha", 1.702),
-        Fixed("swiglu_limit", 7.0),
-        Inert("experts_per_token", "initial_context_length"),  # of OpenAI's own program
-        Width("intermediate_size", "d_ff"),
-        Routed("num_local_experts", "moe.n_experts", 128),
-        Routed("num_experts_per_tok", "moe.top_k", 4),
+        key("head_dim", "head_dim", _head_dim),
+        rope(150000.0, absent=PUBLISHED),
+        biases("attention_bias", ("qkv", "attention_out"), default=True),
+        always("biases", ["router", "experts"]),
+        always("sink_logits", True),
+        pattern(layer_types(_every_other, 128), ALL_EXPERTS),
+        always("activation", "swiglu_clamped"),
+        fixed("hidden_act", "silu", (None,)),
+        fixed("swiglu_alpha", 1.702),
+        fixed("swiglu_limit", 7.0),
+        inert("experts_per_token", "initial_context_length"),  # of OpenAI's own program
+        width("intermediate_size", "d_ff"),
+        routed("num_local_experts", "moe.n_experts", 128),
+        routed("num_experts_per_tok", "moe.top_k", 4),
     ),
 )

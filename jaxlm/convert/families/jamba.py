@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlm import config
 from jaxlm.convert.families.llama import KV_HEADS, SILU, attention_rows, mlp_rows
-from jaxlm.convert.families.mamba import Own, Rank, mixer_rows
+from jaxlm.convert.families.mamba import mixer_rows, own, rank
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, each, matrix
-from jaxlm.convert.settings import Always, Fixed, Key, Says, shortest_pattern
+from jaxlm.convert.settings import Hf, Setting, always, fixed, key, says, shortest_pattern
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -34,38 +34,39 @@ def rows(cfg: config.Model) -> list[Row]:
     ]
 
 
-class Periods:
-    """Attention and experts come back every so many layers; a layer has experts if there are more than one."""
+def _periods_out(model: config.Model) -> dict[str, Any]:
+    """Layers that keep to no period are left out."""
+    blocks = [model.halves(kind) for kind in model.pattern]
+    experts = [block.ffn.moe for block in blocks if block.ffn_name == "moe"]
+    periods = {
+        "attn_layer": period([block.mixer_name == "attention" for block in blocks], model.repeats),
+        "expert_layer": period([block.ffn_name == "moe" for block in blocks], model.repeats) if experts else (1, 0),
+    }
+    numbers = {
+        f"{kind}_{name}": number
+        for kind, found in periods.items()
+        for name, number in zip(("period", "offset"), found, strict=False)
+    }
+    if not experts:
+        return {**numbers, "num_experts": 1, "num_experts_per_tok": 1}
+    return {**numbers, "num_experts": experts[0].n_experts, "num_experts_per_tok": experts[0].top_k}
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`. Layers that keep to no period are left out."""
-        blocks = [model.halves(kind) for kind in model.pattern]
-        experts = [block.ffn.moe for block in blocks if block.ffn_name == "moe"]
-        periods = {
-            "attn_layer": period([block.mixer_name == "attention" for block in blocks], model.repeats),
-            "expert_layer": period([block.ffn_name == "moe" for block in blocks], model.repeats) if experts else (1, 0),
-        }
-        numbers = {
-            f"{kind}_{name}": number
-            for kind, found in periods.items()
-            for name, number in zip(("period", "offset"), found, strict=False)
-        }
-        if not experts:
-            return {**numbers, "num_experts": 1, "num_experts_per_tok": 1}
-        return {**numbers, "num_experts": experts[0].n_experts, "num_experts_per_tok": experts[0].top_k}
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        attends = _comes_back(hf, "attn_layer", 8, 4)
-        experts = _comes_back(hf, "expert_layer", 2, 1)
-        count, top_k = hf.get("num_experts", 16), hf.get("num_experts_per_tok", 2)
-        experts = [is_one and count > 1 for is_one in experts]
-        blocks = [
-            f"{'attention' if attention else 'mamba'}+{'moe' if moe else 'mlp'}"
-            for attention, moe in zip(attends, experts, strict=True)
-        ]
-        chosen = {"moe.n_experts": count, "moe.top_k": top_k, "moe.renormalize": False} if any(experts) else {}
-        return {"pattern": shortest_pattern(blocks), **chosen}
+def _periods_back(hf: Hf) -> dict[str, Any]:
+    attends = _comes_back(hf, "attn_layer", 8, 4)
+    experts = _comes_back(hf, "expert_layer", 2, 1)
+    count, top_k = hf.get("num_experts", 16), hf.get("num_experts_per_tok", 2)
+    experts = [is_one and count > 1 for is_one in experts]
+    blocks = [
+        f"{'attention' if attention else 'mamba'}+{'moe' if moe else 'mlp'}"
+        for attention, moe in zip(attends, experts, strict=True)
+    ]
+    chosen = {"moe.n_experts": count, "moe.top_k": top_k, "moe.renormalize": False} if any(experts) else {}
+    return {"pattern": shortest_pattern(blocks), **chosen}
+
+
+PERIODS = Setting(_periods_out, _periods_back, "attn_layer_period")
+"""Attention and experts come back every so many layers; a layer has experts if there are more than one."""
 
 
 def period(chosen: Sequence[bool], repeats: int) -> tuple[int, int] | tuple[()]:
@@ -81,7 +82,7 @@ def period(chosen: Sequence[bool], repeats: int) -> tuple[int, int] | tuple[()]:
     return ()
 
 
-def _comes_back(hf: Mapping[str, Any], kind: str, period: int, offset: int) -> list[bool]:
+def _comes_back(hf: Hf, kind: str, period: int, offset: int) -> list[bool]:
     period, offset = hf.get(f"{kind}_period", period), hf.get(f"{kind}_offset", offset)
     if not 0 <= offset < period:
         raise ValueError(f"{kind}_offset = {offset} is not below {kind}_period = {period}")
@@ -101,23 +102,23 @@ FAMILY = Family(
             num_attention_heads="n_heads",
         ),
         KV_HEADS,
-        Periods(),
-        Own("mamba_d_state", "mamba.d_state", 16),
-        Own("mamba_d_conv", "mamba.d_conv", 4),
-        Own("mamba_expand", "mamba.expand", 2),
-        Rank("mamba_dt_rank"),
-        Own("mamba_conv_bias", "mamba.conv_bias", True),
-        Own("mamba_proj_bias", "mamba.proj_bias", False),
-        Fixed("mamba_inner_layernorms", None, (True,)),
-        Always("mamba.inner_norms", True),
-        Key("initializer_range", "init_std", 0.02),
-        Key("max_position_embeddings", "max_seq_len", 262144),
-        Key("rms_norm_eps", "norm_eps", 1e-6),
-        Key("tie_word_embeddings", "tie_embeddings", False),
+        PERIODS,
+        own("mamba_d_state", "mamba.d_state", 16),
+        own("mamba_d_conv", "mamba.d_conv", 4),
+        own("mamba_expand", "mamba.expand", 2),
+        rank("mamba_dt_rank"),
+        own("mamba_conv_bias", "mamba.conv_bias", True),
+        own("mamba_proj_bias", "mamba.proj_bias", False),
+        fixed("mamba_inner_layernorms", None, (True,)),
+        always("mamba.inner_norms", True),
+        key("initializer_range", "init_std", 0.02),
+        key("max_position_embeddings", "max_seq_len", 262144),
+        key("rms_norm_eps", "norm_eps", 1e-6),
+        key("tie_word_embeddings", "tie_embeddings", False),
         SILU,
-        Fixed("sliding_window", None),
-        Says("attention_dropout", 0.0),
-        Always("positions", "none"),
+        fixed("sliding_window", None),
+        says("attention_dropout", 0.0),
+        always("positions", "none"),
     ),
     inert=(
         "router_aux_loss_coef",

@@ -5,13 +5,13 @@ Rotary pairs are (i, i + H/2) there, so the heads of an interleaved model are re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxlm import config
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, flat, matrix, pairs_to_halves
-from jaxlm.convert.settings import Always, Biases, Choice, Key, Says, Setting, refusal
+from jaxlm.convert.settings import Hf, Setting, always, biases, choice, key, nothing, refusal, says
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -61,94 +61,96 @@ def mlp_rows(ours: str = "layers.{i}.ffn", theirs: str = "model.layers.{i}.mlp")
 LENGTH = "original_max_position_embeddings"
 
 
-class Rope:
-    """Base and scaling of the rotation: `rope_parameters` for transformers 5, two keys for transformers 4."""
+_SCALINGS: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        LENGTH: "original_max_seq_len",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        LENGTH: "original_max_seq_len",
+        "beta_slow": "beta_slow",
+        "beta_fast": "beta_fast",
+        "truncate": "truncate",
+        "attention_factor": "attention_factor",
+    },
+}
+_DEFAULTS: Sequence[tuple[str, Any]] = (("attention_factor", 0.0), ("truncate", True))
+"""What an absent key means."""
+_NOT_ZERO = ("factor", "attention_factor")
+"""0 stands for a default here, and for nothing at all there."""
 
-    SCALINGS: ClassVar[Mapping[str, Mapping[str, str]]] = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            LENGTH: "original_max_seq_len",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-        },
-        "yarn": {
-            "factor": "factor",
-            LENGTH: "original_max_seq_len",
-            "beta_slow": "beta_slow",
-            "beta_fast": "beta_fast",
-            "truncate": "truncate",
-            "attention_factor": "attention_factor",
-        },
+
+def rope(theta: float = 10000.0, absent: Hf | None = None) -> Setting:
+    """Base and scaling of the rotation: `rope_parameters` for transformers 5, two keys for transformers 4.
+
+    Args:
+        absent: the `rope_parameters` that a config.json without rotary keys means.
+    """
+
+    def back(hf: Hf) -> dict[str, Any]:
+        given = absent is None or hf.get("rope_parameters") or hf.get("rope_scaling")
+        return _rope_back(hf if given else {**hf, "rope_parameters": absent}, theta)
+
+    return Setting(_rope_out, back, "rope_parameters")
+
+
+def _rope_out(model: config.Model) -> dict[str, Any]:
+    theta, scaling = model.rope_theta, model.rope_scaling
+    names = _SCALINGS.get(scaling.kind, {})
+    given = {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
+    given = {name: value for name, value in given.items() if (name, value) not in _DEFAULTS}
+    if names and not scaling.factor:
+        given["factor"] = model.max_seq_len / scaling.original_max_seq_len
+    kind = scaling.kind if names else "default"
+    return {
+        "rope_theta": theta,  # transformers 4
+        "rope_scaling": {"rope_type": kind, **given} if names else None,
+        "rope_parameters": {"rope_type": kind, "rope_theta": theta, **given},  # transformers 5
     }
 
-    DEFAULTS: ClassVar[tuple[tuple[str, Any], ...]] = (("attention_factor", 0.0), ("truncate", True))
-    """What an absent key means."""
-    NOT_ZERO: ClassVar[tuple[str, ...]] = ("factor", "attention_factor")
-    """0 stands for a default here, and for nothing at all there."""
 
-    def __init__(self, theta: float = 10000.0) -> None:
-        self.theta = theta
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        theta, scaling = model.rope_theta, model.rope_scaling
-        names = self.SCALINGS.get(scaling.kind, {})
-        given = {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
-        given = {key: value for key, value in given.items() if (key, value) not in self.DEFAULTS}
-        if names and not scaling.factor:
-            given["factor"] = model.max_seq_len / scaling.original_max_seq_len
-        kind = scaling.kind if names else "default"
-        return {
-            "rope_theta": theta,  # transformers 4
-            "rope_scaling": {"rope_type": kind, **given} if names else None,
-            "rope_parameters": {"rope_type": kind, "rope_theta": theta, **given},  # transformers 5
-        }
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        # transformers takes one section as a whole, and prefers a length outside of it to the one inside.
-        sections, outside = (hf.get("rope_scaling"), hf.get("rope_parameters")), hf.get(LENGTH)
-        section = next(filter(None, sections), {})
-        if not isinstance(section, Mapping):
-            raise ValueError("rope_parameters and rope_scaling are objects or null")
-        given = {key: value for key, value in section.items() if value is not None}
-        kind = given.pop("rope_type", given.pop("type", "default"))
-        theta = given.pop("rope_theta", hf.get("rope_theta") or self.theta)
-        if (share := given.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))) not in (None, 1.0):
-            raise refusal("partial_rotary_factor", share)
-        given.pop("type", None)
-        if kind not in self.SCALINGS:
-            raise refusal("rope_type", kind)
-        names = self.SCALINGS[kind]
-        if wrong := [key for key in given if key not in names or (key in self.NOT_ZERO and not given[key])]:
-            raise refusal(f"rope_parameters.{wrong[0]}", given[wrong[0]])
-        if LENGTH in names:
-            given[LENGTH] = outside or given.get(LENGTH) or hf["max_position_embeddings"]
-        options = {"rope_scaling.kind": kind} if names else {}
-        return {"rope_theta": theta, **options, **{f"rope_scaling.{names[key]}": given[key] for key in given}}
+def _rope_back(hf: Hf, default_theta: float) -> dict[str, Any]:
+    # transformers takes one section as a whole, and prefers a length outside of it to the one inside.
+    sections, outside = (hf.get("rope_scaling"), hf.get("rope_parameters")), hf.get(LENGTH)
+    section = next(filter(None, sections), {})
+    if not isinstance(section, Mapping):
+        raise ValueError("rope_parameters and rope_scaling are objects or null")
+    given = {name: value for name, value in section.items() if value is not None}
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    theta = given.pop("rope_theta", hf.get("rope_theta") or default_theta)
+    if (share := given.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))) not in (None, 1.0):
+        raise refusal("partial_rotary_factor", share)
+    given.pop("type", None)
+    if kind not in _SCALINGS:
+        raise refusal("rope_type", kind)
+    names = _SCALINGS[kind]
+    if wrong := [name for name in given if name not in names or (name in _NOT_ZERO and not given[name])]:
+        raise refusal(f"rope_parameters.{wrong[0]}", given[wrong[0]])
+    if LENGTH in names:
+        given[LENGTH] = outside or given.get(LENGTH) or hf["max_position_embeddings"]
+    options = {"rope_scaling.kind": kind} if names else {}
+    return {"rope_theta": theta, **options, **{f"rope_scaling.{names[name]}": given[name] for name in given}}
 
 
-SILU = Choice("hidden_act", "activation", {"swiglu": ("silu", "swish")}, "silu")
-HEAD_DIM = Key("head_dim", "head_dim", lambda hf: hf["hidden_size"] // hf["num_attention_heads"])
-KV_HEADS = Key("num_key_value_heads", "n_kv_heads", lambda hf: hf["num_attention_heads"])
+SILU = choice("hidden_act", "activation", {"swiglu": ("silu", "swish")}, "silu")
+HEAD_DIM = key("head_dim", "head_dim", lambda hf: hf["hidden_size"] // hf["num_attention_heads"])
+KV_HEADS = key("num_key_value_heads", "n_kv_heads", lambda hf: hf["num_attention_heads"])
 
 
-class Multiple:
-    """Transformers wants a width that is a multiple of the heads even when `head_dim` is given."""
+def _multiple(hf: Hf) -> dict[str, Any]:
+    width, heads = hf["hidden_size"], hf["num_attention_heads"]
+    if width % heads:
+        raise ValueError(f"hidden_size = {width} is no multiple of num_attention_heads = {heads}")
+    return {}
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {}
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        width, heads = hf["hidden_size"], hf["num_attention_heads"]
-        if width % heads:
-            raise ValueError(f"hidden_size = {width} is no multiple of num_attention_heads = {heads}")
-        return {}
-
+MULTIPLE = Setting(nothing, _multiple, "hidden_size")
+"""Transformers wants a width that is a multiple of the heads even when `head_dim` is given."""
 
 DENSE: tuple[Setting, ...] = (
     *sizes(
@@ -159,7 +161,7 @@ DENSE: tuple[Setting, ...] = (
         intermediate_size="d_ff",
     ),
     KV_HEADS,
-    Key("initializer_range", "init_std", 0.02),
+    key("initializer_range", "init_std", 0.02),
     SILU,
 )
 """Settings of dense decoders under the names of Llama."""
@@ -171,15 +173,15 @@ FAMILY = Family(
     settings=(
         *DENSE,
         HEAD_DIM,
-        Multiple(),
-        Key("rms_norm_eps", "norm_eps", 1e-6),
-        Key("max_position_embeddings", "max_seq_len", 2048),
-        Key("tie_word_embeddings", "tie_embeddings", False),
-        Rope(),
-        Biases("attention_bias", ("qkv", "attention_out")),
-        Biases("mlp_bias", ("mlp",)),
-        Says("attention_dropout", 0.0),
-        Always("pattern", ["attention+mlp"]),
+        MULTIPLE,
+        key("rms_norm_eps", "norm_eps", 1e-6),
+        key("max_position_embeddings", "max_seq_len", 2048),
+        key("tie_word_embeddings", "tie_embeddings", False),
+        rope(),
+        biases("attention_bias", ("qkv", "attention_out")),
+        biases("mlp_bias", ("mlp",)),
+        says("attention_dropout", 0.0),
+        always("pattern", ["attention+mlp"]),
     ),
     ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 )

@@ -6,9 +6,7 @@ dtype. That is rounding, not mathematics: a file may say either, and what we wri
 
 from __future__ import annotations
 
-import dataclasses
-import operator
-from collections.abc import Mapping
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, flat, matrix, of_each
-from jaxlm.convert.settings import Always, Fixed, Key, Says, Setting
+from jaxlm.convert.settings import Hf, Setting, always, fixed, key, says
 
 taps = of_each(
     lambda kernel_KF, leaf: np.swapaxes(kernel_KF, 0, 1)[:, None],
@@ -66,60 +64,45 @@ def first(model: config.Model) -> config.Model:
     return next(mixers, model.halves("mamba").mixer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Own(Key):
-    """A `Key` of the Mamba blocks, which may have set the option for their own."""
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {self.theirs: operator.attrgetter(self.ours)(first(model))}
+own = functools.partial(key, of=first)
+"""A `key` of the Mamba blocks, which may have set the option for their own."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rank(Own):
+def rank(theirs: str = "time_step_rank") -> Setting:
     """The width of the bottleneck of the step size, a number or `auto`."""
-
-    theirs: str = "time_step_rank"
-    ours: str = "mamba.dt_rank"
-    default: Any = 0
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        return {self.ours: 0} if hf.get(self.theirs) == "auto" else super().back(hf)
+    number = own(theirs, "mamba.dt_rank", 0)
+    return number._replace(back=lambda hf: {"mamba.dt_rank": 0} if hf.get(theirs) == "auto" else number.back(hf))
 
 
-class Inner:
-    """The channels of the scan, which `expand` says already."""
+def _inner_back(hf: Hf) -> dict[str, Any]:
+    inner = hf.get("expand", 2) * hf["hidden_size"]
+    if hf.get("intermediate_size", inner) != inner:
+        raise ValueError(f"intermediate_size = {hf['intermediate_size']} is not expand * hidden_size = {inner}")
+    return {}
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {"intermediate_size": first(model).mamba.expand * model.d_model}
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        inner = hf.get("expand", 2) * hf["hidden_size"]
-        if hf.get("intermediate_size", inner) != inner:
-            raise ValueError(f"intermediate_size = {hf['intermediate_size']} is not expand * hidden_size = {inner}")
-        return {}
-
+INNER = Setting(
+    lambda model: {"intermediate_size": first(model).mamba.expand * model.d_model}, _inner_back, "intermediate_size"
+)
+"""The channels of the scan, which `expand` says already."""
 
 BLOCKS: tuple[Setting, ...] = (
     *sizes(vocab_size="vocab_size", hidden_size="d_model", num_hidden_layers="n_layers"),
-    Own("conv_kernel", "mamba.d_conv", 4),
-    Own("expand", "mamba.expand", 2),
-    Own("use_bias", "mamba.proj_bias", False),
-    Own("use_conv_bias", "mamba.conv_bias", True),
-    Rank(),
-    Own("time_step_min", "mamba.dt_min", 1e-3),
-    Own("time_step_max", "mamba.dt_max", 1e-1),
-    Own("time_step_floor", "mamba.dt_floor", 1e-4),
-    Key("initializer_range", "init_std", 0.1),
-    Key("layer_norm_epsilon", "norm_eps", 1e-5),
-    Fixed("hidden_act", "silu", ("swish",)),
-    Fixed("rms_norm", None, (True,)),
-    Says("rescale_prenorm_residual", False),  # of the first weights; transformers 5 rescales what it has loaded, too
-    Says("residual_in_fp32", False),
-    Always("positions", "none"),
+    own("conv_kernel", "mamba.d_conv", 4),
+    own("expand", "mamba.expand", 2),
+    own("use_bias", "mamba.proj_bias", False),
+    own("use_conv_bias", "mamba.conv_bias", True),
+    rank(),
+    own("time_step_min", "mamba.dt_min", 1e-3),
+    own("time_step_max", "mamba.dt_max", 1e-1),
+    own("time_step_floor", "mamba.dt_floor", 1e-4),
+    key("initializer_range", "init_std", 0.1),
+    key("layer_norm_epsilon", "norm_eps", 1e-5),
+    fixed("hidden_act", "silu", ("swish",)),
+    fixed("rms_norm", None, (True,)),
+    says("rescale_prenorm_residual", False),  # of the first weights; transformers 5 rescales what it has loaded, too
+    says("residual_in_fp32", False),
+    always("positions", "none"),
 )
 """Settings that Mamba and Mamba-2 share."""
 
@@ -129,10 +112,10 @@ FAMILY = Family(
     rows=rows,
     settings=(
         *BLOCKS,
-        Inner(),
-        Own("state_size", "mamba.d_state", 16),
-        Key("tie_word_embeddings", "tie_embeddings", True),
-        Always("pattern", ["mamba"]),
+        INNER,
+        own("state_size", "mamba.d_state", 16),
+        key("tie_word_embeddings", "tie_embeddings", True),
+        always("pattern", ["mamba"]),
     ),
     embedding="backbone.embeddings.weight",
     inert=("time_step_init_scheme", "time_step_scale", "use_associative_scan", "use_mambapy"),

@@ -8,14 +8,13 @@ Dao & Gu, and Codestral's config.json says otherwise by mistake (transformers, p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
-from jaxlm.convert.families.mamba import BLOCKS, Own, first, outer_rows, taps
+from jaxlm.convert.families.mamba import BLOCKS, first, outer_rows, own, taps
 from jaxlm.convert.family import Family
 from jaxlm.convert.rows import Row, flat, join, matrix
-from jaxlm.convert.settings import Always, Fixed, Key
+from jaxlm.convert.settings import Hf, Setting, always, fixed, key
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -37,31 +36,25 @@ def rows(cfg: config.Model) -> list[Row]:
     ]
 
 
-class Heads:
-    """`num_heads` of `head_dim` channels are all channels."""
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        mamba = first(model).mamba
-        return {"num_heads": mamba.expand * model.d_model // mamba.head_dim, "head_dim": mamba.head_dim}
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        expand, heads, head_dim = hf.get("expand", 2), hf.get("num_heads", 128), hf.get("head_dim", 64)
-        if heads * head_dim != expand * hf["hidden_size"]:
-            heads_given = f"num_heads = {heads} of head_dim = {head_dim}"
-            raise ValueError(
-                f"{heads_given} are not the {expand} * {hf['hidden_size']} channels of expand * hidden_size"
-            )
-        return {"mamba.head_dim": head_dim}
+def _heads_out(model: config.Model) -> dict[str, Any]:
+    mamba = first(model).mamba
+    return {"num_heads": mamba.expand * model.d_model // mamba.head_dim, "head_dim": mamba.head_dim}
 
 
-class Unbounded(Fixed):
-    """A step size has no limits but its softplus; transformers 4 and 5 write infinity in two ways."""
+def _heads_back(hf: Hf) -> dict[str, Any]:
+    expand, heads, head_dim = hf.get("expand", 2), hf.get("num_heads", 128), hf.get("head_dim", 64)
+    if heads * head_dim != expand * hf["hidden_size"]:
+        heads_given = f"num_heads = {heads} of head_dim = {head_dim}"
+        raise ValueError(f"{heads_given} are not the {expand} * {hf['hidden_size']} channels of expand * hidden_size")
+    return {"mamba.head_dim": head_dim}
 
-    def __init__(self) -> None:
-        infinities = (math.inf, {"__float__": "Infinity"})
-        super().__init__("time_step_limit", None, tuple([low, high] for low in (0.0, 0) for high in infinities))
+
+HEADS = Setting(_heads_out, _heads_back, "num_heads")
+"""`num_heads` of `head_dim` channels are all channels."""
+
+_INFINITIES = (math.inf, {"__float__": "Infinity"})
+UNBOUNDED = fixed("time_step_limit", None, [[low, high] for low in (0.0, 0) for high in _INFINITIES])
+"""A step size has no limits but its softplus; transformers 4 and 5 write infinity in two ways."""
 
 
 FAMILY = Family(
@@ -70,12 +63,12 @@ FAMILY = Family(
     rows=rows,
     settings=(
         *BLOCKS,
-        Heads(),
-        Own("state_size", "mamba.d_state", 128),
-        Own("n_groups", "mamba.n_groups", 8),
-        Unbounded(),
-        Key("tie_word_embeddings", "tie_embeddings", False),
-        Always("pattern", ["mamba2"]),
+        HEADS,
+        own("state_size", "mamba.d_state", 128),
+        own("n_groups", "mamba.n_groups", 8),
+        UNBOUNDED,
+        key("tie_word_embeddings", "tie_embeddings", False),
+        always("pattern", ["mamba2"]),
     ),
     embedding="backbone.embeddings.weight",
     inert=("chunk_size",),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jaxlm.convert.families import llama
-from jaxlm.convert.families.windows import Everywhere
+from jaxlm.convert.families.windows import everywhere
 from jaxlm.convert.family import Family
-from jaxlm.convert.settings import Key, Says
+from jaxlm.convert.settings import key, says
 
 FAMILY = Family(
     name="mistral",
@@ -14,12 +14,12 @@ FAMILY = Family(
     settings=(
         *llama.DENSE,
         llama.HEAD_DIM,
-        Key("rms_norm_eps", "norm_eps", 1e-6),
-        Key("max_position_embeddings", "max_seq_len", 131072),
-        Key("tie_word_embeddings", "tie_embeddings", False),
-        llama.Rope(),
-        Everywhere(4096),
-        Says("attention_dropout", 0.0),
+        key("rms_norm_eps", "norm_eps", 1e-6),
+        key("max_position_embeddings", "max_seq_len", 131072),
+        key("tie_word_embeddings", "tie_embeddings", False),
+        llama.rope(),
+        everywhere(4096),
+        says("attention_dropout", 0.0),
     ),
     ignored=llama.FAMILY.ignored,
 )

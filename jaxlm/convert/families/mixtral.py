@@ -6,16 +6,16 @@ from jaxlm import config
 from jaxlm.convert.families.experts import (
     ALL_EXPERTS,
     ONE_WINDOW,
-    Pattern,
-    Routed,
-    Width,
     decoder_settings,
     expert_rows,
+    pattern,
+    routed,
+    width,
 )
-from jaxlm.convert.families.llama import HEAD_DIM, SILU, Rope, attention_rows, outer_rows
+from jaxlm.convert.families.llama import HEAD_DIM, SILU, attention_rows, outer_rows, rope
 from jaxlm.convert.family import Family
 from jaxlm.convert.rows import Row, matrix
-from jaxlm.convert.settings import Says
+from jaxlm.convert.settings import says
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -37,11 +37,11 @@ FAMILY = Family(
         *decoder_settings(kv_heads=8, max_seq_len=131072, norm_eps=1e-5),
         HEAD_DIM,
         SILU,
-        Rope(1e6),
-        Pattern(ONE_WINDOW, ALL_EXPERTS),
-        Width("intermediate_size", "d_ff"),
-        Routed("num_local_experts", "moe.n_experts", 8),
-        Routed("num_experts_per_tok", "moe.top_k", 2),
-        Says("router_jitter_noise", 0.0),
+        rope(1e6),
+        pattern(ONE_WINDOW, ALL_EXPERTS),
+        width("intermediate_size", "d_ff"),
+        routed("num_local_experts", "moe.n_experts", 8),
+        routed("num_experts_per_tok", "moe.top_k", 2),
+        says("router_jitter_noise", 0.0),
     ),
 )

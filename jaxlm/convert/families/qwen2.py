@@ -4,19 +4,19 @@ sliding window in some layers."""
 from __future__ import annotations
 
 from jaxlm.convert.families import llama
-from jaxlm.convert.families.windows import Somewhere
+from jaxlm.convert.families.windows import SOMEWHERE
 from jaxlm.convert.family import Family
-from jaxlm.convert.settings import Always, Fixed, Key, Says, Setting
+from jaxlm.convert.settings import Setting, always, fixed, key, says
 
 QWEN: tuple[Setting, ...] = (
     *llama.DENSE,
-    Key("rms_norm_eps", "norm_eps", 1e-6),
-    Key("max_position_embeddings", "max_seq_len", 32768),
-    Key("tie_word_embeddings", "tie_embeddings", False),
-    llama.Rope(),
-    Somewhere(),
-    Fixed("use_mrope", None, (False,)),
-    Says("attention_dropout", 0.0),
+    key("rms_norm_eps", "norm_eps", 1e-6),
+    key("max_position_embeddings", "max_seq_len", 32768),
+    key("tie_word_embeddings", "tie_embeddings", False),
+    llama.rope(),
+    SOMEWHERE,
+    fixed("use_mrope", None, (False,)),
+    says("attention_dropout", 0.0),
 )
 """Settings of the dense Qwens."""
 
@@ -24,6 +24,6 @@ FAMILY = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     rows=llama.rows,
-    settings=(*QWEN, llama.HEAD_DIM, Always("biases", ["qkv"])),
+    settings=(*QWEN, llama.HEAD_DIM, always("biases", ["qkv"])),
     ignored=llama.FAMILY.ignored,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxlm.convert.families import llama
 from jaxlm.convert.families.qwen2 import QWEN
 from jaxlm.convert.family import Family
-from jaxlm.convert.settings import Always, Biases, Key
+from jaxlm.convert.settings import always, biases, key
 
 FAMILY = Family(
     name="qwen3",
@@ -13,9 +13,9 @@ FAMILY = Family(
     rows=llama.rows,
     settings=(
         *QWEN,
-        Key("head_dim", "head_dim", 128),
-        Biases("attention_bias", ("qkv", "attention_out")),
-        Always("qk_norm", True),
+        key("head_dim", "head_dim", 128),
+        biases("attention_bias", ("qkv", "attention_out")),
+        always("qk_norm", True),
     ),
     ignored=llama.FAMILY.ignored,
 )

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from jaxlm import config
 from jaxlm.convert.families.experts import (
     SPARSE_STEP,
     SWITCHED_WINDOW,
-    Inert,
-    Pattern,
-    Routed,
-    Width,
     decoder_settings,
     expert_rows,
     of_experts,
+    pattern,
+    routed,
+    width,
 )
-from jaxlm.convert.families.llama import HEAD_DIM, SILU, Rope, attention_rows, mlp_rows, outer_rows
+from jaxlm.convert.families.llama import HEAD_DIM, SILU, attention_rows, mlp_rows, outer_rows, rope
 from jaxlm.convert.family import Family, sizes
 from jaxlm.convert.rows import Row, matrix
-from jaxlm.convert.settings import Always, Biases
+from jaxlm.convert.settings import Hf, Setting, always, biases, inert
 
 
 def rows(cfg: config.Model) -> list[Row]:
@@ -35,20 +33,18 @@ def rows(cfg: config.Model) -> list[Row]:
     ]
 
 
-class Count:
-    """The number of experts: `num_experts` for transformers 4, `num_local_experts` for transformers 5."""
+_COUNTS = ("num_experts", "num_local_experts")
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        count = of_experts(model).moe.n_experts
-        return {"num_experts": count, "num_local_experts": count}
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        counts = {hf[key] for key in ("num_experts", "num_local_experts") if key in hf} or {128}
-        if len(counts) > 1:
-            raise ValueError(f"num_experts = {hf['num_experts']}, but num_local_experts = {hf['num_local_experts']}")
-        return {"moe.n_experts": counts.pop()}
+def _count_back(hf: Hf) -> dict[str, Any]:
+    counts = {hf[name] for name in _COUNTS if name in hf} or {128}
+    if len(counts) > 1:
+        raise ValueError(f"num_experts = {hf['num_experts']}, but num_local_experts = {hf['num_local_experts']}")
+    return {"moe.n_experts": counts.pop()}
+
+
+COUNT = Setting(lambda model: dict.fromkeys(_COUNTS, of_experts(model).moe.n_experts), _count_back, "num_experts")
+"""The number of experts: `num_experts` for transformers 4, `num_local_experts` for transformers 5."""
 
 
 FAMILY = Family(
@@ -59,15 +55,15 @@ FAMILY = Family(
         *decoder_settings(kv_heads=4, max_seq_len=32768, norm_eps=1e-6),
         HEAD_DIM,
         SILU,
-        Rope(),
-        Biases("attention_bias", ("qkv", "attention_out")),
-        Always("qk_norm", True),
-        Pattern(SWITCHED_WINDOW, SPARSE_STEP),
+        rope(),
+        biases("attention_bias", ("qkv", "attention_out")),
+        always("qk_norm", True),
+        pattern(SWITCHED_WINDOW, SPARSE_STEP),
         *sizes(intermediate_size="d_ff"),
-        Width("moe_intermediate_size", "moe.d_ff", 768),
-        Count(),
-        Inert("max_window_layers"),
-        Routed("num_experts_per_tok", "moe.top_k", 8),
-        Routed("norm_topk_prob", "moe.renormalize", False),
+        width("moe_intermediate_size", "moe.d_ff", 768),
+        COUNT,
+        inert("max_window_layers"),
+        routed("num_experts_per_tok", "moe.top_k", 8),
+        routed("norm_topk_prob", "moe.renormalize", False),
     ),
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlm import config
-from jaxlm.convert.settings import refusal, shortest_pattern
+from jaxlm.convert.settings import Hf, Setting, refusal, shortest_pattern
 
 
 def windows(model: config.Model) -> list[int]:
@@ -23,48 +22,42 @@ def layers(sizes: Sequence[int], block: str = "attention{}+mlp") -> dict[str, An
     return {"pattern": shortest_pattern([block.format(f"(window={size})" if size else "") for size in sizes])}
 
 
-@dataclasses.dataclass(frozen=True)
-class Everywhere:
-    """`sliding_window` of all layers; null: none."""
-
-    default: int | None
-    """Of transformers, where the key is absent."""
-
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        return {"sliding_window": windows(model)[0] or None}
-
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        return layers([hf.get("sliding_window", self.default) or 0])
+def everywhere(default: int | None) -> Setting:
+    """`sliding_window` of all layers; null: none. `default` is that of transformers, where the key is absent."""
+    return Setting(
+        lambda model: {"sliding_window": windows(model)[0] or None},
+        lambda hf: layers([hf.get("sliding_window", default) or 0]),
+        "sliding_window",
+    )
 
 
-class Somewhere:
-    """`use_sliding_window`, `sliding_window` and `layer_types`, or `max_window_layers`: the layers before the first
-    window."""
+_TYPES = ("full_attention", "sliding_attention")
 
-    TYPES = ("full_attention", "sliding_attention")
 
-    def out(self, model: config.Model) -> dict[str, Any]:
-        """See `Setting`."""
-        sizes = windows(model)
-        full = next((i for i, size in enumerate(sizes) if size), len(sizes))
-        return {
-            "use_sliding_window": any(sizes),
-            "sliding_window": max(sizes) or None,
-            "layer_types": [self.TYPES[size > 0] for size in sizes],
-            **({"max_window_layers": full} if any(sizes) and all(sizes[full:]) else {}),  # transformers 4
-        }
+def _somewhere_out(model: config.Model) -> dict[str, Any]:
+    sizes = windows(model)
+    full = next((i for i, size in enumerate(sizes) if size), len(sizes))
+    return {
+        "use_sliding_window": any(sizes),
+        "sliding_window": max(sizes) or None,
+        "layer_types": [_TYPES[size > 0] for size in sizes],
+        **({"max_window_layers": full} if any(sizes) and all(sizes[full:]) else {}),  # transformers 4
+    }
 
-    def back(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Setting`."""
-        count, types = hf["num_hidden_layers"], hf.get("layer_types")
-        size, used = hf.get("sliding_window", 4096), hf.get("use_sliding_window", False)
-        size, first = (size or 0 if used else 0), hf.get("max_window_layers", 28)
-        if types is None:
-            types = [self.TYPES[size > 0 and i >= first] for i in range(count)]
-        if len(types) != count or not set(types) <= set(self.TYPES):
-            raise refusal("layer_types", types)
-        if not size and self.TYPES[1] in types:
-            raise ValueError("layer_types has sliding_attention, but there is no sliding_window that is used")
-        return layers([size if kind == self.TYPES[1] else 0 for kind in types])
+
+def _somewhere_back(hf: Hf) -> dict[str, Any]:
+    count, types = hf["num_hidden_layers"], hf.get("layer_types")
+    size, used = hf.get("sliding_window", 4096), hf.get("use_sliding_window", False)
+    size, first = (size or 0 if used else 0), hf.get("max_window_layers", 28)
+    if types is None:
+        types = [_TYPES[size > 0 and i >= first] for i in range(count)]
+    if len(types) != count or not set(types) <= set(_TYPES):
+        raise refusal("layer_types", types)
+    if not size and _TYPES[1] in types:
+        raise ValueError("layer_types has sliding_attention, but there is no sliding_window that is used")
+    return layers([size if kind == _TYPES[1] else 0 for kind in types])
+
+
+SOMEWHERE = Setting(_somewhere_out, _somewhere_back, "use_sliding_window")
+"""`use_sliding_window`, `sliding_window` and `layer_types`, or `max_window_layers`: the layers before the first
+window."""

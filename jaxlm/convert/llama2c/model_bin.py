@@ -27,7 +27,7 @@ from jaxlm.convert import LLAMA2C
 from jaxlm.convert.canonical import leaves
 from jaxlm.convert.family import sizes
 from jaxlm.convert.rows import Parameters, Row, Transform, expand, matrix, pairs_to_halves, plan
-from jaxlm.convert.settings import Always, require_same, tree
+from jaxlm.convert.settings import always, require_same, tree
 from jaxlm.convert.tensors import Tensors
 from jaxlm.errors import UserError
 from jaxlm.text import tokenizer_bin as vocabulary
@@ -49,12 +49,12 @@ SETTINGS = (
         seq_len="max_seq_len",
         tied="tie_embeddings",
     ),
-    Always("pattern", ["attention+mlp"]),
-    Always("activation", "swiglu"),
-    Always("norm", "rmsnorm"),
-    Always("norm_eps", EPS),
-    Always("rope_theta", THETA),
-    Always("rope_layout", "interleaved"),
+    always("pattern", ["attention+mlp"]),
+    always("activation", "swiglu"),
+    always("norm", "rmsnorm"),
+    always("norm_eps", EPS),
+    always("rope_theta", THETA),
+    always("rope_layout", "interleaved"),
 )
 
 halves_to_pairs = Transform(
