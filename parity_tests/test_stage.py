@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxlm import config
+from jaxlm import cli, config
 from jaxlm.config import toml
 from jaxlm.parity.inputs import random_params
 from jaxlm.parity.stage import compare_stage
@@ -28,11 +30,16 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> config.Config:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, cache_dir=str(folder)))
 
 
-def test_both_frameworks_train_the_toy_stage_alike(cfg: config.Config) -> None:
-    findings = list(compare_stage(cfg, random_params(cfg.model)))
-    assert {finding.level for finding in findings} == {"stage loss", "stage update 1", "stage update 20"}
-    assert [finding for finding in findings if not finding.ok] == []
-    assert any(finding.name.startswith("value: layers.0") for finding in findings)
+def test_the_command_proves_a_stage_that_it_does_not_know(cfg: config.Config, tmp_path: Path) -> None:
+    (tmp_path / "toy.toml").write_text(toml.to_toml(cfg))
+    only = ["--levels", "update", "--dtypes", "float64", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["jaxlm", "parity", str(tmp_path / "toy.toml"), *only])
+        assert cli.main() == 0
+    findings = json.loads((tmp_path / "parity.json").read_text())["findings"]
+    of_stage = [finding for finding in findings if finding["level"].startswith("stage")]
+    assert {finding["level"] for finding in of_stage} == {"stage loss", "stage update 1", "stage update 20"}
+    assert any(finding["name"].startswith("value: layers.0") for finding in of_stage)
 
 
 def test_a_twin_that_scales_one_term_is_seen(cfg: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
