@@ -21,6 +21,7 @@ from jaxlm.infer import tree
 from jaxlm.infer.model import Model
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.text.tokenizer import Tokenizer
+from tests.child_flags import with_devices
 
 ROOT = Path(__file__).parents[1]
 CFG = config.Model(vocab_size=272, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
@@ -234,7 +235,7 @@ def test_using_the_library_leaves_no_trace(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(NEW_RUN)
     (tmp_path / "use.py").write_text(MANNERS)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_PERSISTENT")}
-    environment |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": with_devices()}
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:jaxlm", "use.py"],
         **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 280},

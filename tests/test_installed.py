@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.child_flags import with_devices
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("jaxlm", "torch_ref", "configs", "launch", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
@@ -46,7 +48,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def jaxlm(installed: Path, where: Path, *words: object) -> str:
     """What a verb of the installed package prints, called from `where`."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": with_devices()}
     code = "import sys, jaxlm, jaxlm.cli; assert jaxlm.__file__.startswith(sys.argv.pop(1)); sys.exit(jaxlm.cli.main())"
     command = [sys.executable, "-c", code, str(installed), *map(str, words)]
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=120)

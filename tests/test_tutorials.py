@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.child_flags import with_devices
+
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 
@@ -22,7 +24,7 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
         (corpus / f"{name}.py").write_text((Path(os.__file__).parent / f"{name}.py").read_text())
     text = path.read_text().replace('"out_dir=runs/tutorial",', f'"out_dir=runs/tutorial", "data.source={corpus}",')
     (tmp_path / path.name).write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": with_devices()}
     done = subprocess.run(
         [sys.executable, path.name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

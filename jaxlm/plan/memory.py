@@ -22,7 +22,7 @@ from jaxlm.numerics import Policy, wide
 from jaxlm.recipes import make_recipe
 from jaxlm.train import adapters
 from jaxlm.train.program import stored_policy
-from jaxlm.train.recipe import Models, Recipe
+from jaxlm.train.recipe import Models, Recipe, parameter_name
 
 Leaves = tuple[tuple[str, jax.ShapeDtypeStruct, Axes], ...]
 """Name, shape with dtype, and logical axes of each parameter of a tree."""
@@ -98,7 +98,9 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
 
 
 def stage_trees(models: Models, policy: Policy) -> tuple[list[Leaves], list[Leaves]]:
-    """The parameters of what a stage trains, and of what is frozen: teachers, references, the base of adapters.
+    """The parameters that a stage moves, and those that only lie there.
+
+    The latter are teachers, references, the base of adapters, and what the filter of a trained tree leaves where it is.
 
     Raises:
         UserError: the options of adapters match nothing of the model.
@@ -106,7 +108,10 @@ def stage_trees(models: Models, policy: Policy) -> tuple[list[Leaves], list[Leav
     trained, frozen = [], []
     for tree in models.trained.values():
         if tree.adapters is None:
-            trained.append(_leaves(dataclasses.replace(tree.model, layer_loop="scan"), policy))
+            leaves = _leaves(dataclasses.replace(tree.model, layer_loop="scan"), policy)
+            moves = tree.moves or (lambda name: True)
+            trained.append(tuple(leaf for leaf in leaves if moves(parameter_name(leaf[0]))))
+            frozen.append(tuple(leaf for leaf in leaves if not moves(parameter_name(leaf[0]))))
             continue
         # As the model has its layers: adapters of some layers of a stack are refused there and not here.
         decoder = Decoder(tree.model, policy)

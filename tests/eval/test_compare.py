@@ -15,6 +15,7 @@ from jaxlm.counts.parameters import parameters
 from jaxlm.errors import UserError
 from jaxlm.eval import compare as module
 from jaxlm.eval.compare import BUDGET, DEFAULTS, compare, largest_rise
+from tests.child_flags import with_devices
 
 CONFIG = """
 [model]
@@ -57,7 +58,7 @@ def configs(tmp_path: Path) -> list[str]:
 
 def test_two_models_side_by_side(configs, tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "out"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", with_devices())
     monkeypatch.setattr(sys, "argv", ["jaxlm", "compare", *configs, "--steps", "4", "--out", str(out), "seed=3"])
     assert main() == 0
     printed = capsys.readouterr().out

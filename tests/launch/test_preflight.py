@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.launch.local import without_noise
+from tests.child_flags import with_devices
 
 ROOT = Path(__file__).parents[2]
 FAULTY = Path(__file__).with_name("preflight_with_faults.py")
@@ -33,7 +34,7 @@ def preflight(folder: Path, faults: str, *options: str, processes: int = 2, devi
     own = {
         "JAXLM_COORDINATOR": f"127.0.0.1:{port}",
         "JAXLM_PROCESSES": str(processes),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": with_devices(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "OTHER_FOLDER": str(folder / "own"),

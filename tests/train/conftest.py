@@ -19,6 +19,7 @@ from jaxlm.config import toml
 from jaxlm.recipes import start
 from jaxlm.run.metrics import OF_THE_MACHINE
 from jaxlm.train.loop import Progress
+from tests.child_flags import with_devices
 
 RUN = """
 [model]
@@ -87,7 +88,7 @@ class Runs:
 
     def start(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> subprocess.Popen[str]:
         """Start a training process on one device."""
-        environment = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"XLA_FLAGS": with_devices(), "PYTHONUNBUFFERED": "1"}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(self.command(out, *overrides, resume=resume), env=environment, **pipes | options)
 
