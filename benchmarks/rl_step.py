@@ -39,6 +39,7 @@ class Stage:
     def __init__(self, start: Path, folder: Path, *overrides: str) -> None:
         from jaxlm.config import toml
         from jaxlm.processes.freed_memory import keep_freed_memory, one_step_at_a_time
+        from jaxlm.recipes import make_recipe
         from jaxlm.recipes import start as runs
         from jaxlm.train.engine import JaxEngine
 
@@ -46,7 +47,7 @@ class Stage:
         one_step_at_a_time()
         options = [f'train.init_from="{start}"', f'out_dir="{folder}"', *overrides]
         cfg = runs.with_base(toml.load(CONFIG, options))
-        self.config, recipe, self.data = runs.open_stage(cfg, resume=False, tell=lambda _: None)
+        self.config, recipe, self.data = runs.open_stage(cfg, make_recipe(cfg), resume=False, tell=lambda _: None)
         self.engine = JaxEngine(self.config, recipe, runs.completer(self.config, self.data.tokenizer))
         runs.give_parameters(self.config, recipe, self.data, self.engine, False)
         self.batches, self.phase = self.data.batches(batch_size=256, rows=self.engine.rows), 0
