@@ -29,4 +29,8 @@ ModelPath = Annotated[
     ),
 ]
 BackendOption = Annotated[Backend, typer.Option(help="Framework that computes.")]
+SandboxName = Annotated[
+    str,
+    typer.Option(help="auto, bwrap, landlock, seatbelt, container:IMAGE, monty (lower bounds), none (not isolated)."),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]

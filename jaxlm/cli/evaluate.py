@@ -8,14 +8,17 @@ from typing import Annotated
 
 import typer
 
-from jaxlm.cli.arguments import JsonFlag
+from jaxlm.cli.arguments import JsonFlag, SandboxName
 from jaxlm.cli.show import show
 from jaxlm.errors import UserError
 
 commands = typer.Typer()
 
 
-CODE_TASKS = ("humaneval", "mbpp", "humaneval-infilling", "humaneval-sh")
+CODE_TASKS = (
+    "humaneval", "mbpp", "humaneval-infilling", "humaneval-sh", "humaneval-fix", "humaneval-explain", "bug-detection",
+    "next-line",
+)  # fmt: skip
 Words = Annotated[
     list[str],
     typer.Argument(
@@ -42,7 +45,8 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="code: longest completion, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="code: seeds the sampling.")] = 0,
     data: Annotated[Path | None, typer.Option(help="code: file of the set; else under JAXLM_DATA.")] = None,
-    sandbox: Annotated[str, typer.Option(help="code: auto, bwrap, landlock, or none (no isolation).")] = "auto",
+    limit: Annotated[int, typer.Option(min=0, help="code: only the first so many problems; next-line: lines.")] = 0,
+    sandbox: SandboxName = "auto",
     python: Annotated[str, typer.Option(help="code: Python for the boxes.")] = "",
     every: Annotated[bool, typer.Option("--all", help="mbpp: all 974, not only ids 11 to 510.")] = False,
     shots: Annotated[int, typer.Option(min=0, max=3, help="mbpp: solved examples in the prompt.")] = 3,
@@ -50,7 +54,7 @@ def evaluate(
         str, typer.Option(help="infilling: single-line, multi-line, random-span, random-span-light.")
     ] = "single-line",
     fim: Annotated[str, typer.Option(help="infilling: psm, spm, or prompt (the suffix as a comment).")] = "psm",
-    chat: Annotated[bool, typer.Option("--chat", help="--from: take code out of a chat model's answers.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="code: ask by the chat template; code is in fences.")] = False,
     out: Annotated[Path | None, typer.Option(help="code: where records go; else RUN/eval.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -68,18 +72,11 @@ def evaluate(
         from jaxlm.eval.code.evaluate import CodeOptions
         from jaxlm.eval.code.generation import Generation
 
-        made = {
-            "samples": samples,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "fim": fim,
-        }
+        made = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
         chosen = {"data": data, "sandbox": sandbox, "python": python, "every": every, "shots": shots, "part": part}
-        options = CodeOptions(ks=code_tasks.numbers(k), chat=chat, out=out, **chosen)
-        code_tasks.run(
-            [*([] if samples_file else words[:1]), *code], samples_file, options, Generation(**made), as_json
-        )
+        options = CodeOptions(ks=code_tasks.numbers(k), chat=chat, out=out, limit=limit, **chosen)
+        how = Generation(**made, fim=fim, chat=chat)
+        code_tasks.run([*([] if samples_file else words[:1]), *code], samples_file, options, how, as_json)
     if "position" in tasks:
         _position(words[0], as_json, length=length, window=window, keep_first=keep_first, texts=texts, buckets=buckets)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxlm.cli.arguments import JsonFlag
+from jaxlm.cli.arguments import JsonFlag, SandboxName
 from jaxlm.cli.show import show
 from jaxlm.errors import UserError
 
@@ -30,7 +30,7 @@ def sandbox(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[run FILE]", help="A program to run; none: the table of escapes.")
     ] = None,
-    sandbox: Annotated[str, typer.Option(help="auto, bwrap, landlock, or none (no isolation).")] = "auto",
+    sandbox: SandboxName = "auto",
     python: Annotated[str, typer.Option(help="Python for the boxes; by default this one.")] = "",
     language: Annotated[Language | None, typer.Option(help="run: by default by the ending of the name.")] = None,
     cpu_seconds: Annotated[float, typer.Option(min=0.1, help="run: processor time.")] = 10.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -45,6 +46,39 @@ def memory_file(data: bytes) -> int:
     return number
 
 
+def _processes_of() -> int:
+    """The number of our process namespace: a process of another one may live though we do not see it."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def own_folder() -> Path:
+    """Make a folder for a box on the machine's disk; first remove those of judges that were killed."""
+    sweep(tempfile.gettempdir())
+    return Path(tempfile.mkdtemp(prefix=f"jaxlm-box-{os.getpid()}-{_processes_of()}-"))
+
+
+@functools.cache
+def sweep(place: str) -> None:
+    """Remove folders of boxes whose judge is dead: only our own user's, and only of this process namespace."""
+    for path in Path(place).glob(f"jaxlm-box-*-{_processes_of()}-*"):
+        number = path.name.split("-")[2]
+        state = path.lstat() if path.exists() else None
+        if not (number.isdigit() and state and stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()):
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            try:
+                remove_folder(path)
+            except OSError:
+                continue  # another judge sweeps it
+        except (PermissionError, OverflowError):
+            continue  # alive, as another user
+
+
 def environment(work: str, language: str) -> dict[str, str]:
     """The whole environment of a box."""
     names = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": work}
@@ -57,7 +91,7 @@ class Box:
     def __init__(self, backend: Backend, interpreter: Interpreter, job: Job, limits: Limits) -> None:
         """Start a box. Raises: HarnessError where the isolation does not start."""
         self.limits = limits.for_language(job.language)
-        self.folder = None if backend.owns_files else Path(tempfile.mkdtemp(prefix=f"jaxlm-box-{os.getpid()}-"))
+        self.folder = None if backend.owns_files else own_folder()
         self.output = {"stdout": bytearray(), "stderr": bytearray()}
         self.printed = 0
         self.ready = self.ended = False
@@ -79,8 +113,9 @@ class Box:
         os.write(job_file, wire.encode(self._job(job, launch, theirs.fileno())))
         os.lseek(job_file, 0, os.SEEK_SET)
         stdin = memory_file(job.stdin)
-        self.reports = launch.reports
-        kept = [job_file, theirs.fileno(), *job.pipes.values(), *launch.keep, *([info] if launch.reports else [])]
+        self.reports, self.measures, self.end = launch.reports, launch.measures, launch.end
+        reporting = [info] if launch.reports or launch.measures else []
+        kept = [job_file, theirs.fileno(), *job.pipes.values(), *launch.keep, *reporting]
         try:
             self.process = subprocess.Popen(
                 launch.command,
@@ -140,8 +175,20 @@ class Box:
                 self.disk = os.open(f"/proc/{self.first}/root/work", os.O_PATH | os.O_DIRECTORY)
             except OSError:
                 self.disk = None
+        if self.measures:
+            os.set_blocking(self.info, False)
         self.ready = True
         self.status.send(b"G")
+
+    def usage(self) -> processes.Usage:
+        """What the box uses now; of processes that we do not see, as the backend last reported."""
+        if not self.measures:
+            return processes.usage(self.first or self.process.pid)
+        try:
+            line = os.read(self.info, 1 << 16).splitlines()[-1].split()
+            return processes.Usage(float(line[0]), int(line[1]), int(line[2]), int(line[3]), line[4] == b"1")
+        except (BlockingIOError, IndexError):
+            return self.seen
 
     def drain(self) -> bool:
         """Read what was printed. Returns whether it is too much."""
@@ -163,7 +210,7 @@ class Box:
     def excess(self) -> tuple[str, str] | None:
         """Look what the box uses. Returns the kind of verdict and the reason when it is more than it may."""
         before = self.seen
-        now = processes.usage(self.first or self.process.pid)
+        now = self.usage()
         # A process that has just ended takes its time with it until its parent has waited for it.
         self.seen = now._replace(cpu_seconds=max(now.cpu_seconds, before.cpu_seconds))
         self.seen = self.seen._replace(running=now.running or now.cpu_seconds > before.cpu_seconds)
@@ -194,6 +241,8 @@ class Box:
 
     def kill(self) -> int:
         """Kill everything in the box and wait until it is dead. Returns the exit status, negative for a signal."""
+        if self.end and self.process.poll() is None:
+            subprocess.run(self.end, capture_output=True, check=False)
         if self.first is not None:
             _kill_and_wait(self.first)
         elif self.process.poll() is None:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.sandbox import escapes, interpreter
-from jaxlm.sandbox.backends import Backend, Interpreter, bare, bwrap, landlock
+from jaxlm.sandbox.backends import Backend, Interpreter, bare, bwrap, container, landlock, monty, seatbelt
 
-BACKENDS = {backend.name: backend for backend in (bwrap.BACKEND, landlock.BACKEND, bare.BACKEND)}
-"""From the strongest to the weakest; `none` is never taken unless it is named."""
+BACKENDS = {one.BACKEND.name: one.BACKEND for one in (bwrap, landlock, seatbelt, monty, bare)}
+"""From the strongest to the weakest; `none` is never taken unless it is named, and a container has its image's name."""
+CONTAINER = "container:"
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,15 @@ def choose(name: str = "auto", python: str = "") -> Sandbox:
     """Take the strongest isolation that holds here.
 
     Args:
-        name: `auto`, or a backend by its name. `none` isolates nothing and must be named.
+        name: `auto`, or a backend by its name, a container as `container:IMAGE`. `none` isolates nothing and must be
+            named.
         python: path of the Python for the boxes; by default the one behind this process.
 
     Raises: UserError with the way out for this system, before anything is generated.
     """
     found = interpreter.find(python)
     if name != "auto":
-        if name not in BACKENDS:
-            raise UserError(f"no sandbox {name!r}", did_you_mean(name, ["auto", *BACKENDS]))
-        backend = BACKENDS[name]
+        backend, found = _named(name, found)
         if reason := backend.problem():
             raise UserError(f"the sandbox {name} does not work here: {reason}")
         if name != "none" and not holds(backend, found):
@@ -94,9 +94,17 @@ def choose(name: str = "auto", python: str = "") -> Sandbox:
     raise UserError(f"nothing isolates code here ({'; '.join(reasons[:-1])})", _way_out())
 
 
+def _named(name: str, python: Interpreter) -> tuple[Backend, Interpreter]:
+    if name.startswith(CONTAINER) and name != CONTAINER:
+        return container.of(name.removeprefix(CONTAINER))
+    if name not in BACKENDS:
+        raise UserError(f"no sandbox {name!r}", did_you_mean(name, ["auto", *BACKENDS, f"{CONTAINER}IMAGE"]))
+    return BACKENDS[name], python
+
+
 def _way_out() -> str:
     if sys.platform == "linux":
         return (
             "pip install 'jaxlm[sandbox]', allow user namespaces, or use a container; `--sandbox none` isolates nothing"
         )
-    return "run in a Linux container or virtual machine; `--sandbox none` isolates nothing"
+    return "--sandbox container:python:3.12-slim, with docker or podman; `--sandbox none` isolates nothing"

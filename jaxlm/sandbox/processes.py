@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from typing import NamedTuple
 
@@ -66,8 +67,38 @@ def children(number: int) -> list[int]:
     return listed
 
 
+def _seconds(text: str) -> float:
+    """Read the time of `ps`: [[days-]hours:]minutes:seconds."""
+    days, _, rest = text.rpartition("-")
+    seconds = 0.0
+    for part in rest.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds + 86_400 * int(days or 0)
+
+
+def listed_by_ps() -> dict[int, Process]:
+    """All processes, as `ps` lists them where there is no /proc: a Mac. It counts no threads."""
+    command = ["ps", "-A", "-o", "pid=,ppid=,stat=,time=,rss="]
+    found = {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines():
+        number, parent, state, taken, kilobytes = line.split()
+        running = state[:1] in {"R", "D", "U"}
+        found[int(number)] = Process(int(number), int(parent), running, _seconds(taken), int(kilobytes) << 10, 1)
+    return found
+
+
+def _tree_by_ps(root: int) -> list[Process]:
+    known = listed_by_ps()
+    numbers = [root] if root in known else []
+    for number in numbers:  # grows as it is walked
+        numbers += [one.number for one in known.values() if one.parent == number]
+    return [known[number] for number in numbers]
+
+
 def tree(root: int) -> list[Process]:
     """A process and all that descend from it."""
+    if not os.path.exists("/proc/self/stat"):
+        return _tree_by_ps(root)
     listed, waiting = [], [root]
     while waiting:
         number = waiting.pop()

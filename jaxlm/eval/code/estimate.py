@@ -50,6 +50,26 @@ def interval(scores: Sequence[float]) -> Estimate:
     return Estimate(mean, float(low), float(high), "bootstrap, by problem")
 
 
+def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """A ratio of sums over groups (problems, files) with a 95 % interval: precision, F1, a mean over lines of files.
+
+    The bootstrap draws groups, whose items belong together. Where all groups agree it would call that certain, so
+    Wilson's interval for as many items stands there; 0 of 0 is 0 with the interval [0, 1].
+    """
+    top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    if bottom.sum() == 0:
+        return Estimate(0.0, 0.0, 1.0, "nothing to divide by")
+    value = float(top.sum() / bottom.sum())
+    groups = len(top)
+    weights = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), DRAWS)
+    divisors = weights @ bottom
+    drawn = (weights @ top)[divisors > 0] / divisors[divisors > 0]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    if high - low < 1e-12:
+        return Estimate(value, *wilson(round(top.sum()), round(bottom.sum())), "Wilson, by item")
+    return Estimate(value, float(low), float(high), "bootstrap, by group")
+
+
 def wilson(c: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share (Wilson 1927)."""
     z = 1.959963984540054

@@ -7,17 +7,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jaxlm.errors import UserError, did_you_mean
-from jaxlm.eval.code.estimate import check_counts
+from jaxlm.eval.code import bugs, generation
+from jaxlm.eval.code.estimate import Estimate, check_counts
 from jaxlm.eval.code.generation import Generation, ModelCompleter, make_samples
-from jaxlm.eval.code.problems import Problem
-from jaxlm.eval.code.programs import from_chat
-from jaxlm.eval.code.samples import Sample, read_samples
-from jaxlm.eval.code.score import CodeReport, judge_samples, write_report
-from jaxlm.eval.tasks import humaneval, humaneval_sh, infilling, mbpp
-from jaxlm.sandbox import choose
+from jaxlm.eval.code.metrics import MetricReport
+from jaxlm.eval.code.problems import NO_TESTS, Problem, rows
+from jaxlm.eval.code.samples import Sample, from_answers, read_samples, records
+from jaxlm.eval.code.score import CodeReport, judge_samples, reference_times, write_report
+from jaxlm.eval.tasks import (
+    bug_detection,
+    humaneval,
+    humaneval_explain,
+    humaneval_fix,
+    humaneval_sh,
+    infilling,
+    mbpp,
+    next_line,
+)
+from jaxlm.sandbox import Sandbox, choose
 
-TASKS = ("humaneval", "mbpp", "humaneval-infilling", "humaneval-sh")
+TASKS = (
+    "humaneval", "mbpp", "humaneval-infilling", "humaneval-sh", "humaneval-fix", "humaneval-explain", "bug-detection",
+    "next-line",
+)  # fmt: skip
 Progress = Callable[[str, int, int], None]
+Report = CodeReport | MetricReport
+LIKELIER = "the likelier of yes and no"
+WRITTEN = "the first yes or no of the answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +41,9 @@ class CodeOptions:
     """Options of code tasks; those of generation are in `generation`."""
 
     data: Path | None = None
-    """File of the set; by default under `JAXLM_DATA`."""
+    """File of the set; by default under `JAXLM_DATA`. Next line: a file or folder of text instead of the run's own."""
+    limit: int = 0
+    """Only so many problems, the first of the set; of next line, lines (0: 500)."""
     ks: tuple[int, ...] = (1,)
     """The k of pass@k."""
     sandbox: str = "auto"
@@ -44,52 +62,88 @@ class CodeOptions:
     workers: int = 0
     generation: Generation = field(default_factory=Generation)
 
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise UserError(f"--limit {self.limit} takes nothing", "a number of problems; 0: all")
+
 
 def problems_of(task: str, options: CodeOptions) -> list[Problem]:
-    """Read the problems of a task. Raises: UserError."""
-    if task == "humaneval":
-        return humaneval.problems(options.data)
-    if task == "mbpp":
-        return mbpp.problems(options.data, shots=options.shots, every=options.every)
-    if task == "humaneval-infilling":
-        return infilling.problems(options.data, part=options.part)
-    if task == "humaneval-sh":
-        return humaneval_sh.problems(options.data)
-    raise UserError(f"unknown task {task!r}", did_you_mean(task, TASKS))
+    """Read the problems of a task; of one that is made from HumanEval, those of HumanEval. Raises: UserError."""
+    if task in ("humaneval", "humaneval-fix", "humaneval-explain", "bug-detection"):
+        made = humaneval.problems(options.data)
+    elif task == "mbpp":
+        made = mbpp.problems(options.data, shots=options.shots, every=options.every)
+    elif task == "humaneval-infilling":
+        made = infilling.problems(options.data, part=options.part)
+    elif task == "humaneval-sh":
+        made = humaneval_sh.problems(options.data)
+    else:
+        raise UserError(f"unknown task {task!r}", did_you_mean(task, TASKS))
+    return made[: options.limit or None]
 
 
-def from_answers(problems: Sequence[Problem], samples: Sequence[Sample]) -> tuple[list[Problem], list[Sample]]:
-    """Take programs out of a chat model's answers. Returns problems whose completions are whole programs, and these."""
-    if any(problem.suffix or problem.tests.language != "python" for problem in problems):
-        raise UserError("--chat is for humaneval and mbpp", "leave it out")
-    table = {problem.task_id: problem for problem in problems}
-    programs = [
-        sample._replace(completion=from_chat(sample.completion, one.before, one.entry))
-        for sample in samples
-        for one in [table[sample.task_id]]
-    ]
-    return [replace(problem, before="", stops=()) for problem in problems], programs
+def check_language(problems: Sequence[Problem], sandbox: Sandbox) -> None:
+    """Refuse a sandbox that does not speak a task's language. Raises: UserError."""
+    for language in {problem.tests.language for problem in problems} - sandbox.backend.languages:
+        raise UserError(f"the sandbox {sandbox.name} runs no {language}", "name another one by --sandbox")
 
 
-def judge_file(task: str, path: Path, options: CodeOptions, progress: Progress | None = None) -> CodeReport:
+def built(task: str, right: Sequence[Problem], sandbox: Sandbox, progress: Progress | None = None) -> list[Problem]:
+    """Make the problems of a task from those of its set: plant bugs, or take references apart."""
+    check_language(right, sandbox)
+    if task == "humaneval-explain":
+        return [humaneval_explain.take_apart(problem).problem for problem in right]
+    if task not in ("humaneval-fix", "bug-detection"):
+        return list(right)
+    reference_times(right, sandbox, _stage(progress, f"{task}: references"))
+    planted = bugs.plant(right, sandbox, _stage(progress, f"{task}: bugs"))
+    return (humaneval_fix if task == "humaneval-fix" else bug_detection).problems(right, planted)
+
+
+def judge_file(task: str, path: Path, options: CodeOptions, progress: Progress | None = None) -> Report:
     """Judge anybody's samples of a task; no model is needed. Verdicts go to `FILE.verdicts.jsonl`, or to `options.out`.
 
     Raises: UserError.
     """
+    if task == "next-line":
+        lines = next_line.lines(_texts(None, options), options.limit or next_line.LINES)
+        answers = {one.task_id: one.completion for one in read_samples(path, {line.task_id for line in lines})}
+        if missing := [line.task_id for line in lines if line.task_id not in answers]:
+            raise UserError(f"{path} has no completion of {missing[0]}", "every line needs one, also with --limit")
+        return next_line.report(lines, [answers[line.task_id] for line in lines])
     sandbox = choose(options.sandbox, options.python)
-    problems = problems_of(task, options)
+    right = problems_of(task, options)
+    problems = built(task, right, sandbox, progress)
     samples = read_samples(path, {problem.task_id for problem in problems})
+    if task == "bug-detection":
+        return bug_detection.report(samples, WRITTEN)
     if options.chat:
         problems, samples = from_answers(problems, samples)
     out = options.out or path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.verdicts.jsonl")
+    made = _judged(task, problems, samples, out, sandbox, options, progress)
+    if task == "humaneval-explain":
+        texts = [(str(row["task_id"]), str(row["explanation"])) for row in rows(path) if "explanation" in row]
+        made = replace(made, beside=_chrf(right, texts)) if texts else made
+    return made
+
+
+def _judged(
+    task: str,
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+    out: Path,
+    sandbox: Sandbox,
+    options: CodeOptions,
+    progress: Progress | None,
+) -> CodeReport:
     table = {problem.task_id: problem for problem in problems}
-    step = _stage(progress, "judged")
+    step = _stage(progress, f"{task}: judged")
     return judge_samples(task, table, samples, out, sandbox, options.ks, options.workers, step)
 
 
 def measure(
     run: Path | str, tasks: Sequence[str], options: CodeOptions, progress: Progress | None = None
-) -> list[CodeReport]:
+) -> list[Report]:
     """Let a model solve the problems of tasks, and judge its samples. Everything is kept in RUN/eval/TASK.
 
     The isolation is chosen before anything is generated.
@@ -98,20 +152,128 @@ def measure(
     """
     how = options.generation
     check_counts(how.samples, options.ks, how.temperature)
-    sandbox = choose(options.sandbox, options.python)
-    listed = [(task, problems_of(task, options)) for task in tasks]
+    sandbox = None if set(tasks) <= {"next-line"} else choose(options.sandbox, options.python)
+    listed = [(task, [] if task == "next-line" else problems_of(task, options)) for task in tasks]
     root = options.out or (Path(run) / "eval" if Path(run).is_dir() else Path("eval") / Path(run).name)
-    reports = []
-    for task, problems in listed:
-        model = ModelCompleter(run, problems[0].stops, how)
-        samples = make_samples(problems, model, how, root / task, _stage(progress, f"{task}: samples"))
-        table = {problem.task_id: problem for problem in problems}
-        step = _stage(progress, f"{task}: judged")
-        file = root / task / "verdicts.jsonl"
-        report = judge_samples(task, table, samples, file, sandbox, options.ks, options.workers, step)
-        write_report(report, root)
-        reports.append(report)
+    model = ModelCompleter(run, how)
+    reports: list[Report] = []
+    for task, right in listed:
+        each = Measured(task, root / task, sandbox, options, progress, model)
+        made = each.next_line() if sandbox is None or task == "next-line" else each.of(right, sandbox)
+        write_report(made, root)
+        reports.append(made)
     return reports
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One task of one model, and where its records go."""
+
+    task: str
+    folder: Path
+    sandbox: Sandbox | None
+    options: CodeOptions
+    progress: Progress | None
+    model: ModelCompleter
+
+    @property
+    def how(self) -> Generation:
+        return self.options.generation
+
+    def step(self, name: str) -> Callable[[int, int], None] | None:
+        """A reporter of one stage."""
+        return _stage(self.progress, f"{self.task}: {name}")
+
+    def of(self, right: Sequence[Problem], sandbox: Sandbox) -> Report:
+        """Make the problems of the task from those of its set, and measure."""
+        problems = built(self.task, right, sandbox, self.progress)
+        if self.task == "bug-detection":
+            return self.detection(problems)
+        return self.explained(right) if self.task == "humaneval-explain" else self.programs(problems)
+
+    def programs(
+        self, problems: Sequence[Problem], folder: Path | None = None, asked: dict | None = None
+    ) -> CodeReport:
+        """Let the model write programs, and judge them; `asked` holds the problem of each sample, where they differ."""
+        folder = folder or self.folder
+        table = asked or {(one.task_id, n): one for one in problems for n in range(self.how.samples)}
+        prompts = {key: generation.prompt_of(one, self.model, self.how) for key, one in table.items()}
+        model = self.model.stopping_at(problems[0].stops)
+        samples = make_samples(problems, model, self.how, folder, self.step("samples"), prompts)
+        if self.how.chat:
+            problems, samples = from_answers(problems, samples)
+        assert self.sandbox is not None
+        file = folder / "verdicts.jsonl"
+        return _judged(self.task, problems, samples, file, self.sandbox, self.options, self.progress)
+
+    def explained(self, right: Sequence[Problem]) -> CodeReport:
+        """Explain and write the code again; beside, the same without an explanation, and chrF."""
+        explained = [humaneval_explain.take_apart(problem) for problem in right]
+        asks, model = [one.ask() for one in explained], self.model.stopping_at(humaneval_explain.STOPS)
+        texts = make_samples(asks, model, self.how, self.folder / "explanations", self.step("explanations"))
+        problems = [one.problem for one in explained]
+        with_, without = (humaneval_explain.second_steps(explained, texts, empty) for empty in (False, True))
+        made = self.programs(problems, asked=with_)
+        baseline = self.programs(problems, self.folder / "unexplained", without)
+        table = {one.problem.task_id: one for one in explained}
+        cleaned = [(one.task_id, table[one.task_id].cleaned(one.completion)) for one in texts]
+        scores = {f"pass@{k} without an explanation": score for k, score in baseline.raw.items()}
+        return replace(made, beside={**scores, **_chrf(right, cleaned)})
+
+    def detection(self, problems: Sequence[Problem]) -> MetricReport:
+        """Ask of each program whether it is right; appended answer by answer."""
+        generation.same_settings(self.folder, self.how)
+        answers = bug_detection.CHAT_ANSWERS if self.how.chat else bug_detection.ANSWERS
+        step = self.step("answers")
+        with records(self.folder / "samples.jsonl") as opened:
+            for place, record in enumerate(opened.known):
+                if place >= len(problems) or record.get("task_id") != problems[place].task_id:
+                    raise UserError(f"{opened.path} has answers on other programs", "remove it, or name another --out")
+            for problem in problems[len(opened.known) :]:
+                chosen = self.model.choose(generation.prompt_of(problem, self.model, self.how), answers)
+                record = {"task_id": problem.task_id, "completion": answers[chosen]}
+                opened.append(record)
+                opened.known.append(record)
+                if step:
+                    step(len(opened.known), len(problems))
+            samples = [Sample(one["task_id"], 0, one["completion"]) for one in opened.known]
+        return bug_detection.report(samples, LIKELIER)
+
+    def next_line(self) -> MetricReport:
+        """Let the model write the next lines of held-out files. Raises: UserError unless it is greedy, without chat."""
+        if self.how.temperature or self.how.chat:
+            raise UserError("next-line is greedy and asks no question", "leave --temperature and --chat out")
+        lines = next_line.lines(_texts(self.model, self.options), self.options.limit or next_line.LINES)
+        problems = [Problem(line.task_id, line.prompt, NO_TESTS, "") for line in lines]
+        model = self.model.stopping_at((), min(self.how.max_new_tokens, next_line.MAX_TOKENS))
+        samples = make_samples(problems, model, self.how, self.folder, self.step("lines"))
+        return next_line.report(lines, [sample.completion for sample in samples])
+
+
+def _texts(model: ModelCompleter | None, options: CodeOptions) -> list[tuple[str, str]]:
+    """Held-out text by file: `--data`, else the validation side of the run's corpus. Raises: UserError."""
+    if options.data:
+        return next_line.texts_of(options.data)
+    if model is None:
+        raise UserError("--from knows no corpus", "next-line needs --data FILE_OR_FOLDER")
+    from jaxlm.data.sources import Documents
+
+    documents = Documents(model.model.config.data)
+    return [(document.name, document.text) for side, document in documents if side == "validation"]
+
+
+def _chrf(right: Sequence[Problem], explanations: Sequence[tuple[str, str]]) -> dict[str, Estimate]:
+    """chrF of explanations against docstrings, beside that of the docstring of another problem and of the code."""
+    explained = [humaneval_explain.take_apart(problem) for problem in right]
+    docstrings = {one.problem.task_id: one.docstring for one in explained}
+    name, score = humaneval_explain.chrf([(task, text, docstrings[task]) for task, text in explanations])
+    others = dict(zip(docstrings, [*list(docstrings.values())[1:], next(iter(docstrings.values()))], strict=True))
+    code = {one.problem.task_id: one.code for one in explained}
+    made = {name: score}
+    for title, texts in (("the docstring of another problem", others), ("the code itself", code)):
+        pairs = [(task, texts[task], docstrings[task]) for task in docstrings]
+        made[f"chrF2 of {title}"] = humaneval_explain.chrf(pairs)[1]
+    return made
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.eval.code.estimate import check_counts
 from jaxlm.eval.code.problems import Problem
 from jaxlm.eval.code.samples import Sample, records
+
+if TYPE_CHECKING:
+    from jaxlm.text.chat import Chat
 
 ORDERS = ("psm", "spm", "prompt")
 CHUNK = 16
@@ -33,6 +38,8 @@ class Generation:
     seed: int = 0
     fim: str = "psm"
     """Infilling: `psm` or `spm`, the order of prefix, suffix and middle; `prompt`: the suffix is a comment instead."""
+    chat: bool = False
+    """Ask through the model's chat template, and take code out of the fences of its answers."""
 
     def __post_init__(self) -> None:
         if self.fim not in ORDERS:
@@ -51,53 +58,74 @@ class Completer(Protocol):
         """The text of a special token (`fim_prefix`), None where the tokenizer has none."""
         ...
 
+    def turn(self, question: str) -> str:
+        """The text of a conversation up to where the model answers a question."""
+        ...
+
 
 class ModelCompleter:
     """A model of jaxlm, by its path."""
 
-    def __init__(self, path: Path | str, stops: Sequence[str], how: Generation) -> None:
+    def __init__(self, path: Path | str, how: Generation, stops: Sequence[str] = ()) -> None:
         """Open a model. Raises: UserError."""
-        import jax
-
         from jaxlm.convert.files.side_files import no_tokenizer
-        from jaxlm.convert.open_model import load
-        from jaxlm.infer.text import Generator
-        from jaxlm.models.decoder import Decoder
-        from jaxlm.numerics import Policy
+        from jaxlm.infer.model import load
         from jaxlm.processes.compile_cache import enable_compilation_cache
-        from jaxlm.text.tokenizer import Tokenizer
 
-        model = load(path)
-        if model.tokenizer_path is None:
+        self.model = load(path)
+        if self.model.tokenizer is None:
             raise no_tokenizer(Path(path))
-        enable_compilation_cache(model.config.data.cache_dir)
-        self.stops, self.how = stops, how
-        self.wide = "float64" in (model.config.numerics.params, model.config.numerics.compute)
-        self.tokenizer = Tokenizer.from_file(model.tokenizer_path)
-        with jax.enable_x64(self.wide or jax.config.read("jax_enable_x64")):
-            decoder = Decoder(model.config.model.portable, Policy.from_config(model.config.numerics))
-            self.generator = Generator(decoder, jax.device_put(model.params), self.tokenizer)
+        enable_compilation_cache(self.model.config.data.cache_dir)
+        self.how, self.stops = how, stops
+        self.tokenizer = self.model.tokenizer
+
+    def stopping_at(self, stops: Sequence[str], max_new_tokens: int = 0) -> ModelCompleter:
+        """The same model in memory, whose completions end before some strings."""
+        other = copy.copy(self)
+        other.stops = stops
+        other.how = replace(self.how, max_new_tokens=max_new_tokens or self.how.max_new_tokens)
+        return other
 
     def complete(self, prompts: Sequence[str], seed: int) -> list[tuple[str, bool]]:
         """Complete prompts in one batch."""
-        import jax
-
         from jaxlm.text.sampling import GREEDY, Sampling
 
-        limit, eot = self.how.max_new_tokens, self.tokenizer.eot
         sampling = Sampling(temperature=self.how.temperature) if self.how.temperature else GREEDY
-        with jax.enable_x64(self.wide or jax.config.read("jax_enable_x64")):
-            done = self.generator.complete(prompts, sampling, max_new_tokens=limit, stop=self.stops, seed=seed)
-        return [(one.text, len(one.tokens) >= limit and one.tokens[-1] != eot) for one in done]
+        limit, stops = self.how.max_new_tokens, () if self.how.chat else self.stops
+        done = self.model.generate(list(prompts), sampling=sampling, max_new_tokens=limit, stop=stops, seed=seed)
+        return [(one.text, one.finish == "length") for one in done]
+
+    def choose(self, prompt: str, answers: Sequence[str]) -> int:
+        """The answer that is likeliest behind a prompt, by its number; the first of those that are equal."""
+        rows = self.model.log_probs([prompt + answer for answer in answers])
+        return int(max(range(len(rows)), key=lambda number: float(rows[number].sum())))
 
     def spelling(self, special: str) -> str | None:
         """The text of a special token."""
         known = self.tokenizer.specials
         return self.tokenizer.decode([known[special]]) if special in known else None
 
+    def turn(self, question: str) -> str:
+        """The text of a conversation up to where the model answers a question."""
+        return self._chat.render([{"role": "user", "content": question}], generation_prompt=True).text
+
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        from jaxlm.text.chat import Chat
+
+        own = self.model.tokenizer_path
+        return Chat.of(self.tokenizer, beside=own.parent if own else None)
+
 
 def prompt_of(problem: Problem, model: Completer, how: Generation) -> str:
-    """The text that the model continues. Raises: UserError for infilling without FIM tokens."""
+    """The text that the model continues.
+
+    Raises: UserError for infilling without FIM tokens, and for a chat with a task that asks no question.
+    """
+    if how.chat:
+        if not problem.question:
+            raise UserError(f"--chat: {problem.task_id} asks no question, it is for base models", "leave --chat out")
+        return model.turn(problem.question)
     if not problem.suffix:
         return problem.prompt
     if how.fim == "prompt":
@@ -120,17 +148,21 @@ def make_samples(
     how: Generation,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
+    prompts: Mapping[tuple[str, int], str] | None = None,
 ) -> list[Sample]:
     """Complete every problem, append each sample to `folder/samples.jsonl`, and return all.
 
     A killed run goes on behind the last whole line, and ends with the same file.
 
+    Args:
+        prompts: the prompt of each sample, by problem and number, where it is not the problem's own.
+
     Raises: UserError for counts that make no estimate, or a folder with samples of other settings.
     """
     check_counts(how.samples, [1], how.temperature)
-    _same_settings(folder, how)
+    same_settings(folder, how)
     wanted = [(problem, number) for problem in problems for number in range(how.samples)]
-    prompts = {problem.task_id: prompt_of(problem, model, how) for problem in problems}
+    prompts = prompts or {(one.task_id, number): prompt_of(one, model, how) for one, number in wanted}
     with records(folder / "samples.jsonl") as opened:
         for number, record in enumerate(opened.known):
             if number >= len(wanted) or record.get("task_id") != wanted[number][0].task_id:
@@ -138,7 +170,8 @@ def make_samples(
         chunks = range(len(opened.known) // CHUNK, -(-len(wanted) // CHUNK)) if len(opened.known) < len(wanted) else ()
         for chunk in chunks:
             batch = wanted[chunk * CHUNK : (chunk + 1) * CHUNK]
-            texts = model.complete([prompts[problem.task_id] for problem, _ in batch], how.seed * 1_000_003 + chunk)
+            asked = [prompts[problem.task_id, number] for problem, number in batch]
+            texts = model.complete(asked, how.seed * 1_000_003 + chunk)
             for place, ((problem, number), (text, cut_off)) in enumerate(zip(batch, texts, strict=True)):
                 if chunk * CHUNK + place < len(opened.known):
                     continue
@@ -152,11 +185,12 @@ def make_samples(
     return [Sample(one["task_id"], one["sample"], one["completion"], one["cut_off"]) for one in known]
 
 
-def _same_settings(folder: Path, how: Generation) -> None:
+def same_settings(folder: Path, how: Generation) -> None:
+    """Keep the settings beside the samples. Raises: UserError where a folder has those of others."""
     file, settings = folder / "settings.json", asdict(how)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if file.exists() and json.loads(file.read_text()) != settings:
+        if file.exists() and {**asdict(Generation()), **json.loads(file.read_text())} != settings:
             raise UserError(f"{folder} has samples of other settings", "remove it, or name another --out")
         file.write_text(json.dumps(settings) + "\n")
     except (OSError, ValueError) as error:

@@ -12,6 +12,9 @@ from pathlib import Path
 from jaxlm.errors import UserError
 from jaxlm.sandbox import Tests
 
+NO_TESTS = Tests("", ("nothing",))
+"""Of a problem whose answer no program judges."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -37,10 +40,17 @@ class Problem:
     """The strings are part of the set's format, so that samples of others end there too."""
     challenge: Tests | None = None
     """More tests, for a second number."""
+    question: str = ""
+    """What a chat model is asked instead; empty where a task is for base models only."""
 
     def program(self, completion: str) -> str:
         """The program that a completion makes, byte for byte."""
         return f"{self.before}{completion}{self.after}"
+
+
+def asked(question: str, start: str = "") -> str:
+    """The prompt of a question for a model without a chat template, as in OctoPack (Muennighoff et al. 2023)."""
+    return f"Question: {question}\n\nAnswer:\n{start}"
 
 
 def find_file(path: str | Path | None, *names: str) -> Path:

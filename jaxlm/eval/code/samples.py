@@ -6,13 +6,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.errors import UserError, did_you_mean
-from jaxlm.eval.code.problems import rows
+from jaxlm.eval.code.problems import Problem, rows
+from jaxlm.eval.code.programs import from_chat
 
 MAX_COMPLETION = 1 << 20
 
@@ -64,6 +66,19 @@ def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
     if not samples:
         raise UserError(f"{path} has no sample", "one JSON object a line: task_id, completion")
     return samples
+
+
+def from_answers(problems: Sequence[Problem], samples: Sequence[Sample]) -> tuple[list[Problem], list[Sample]]:
+    """Take programs out of a chat model's answers. Returns problems whose completions are whole programs, and these."""
+    if any(problem.suffix or problem.tests.language != "python" for problem in problems):
+        raise UserError("--chat is for tasks that ask for a function in Python", "leave it out")
+    table = {problem.task_id: problem for problem in problems}
+    programs = [
+        sample._replace(completion=from_chat(sample.completion, one.before, one.entry))
+        for sample in samples
+        for one in [table[sample.task_id]]
+    ]
+    return [replace(problem, before="", stops=()) for problem in problems], programs
 
 
 class Records:

@@ -10,6 +10,8 @@ from jaxlm.sandbox import Tests
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """As in the paper, section 3.1."""
+QUESTION = "Complete this Python function, and show the whole function.\n\n```python\n{code}\n```"
+"""For chat models."""
 FILES = ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl")
 
 
@@ -27,6 +29,7 @@ def problem(row: dict) -> Problem:
         before=row["prompt"],
         after="\n",
         stops=STOPS,
+        question=QUESTION.format(code=row["prompt"].strip()),
     )
 
 

@@ -86,6 +86,7 @@ def problems(path: str | Path | None = None, shots: int = 3, every: bool = False
                 reference=_code(row),
                 after="\n",
                 stops=("[DONE]",),
+                question=TASK.format(text=row["text"], tests="\n".join(row["test_list"])),
                 challenge=tests(row, row["challenge_test_list"]) if row.get("challenge_test_list") else None,
             )
         )

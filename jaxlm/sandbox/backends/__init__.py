@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from jaxlm.sandbox.verdicts import Limits, Ran, Tests, Verdict
 
 
 class Interpreter(NamedTuple):
@@ -47,6 +50,10 @@ class Launch:
     supervise: bool = False
     reports: bool = False
     """The backend writes the number of the first process inside to `Request.info`."""
+    measures: bool = False
+    """The backend writes lines of `processes.Usage` to `Request.info`, for processes that are not ours to see."""
+    end: tuple[str, ...] = ()
+    """A command that ends a box whose processes are not children of its own."""
     keep: tuple[int, ...] = ()
     """More descriptors that the command needs; closed after the start."""
 
@@ -62,6 +69,12 @@ class Backend:
     owns_files: bool = True
     """Its boxes have a file system of their own, gone with them."""
     languages: frozenset[str] = field(default_factory=lambda: frozenset({"python", "bash"}))
+    lower_bound: bool = False
+    """Its Python is not all of Python, so right answers may fail: every number says so."""
+    judge: Callable[[str, Tests, Limits, threading.Event | None], Verdict] | None = None
+    """Judges by itself, without boxes."""
+    run: Callable[[str, bytes, Limits, threading.Event | None], Ran] | None = None
+    """Runs a whole program by itself."""
 
 
 INSIDE = Path(__file__).parents[1] / "inside"

@@ -47,7 +47,7 @@ def limit(limits: dict) -> None:
     }
     for name, (soft, hard) in wanted.items():
         number = getattr(resource, name, None)
-        if number is None or (sys.platform == "darwin" and name in {"RLIMIT_AS", "RLIMIT_STACK"}):
+        if number is None or (sys.platform == "darwin" and name in {"RLIMIT_AS", "RLIMIT_STACK", "RLIMIT_NPROC"}):
             continue
         ceiling = resource.getrlimit(number)[1]
         if ceiling != resource.RLIM_INFINITY:
@@ -55,7 +55,7 @@ def limit(limits: dict) -> None:
         resource.setrlimit(number, (soft, hard))
 
 
-def _call(name: str, *arguments: int | bytes) -> int:
+def call(name: str, *arguments: int | bytes) -> int:
     """Call a function of libc that returns a C int.
 
     Raises: OSError without the reason, which only ctypes would know.
@@ -81,18 +81,18 @@ def _filter(program: bytes) -> None:
     if program:
         program = program.replace(PLACE_OF_PROCESS, os.getpid().to_bytes(4, "little"))
         head = (len(program) // 8).to_bytes(8, "little") + _address(program)
-        _call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, head)
+        call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, head)
 
 
 def _landlock(readable: list, work: str, devices: list, programs: bool) -> None:
     """Allow to read some folders and to write one; everything else on the machine's disks is closed (Landlock)."""
-    version = _call("syscall", LANDLOCK_CREATE, 0, 0, 1)
+    version = call("syscall", LANDLOCK_CREATE, 0, 0, 1)
     handled = RIGHTS_BY_VERSION[max(v for v in RIGHTS_BY_VERSION if v <= version)]
     ruleset = handled.to_bytes(8, "little")
     ruleset += (3 if version >= 4 else 0).to_bytes(8, "little")  # bind and connect
     ruleset += (3 if version >= 6 else 0).to_bytes(8, "little")  # abstract sockets and signals
     size = 24 if version >= 6 else 16 if version >= 4 else 8
-    rules = _call("syscall", LANDLOCK_CREATE, ruleset, size, 0)
+    rules = call("syscall", LANDLOCK_CREATE, ruleset, size, 0)
     rights = [(path, READ | (EXECUTE if programs else 0)) for path in readable]
     rights += [(path, READ_FILE | WRITE_FILE) for path in devices] + [(work, WORK)]
     for path, allowed in rights:
@@ -102,15 +102,15 @@ def _landlock(readable: list, work: str, devices: list, programs: bool) -> None:
             allowed &= EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
         folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = (allowed & handled).to_bytes(8, "little") + folder.to_bytes(4, "little")
-        _call("syscall", LANDLOCK_ADD, rules, 1, rule, 0)
+        call("syscall", LANDLOCK_ADD, rules, 1, rule, 0)
         os.close(folder)
-    _call("syscall", LANDLOCK_RESTRICT, rules, 0)
+    call("syscall", LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
 
 
 def _drop_capabilities() -> None:
     header = (0x20080522).to_bytes(4, "little") + bytes(4)
-    _call("syscall", CAPSET[os.uname().machine], header, bytes(24))
+    call("syscall", CAPSET[os.uname().machine], header, bytes(24))
 
 
 def _supervise(status: int) -> None:
@@ -118,10 +118,10 @@ def _supervise(status: int) -> None:
     import select
     import signal
 
-    _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
-        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         return
     kept = os.dup(status)
     for number in range(3, 1024):
@@ -168,8 +168,8 @@ def confine(job: dict) -> None:
     rules = job["landlock"]
     if rules is not None:
         if not job["supervise"]:
-            _call("prctl", PR_SET_PDEATHSIG, 9, 0, 0, 0)
-        _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            call("prctl", PR_SET_PDEATHSIG, 9, 0, 0, 0)
+        call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         os.chdir(rules["work"])
         _landlock(rules["readable"], rules["work"], rules["devices"], rules["programs"])
         _drop_capabilities()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.eval.code.estimate import check_counts, interval, pass_at_k, wilson
+from jaxlm.eval.code.estimate import check_counts, interval, pass_at_k, ratio, wilson
 
 
 @pytest.mark.parametrize(("n", "c"), [(6, 0), (6, 1), (6, 4), (6, 6), (1, 1)])
@@ -36,6 +36,18 @@ def test_intervals() -> None:
     assert mixed.method == "bootstrap, by problem" and mixed.low < mixed.value < mixed.high
     spread = 1.96 * np.std([0.1, 0.9, 0.5, 0.3] * 41) / 164**0.5
     assert mixed.high - mixed.value == pytest.approx(spread, rel=0.1)
+
+
+def test_ratios_of_groups() -> None:
+    """As the mean of equal groups; wider where items of a group agree; never certain."""
+    values = [0.0, 1.0, 1.0, 0.0, 1.0] * 20
+    by_item, mean = ratio(values, [1.0] * 100), interval([0.2, 0.8] * 50)
+    assert by_item.value == 0.6 and by_item.high - by_item.low == pytest.approx(4 * 1.96 * 0.3 * 0.8165 / 10, rel=0.1)
+    grouped = ratio([10.0 * value for value in values[:10]], [10.0] * 10)
+    assert grouped.value == 0.6 and grouped.high - grouped.low > 2.5 * (by_item.high - by_item.low)
+    assert ratio([0.4, 1.6] * 50, [2.0, 2.0] * 50)[:3] == pytest.approx(mean[:3], abs=0.02)
+    assert ratio([1.0] * 8, [2.0] * 8)[:3] == pytest.approx((0.5, *wilson(8, 16))) and ratio([0.0], [0.0]).high == 1
+    assert ratio([0.0] * 164, [1.0] * 164).high == pytest.approx(0.0229, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.eval.code import generation
-from jaxlm.eval.code.evaluate import CodeOptions, from_answers, problems_of
+from jaxlm.eval.code.evaluate import CodeOptions, problems_of
 from jaxlm.eval.code.generation import Generation, make_samples, prompt_of
 from jaxlm.eval.code.problems import Problem
-from jaxlm.eval.code.samples import Sample
+from jaxlm.eval.code.samples import Sample, from_answers
 from jaxlm.sandbox import Tests
 
 TESTS = Tests("assert candidate()", ("f",))
@@ -34,6 +34,9 @@ class Echo:
         if self.left < 0:
             raise KeyboardInterrupt
         return [(f" {prompt}|{place}|{seed}\n", place == 0) for place, prompt in enumerate(prompts)]
+
+    def turn(self, question: str) -> str:
+        return f"<user>{question}<assistant>"
 
     def spelling(self, special: str) -> str | None:
         return self.specials.get(special)
@@ -74,7 +77,7 @@ def test_answers_of_a_chat_model() -> None:
     answer = "Sure:\n```python\ndef f():\n    return 1\n```"
     problems, samples = from_answers(PROBLEMS[:1], [Sample("P/0", 0, answer)])
     assert problems[0].program(samples[0].completion) == "def f():\n    return 1\n"
-    with pytest.raises(UserError, match="--chat is for humaneval and mbpp"):
+    with pytest.raises(UserError, match="--chat is for tasks that ask for a function"):
         from_answers([GAP], [])
 
 

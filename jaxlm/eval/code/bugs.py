@@ -1,0 +1,225 @@
+"""Bugs planted into programs that are right: eight operators on the syntax tree, each a small slip of a programmer.
+
+The kinds are those of HumanEvalPack (Muennighoff et al. 2023, table 8: missing logic, excess logic, value, operator,
+variable and function misuse), planted by rule. Both the right program and the faulty one are printed by `ast.unparse`,
+so that their form does not tell them apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.eval.code.problems import Problem
+from jaxlm.eval.code.programs import parse
+from jaxlm.sandbox import Limits, Sandbox, grade_many
+from jaxlm.sandbox.choose import kept_results
+
+Change = Callable[[], None]
+"""Plants the bug into the tree."""
+
+COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+ARITHMETIC = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.FloorDiv, ast.FloorDiv: ast.Div,
+    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
+}  # fmt: skip
+_PAIRS = [
+    ("min", "max"), ("any", "all"), ("lower", "upper"), ("sum", "len"), ("append", "extend"), ("sorted", "list"),
+    ("startswith", "endswith"), ("abs", "int"), ("ceil", "floor"), ("isupper", "islower"), ("split", "splitlines"),
+]  # fmt: skip
+FUNCTIONS = dict(_PAIRS) | {second: first for first, second in _PAIRS} | {"set": "list", "round": "int"}
+TRIES = 24
+"""Planted bugs of a problem that are tried, until the tests fail on one."""
+
+
+class Bug(NamedTuple):
+    """A faulty program, and the operator that made it."""
+
+    operator: str
+    program: str
+
+
+def _comparison(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
+    """Another bound: `<` for `<=`, `==` for `!=`."""
+    for node in _nodes(function):
+        if isinstance(node, ast.Compare) and (other := COMPARISONS.get(type(node.ops[0]))):
+            yield lambda node=node, other=other: node.ops.__setitem__(0, other())
+
+
+def _arithmetic(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
+    """Another operation: `+` for `-`, `//` for `%`."""
+    for node in _nodes(function):
+        if isinstance(node, ast.BinOp | ast.AugAssign) and (other := ARITHMETIC.get(type(node.op))):
+            yield lambda node=node, other=other: setattr(node, "op", other())
+
+
+def _boolean(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
+    """`and` for `or`."""
+    for node in _nodes(function):
+        if isinstance(node, ast.BoolOp):
+            other = ast.Or if isinstance(node.op, ast.And) else ast.And
+            yield lambda node=node, other=other: setattr(node, "op", other())
+
+
+def _condition(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
+    """A condition that is turned round."""
+    for node in _nodes(function):
+        if isinstance(node, ast.If | ast.While | ast.IfExp):
+            test = node.test
+            inner = test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else None
+            other = inner or ast.UnaryOp(ast.Not(), test)
+            yield lambda node=node, other=other: setattr(node, "test", other)
+
+
+def _constant(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
+    """A number that is off by one."""
+    for node in _nodes(function):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            yield lambda node=node, value=node.value + 1: setattr(node, "value", value)
+
+
+def _variable(function: ast.FunctionDef, names: list[str]) -> Iterator[Change]:
+    """Another variable of the function."""
+    for node in _nodes(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names and len(names) > 1:
+            other = names[(names.index(node.id) + 1) % len(names)]
+            yield lambda node=node, other=other: setattr(node, "id", other)
+
+
+def _function(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
+    """Another function: `min` for `max`, `any` for `all`."""
+    for node in _nodes(function):
+        if isinstance(node, ast.Call):
+            name = "id" if isinstance(node.func, ast.Name) else "attr"
+            if other := FUNCTIONS.get(getattr(node.func, name, "")):
+                yield lambda node=node, name=name, other=other: setattr(node.func, name, other)
+
+
+def _missing(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
+    """A statement that is left out."""
+    blocks = [function.body, *(getattr(node, "body", []) for node in _nodes(function))]
+    for block in blocks:
+        for place, node in enumerate(block if isinstance(block, list) else []):
+            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if isinstance(node, ast.AugAssign | ast.Expr | ast.If | ast.Break | ast.Continue) and not text:
+                yield lambda block=block, place=place: block.__setitem__(place, ast.Pass())
+
+
+OPERATORS: dict[str, Callable[[ast.FunctionDef, list[str]], Iterator[Change]]] = {
+    "comparison": _comparison,
+    "arithmetic": _arithmetic,
+    "boolean": _boolean,
+    "condition": _condition,
+    "constant": _constant,
+    "variable": _variable,
+    "function": _function,
+    "missing": _missing,
+}
+
+
+def _nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    for statement in function.body:
+        yield from ast.walk(statement)
+
+
+def plain(program: str, entry: str) -> str:
+    """Print a program as faulty ones are printed. Raises: ValueError where it does not define the function."""
+    tree, _ = _opened(program, entry)
+    return f"{ast.unparse(tree)}\n"
+
+
+def _opened(program: str, entry: str) -> tuple[ast.Module, ast.FunctionDef]:
+    tree = parse(program)
+    for node in tree.body if tree else []:
+        if isinstance(node, ast.FunctionDef) and node.name == entry:
+            return tree or ast.Module([], []), node
+    raise ValueError(f"the program defines no function {entry}")
+
+
+def _sites(function: ast.FunctionDef, operator: str) -> list[Change]:
+    arguments = function.args
+    names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    stored = (node.id for node in _nodes(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    return list(OPERATORS[operator](function, list(dict.fromkeys([*names, *stored]))))
+
+
+def candidates(program: str, entry: str, seed: str) -> list[Bug]:
+    """Plant bugs into a function, one a candidate: each operator once, at a place drawn, then each once more.
+
+    Args:
+        program: source text that is right.
+        entry: the function to change; its docstring stays.
+        seed: draws the order of operators and places.
+
+    Raises: ValueError where the program does not define the function.
+    """
+    chance = random.Random(seed)
+    right = plain(program, entry)
+    places: dict[str, list[int]] = {}
+    for operator in OPERATORS:
+        places[operator] = list(range(len(_sites(_opened(program, entry)[1], operator))))
+        chance.shuffle(places[operator])
+    order = list(OPERATORS)
+    chance.shuffle(order)
+    made: list[Bug] = []
+    for number in range(max(map(len, places.values()), default=0)):
+        for operator in order:
+            if number < len(places[operator]):
+                tree, function = _opened(program, entry)
+                _sites(function, operator)[places[operator][number]]()
+                text = f"{ast.unparse(ast.fix_missing_locations(tree))}\n"
+                if text != right:
+                    made.append(Bug(operator, text))
+    return list(dict.fromkeys(made))[:TRIES]
+
+
+def plant(
+    problems: Sequence[Problem],
+    sandbox: Sandbox,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Bug]:
+    """Plant a bug into the reference of each problem, and keep the first on which the tests fail.
+
+    What was kept on this machine is remembered, so a task that is resumed has the same bugs.
+
+    Returns: the bugs by problem; a problem is missing where every planted bug passes its tests.
+    """
+    file = kept_results() / "bugs.jsonl"
+    known = {row[0]: row[1] for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    listed = {problem.task_id: candidates(problem.reference, problem.entry, problem.task_id) for problem in problems}
+    keys = {problem.task_id: _key(problem, listed[problem.task_id], sandbox) for problem in problems}
+    chosen = {task_id: known[key] for task_id, key in keys.items() if key in known}
+    tries = max(map(len, listed.values()), default=0)
+    for number in range(tries):
+        open_ones = [one for one in problems if one.task_id not in chosen and number < len(listed[one.task_id])]
+        work = ((listed[one.task_id][number].program, one.tests, Limits()) for one in open_ones)
+        for problem, verdict in zip(open_ones, grade_many(work, sandbox), strict=True):
+            if not verdict.passed:
+                chosen[problem.task_id] = number
+                _keep(file, keys[problem.task_id], number)
+                if progress:
+                    progress(len(chosen), len(problems))
+    return {task_id: listed[task_id][number] for task_id, number in chosen.items()}
+
+
+def _key(problem: Problem, bugs: list[Bug], sandbox: Sandbox) -> str:
+    parts = [problem.tests.source, problem.tests.prelude, sandbox.name, sandbox.interpreter.version]
+    parts += [bug.program for bug in bugs]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def _keep(file: Path, key: str, number: int) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as kept:
+            kept.write(json.dumps([key, number]) + "\n")
+    except OSError:
+        return  # tried again next time

@@ -1,0 +1,56 @@
+"""A report of figures that are no pass@k: each with its interval, and trivial baselines beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxlm.eval.code.estimate import Estimate
+
+
+@dataclass(frozen=True)
+class MetricReport:
+    """The figures of one task."""
+
+    task: str
+    n: int
+    """Items that were judged."""
+    items: str
+    """Their plural, such as `lines of 12 files`."""
+    scores: Mapping[str, Estimate]
+    """The figures of the model by name."""
+    baselines: Mapping[str, Mapping[str, Estimate]]
+    """The same figures of something trivial, by its name."""
+    protocol: str
+    """How an answer was taken and compared, in a line."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+
+        def table(scores: Mapping[str, Estimate]) -> dict[str, Any]:
+            return {name: score._asdict() for name, score in scores.items()}
+
+        head = {"task": self.task, "n": self.n, "items": self.items, "protocol": self.protocol}
+        baselines = {name: table(scores) for name, scores in self.baselines.items()}
+        return {**head, "scores": table(self.scores), "baselines": baselines, "counts": dict(self.counts)}
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title=f"{self.task}: {self.n:,} {self.items}\n{self.protocol}", title_justify="left")
+        for name in ("", "model", *self.baselines):
+            table.add_column(name, justify="right")
+        for name, score in self.scores.items():
+            row = [score, *(scores[name] for scores in self.baselines.values())]
+            table.add_row(name, *map(shown, row))
+        table.add_section()
+        for name, count in self.counts.items():
+            table.add_row(name, f"{count:,}")
+        return table
+
+
+def shown(score: Estimate) -> str:
+    """A share in per cent with its interval."""
+    return f"{score.value:.1%} [{score.low:.1%}, {score.high:.1%}]"

@@ -1,0 +1,96 @@
+"""A container of docker or podman, from an image that the user names: `--sandbox container:python:3.12-slim`.
+
+Containers share no descriptors with us, so a client here and a relay inside carry all pipes of a box over the standard
+streams of `docker run -i`. The image needs a Python 3.11 or newer as `python3`, and nothing of jaxlm.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxlm.sandbox.backends import INSIDE, Backend, Interpreter, Launch, Request, seccomp
+
+ENGINES = ("docker", "podman")
+BOX, WORK = "/box", "/work"
+CLIENT = Path(__file__).with_name("container_client.py")
+PROCESSES = INSIDE.parent / "processes.py"
+START = f"import sys; sys.path.insert(0, {BOX!r}); from inside import relay; relay.main()"
+
+
+@functools.cache
+def engine() -> tuple[str, str]:
+    """Find an engine that answers. Returns its program, or nothing and the reason."""
+    reasons = []
+    for name in ENGINES:
+        if not (path := shutil.which(name)):
+            reasons.append(f"{name} is not installed")
+            continue
+        try:
+            command = [path, "version", "--format", "{{.Server.Version}}"]
+            asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reasons.append(f"{name} does not run: {error}")
+            continue
+        if asked.returncode == 0:
+            return path, ""
+        lines = asked.stderr.strip().splitlines()
+        reasons.append(f"the engine of {name} does not answer: {lines[-1] if lines else 'no message'}")
+    return "", "; ".join(reasons)
+
+
+def image_number(image: str) -> tuple[str, str]:
+    """The id of an image that is here. Returns it, or nothing and the reason."""
+    program, reason = engine()
+    if not program:
+        return "", reason
+    command = [program, "image", "inspect", "--format", "{{.Id}}", image]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = asked.stdout.strip()
+    return (found, "") if asked.returncode == 0 and found else ("", f"no image {image!r} here: {program} pull {image}")
+
+
+def run_command(program: str, image: str, name: str, request: Request) -> list[str]:
+    """The command line of a box."""
+    processes = 40 if request.language == "bash" else 12
+    limits = ["--memory", str(2 * request.memory), "--memory-swap", str(2 * request.memory)]
+    limits += ["--pids-limit", str(processes)]
+    rights = ["--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    rights += ["--user", "65534:65534", "--ipc", "none", "--hostname", "box", "--pull", "never"]
+    files = ["--tmpfs", f"{WORK}:rw,nosuid,nodev,size={request.disk_bytes},nr_inodes=1025,mode=1777"]
+    files += ["-v", f"{INSIDE}:{BOX}/inside:ro", "-v", f"{PROCESSES}:{BOX}/processes.py:ro", "--workdir", WORK]
+    names = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "TZ": "UTC",
+        "HOME": WORK,
+        "PYTHONHASHSEED": "0",
+    }
+    given = [word for key, value in names.items() for word in ("--env", f"{key}={value}")]
+    start = ["--entrypoint", "python3", image, "-s", "-S", "-P", "-B", "-c", START]
+    return [program, "run", "--rm", "--interactive", "--name", name, *limits, *rights, *files, *given, *start]
+
+
+def of(image: str) -> tuple[Backend, Interpreter]:
+    """The backend of an image, and the Python in it."""
+    number, reason = image_number(image)
+
+    def launch(request: Request) -> Launch:
+        program, name = engine()[0], f"jaxlm-box-{secrets.token_hex(8)}"
+        client = [sys.executable, "-S", "-P", "-B", str(CLIENT), str(request.job), str(request.info)]
+        alone = (seccomp.alone_filter(seccomp.PROCESS),) if request.language == "python" else ()
+        return Launch(
+            command=(*client, *run_command(program, image, name, request)),
+            work=WORK,
+            box=BOX,
+            readable=("/usr", "/lib", "/opt", BOX, "/dev", "/proc"),
+            filters=(seccomp.base_filter(), *alone),
+            measures=True,
+            end=(program, "rm", "--force", name),
+        )
+
+    return Backend(f"container:{image}", lambda: reason, launch), Interpreter("python3", (), number)

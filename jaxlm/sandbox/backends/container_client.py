@@ -1,0 +1,45 @@
+"""The near end of a box in a container: a program of its own, which carries a box's descriptors over two streams.
+
+    python -S container_client.py JOB INFO docker run ... IMAGE python3 -c "...relay.main()"
+
+It ends as the program in the box ended, and with whoever started it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from inside import frames, wire  # pyright: ignore[reportMissingImports]
+
+
+def main() -> None:
+    """Start the container, send the job, carry what is read until the program has ended."""
+    job, info = int(sys.argv[1]), int(sys.argv[2])
+    os.lseek(job, 0, os.SEEK_SET)
+    text = frames.read_all(job)
+    names = wire.decode(text)
+    engine = subprocess.Popen(sys.argv[3:], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert engine.stdin is not None and engine.stdout is not None
+    far = frames.Ends(engine.stdout.fileno(), engine.stdin.fileno())
+    far.send(frames.JOB, text)
+    far.send(frames.STDIN, frames.read_all(0))
+    near = {frames.STDOUT: 1, frames.STDERR: 2, frames.STATUS: names["status"], frames.USAGE: info}
+    readers = {names["status"]: frames.STATUS}
+    for channel, name in ((frames.REQUESTS, "requests"), (frames.REPLIES, "replies")):
+        if name in names:
+            writes = fcntl.fcntl(names[name], fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+            near |= {channel: names[name]} if writes else {}
+            readers |= {} if writes else {names[name]: channel}
+    status = frames.carry(far, readers, near, ends=frames.STATUS)
+    engine.stdin.close()
+    code = engine.wait()
+    os._exit(status if status is not None else code or 70)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The far end of a box in a container: its first process, which starts the worker and carries its descriptors.
+
+The worker runs as the same user, so this process hides its memory and descriptors from it (`PR_SET_DUMPABLE`), holds
+none that the worker inherits, and as the first process of its namespace cannot be killed from inside.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+
+from . import frames, wire
+from .confine import call
+
+PR_SET_DUMPABLE = 4
+LOOK = 0.05
+
+
+def _file(data: bytes) -> int:
+    number = os.memfd_create("job")
+    frames.write_all(number, data)
+    os.lseek(number, 0, os.SEEK_SET)
+    return number
+
+
+def main() -> None:
+    """Receive the job, start the worker, carry until it has ended, and end with its status."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import processes  # pyright: ignore[reportMissingImports]
+
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    far = frames.Ends(0, os.dup(1))
+    come = dict([far.first(), far.first()])
+    child, readers, near = _start(wire.decode(come[frames.JOB]), come[frames.STDIN], far.writes)
+    ended: list[int] = []
+    looked = 0.0
+
+    def tick() -> bool:
+        nonlocal looked
+        if time.monotonic() - looked > LOOK:
+            looked = time.monotonic()
+            used = processes.usage(child)
+            words = (used.cpu_seconds, used.memory, used.processes, used.threads, int(used.running))
+            far.send(frames.USAGE, " ".join(map(str, words)).encode() + b"\n")
+        while not ended:
+            number, state = os.waitpid(-1, os.WNOHANG)
+            if number == 0:
+                return False
+            if number == child:
+                ended.append(os.waitstatus_to_exitcode(state))
+        return True
+
+    frames.carry(far, readers, near, tick=tick, wait=0.01)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    for number, channel in readers.items():  # what the worker wrote before it ended
+        os.set_blocking(number, False)
+        try:
+            while part := os.read(number, 1 << 16):
+                far.send(channel, part)
+        except OSError:
+            continue
+    status = ended[0] if ended else 70
+    far.send(frames.ENDED, str(status if status >= 0 else 128 - status).encode())
+    os._exit(0)
+
+
+def _start(job: dict, stdin: bytes, writes: int) -> tuple[int, dict[int, int], dict[int, int]]:
+    """Fork the worker. Returns its number, the descriptors to read with their channels, and those to write."""
+    ours, theirs = (end.detach() for end in socket.socketpair())
+    out, err = os.pipe(), os.pipe()
+    readers = {out[0]: frames.STDOUT, err[0]: frames.STDERR, ours: frames.STATUS}
+    near, inherited = {frames.STATUS: ours}, [theirs]
+    # In the role `answer` requests are read and replies written; in the role `tests` it is the other way round.
+    for channel, name in ((frames.REQUESTS, "requests"), (frames.REPLIES, "replies")):
+        if name in job:
+            reads, other = os.pipe()
+            worker_reads = (name == "requests") == (job["role"] == "answer")
+            inherited.append(reads if worker_reads else other)
+            if worker_reads:
+                near[channel] = other
+            else:
+                readers[reads] = channel
+            job[name] = inherited[-1]
+    job["status"] = theirs
+    number, text = _file(wire.encode(job)), _file(stdin)
+    child = os.fork()
+    if child == 0:
+        os.dup2(text, 0)
+        os.dup2(out[1], 1)
+        os.dup2(err[1], 2)
+        for descriptor in (text, out[1], err[1], writes, *readers, *near.values()):
+            if descriptor not in (0, 1, 2, *inherited, number):
+                try:
+                    os.close(descriptor)
+                except OSError:
+                    continue  # closed before: the status is both read and written
+        from . import worker
+
+        worker.main(number)
+        os._exit(0)
+    for descriptor in (number, text, out[1], err[1], *inherited):
+        os.close(descriptor)
+    return child, readers, near

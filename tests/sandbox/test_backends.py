@@ -1,0 +1,269 @@
+"""Backends that need another system, by what they would start; and the pieces that carry a box through two streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, box, choose, grade, processes, run
+from jaxlm.sandbox.backends import Request, container, seatbelt
+from jaxlm.sandbox.choose import BACKENDS
+from jaxlm.sandbox.escapes import processes_with
+from jaxlm.sandbox.inside import frames
+
+ADD = Tests("assert candidate(1, 2) == 3\nassert candidate(5, b=6) == 11\n", names=("add",))
+SHORT = Limits(cpu_seconds=1.0, idle_seconds=1.0, memory=128 << 20)
+
+DOCKER = r"""#!{python}
+'''A stand-in for docker: it writes down its command lines, and runs what is to run without any isolation.'''
+import json, os, sys
+words = sys.argv[1:]
+with open({log!r}, 'a') as log:
+    log.write(json.dumps(words) + '\n')
+if words[0] == 'version':
+    sys.exit('Cannot connect to the Docker daemon') if os.path.exists({down!r}) else print('28.0')
+elif words[:2] == ['image', 'inspect']:
+    print('sha256:0123') if words[-1] == 'python:here' else sys.exit('No such image')
+elif words[0] == 'run':
+    mounts = [words[n + 1] for n, word in enumerate(words) if word == '-v']
+    box = os.path.dirname(mounts[0].split(':')[0])
+    rest = [word.replace('/box', box) for word in words[words.index('python:here') + 1:]]
+    os.execv({python!r}, [{python!r}, *rest, {log!r}])
+"""
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> Path:
+    """Put a stand-in for docker on the path. Returns the file of its command lines."""
+    log, program = tmp_path / "log.jsonl", tmp_path / "bin" / "docker"
+    program.parent.mkdir()
+    program.write_text(DOCKER.format(python=sandbox.interpreter.executable, log=str(log), down=str(tmp_path / "down")))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    container.engine.cache_clear()
+    yield log
+    container.engine.cache_clear()
+
+
+def test_a_box_in_a_container(docker: Path, tmp_path: Path) -> None:
+    """The protocol from end to end: job, calls, verdict, output, status and limits pass through two streams."""
+    backend, python = container.of("python:here")
+    assert (backend.problem(), python.version) == ("", "sha256:0123")
+    there = Sandbox(backend, python)
+    verdict = grade("def add(a, b): return a + b", ADD, SHORT, there)
+    assert (verdict.kind, verdict.sandbox) == ("passed", "container:python:here")
+    assert grade("def add(a, b): return a - b", ADD, SHORT, there).kind == "failed"
+    assert grade("def add(a, b):\n    while True: pass", ADD, SHORT, there).kind == "cpu_time"
+    ran = run(
+        "import sys\nprint(input().upper())\nprint('no', file=sys.stderr)\nsys.exit(3)",
+        b"text\n",
+        "python",
+        SHORT,
+        there,
+    )
+    assert (ran.kind, ran.status, ran.stdout, ran.stderr) == ("finished", 3, b"TEXT\n", b"no\n")
+    assert run("import os\nos.abort()", b"", "python", SHORT, there).kind == "crashed"
+    assert run("import time\ntime.sleep(60)", b"", "python", SHORT, there).kind == "wall_time"
+
+
+def test_the_command_line_of_a_container(docker: Path, sandbox: Sandbox) -> None:
+    request = Request(sandbox.interpreter, "python", 32 << 20, 512 << 20, 3, 4)
+    words = container.run_command("docker", "python:here", "name", request)
+    wanted = ["--network none", "--read-only", "--cap-drop ALL", "--security-opt no-new-privileges", "--rm"]
+    wanted += ["--user 65534:65534", "--ipc none", "--pids-limit 12", "--pull never", f"--memory {1 << 30}"]
+    for option in wanted:
+        assert f" {option} " in " ".join(words)
+    assert not [word for word in words if word.startswith("--privileged") or "docker.sock" in word]
+    assert [word for word in words if word.endswith("/box/inside:ro")] and words.index("python:here") < words.index(
+        "-c"
+    )
+    run("pass", b"", "python", SHORT, Sandbox(*container.of("python:here")))
+    asked = [json.loads(line) for line in docker.read_text().splitlines()]
+    assert [words[0] for words in asked] == ["version", "image", "run"]
+
+
+def test_containers_that_are_refused(docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"does not work here: no image 'other' here: .*docker pull other"):
+        choose("container:other")
+    with pytest.raises(UserError, match="no sandbox 'container:'"):
+        choose("container:")
+    (tmp_path / "down").touch()
+    container.engine.cache_clear()
+    with pytest.raises(UserError, match=r"engine of docker does not answer: Cannot connect.*; podman is not installed"):
+        choose("container:python:here")
+    monkeypatch.setenv("PATH", "/nothing")
+    container.engine.cache_clear()
+    with pytest.raises(UserError, match="docker is not installed; podman is not installed"):
+        choose("container:python:here")
+
+
+def test_a_container_ends_with_its_judge(docker: Path) -> None:
+    """The judge is killed: its client notices, and then the relay."""
+    code = (
+        "from jaxlm.sandbox import *\nfrom jaxlm.sandbox.backends import container\n"
+        "there = Sandbox(*container.of('python:here'))\n"
+        "run('import time\\ntime.sleep(55)', b'', 'python', Limits(idle_seconds=60.0), there)"
+    )
+    judge = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert until(lambda: len(processes_with(str(docker.parent))) >= 3)  # client, relay, worker
+    finally:
+        judge.kill()
+        judge.wait()
+    assert until(lambda: not processes_with(str(docker.parent)))
+
+
+def until(true, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+    return true()
+
+
+def test_an_engine_that_fails_is_no_verdict(docker: Path) -> None:
+    backend, python = container.of("python:here")
+    with pytest.raises(HarnessError, match="did not start"):
+        run("pass", b"", "python", SHORT, _gone(backend, python))
+
+
+def _gone(backend, python) -> Sandbox:
+    """The same backend, whose image has no Python."""
+    import dataclasses
+
+    def launch(request):
+        made = backend.launch(request)
+        return dataclasses.replace(made, command=(*made.command[:-1], "raise SystemExit(127)"))
+
+    return Sandbox(dataclasses.replace(backend, launch=launch), python)
+
+
+def test_frames_in_pieces() -> None:
+    reads, writes = os.pipe()
+    ends = frames.Ends(reads, writes)
+    ends.send(frames.STDOUT, b"a" * 300)
+    ends.send(frames.STATUS, b"")
+    data = os.read(reads, 1000)
+    seen = []
+    for byte in data:
+        os.write(writes, bytes([byte]))
+        seen += ends.receive()
+    assert seen == [(frames.STDOUT, b"a" * 300), (frames.STATUS, b"")]
+    os.write(writes, bytes([0]) + (1 << 30).to_bytes(4, "little"))
+    with pytest.raises(ValueError, match="longer than allowed"):
+        ends.receive()
+    ends.come.clear()
+    os.close(writes)
+    assert ends.receive() == [] and not ends.open
+    os.close(reads)
+
+
+def test_the_profile_of_seatbelt(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Text only: everything is refused first, brackets close, every parameter is given, nothing wide is allowed."""
+    roots = ("/opt/python", "/opt/library")
+    python = sandbox.interpreter._replace(roots=roots)
+    made = seatbelt.launch(Request(python, "python", 1, 1, 3, 4, tmp_path))
+    text = made.command[2]
+    rules = "\n".join(line.partition(";")[0] for line in text.splitlines())
+    assert rules.split("\n")[0] == "(version 1)" and rules.index("(deny default)") < rules.index("(allow")
+    assert rules.count("(") == rules.count(")")
+    given = {
+        word.partition("=")[0] for before, word in zip(made.command, made.command[1:], strict=False) if before == "-D"
+    }
+    asked = {part.split('"')[1] for part in rules.split("(param ")[1:]}
+    assert asked == given == {"PYTHON", "BOX", "WORK", "LANGUAGE", "ROOT_0", "ROOT_1"}
+    writes = [line for line in rules.splitlines() if "file-write" in line]
+    assert writes == [
+        '(allow file-read* file-write* (subpath (param "WORK")))',
+        '(allow file-read* file-write-data (literal "/dev/null") (literal "/dev/zero"))',
+    ]
+    for refused in ("network*", "mach-lookup", "process-fork"):
+        assert f"(deny {refused})" in rules
+    before_bash = rules[: rules.index("(if ")]
+    assert "allow process-fork" not in before_bash and "allow network" not in rules and "(allow default)" not in rules
+
+
+def test_seatbelt_is_refused_elsewhere() -> None:
+    if sys.platform == "darwin":
+        pytest.skip("this is a Mac")
+    with pytest.raises(UserError, match="the sandbox seatbelt does not work here: Seatbelt is for macOS"):
+        choose("seatbelt")
+
+
+def test_processes_by_ps() -> None:
+    """What a Mac's judge sees of a tree of processes, on a system that can tell both ways."""
+    child = subprocess.Popen(["/bin/sh", "-c", "sleep 30 & sleep 30"])
+    try:
+        by_ps = processes.listed_by_ps()
+        assert by_ps[child.pid].parent == os.getpid() and not by_ps[child.pid].running
+        assert abs(by_ps[os.getpid()].cpu_seconds - time.process_time()) < 2  # without children
+        assert by_ps[os.getpid()].memory > 1 << 20
+    finally:
+        processes.kill_descendants(child.pid)
+        child.kill()
+        child.wait()
+
+
+def test_folders_of_dead_judges_are_swept(tmp_path: Path) -> None:
+    """Only those of our own user, of this process namespace, whose process is dead; however they were left."""
+    dead = subprocess.Popen(["/bin/true"])
+    dead.wait()
+    here = box.own_folder().name.split("-")[3]
+    names = {"dead": f"jaxlm-box-{dead.pid}-{here}-a", "alive": f"jaxlm-box-{os.getpid()}-{here}-b",
+             "elsewhere": f"jaxlm-box-{dead.pid}-1-c", "other": f"jaxlm-box-x-{here}-d"}  # fmt: skip
+    for name in names.values():
+        (tmp_path / name / "deep" / "deeper").mkdir(parents=True)
+        (tmp_path / name / "deep").chmod(0)
+    (tmp_path / f"jaxlm-box-{dead.pid}-{here}-link").symlink_to(tmp_path / names["other"])
+    foreign = tmp_path / f"jaxlm-box-{dead.pid}-{here}-foreign"
+    foreign.mkdir()
+    if os.getuid() == 0:
+        os.chown(foreign, 65534, 65534)
+    box.sweep.__wrapped__(str(tmp_path))
+    kept = {names["alive"], names["elsewhere"], names["other"], f"jaxlm-box-{dead.pid}-{here}-link"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | ({foreign.name} if os.getuid() == 0 else set())
+    for name in kept - {f"jaxlm-box-{dead.pid}-{here}-link"}:
+        (tmp_path / name / "deep").chmod(stat.S_IRWXU)
+
+
+def test_monty_gives_lower_bounds() -> None:
+    if reason := BACKENDS["monty"].problem():
+        pytest.skip(f"monty: {reason}")
+    there = choose("monty")
+    kinds = {
+        "passed": "def add(a, b): return a + b",
+        "failed": "def add(a, b): return a - b",
+        "exception": "def add(a, b):\n    raise KeyError('no')",
+        "syntax": "def add(a, b) return a",
+        "no_function": "def sub(a, b): return a - b",
+        "not_plain": "class Same:\n    def __eq__(self, other): return True\ndef add(a, b): return Same()",
+        "cpu_time": "def add(a, b):\n    while True: pass",
+        "memory": "def add(a, b): return len([0] * 10**10)",
+    }
+    for kind, program in kinds.items():
+        verdict = grade(program, ADD, SHORT, there)
+        assert (verdict.kind, verdict.sandbox) == (kind, "monty"), verdict
+    assert there.backend.lower_bound
+    with pytest.raises(HarnessError, match="runs no bash"):
+        grade(":", Tests("candidate", ("f",), language="bash"), SHORT, there)
+    with pytest.raises(HarnessError, match="never called"):
+        grade(kinds["passed"], Tests("assert True", ("add",)), SHORT, there)
+
+
+def test_a_killed_judge_leaves_a_folder_that_the_next_removes(tmp_path: Path) -> None:
+    if reason := BACKENDS["landlock"].problem():
+        pytest.skip(reason)
+    judge = "from jaxlm.sandbox import *\nrun('pass', b'', 'python', Limits(), choose('landlock'))"
+    kill = "import os, signal\nfrom jaxlm.sandbox import box\nbox.own_folder()\nos.kill(os.getpid(), signal.SIGKILL)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", kill], env=environment, check=False)
+    assert len(list(tmp_path.glob("jaxlm-box-*"))) == 1
+    subprocess.run([sys.executable, "-c", judge], env=environment, check=True)
+    assert list(tmp_path.glob("jaxlm-box-*")) == []
