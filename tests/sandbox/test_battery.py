@@ -84,7 +84,7 @@ def test_landlock_without_its_rules_is_noticed(sandbox: Sandbox) -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"no sandbox 'bwarp'.*did you mean 'bwrap'"):
         choose("bwarp")
-    for name in ("bwrap", "landlock"):
+    for name in ("bwrap", "landlock", "seatbelt", "monty"):
         backend = dataclasses.replace(BACKENDS[name], problem=lambda: "was refused")
         monkeypatch.setitem(BACKENDS, name, backend)
     with pytest.raises(UserError, match=r"nothing isolates code here \(bwrap: was refused.*--sandbox none"):
