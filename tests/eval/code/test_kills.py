@@ -79,4 +79,8 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, sandbox: Sandbox, capsys: p
         print(f"\nended {time.monotonic() - began:.2f} s after Ctrl-C")
     assert 0 < lines(out) < 2000 and out.read_bytes().endswith(b"\n")
     assert not list(Path(tempfile.gettempdir()).glob(f"jaxlm-box-{process.pid}-*"))
+    # A killed process is gone when its parent, by then the first process of the system, has waited for it.
+    end = time.monotonic() + 10
+    while [number for number in inside if processes.read_process(number)] and time.monotonic() < end:
+        time.sleep(0.01)
     assert len(inside) > 1 and not [number for number in inside if processes.read_process(number)]
