@@ -129,6 +129,7 @@ def policy_cases(rng: np.random.Generator) -> Iterator[Case]:
     for correction, level in (("truncate", "token"), ("mask", "token"), ("mask", "sequence"), ("none", "token")):
         options = {"correction": correction, "level": level, "cap": 1.2}
         yield Case(f"{correction} {level}", "policy", "correction_weights", sampler, options)
+    yield Case("mismatch", "policy", "mismatch", sampler, {})
     values = {"values_BT": policy, "old_BT": old, "returns_BT": reference, "weights_BT": weights}
     yield Case("value", "value", "value_loss", values, {"clip": 0.1}, ("values_BT",))
     yield Case("value without a clip", "value", "value_loss", values, {"clip": 0.0}, ("values_BT",))

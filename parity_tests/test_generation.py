@@ -138,6 +138,24 @@ def test_the_same_tokens_in_both(models: Pair, sampling: Sampling, rng: np.rando
     assert sampling == GREEDY or len({token for row in ours for token in row}) > 10
 
 
+@pytest.mark.parametrize("options", [VARIANTS[0], MAMBA["mamba"]], ids=["base", "mamba"])
+def test_log_probabilities_of_what_is_drawn(options: dict[str, Any]) -> None:
+    """The ids are those of `generate`, and each has the log-probability of a forward pass over the whole row."""
+    models = pair(model(**options), random_params(model(**options), np.random.default_rng(7)))
+    prompts, length = [[3, 5, 8], [7]], {"max_new_tokens": 6, "eos_id": 4, "seed": 2}
+    ours = jax_generate.draws(models.jax, models.params, prompts, 0.7, **length)
+    theirs = torch_generate.draws(models.torch, prompts, 0.7, **length)
+    wanted = jax_generate.generate(models.jax, models.params, prompts, Sampling(temperature=0.7), **length)
+    assert ours.ids == theirs.ids == wanted
+    for prompt, ids, *found in zip(prompts, ours.ids, ours.logps, theirs.logps, strict=True):
+        tokens = np.array([[*prompt, *ids]], np.int32)
+        logits = jax_apply(models, (tokens, np.arange(tokens.shape[1])[None], np.ones_like(tokens)))[0][0]
+        cold = logits[len(prompt) - 1 : -1] / 0.7
+        logps = cold[np.arange(len(ids)), ids] - np.log(np.exp(cold - cold.max(1, keepdims=True)).sum(1)) - cold.max(1)
+        for one in found:
+            FLOAT64.check(np.abs(one - logps).max(), "log-probabilities of the drawn")
+
+
 def test_greedy_tokens_without_a_cache(models: Pair) -> None:
     prompt = [5, 9, 2]
     new = torch_generate.generate(models.torch, [prompt, [4] * 11], GREEDY, max_new_tokens=64)[0]

@@ -29,6 +29,8 @@ from jaxlm.infer.model import Model
 from jaxlm.models.decoder import Decoder as JaxDecoder
 from jaxlm.models.decoder import abstract_params
 from jaxlm.numerics import Policy as JaxPolicy
+from jaxlm.parity.inputs import random_params
+from jaxlm.parity.stage import compare_stage
 from jaxlm.recipes import grpo as jax_grpo
 from jaxlm.recipes import ppo as jax_ppo
 from jaxlm.recipes import start  # two threads that import at once break Python's ast
@@ -209,7 +211,7 @@ def compare_phases(ours: list[Phase], theirs: list[Phase]) -> None:
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert [one.ids for one in a.samples] == [one.ids for one in b.samples], f"other tokens in phase {number}"
         assert [one.reward for one in a.samples] == [one.reward for one in b.samples]
-        assert a.metrics == pytest.approx(b.metrics, rel=1e-10)
+        assert a.metrics == pytest.approx(b.metrics, rel=1e-10, abs=1e-12)
         FLOAT64.check(pairs.error(a.advantages, b.advantages), f"advantages of phase {number}")
 
 
@@ -290,6 +292,11 @@ def test_whole_runs_of_the_command(tmp_path: Path, rng: np.random.Generator) -> 
     ours, theirs = (
         [row["stopped"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in made
     )
+    for name in made:  # the program that draws, one token after the other, computes what the trainer does
+        steps = [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for measure in ("mismatch", "mismatch_kl", "mismatch_max"):
+            assert max(abs(row[measure]) for row in steps) < (1e-6 if measure == "mismatch_max" else 1e-10)
+        assert max(phase.metrics["mismatch_max"] for phase in made[name]) < 1e-10
     assert ours == theirs and not any(ours[::2]) and 0 < sum(ours[1::2]) < PHASES, "some second updates are not made"
     models = {"model": cfg.model, "value": value_model(cfg)}
     for tree, model in models.items():
@@ -339,6 +346,22 @@ def test_runs_with_adapters(recipe: str, tmp_path: Path, rng: np.random.Generato
 def test_policies_with_a_value_model(model: str, rl: dict[str, Any], rng: np.random.Generator) -> None:
     phases = check_same(model, rl, "ppo", rng)
     assert all(phase.advantages.any() for phase in phases)
+
+
+def corrected() -> Any:
+    """Sums and updates of GRPO on random rows, whose sampler is far from the trainer: most weights are at the cap."""
+    rl = {"correction": "truncate", "correction_level": "sequence", "correction_cap": 1e-20}
+    cfg = dataclasses.replace(settings("dense", rl), recipe="grpo", tokenizer=config.Tokenizer(kind="bytes"))
+    return list(compare_stage(cfg, random_params(cfg.model)))
+
+
+def test_a_correction_of_the_sampler() -> None:
+    assert [finding for finding in corrected() if not finding.ok] == []
+
+
+def test_a_correction_that_one_side_leaves_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_grpo, "correction_weights", lambda trainer_BT, *_, **__: torch.ones_like(trainer_BT))
+    assert {"stage loss", "stage update 1"} <= {finding.level for finding in corrected() if not finding.ok}
 
 
 def test_a_fault_in_the_credit_is_seen(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

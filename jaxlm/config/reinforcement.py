@@ -54,6 +54,13 @@ class RL:
     """The ratio counts up to 1 + this."""
     clip_dual: NonNegativeFloat = 0.0
     """Bound of the ratio for samples worse than their group; 0: none. Above 1 + `clip_high`."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh a token by w = exp(trainer's - sampler's log-probability), where the two programs differ: at most
+    `correction_cap`, or 0 above it."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """w of each token, or the product over a sample."""
+    correction_cap: PositiveFloat = 2.0
+    """Largest w."""
     kl: Literal["none", "loss", "reward"] = "none"
     """Hold the model near where it started: in the loss, or as a part of the reward."""
     kl_kind: Literal["k1", "k2", "k3", "unbiased"] = "k3"
@@ -136,14 +143,21 @@ class RL:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The log-probabilities that batches hold beside the rows."""
+        """The log-probabilities that batches hold beside the rows: as drawn, of the trainer then, of the reference."""
         old = ("old_logps",) if self.iterations * self.minibatches > 1 or self.kl == "reward" else ()
-        return (*old, "reference_logps") if self.kl != "none" else old
+        return ("sampler_logps", *old, *(("reference_logps",) if self.kl != "none" else ()))
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Numbers of a phase that these options add: nats a sample from the start, and their weight."""
-        return ("kl_start", "kl_weight") if self.kl_target else ()
+        """Numbers of a phase that these options add: nats a sample from the start and their weight, and the largest
+        difference of the sampler's and the trainer's log-probabilities."""
+        largest = ("mismatch_max",) if "old_logps" in self.columns else ()
+        return (*largest, *(("kl_start", "kl_weight") if self.kl_target else ()))
+
+    @property
+    def correction_options(self) -> dict[str, Any]:
+        """The options of `objectives.policy.correction_weights`, in both frameworks."""
+        return {"correction": self.correction, "level": self.correction_level, "cap": self.correction_cap}
 
     def stays_near(self, sums: Mapping[str, Any]) -> Any:
         """Whether an update is made, by the sums of its batch in either framework: see `stop_kl`."""

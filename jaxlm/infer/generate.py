@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.models.decoder import Cache, Decoder, Params, init_cache, unrolled, unstack_layers
-from jaxlm.ops.sampling import sample
+from jaxlm.numerics import wide
+from jaxlm.ops.sampling import over_temperature, sample
 from jaxlm.text.completion import check_prompts, right_padded
 from jaxlm.text.sampling import Sampling, uniforms
 
@@ -41,6 +42,17 @@ class State(NamedTuple):
     seen: Bool[Array, "b v"] | None
     counts: Int[Array, "b v"] | None
     cache: Cache
+    logps: Float[Array, "b n"] | None = None
+    """Log-probability of each new token at the temperature of sampling, where it is asked for."""
+
+
+class Draws(NamedTuple):
+    """Samples of prompts."""
+
+    ids: list[list[int]]
+    """New ids of each row, up to the end id (included) or the length asked for."""
+    logps: list[np.ndarray]
+    """Of each row the log-probability of its ids under the distribution that they were drawn from, float32 or wider."""
 
 
 def generate(
@@ -64,6 +76,29 @@ def generate(
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
 
 
+def draws(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+) -> Draws:
+    """Sample from the whole distribution at a temperature above 0, with log-probabilities: the ids of `generate`.
+
+    Raises:
+        UserError: see `check_prompts`.
+    """
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    state, _ = next(_states(decoder, params, prompts, Sampling(temperature=temperature), **options, scored=True))
+    rows = np.asarray(state.new)[:, : int(state.step)].tolist()
+    ids = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+    return Draws(ids, [logps[: len(row)] for row, logps in zip(ids, np.asarray(state.logps), strict=True)])
+
+
 def blocks(
     decoder: Decoder,
     params: Params,
@@ -77,20 +112,40 @@ def blocks(
     size: int = 0,
 ) -> Iterator[np.ndarray]:
     """As `generate`, in blocks [B, size] as they are drawn (0: one block); after the end of a row comes `pad_id`."""
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed, "size": size}
+    for state, part in _states(decoder, params, prompts, sampling, **options):
+        yield np.array(state.new)[:, part]
+
+
+def _states(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    pad_id: int,
+    seed: int,
+    size: int = 0,
+    scored: bool = False,
+) -> Iterator[tuple[State, slice]]:
+    """The state after each block, and which of its tokens are new; the next block overwrites the state."""
     decoder.config.require_language_model("generation")
     check_prompts(decoder.config, prompts, max_new_tokens)
     decoder, params = unrolled_for_decoding(decoder, params)
     tokens, positions, segments, lengths = right_padded(prompts, bucket(max(map(len, prompts))), pad_id)
     uniforms_BN = jnp.asarray(uniforms(seed, len(prompts), max_new_tokens))
     ends = jnp.asarray([-1 if eos_id is None else eos_id, pad_id], jnp.int32)
-    state = _prefill(decoder, sampling, params, tokens, positions, segments, lengths, uniforms_BN, ends)
+    rows = tokens, positions, segments, lengths
+    state = _prefill(decoder, sampling, params, *rows, uniforms_BN, ends, scored=scored)
     shown, drawn = 0, 1
     while shown < max_new_tokens:
         until = min(shown + (size or max_new_tokens), max_new_tokens)
         if drawn < until:
             state = _decode(decoder, sampling, params, state, uniforms_BN, ends, jnp.int32(until))
             drawn = int(state.step)
-        yield np.array(state.new)[:, shown : min(drawn, until)]
+        yield state, slice(shown, min(drawn, until))
         if drawn < until or bool(state.ended.all()):
             return
         shown = until
@@ -111,7 +166,7 @@ def unrolled_for_decoding(decoder: Decoder, params: Params) -> tuple[Decoder, Pa
 _unstack = jax.jit(unstack_layers, static_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="scored")
 def _prefill(
     decoder: Decoder,
     sampling: Sampling,
@@ -122,6 +177,8 @@ def _prefill(
     lengths_B: Int[Array, " b"],
     uniforms_BN: Float[Array, "b n"],
     ends: Int[Array, "2"],
+    *,
+    scored: bool,
 ) -> State:
     """Run the prompts and draw the first token of each row, from the logits of its last token alone."""
     (b, t), n = tokens_BT.shape, uniforms_BN.shape[1]
@@ -140,6 +197,7 @@ def _prefill(
         seen=seen_BV,
         counts=jnp.zeros((b, decoder.config.vocab_size), jnp.int32) if sampling.counts else None,
         cache=cache,
+        logps=jnp.zeros((b, n), wide(hidden_BTD.dtype)) if scored else None,
     )
     return _draw(decoder, sampling, params, state, last_B1D, uniforms_BN, ends)
 
@@ -182,6 +240,11 @@ def _draw(
     logits_B1V: Any = decoder.apply({"params": params}, hidden_B1D, method="unembed")
     uniform_B = jax.lax.dynamic_index_in_dim(uniforms_BN, state.step, axis=1, keepdims=False)
     token_B = sample(logits_B1V[:, 0], uniform_B, state.seen, state.counts, **dataclasses.asdict(sampling))
+    logps_BN = state.logps
+    if logps_BN is not None:
+        cold_BV = over_temperature(logits_B1V[:, 0], sampling.temperature)
+        logp_B1 = jax.nn.log_softmax(cold_BV)[jnp.arange(token_B.shape[0]), token_B][:, None]
+        logps_BN = jax.lax.dynamic_update_slice_in_dim(logps_BN, logp_B1.astype(logps_BN.dtype), state.step, axis=1)
     eos_id, pad_id = ends
     token_B = jnp.where(state.ended, pad_id, token_B)
     seen_BV = state.seen
@@ -199,4 +262,5 @@ def _draw(
         seen=seen_BV,
         counts=counts_BV,
         cache=state.cache,
+        logps=logps_BN,
     )

@@ -157,6 +157,17 @@ def _divided(
     return jnp.sum(total_B), jnp.sum(length_B) if divisor == "token" else samples * longest
 
 
+def mismatch(
+    trainer_BT: Float[Array, "b t"], sampler_BT: Float[Array, "b t"], weights_BT: Float[Array, "b t"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums over the trained tokens of |d| and of the k3 estimate of KL(sampler || trainer), d = trainer - sampler.
+
+    Both are 0 where the program that draws computes what the trainer does.
+    """
+    d_BT = jnp.where(weights_BT != 0, trainer_BT - sampler_BT, 0)
+    return jnp.sum(jnp.abs(d_BT) * weights_BT), jnp.sum((jnp.exp(d_BT) - 1 - d_BT) * weights_BT)
+
+
 def correction_weights(
     trainer_BT: Float[Array, "b t"],
     sampler_BT: Float[Array, "b t"],

@@ -80,8 +80,10 @@ def described(values: Mapping[str, float]) -> str:
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """`(params, frozen, batch, key) -> (sum, sums)`: the clipped policy gradient, for `train.step`."""
+    from jax.lax import stop_gradient
+
     from jaxlm.objectives.logprobs import token_logps
-    from jaxlm.objectives.policy import policy_loss
+    from jaxlm.objectives.policy import correction_weights, mismatch, policy_loss
 
     decoder, rl = modules[MODEL], cfg.rl
     speak = functools.partial(token_logps, temperature=rl.temperature, block=cfg.train.loss_block)
@@ -90,8 +92,12 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
         hidden_BTD, head, routed = forward(decoder, params, batch, key)
         kernel_DV, bias_V = head
         spoken = speak(hidden_BTD, kernel_DV, bias_V, batch["targets"])
-        terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
+        programs = stop_gradient(batch.get("old_logps", spoken.logps)), batch["sampler_logps"], batch["weights"]
+        correction_BT = correction_weights(*programs, **rl.correction_options) if rl.correction != "none" else None
+        arrays = (*policy_arrays(batch, rl), spoken.entropy, correction_BT)
+        terms = policy_loss(spoken.logps, *arrays, **rl.policy_options)
         found = with_routing(reported(terms, spoken.logps, batch), routed)
+        found |= dict(zip(("mismatch", "mismatch_kl"), mismatch(*programs), strict=True))
         return found["loss"], found
 
     return compute
@@ -170,6 +176,15 @@ class JaxActor:
         return generate(
             self.decoder, self.whole, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends
         )
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """See `phases.Actor`."""
+        from jaxlm.infer.generate import draws
+
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, **self.ends}
+        return draws(self.decoder, self.whole, prompts, temperature, **options)
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
         """See `phases.Actor`."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.objectives.advantages import adapt_kl_weight, advantages, gae, token_rewards, whiten
-from jaxlm.objectives.policy import correction_weights, kl_estimate, policy_loss
+from jaxlm.objectives.policy import correction_weights, kl_estimate, mismatch, policy_loss
 from jaxlm.objectives.value import value_loss
 
 
@@ -179,6 +179,13 @@ def test_sampler_corrections() -> None:
     assert factors("mask") == [1, 2, 0]
     assert factors("mask", "sequence", 20.0) == [16, 16, 16]
     assert factors("mask", "sequence") == [0, 0, 0]
+
+
+def test_the_mismatch_of_two_programs() -> None:
+    """log 2 and 0 nats apart at the tokens that count; the divergence of a ratio of 2 is 2 - 1 - log 2."""
+    trainer, sampler = jnp.log(jnp.asarray([[2.0, 1.0, 9.0]])), jnp.zeros((1, 3))
+    distance, divergence = mismatch(trainer, sampler, jnp.asarray([[1.0, 1, 0]]))
+    assert np.isclose(distance, np.log(2)) and np.isclose(divergence, 1 - np.log(2))
 
 
 def test_garbage_at_untrained_tokens_reaches_nothing() -> None:

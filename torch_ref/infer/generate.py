@@ -14,6 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from jaxlm.text.tokenizer import Tokenizer, check_usable
 from torch_ref.infer.runner import TorchRunner
 from torch_ref.models.decoder import Decoder, init_cache
 from torch_ref.numerics import Policy
-from torch_ref.ops.sampling import sample
+from torch_ref.ops.sampling import over_temperature, sample
 
 
 def generate(
@@ -55,7 +56,38 @@ def generate(
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
 
 
-@torch.inference_mode()
+class Draws(NamedTuple):
+    """Samples of prompts."""
+
+    ids: list[list[int]]
+    """New ids of each row, up to the end id (included) or the length asked for."""
+    logps: list[np.ndarray]
+    """Of each row the log-probability of its ids under the distribution that they were drawn from, float32 or wider."""
+
+
+def draws(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+) -> Draws:
+    """Sample from the whole distribution at a temperature above 0, with log-probabilities: the ids of `generate`.
+
+    Raises:
+        UserError: see `check_prompts`.
+    """
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    steps = list(_steps(decoder, prompts, Sampling(temperature=temperature), **options, scored=True))
+    rows = _stacked([token_B for token_B, _ in steps]).tolist()
+    ids = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+    logps_BN = torch.stack([logp_B for _, logp_B in steps if logp_B is not None], dim=1).detach().cpu().numpy()
+    return Draws(ids, [logps[: len(row)] for row, logps in zip(ids, logps_BN, strict=True)])
+
+
 def blocks(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -68,10 +100,34 @@ def blocks(
     size: int = 0,
 ) -> Iterator[np.ndarray]:
     """As `generate`, in blocks [B, size] as they are drawn (0: one block); after the end of a row comes `pad_id`."""
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    block = list[Tensor]()
+    for token_B, _ in _steps(decoder, prompts, sampling, **options):
+        block.append(token_B)
+        if len(block) == (size or max_new_tokens):
+            yield _stacked(block)
+            block = []
+    if block:
+        yield _stacked(block)
+
+
+@torch.inference_mode()
+def _steps(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    pad_id: int,
+    seed: int,
+    scored: bool = False,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The token of each row, step after step, and its log-probability where that is asked for."""
     decoder.config.require_language_model("generation")
     check_prompts(decoder.config, prompts, max_new_tokens)
     decoder.eval()
-    device, size = decoder.embed.weight.device, size or max_new_tokens
+    device = decoder.embed.weight.device
     padded = right_padded(prompts, max(map(len, prompts)), pad_id)
     tokens_BT, positions_BT, segments_BT, lengths_B = (torch.as_tensor(array, device=device) for array in padded)
     uniforms_BN = torch.as_tensor(uniforms(seed, len(prompts), max_new_tokens), device=device)
@@ -87,13 +143,10 @@ def blocks(
     cache = init_cache(decoder, len(prompts), tokens_BT.shape[1] + max_new_tokens)
     hidden_BTD, cache = decoder.hidden(tokens_BT, positions_BT, segments_BT, cache)
     last_B1D = hidden_BTD.take_along_dim(lengths_B[:, None, None].long() - 1, dim=1)
-    token_B = _draw(decoder, sampling, last_B1D, uniforms_BN[:, 0], seen_BV, counts_BV)
+    token_B, logp_B = _draw(decoder, sampling, last_B1D, uniforms_BN[:, 0], seen_BV, counts_BV, scored)
     ended_B = token_B == eos_id if eos_id is not None else torch.zeros_like(token_B, dtype=torch.bool)
-    block = [token_B]
+    yield token_B, logp_B
     for step in range(1, max_new_tokens):
-        if len(block) == size:
-            yield _stacked(block)
-            block = []
         if ended_B.all():
             break
         if seen_BV is not None:
@@ -102,13 +155,11 @@ def blocks(
             counts_BV[torch.arange(len(prompts), device=device), token_B] += 1
         position_B1 = (lengths_B + (step - 1))[:, None]
         hidden_B1D, cache = decoder.hidden(token_B[:, None], position_B1, torch.ones_like(position_B1), cache)
-        token_B = _draw(decoder, sampling, hidden_B1D, uniforms_BN[:, step], seen_BV, counts_BV)
+        token_B, logp_B = _draw(decoder, sampling, hidden_B1D, uniforms_BN[:, step], seen_BV, counts_BV, scored)
         token_B = torch.where(ended_B, pad_id, token_B)
         if eos_id is not None:
             ended_B = ended_B | (token_B == eos_id)
-        block.append(token_B)
-    if block:
-        yield _stacked(block)
+        yield token_B, logp_B
 
 
 class Generator:
@@ -257,9 +308,15 @@ def _draw(
     uniform_B: Float[Tensor, " b"],
     seen_BV: Tensor | None,
     counts_BV: Tensor | None,
-) -> Tensor:
+    scored: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One token of each row, and its log-probability at the temperature where it is asked for."""
     logits_BV = decoder.unembed(hidden_B1D)[:, 0]
-    return sample(logits_BV, uniform_B, seen_BV, counts_BV, **dataclasses.asdict(sampling))
+    token_B = sample(logits_BV, uniform_B, seen_BV, counts_BV, **dataclasses.asdict(sampling))
+    if not scored:
+        return token_B, None
+    cold_BV = over_temperature(logits_BV, sampling.temperature)
+    return token_B, torch.log_softmax(cold_BV, dim=-1).gather(1, token_B[:, None].long())[:, 0]
 
 
 def _stacked(block: Sequence[Tensor]) -> np.ndarray:

@@ -157,6 +157,17 @@ def _divided(
     return torch.sum(total_B), torch.sum(length_B) if divisor == "token" else samples * longest
 
 
+def mismatch(
+    trainer_BT: Float[Tensor, "b t"], sampler_BT: Float[Tensor, "b t"], weights_BT: Float[Tensor, "b t"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Sums over the trained tokens of |d| and of the k3 estimate of KL(sampler || trainer), d = trainer - sampler.
+
+    Both are 0 where the program that draws computes what the trainer does.
+    """
+    d_BT = torch.where(weights_BT != 0, trainer_BT - sampler_BT, 0)
+    return torch.sum(torch.abs(d_BT) * weights_BT), torch.sum((torch.exp(d_BT) - 1 - d_BT) * weights_BT)
+
+
 def correction_weights(
     trainer_BT: Float[Tensor, "b t"],
     sampler_BT: Float[Tensor, "b t"],

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from jaxlm import config
 from jaxlm.text.sampling import Sampling
-from torch_ref.infer.generate import generate
+from torch_ref.infer.generate import draws, generate
 from torch_ref.models.attach_lora import base_of
 from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import wide
 from torch_ref.objectives.advantages import adapt_kl_weight, advantages
 from torch_ref.objectives.logprobs import TokenLogps, token_logps
-from torch_ref.objectives.policy import policy_loss
+from torch_ref.objectives.policy import correction_weights, mismatch, policy_loss
 from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
@@ -33,8 +33,12 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         spoken = _spoken(decoder, batch, cfg)
-        terms = policy_loss(spoken.logps, *policy_arrays(batch, rl), spoken.entropy, **rl.policy_options)
+        programs = batch.get("old_logps", spoken.logps).detach(), batch["sampler_logps"], batch["weights"]
+        correction_BT = correction_weights(*programs, **rl.correction_options) if rl.correction != "none" else None
+        arrays = (*policy_arrays(batch, rl), spoken.entropy, correction_BT)
+        terms = policy_loss(spoken.logps, *arrays, **rl.policy_options)
         found = reported(terms, spoken.logps, batch)
+        found |= dict(zip(("mismatch", "mismatch_kl"), mismatch(*programs), strict=True))
         found = with_routing(found, collect(decoder) if decoder.config.moes else None)
         return found["loss"], found
 
@@ -88,6 +92,13 @@ class TorchActor:
         """See `jaxlm.recipes.rollouts.phases.Actor`."""
         sampling = Sampling(temperature=temperature)
         return generate(self.decoder, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends)
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """See `jaxlm.recipes.rollouts.phases.Actor`."""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, **self.ends}
+        return draws(self.decoder, prompts, temperature, **options)
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
         """See `jaxlm.recipes.rollouts.phases.Actor`."""

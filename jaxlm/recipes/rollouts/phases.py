@@ -37,6 +37,12 @@ class Actor(Protocol):
         """New ids of each prompt, up to `max_new_tokens`; the numbers of row r are those of (seed, r)."""
         ...
 
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """As `draw`, above temperature 0, and the log-probability of each new id as the program that drew it has it."""
+        ...
+
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
         """Log-probability [B, T] of every target, under the policy or under where it started."""
         ...
@@ -60,6 +66,8 @@ class Drawn(NamedTuple):
     ended: str
     """`end`, or `length`."""
     text: str
+    logps: np.ndarray | None = None
+    """Of `ids` under the program that drew them; None: nobody drew them."""
     grades: tuple[float | None, ...] = ()
     reward: float | None = None
 
@@ -93,6 +101,7 @@ class Phases:
         rl = self.rl
         samples = self._collect(actor, number)
         batch = lay(samples, self.config.data.seq_len, self.tokenizer.pad, keep_cut=rl.cut == "keep")
+        batch["sampler_logps"] = sampler_logps(samples, self.config.data.seq_len)
         if "old_logps" in rl.columns:
             batch["old_logps"] = actor.logps(batch, reference=False)
         if "reference_logps" in rl.columns:
@@ -101,6 +110,9 @@ class Phases:
         batch["weights"] = np.where(valid_B[:, None], batch["weights"], 0)
         batch |= self.credit(actor, batch, samples)
         metrics = self._metrics(samples) | self.measured(batch)
+        if "old_logps" in rl.columns:
+            apart_BT = np.abs(batch["old_logps"] - batch["sampler_logps"])
+            metrics["mismatch_max"] = float(np.where(batch["weights"] > 0, apart_BT, 0).max())
         if rl.kl_target:
             metrics |= self._follow_target(actor, batch)
         return Phase(samples, batch["advantages"], self._batches(batch, number), metrics)
@@ -160,10 +172,10 @@ class Phases:
         self._check(encoded)
         repeated = [ids for ids in encoded for _ in range(rl.group)]
         seed = int(np.random.SeedSequence((self.config.seed, number, refill)).generate_state(1)[0])
-        drawn = actor.draw(repeated, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=seed)
+        drawn = actor.sample(repeated, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=seed)
         samples = [
-            self.cut(chosen[i // rl.group], prompt_ids, ids)
-            for i, (prompt_ids, ids) in enumerate(zip(repeated, drawn, strict=True))
+            self.cut(chosen[i // rl.group], prompt_ids, ids)._replace(logps=logps)
+            for i, (prompt_ids, ids, logps) in enumerate(zip(repeated, *drawn, strict=True))
         ]
         return self.graded(samples)
 
@@ -217,6 +229,17 @@ class Phases:
             "length": float(np.mean([len(sample.ids) for sample in samples])),
             "ended": float(np.mean([sample.ended == "end" for sample in samples])),
         }
+
+
+def sampler_logps(samples: Sequence[Drawn], seq_len: int) -> np.ndarray:
+    """Log-probabilities [B, T] of the drawn tokens by the program that drew them, where `lay` has their weights."""
+    wide = np.result_type(*{one.logps.dtype for one in samples if one.logps is not None})
+    found = np.zeros((len(samples), seq_len), wide)
+    for row, sample in enumerate(samples):
+        if sample.logps is not None:
+            first = len(sample.prompt_ids) - 1
+            found[row, first : first + len(sample.ids)] = sample.logps[: len(sample.ids)]
+    return found
 
 
 def _row(sample: Drawn) -> dict[str, Any]:
