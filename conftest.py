@@ -49,6 +49,25 @@ def few_mappings() -> Iterator[None]:
         sys.modules["jax"].clear_caches()
 
 
+@pytest.fixture(scope="module")
+def on_one_device() -> Iterator[None]:
+    """Runs of a module use one of the eight virtual devices, for eight cost a run of this process twice the time."""
+    import jax
+
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
+
+
+@pytest.fixture
+def on_all_devices(on_one_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test of such a module uses them all."""
+    import jax
+
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A number that is the test's own: different in each test, the same in each run."""

@@ -19,6 +19,7 @@ from jaxlm.train.loop import FrozenFile, train
 from jaxlm.train.program import abstract_inputs, training_program
 from jaxlm.train.recipe import parameter_name
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 TOY = {
     "recipe": "tests.toy_stage:recipe",
     "model": {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "d_ff": 32},
@@ -90,7 +91,7 @@ def test_eight_devices_are_one(tmp_path):
         cfg = toml.from_dict({**TOY, "out_dir": str(tmp_path / str(devices)), "mesh": mesh})
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=262))
         with pytest.MonkeyPatch.context() as patch:
-            some = jax.devices()[:devices]
+            some = jax.local_devices()[:devices]
             patch.setattr(jax, "devices", lambda some=some: some)
             engine = JaxEngine(cfg, make_recipe(cfg), lambda *_: [])
             batches = make_recipe(cfg).data(None).batches(batch_size=8, rows=None)
@@ -109,7 +110,7 @@ def test_another_frozen_tree_is_named(trained):
 def test_the_program_takes_every_tree(tmp_path):
     cfg = toy(tmp_path)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=262))
-    layout = Layout.from_config(config.Mesh(data=2, fsdp=4))
+    layout = Layout.from_config(config.Mesh(data=2, fsdp=4), jax.local_devices())
     state, frozen, batch = abstract_inputs(cfg, layout, training_program(cfg, layout, make_recipe(cfg)))
     assert state.params.keys() == {"model", "value"} and frozen.keys() == {"teacher"}
     assert batch["labels"].shape == (8, 2) and batch["tokens"].shape == (8, 16)
