@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -109,21 +111,39 @@ def account(cfg: config.Config) -> Account:
 
 def parameters(model: config.Model) -> tuple[int, int]:
     """Parameters of a model: all, and those that one token meets."""
-    leaves = _leaves(Decoder(model))
-    active = sum(_active(path, leaf.size, axes, model) for path, leaf, axes in leaves)
-    return sum(leaf.size for _, leaf, _ in leaves), active
+    counted = [*_counted(Decoder(model))]
+    return sum(size for _, size, _ in counted), sum(active for *_, active in counted)
 
 
 def matmul_params(decoder: Decoder) -> int:
     """Parameters in matrix products for one token: all kernels, of experts the `top_k` that it passes, and the head."""
     model = decoder.config
     kernels = (
-        _active(path, leaf.size, axes, model)
-        for path, leaf, axes in _leaves(decoder)
+        active
+        for path, _, active in _counted(decoder)
         if path[-1] == "kernel" and not any("conv" in name for name in path)  # `jaxlm.counts.flops` has the convolution
     )
     tied = model.tie_embeddings and model.head == "lm"
     return sum(kernels) + (model.vocab_size * model.d_model if tied else 0)
+
+
+def _counted(decoder: Decoder) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """Path, size in all layers, and how much of it one token meets, of every parameter.
+
+    Blocks of one kind are traced once: a pattern may be as long as the model, such as that of one dense layer before
+    61 with experts.
+    """
+    model = decoder.config
+    kinds = collections.Counter(model.pattern)
+    short = dataclasses.replace(model, pattern=tuple(kinds), n_layers=len(kinds))
+    for path, leaf, axes in _leaves(decoder.clone(config=short)):
+        times = model.repeats * kinds[short.pattern[_slot(path)]] if path[0] == "layers" else 1
+        yield path, times * leaf.size, times * _active(path, leaf.size, axes, short)
+
+
+def _slot(path: tuple[str, ...]) -> int:
+    """The place in the pattern of the block that a parameter belongs to."""
+    return int(path[1].removeprefix("slot_"))
 
 
 def _leaves(decoder: Decoder) -> list[tuple[tuple[str, ...], Any, Axes]]:
@@ -139,7 +159,7 @@ def _active(path: tuple[str, ...], size: int, axes: Axes, model: config.Model) -
     """How many of the parameters of a leaf one token meets: of a stack of experts, the `top_k` that it passes."""
     if "experts" not in axes:
         return size
-    moe = model.halves(model.pattern[int(path[1].removeprefix("slot_"))]).ffn.moe
+    moe = model.halves(model.pattern[_slot(path)]).ffn.moe
     return size * moe.top_k // moe.n_experts
 
 
