@@ -278,7 +278,7 @@ def test_a_cached_reference_is_not_planned() -> None:
     path = Path(__file__).parents[2] / "configs" / "preference" / "dpo.toml"
     sizes = ["model.vocab_size=262", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
     frozen, cached = (toml.load(path, [*sizes, f"preference.cached_reference={on}"]) for on in ("false", "true"))
-    layout = Layout.from_config(cached.mesh)
+    layout = Layout.from_config(cached.mesh, jax.local_devices())
     _, trees, batch = abstract_inputs(cached, layout, training_program(cached, layout, make_recipe(cached)))
     assert trees == {} and batch["reference_logps"].shape == (4, 16)
     assert estimate(cached, 8).parameters == estimate(frozen, 8).parameters // 2
