@@ -13,7 +13,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from jaxlm import config
+from jaxlm import cli, config
 from jaxlm.config import registry, toml
 from jaxlm.counts.flops import mixing_flops
 from jaxlm.counts.parameters import matmul_params
@@ -202,6 +202,19 @@ def test_the_compiler_of_the_chip_is_asked(axis, overrides):
     assert plan.measured.unknown_loops == 0
     assert plan.measured.traffic and {one.axes for one in plan.measured.traffic} == {(axis,)}
     assert plan.times is not None and plan.times.best < plan.times.worst and plan.cost(1.0) is not None
+
+
+def test_the_command_plans_a_stage_that_it_does_not_know(tmp_path, capsys, monkeypatch):
+    """Two trained trees, a filter, a frozen teacher, labels: our count of what lies there, and the compiler's."""
+    model = {**MODEL, "n_layers": 2, "n_kv_heads": 4}
+    stage = {"recipe": "tests.toy_stage:recipe", "model": model, "data": {"seq_len": 32}, "train": {"batch_size": 8}}
+    (tmp_path / "toy.toml").write_text(toml.to_toml(toml.from_dict(stage)))
+    command = ["jaxlm", "plan", str(tmp_path / "toy.toml"), "--topology", "cpu:8", "--json", "mesh.fsdp=2"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert cli.main() == 0
+    plan = json.loads(capsys.readouterr().out)
+    counted = sum(plan["estimate"][part] for part in ("parameters", "optimizer", "batch"))
+    assert plan["fits"] and counted == pytest.approx(plan["measured"]["argument_bytes"], rel=0.01)
 
 
 @eight
