@@ -24,11 +24,16 @@ from jaxlm.train.program import abstract_inputs, training_program
 from torch_ref.train.engine import TorchEngine
 
 IMPORTED = dpo, sft, engine
-pytestmark = pytest.mark.usefixtures("on_one_device")
 SOAK = pytest.mark.soak
 WORDS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
 UNJUDGED = {"validation_fraction": 0.0}  # a run that nobody judges compiles one program less
 FIGURES = ("loss", "grad_norm", "accuracy", "margin", "chosen_reward", "chosen_logp", "rejected_logp", "chosen_length")
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: some)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -117,6 +122,7 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, loss: str, backe
     assert ours == theirs and len(ours) == 4
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("loss", ["kto", pytest.param("dpo", marks=SOAK), pytest.param("orpo", marks=SOAK)])
 def test_microbatches_are_the_same_update(begun: Path, tmp_path: Path, loss: str) -> None:
     """KTO's divergence is that of the whole batch, whatever it is cut into."""
@@ -143,7 +149,7 @@ def test_eight_devices_are_one(begun: Path, tmp_path: Path, loss: str, mesh: dic
     found = []
     for number, (count, sizes) in enumerate(((1, {}), (8, mesh))):
         with pytest.MonkeyPatch.context() as patch:
-            some = jax.local_devices()[:count]
+            some = jax.devices()[:count]
             patch.setattr(jax, "devices", lambda *_, some=some: some)
             options: Any = {"train": {"steps": 2}, "mesh": sizes, "data": UNJUDGED}
             start.run(dpo_run(begun, tmp_path / str(number), loss=loss, **options))
@@ -266,7 +272,7 @@ def test_kto_orders_held_out_pairs(begun: Path, tmp_path: Path) -> None:
 def test_the_config_of_the_repository_is_planned() -> None:
     """The program takes the model, its reference and what belongs to each pair, split over a mesh."""
     cfg = toml.load(Path(__file__).parents[2] / "configs" / "preference" / "dpo.toml", ["model.vocab_size=262"])
-    layout = Layout.from_config(config.Mesh(data=2, fsdp=2, tensor=2), jax.local_devices())
+    layout = Layout.from_config(config.Mesh(data=2, fsdp=2, tensor=2))
     state, frozen, batch = abstract_inputs(cfg, layout, training_program(cfg, layout, make_recipe(cfg)))
     assert frozen.keys() == {"reference"}
     assert jax.tree.map(lambda x: x.shape, frozen["reference"]) == jax.tree.map(lambda x: x.shape, state.params)
@@ -278,7 +284,7 @@ def test_a_cached_reference_is_not_planned() -> None:
     path = Path(__file__).parents[2] / "configs" / "preference" / "dpo.toml"
     sizes = ["model.vocab_size=262", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
     frozen, cached = (toml.load(path, [*sizes, f"preference.cached_reference={on}"]) for on in ("false", "true"))
-    layout = Layout.from_config(cached.mesh, jax.local_devices())
+    layout = Layout.from_config(cached.mesh)
     _, trees, batch = abstract_inputs(cached, layout, training_program(cached, layout, make_recipe(cached)))
     assert trees == {} and batch["reference_logps"].shape == (4, 16)
     assert estimate(cached, 8).parameters == estimate(frozen, 8).parameters // 2
