@@ -43,6 +43,23 @@ def test_there_are_configs():
     assert CONFIGS
 
 
+STAGES = {
+    found.out_dir: found
+    for kind in ("preference", "rl")
+    for found in map(toml.load, CONFIGS[0].parent.glob(f"{kind}/*"))
+}
+
+
+@pytest.mark.parametrize("out_dir", sorted(name for name, cfg in STAGES.items() if cfg.train.init_from in STAGES))
+def test_a_stage_has_the_model_that_it_begins_with(out_dir):
+    """Also a value model's and a reward's: they read the same rows of the same tokenizer."""
+    stage = STAGES[out_dir]
+    for path in (stage.train.init_from, stage.rl.value_from):
+        begins = STAGES[path or stage.train.init_from].model
+        same = dataclasses.replace(begins, head=stage.model.head, max_seq_len=stage.model.max_seq_len)
+        assert stage.model == same, f"{out_dir} begins with {path}"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
