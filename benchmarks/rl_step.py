@@ -65,7 +65,7 @@ class Stage:
         """The samples of the last phase once more, and nothing else."""
         rl, prompts = self.config.rl, [sample.prompt_ids for sample in self.data.phase.samples]
         actor = self.data.actor(self.engine)
-        actor.draw(prompts, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=self.phase)
+        actor.sample(prompts, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=self.phase)
 
     def update(self) -> None:
         """The update of the last phase once more, and nothing else."""
