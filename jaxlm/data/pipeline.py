@@ -24,7 +24,7 @@ from jaxlm.data.fim import SLACK
 from jaxlm.data.packing import PackedRows
 from jaxlm.data.rows.build import run_rows
 from jaxlm.data.rows.compose import FilledRows, RunRows
-from jaxlm.data.rows.sides import of_copies
+from jaxlm.data.rows.copies import copies, of_copies
 from jaxlm.data.shards import Part, Shard, Shards, joined, open_shards
 from jaxlm.data.sources import Documents, describe_skipped, pieces
 from jaxlm.errors import UserError
@@ -37,7 +37,7 @@ Batch = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
 _SAMPLE_CHARS = 1 << 13
-_COPIED = 0.01  # of the validation text: a tiny file or two that everybody has change no figure
+_COPIED = 0.01  # of the validation tokens: a tiny file or two that everybody has change no figure
 _VALIDATION_SEED = 0  # not the run's seed: runs that differ in it are judged on the same rows
 
 
@@ -144,9 +144,10 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
             raise UserError(
                 message, "nothing can be learned from it: take longer texts, or a tokenizer with an end of text"
             )
-        for line in _doubts(shards):
-            _log.warning("warning: %s: %s", ", ".join(documents.where), line)
         parts.append(Part(name, shards))
+    for part, (_, documents) in zip(parts, corpora, strict=True):
+        for line in _doubts(part.shards, [other.shards.train for other in parts]):
+            _log.warning("warning: %s: %s", ", ".join(documents.where), line)
     return _corpus(tokenizer, parts, [", ".join(documents.where) for _, documents in corpora])
 
 
@@ -359,11 +360,11 @@ def _trained(
         return tokenizer
 
 
-def _doubts(shards: Shards) -> Iterator[str]:
-    """Why the validation loss of a corpus may look better than it is."""
-    if shards.copied_share >= _COPIED:
-        share = f", {shards.copied_share:.0%} of their text,"
-        yield of_copies(shards.copies, shards.validation.documents, "documents", share)
+def _doubts(shards: Shards, trained: Sequence[Shard]) -> Iterator[str]:
+    """Why the validation loss of a corpus may look better than it is; `trained` is all that the run trains on."""
+    count, share = copies(trained, shards.validation)
+    if share >= _COPIED:
+        yield of_copies(count, shards.validation.documents, "documents", f", {share:.0%} of their tokens,")
     if shards.lossy and shards.lossy[0]:
         yield (
             f"the tokenizer does not give back {shards.lossy[0]} of {shards.lossy[1]} texts as they were: bits/byte "

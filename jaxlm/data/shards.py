@@ -34,7 +34,7 @@ import numpy as np
 from jaxlm.data import repository
 from jaxlm.data.readers import Document
 from jaxlm.data.rows.progress_in_bytes import Progress
-from jaxlm.data.rows.sides import Sides
+from jaxlm.data.rows.round_trip import RoundTrip
 from jaxlm.data.sources import Documents, Side, separable
 from jaxlm.errors import UserError
 from jaxlm.processes.file_lock import exclusive
@@ -109,8 +109,6 @@ class Shards:
             validation tokens.
         skipped: name to reason of the files that were left out.
         reused: whether they were on disk already.
-        copies: validation documents whose text is, to the letter, that of a training document.
-        copied_share: their share of the validation text.
         lossy: of the documents that were decoded again, those whose text does not come back, and how many they were.
     """
 
@@ -121,8 +119,6 @@ class Shards:
     unigram_entropy: float
     skipped: dict[str, str]
     reused: bool
-    copies: int = 0
-    copied_share: float = 0.0
     lossy: Sequence[int] = ()
 
 
@@ -198,7 +194,7 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     begin, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eot))
     piece_chars = PIECE_CHARS if tokenizer.cuts_at_lines else sys.maxsize
-    sides = Sides(tokenizer)
+    round_trip = RoundTrip(tokenizer)
     with contextlib.ExitStack() as stack:
         writers: dict[Side, _Writer] = {
             side: stack.enter_context(_Writer(folder / side, dtype, tokenizer.vocab_size)) for side in SIDES
@@ -235,7 +231,7 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
             return [row.astype(dtype) for row in rows]
 
         queued = 0
-        for side, document in sides.look_at(documents):
+        for side, document in round_trip.look_at(documents):
             jobs = (
                 [pool.submit(encode_repository, document)]
                 if document.marks
@@ -248,11 +244,11 @@ def _build(folder: Path, documents: Documents, tokenizer: Tokenizer, workers: in
                 write_first()
         while pending:
             write_first()
-    _write_meta(folder, dtype, writers, documents, sides)
+    _write_meta(folder, dtype, writers, documents, round_trip.lossy)
 
 
 def _write_meta(
-    folder: Path, dtype: np.dtype, writers: dict[Side, _Writer], documents: Documents, sides: Sides
+    folder: Path, dtype: np.dtype, writers: dict[Side, _Writer], documents: Documents, lossy: tuple[int, int]
 ) -> None:
     """What the shards are, last of all: a folder without it is none."""
     digest = hashlib.sha256("".join(writers[side].digest() for side in SIDES).encode()).hexdigest()
@@ -262,8 +258,7 @@ def _write_meta(
         "fingerprint": digest,
         "unigram_entropy": _entropy(writers["train"].counts, writers["validation"].counts),
         "skipped": documents.skipped,
-        **dict(zip(("copies", "copied_share"), sides.copies(), strict=True)),
-        "lossy": sides.lossy,
+        "lossy": lossy,
         "sides": {side: writers[side].summary() for side in SIDES},
     }
     with (folder / "meta.json").open("w", encoding="utf-8", errors="replace") as file:
@@ -354,8 +349,6 @@ def _read(folder: Path, *, reused: bool) -> Shards | None:
             unigram_entropy=meta["unigram_entropy"],
             skipped=meta["skipped"],
             reused=reused,
-            copies=meta.get("copies", 0),
-            copied_share=meta.get("copied_share", 0.0),
             lossy=meta.get("lossy", ()),
         )
     except (OSError, ValueError, KeyError, TypeError):

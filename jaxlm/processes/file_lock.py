@@ -82,9 +82,9 @@ def _made(path: Path, wait: bool) -> Iterator[None]:
                 file.write(_me())
             break
         except FileExistsError:
-            if _left_by_the_dead(path):
-                path.unlink(missing_ok=True)
-            elif wait:
+            if _take_away_of_the_dead(path):
+                continue
+            if wait:
                 time.sleep(0.1)
             else:
                 raise _held(path) from None
@@ -104,6 +104,27 @@ def _owner(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # being written
         return {}
     return owner if isinstance(owner, dict) else {}
+
+
+def _take_away_of_the_dead(path: Path) -> bool:
+    """Remove the lock of a dead process; False if its owner lives, or another process is at it.
+
+    A second file lets one process look again and remove at a time: else one that had looked earlier could remove the
+    new lock of another that was quicker.
+    """
+    if not _left_by_the_dead(path):
+        return False
+    removal = path.with_name(f"{path.name}.removal")
+    try:
+        removal.open("x").close()
+    except FileExistsError:
+        return False
+    try:
+        if _left_by_the_dead(path):
+            path.unlink(missing_ok=True)
+    finally:
+        removal.unlink(missing_ok=True)
+    return True
 
 
 def _left_by_the_dead(path: Path) -> bool:

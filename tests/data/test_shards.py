@@ -17,6 +17,7 @@ from tokenizers.normalizers import Lowercase
 from jaxlm.config import Data, toml
 from jaxlm.data import shards as module
 from jaxlm.data.pipeline import prepare
+from jaxlm.data.rows.copies import copies
 from jaxlm.data.shards import Shards, open_shards
 from jaxlm.data.sources import Documents
 from jaxlm.errors import UserError
@@ -24,7 +25,7 @@ from jaxlm.text.tokenizer import Tokenizer
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 COPIES = (
-    "5 of 5 validation documents, 100% of their text, are training documents to the letter: a loss on them shows "
+    "5 of 5 validation documents, 100% of their tokens, are training documents to the letter: a loss on them shows "
     "memory; take them out, or name another data.validation_source"
 )
 LOSSY = (
@@ -209,7 +210,8 @@ def test_large_vocabulary_needs_uint32(tmp_path):
 
 
 def test_copies_on_both_sides_are_counted(corpus, tmp_path):
-    assert build(corpus, tmp_path / "cache").copied_share == 0
+    shards = build(corpus, tmp_path / "cache")
+    assert copies([shards.train], shards.validation) == (0, 0)
     options = Data(source=str(corpus), validation_fraction=0.2)
     held_out = [document for side, document in Documents(options) if side != "train"]
     for number, document in enumerate(held_out[:2]):
@@ -219,11 +221,30 @@ def test_copies_on_both_sides_are_counted(corpus, tmp_path):
     shards = build(corpus, tmp_path / "cache")
     sides = list(Documents(options))
     trained = {document.text for side, document in sides if side == "train"}
-    sizes = [(len(document.text), document.text in trained) for side, document in sides if side != "train"]
+    sizes = [(len(document.text.encode()) + 1, document.text in trained) for side, document in sides if side != "train"]
     copied = [size for size, known in sizes if known]
-    assert shards.copies == len(copied) > 2
-    assert shards.copied_share == sum(copied) / sum(size for size, _ in sizes)
-    assert build(corpus, tmp_path / "cache").copies == shards.copies, "from the cache too"
+    expected = len(copied), sum(copied) / sum(size for size, _ in sizes)
+    assert len(copied) > 2 and copies([shards.train], shards.validation) == expected
+    assert list((shards.train.folder / "plans").glob("digests.npy")), "kept beside the shard"
+    assert copies([shards.train], shards.validation) == expected, "as they were kept, too"
+
+
+def test_copies_in_another_corpus_of_a_mixture_are_counted(corpus, tmp_path, caplog):
+    (tmp_path / "other").mkdir()
+    held_out = [d for side, d in Documents(Data(source=str(corpus), validation_fraction=0.2)) if side != "train"]
+    for number, document in enumerate([*held_out, *held_out]):
+        (tmp_path / "other" / f"{number}.txt").write_text(document.text)
+    parts = [f'{{name="{name}", source="{tmp_path / name}", weight=1.0}}' for name in ("corpus", "other")]
+    options = [
+        f"data.mixture=[{', '.join(parts)}]",
+        f'data.cache_dir="{tmp_path / "c"}"',
+        "data.validation_fraction=0.2",
+    ]
+    prepare(toml.load(QUICKSTART, [*options, "tokenizer.kind=bytes", "model.vocab_size=0"]))
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith(f"warning: {tmp_path / 'corpus'}: ") and "to the letter" in line for line in lines), (
+        lines
+    )
 
 
 def test_one_line_when_validation_lies_in_the_training_folder_or_the_tokenizer_loses_text(corpus, tmp_path, caplog):

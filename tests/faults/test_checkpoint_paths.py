@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlm import config
 from jaxlm.errors import UserError
@@ -69,3 +71,20 @@ def test_what_is_half_deleted_is_not_called_damaged(tmp_path):
     with pytest.raises(UserError, match="no intact checkpoint"):
         Checkpointer(tmp_path, read_only=True).restore_params(like, damage.append, step=1)
     assert len(damage) == 1 and "1 is damaged: " in damage[0], "damage of an older one is damage, and said once"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.text(st.characters(codec="utf-8", exclude_characters="/\x00", exclude_categories=["Cc"]), min_size=1)
+    .map(lambda text: text.encode()[:80].decode(errors="ignore"))
+    .filter(lambda text: text.strip() not in ("", ".", ".."))
+)
+def test_a_drawn_name_is_a_folder_like_others(tmp_path_factory, name):
+    run = tmp_path_factory.mktemp("drawn") / name
+    writer = Checkpointer(run)
+    writer.save(make_state(1), {"name": name})
+    writer.close()
+    reader = Checkpointer(run, read_only=True)
+    assert reader.steps() == [1]
+    params = reader.restore_params(make_state(0).params, pytest.fail)
+    np.testing.assert_array_equal(params["a"]["kernel"], make_state(1).params["a"]["kernel"])

@@ -1,5 +1,6 @@
 """One process has a run, one builds a cache; both where the file system knows no `flock`."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -10,8 +11,11 @@ import sys
 import threading
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
+from jaxlm.processes import file_lock
 from jaxlm.processes.file_lock import exclusive, hold, only_trainer
 
 NONE = [None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
@@ -72,3 +76,56 @@ def test_what_the_dead_have_left_is_taken_away(tmp_path, monkeypatch):
     made.write_text(json.dumps({"process": int(dead.stdout), "host": "another"}))
     with pytest.raises(UserError, match="on another has this run"), hold(tmp_path / ".lock", wait=False):
         pass
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_two_that_find_a_dead_lock_do_not_both_get_it(tmp_path, monkeypatch, look):
+    """Another process takes the lock between a look of the first one and the step that follows from it."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    made = tmp_path / ".lock.made"
+    made.write_text(json.dumps({"process": int(dead.stdout), "host": socket.gethostname()}))
+    is_dead, looks, holders = file_lock._left_by_the_dead, [], []
+    another = hold(tmp_path / ".lock", wait=False)
+
+    def then_another_comes(path):
+        answer = is_dead(path)
+        looks.append(answer)
+        if len(looks) == look:
+            monkeypatch.setattr(file_lock, "_left_by_the_dead", is_dead)
+            with contextlib.suppress(UserError):
+                another.__enter__()
+                holders.append("another")
+        return answer
+
+    monkeypatch.setattr(file_lock, "_left_by_the_dead", then_another_comes)
+    with contextlib.suppress(UserError), hold(tmp_path / ".lock", wait=False):
+        holders.append("first")
+        assert len(holders) == 1
+    assert holders == (["another"] if look == 1 else ["first"])
+    assert sorted(path.name for path in tmp_path.iterdir() if "removal" in path.name) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(moves=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=24), no_locks=st.booleans())
+def test_whoever_comes_and_goes_one_has_it(tmp_path_factory, moves, no_locks):
+    """Four trainers take, leave, or die holding the lock, in any order."""
+    folder, holder = tmp_path_factory.mktemp("lock"), None
+    with pytest.MonkeyPatch.context() as patch:
+        if no_locks:
+            patch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
+        for who, leaves in moves:
+            if holder is None:
+                lock = hold(folder / ".lock", wait=False)
+                lock.__enter__()
+                holder = who
+            elif who == holder and leaves:
+                lock.__exit__(None, None, None)
+                holder = None
+            else:
+                with pytest.raises(UserError, match="has this run"), hold(folder / ".lock", wait=False):
+                    pass
+        if holder is not None:
+            lock.__exit__(None, None, None)
+        with hold(folder / ".lock", wait=False):
+            pass

@@ -25,8 +25,8 @@ from jaxlm.data.preferences.pairs import (
 )
 from jaxlm.data.preferences.reference_file import ReferenceFile
 from jaxlm.data.preferences.rows import PairRows
+from jaxlm.data.rows.copies import warn_of_copies
 from jaxlm.data.rows.epochs import Batch, NumberedBatches
-from jaxlm.data.rows.sides import warn_of_copies
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.errors import UserError

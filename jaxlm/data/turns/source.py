@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import Config
+from jaxlm.data.rows.copies import warn_of_copies
 from jaxlm.data.rows.epochs import NumberedBatches
-from jaxlm.data.rows.sides import warn_of_copies
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.turns.formats import conversations
 from jaxlm.data.turns.inspect import ConversationReport, shown_rows
