@@ -75,6 +75,18 @@ def test_a_run_without_measures_has_no_plot_of_them(tmp_path: Path) -> None:
     assert not (tmp_path / "measures.png").exists()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_each_measure_has_a_panel_and_no_panel_is_empty(tmp_path: Path, monkeypatch, count: int) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    rows = [{"step": step, **{f"measure_{name}": float(step) for name in range(count)}} for step in (1, 2)]
+    plot_measures(rows, tmp_path / "measures.png")
+    shown = [axes for axes in drawn[0].axes if axes.axison]
+    assert len(shown) == count and all(axes.lines for axes in shown)
+
+
 def test_a_value_that_a_template_lacks_is_an_error() -> None:
     with pytest.raises(Exception, match="'figures' is undefined"):
         render("run.html", title="x")

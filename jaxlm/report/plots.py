@@ -65,14 +65,14 @@ def plot_measures(rows: list[dict[str, Any]], path: Path) -> None:
 
     height = -(-len(names) // 3)
     figure = Figure(figsize=(9, 2 * height), dpi=120)
-    panels = figure.subplots(height, 3, squeeze=False).flat
-    for name, axes in zip(names, panels, strict=False):  # in this order no panel is taken in vain
+    panels = list(figure.subplots(height, 3, squeeze=False).flat)
+    for axes, name in zip(panels, names, strict=False):
         points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float)]
         axes.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 20 else "")
         axes.set_title(name.replace("_", " "), fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    for axes in list(panels):  # those that are left
+    for axes in panels[len(names) :]:
         axes.axis("off")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
