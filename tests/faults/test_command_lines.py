@@ -38,8 +38,9 @@ def command_lines(draw):
     """A verb, its arguments or too few of them, and some of its options with or without a value."""
     path, command = draw(st.sampled_from(VERBS))
     arguments = draw(st.lists(VALUES, min_size=1, max_size=3))
-    options = [name for parameter in command.params for name in parameter.opts if name.startswith("--") and name != "--list"]
-    for name in draw(st.lists(st.sampled_from([*options, "--absent"]), max_size=3)):
+    options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+    options = [name for name in (*options, "--absent") if name != "--list"]  # counts every named model
+    for name in draw(st.lists(st.sampled_from(options), max_size=3)):
         arguments += [name, *draw(st.lists(VALUES, max_size=1))]
     return [*path, *arguments]
 
