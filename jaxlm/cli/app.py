@@ -10,6 +10,7 @@ jaxlm train configs/quickstart.toml train.steps=100
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -26,6 +27,7 @@ from jaxlm.errors import UserError
 from jaxlm.processes.orbax_silence import OrbaxSilence
 
 TRACEBACK = "JAXLM_TRACEBACK"
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can ever lie there: what the user wrote is wrong
 
 app = typer.Typer(
     name="jaxlm",
@@ -99,12 +101,19 @@ def _guarded(command: Callable[[], Any]) -> int:
         return 130
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 0
+    except OSError as error:
+        return _failed(error, mistake=error.errno in _NO_PATH)
     except Exception as error:  # the one boundary: whatever a library raises is printed in one line
-        if os.environ.get(TRACEBACK):
-            traceback.print_exc()
-        print(f"error: {_in_a_line(error)} ({TRACEBACK}=1 shows where)", file=sys.stderr)
-        return 1
+        return _failed(error)
     return 0
+
+
+def _failed(error: Exception, *, mistake: bool = False) -> int:
+    """Print an exception that is not ours in a line; returns the exit code."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    print(f"error: {_in_a_line(error)} ({TRACEBACK}=1 shows where)", file=sys.stderr)
+    return 2 if mistake else 1
 
 
 def _in_a_line(error: Exception) -> str:
