@@ -30,7 +30,8 @@ def verbs(command, path=()):
     return [(path, command)]
 
 
-VERBS = [found for found in verbs(typer.main.get_command(app.app)) if not set(found[0]) & set(BEGIN_AT_ONCE)]
+PROGRAM = typer.main.get_command(app.app)  # made once: it takes longer than a mistake
+VERBS = [found for found in verbs(PROGRAM) if not set(found[0]) & set(BEGIN_AT_ONCE)]
 
 
 @st.composite
@@ -52,7 +53,7 @@ def test_a_drawn_command_line_ends_in_a_line(tmp_path_factory, capfd, line):
         patch.delenv("UNSET", raising=False)
         patch.delenv(app.TRACEBACK, raising=False)
         with app.speaking():
-            code = app._guarded(lambda: app.app(line, standalone_mode=True))
+            code = app._guarded(lambda: PROGRAM(line, standalone_mode=True))
     told = capfd.readouterr().err
     assert code in ((0, 2) if "--help" in line else (2,)), (line, code, told)
     assert "Traceback" not in told
