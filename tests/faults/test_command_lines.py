@@ -46,7 +46,7 @@ def command_lines(draw):
     return [*path, *arguments]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(line=command_lines())
 def test_a_drawn_command_line_ends_in_a_line(tmp_path_factory, capfd, line):
     with contextlib.chdir(tmp_path_factory.getbasetemp()), pytest.MonkeyPatch.context() as patch:
