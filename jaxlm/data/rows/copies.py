@@ -32,7 +32,7 @@ def _digests(shard: Shard) -> np.ndarray:
             for number in range(shard.documents):
                 # Token ids of two widths hash alike: shards of one tokenizer have one width.
                 tokens = np.ascontiguousarray(shard.tokens[shard.offsets[number] : shard.offsets[number + 1]])
-                digests[number] = int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest())
+                digests[number] = int.from_bytes(hashlib.blake2b(tokens.data, digest_size=8).digest())
                 progress.advance(tokens.nbytes)
         return digests
 
