@@ -45,6 +45,7 @@ from jaxlm.train.adapters import targets as adapter_targets
 from jaxlm.train.optim import make_optimizer as jax_optimizer
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
+from torch_ref.models import attach_lora
 from torch_ref.models.decoder import Decoder as TorchDecoder
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.recipes import grpo as torch_grpo
@@ -346,6 +347,21 @@ def test_runs_with_adapters(recipe: str, tmp_path: Path, rng: np.random.Generato
 def test_policies_with_a_value_model(model: str, rl: dict[str, Any], rng: np.random.Generator) -> None:
     phases = check_same(model, rl, "ppo", rng)
     assert all(phase.advantages.any() for phase in phases)
+
+
+@pytest.mark.parametrize("fault", ["", "the head is frozen"])
+def test_the_stage_with_adapters(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `jaxlm parity` proves of PPO: two trees with adapters, of which one has a head that is trained whole."""
+    cfg = settings("dense", {"kl": "reward", "kl_kind": "k1"})
+    train = dataclasses.replace(cfg.train, init_from="unread")
+    cfg = dataclasses.replace(cfg, recipe="ppo", train=train, lora=config.LoRA(rank=2))
+    if fault:
+        monkeypatch.setattr(attach_lora, "moves", lambda lora: lambda name: ".adapter." in name)
+    findings = [one for one in compare_stage(cfg, random_params(cfg.model)) if not one.ok]
+    if fault:
+        assert "value: score.weight" in {one.name for one in findings if one.level == "stage update 1"}
+    else:
+        assert findings == []
 
 
 def corrected() -> Any:

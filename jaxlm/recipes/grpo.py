@@ -93,6 +93,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
         kernel_DV, bias_V = head
         spoken = speak(hidden_BTD, kernel_DV, bias_V, batch["targets"])
         programs = stop_gradient(batch.get("old_logps", spoken.logps)), batch["sampler_logps"], batch["weights"]
+        programs = tuple(x_BT.astype(spoken.logps.dtype) for x_BT in programs)
         correction_BT = correction_weights(*programs, **rl.correction_options) if rl.correction != "none" else None
         arrays = (*policy_arrays(batch, rl), spoken.entropy, correction_BT)
         terms = policy_loss(spoken.logps, *arrays, **rl.policy_options)

@@ -72,7 +72,8 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         loss, found = policy(trained[MODEL], frozen, batch, key)
         values_BT = values_of(value, trained[VALUE], batch)
-        terms = value_loss(values_BT, batch["old_values"], batch["returns"], batch["weights"], clip=rl.value_clip)
+        weights_BT = batch["weights"].astype(values_BT.dtype)
+        terms = value_loss(values_BT, batch["old_values"], batch["returns"], weights_BT, clip=rl.value_clip)
         found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
         found["loss"] = loss + rl.value_weight * terms.loss
         return found["loss"], found

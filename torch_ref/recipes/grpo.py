@@ -34,6 +34,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         spoken = _spoken(decoder, batch, cfg)
         programs = batch.get("old_logps", spoken.logps).detach(), batch["sampler_logps"], batch["weights"]
+        programs = tuple(x_BT.to(spoken.logps.dtype) for x_BT in programs)
         correction_BT = correction_weights(*programs, **rl.correction_options) if rl.correction != "none" else None
         arrays = (*policy_arrays(batch, rl), spoken.entropy, correction_BT)
         terms = policy_loss(spoken.logps, *arrays, **rl.policy_options)

@@ -29,7 +29,8 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         loss, found = policy(batch)
         values_BT = values_of(value, batch)
-        terms = value_loss(values_BT, batch["old_values"], batch["returns"], batch["weights"], clip=rl.value_clip)
+        weights_BT = batch["weights"].to(values_BT.dtype)
+        terms = value_loss(values_BT, batch["old_values"], batch["returns"], weights_BT, clip=rl.value_clip)
         found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
         found["loss"] = loss + rl.value_weight * terms.loss
         return found["loss"], found
