@@ -77,7 +77,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begun(tmp_path_factory: pytest.TempPathFactory, on_one_device: None) -> Path:
     """The answers, learnt for a while."""
     folder = tmp_path_factory.mktemp("rl")
     start.run(load(folder, "answers", steps=40))
@@ -91,13 +91,17 @@ def test_answers_are_learnt(begun: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["grpo", "ppo"])
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, recipe: str) -> None:
+def test_a_run_resumes_bit_for_bit(
+    begun: Path, tmp_path: Path, backend: Any, recipe: str, request: pytest.FixtureRequest
+) -> None:
     """Two updates a phase and a reference; the run that stops in between draws the same samples again.
 
     Of PPO the weight of the divergence follows a target, and no second update is near enough to be made.
     """
     follows = 'kl = "reward"\nkl_kind = "k1"\nkl_target = 0.1\nkl_horizon = 100\nstop_kl = 1e-9'
     kept = {"grpo": 'kl = "loss"', "ppo": follows}[recipe]
+    if recipe == "ppo":
+        request.getfixturevalue("on_all_devices")
     options = {"rl": f"iterations = 2\n{kept}", "train": f'init_from = "{begun / "answers"}"'}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
@@ -127,6 +131,7 @@ def test_a_run_resumes_bit_for_bit(begun: Path, tmp_path: Path, backend: Any, re
     assert np.isfinite([row[0] for row in ours]).all()
 
 
+@pytest.mark.usefixtures("on_all_devices")
 def test_the_samples_of_a_step_are_kept(begun: Path, tmp_path: Path) -> None:
     """Ids of the phase as texts, with their rewards, advantages and distances from the reference; best and worst."""
     options = {"rl": 'keep_every = 2\nkl = "loss"', "train": f'init_from = "{begun / "answers"}"'}

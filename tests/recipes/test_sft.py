@@ -81,6 +81,7 @@ def test_rows_are_functions_of_their_number(tmp_path: Path) -> None:
         np.testing.assert_array_equal(next(share)["tokens"], batch["tokens"][part])
 
 
+@pytest.mark.usefixtures("on_one_device")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_it_learns(tmp_path: Path, backend: config.Backend) -> None:
     start.run(sft(tmp_path), backend=backend)
@@ -119,6 +120,7 @@ def test_only_data_that_is_there_can_be_looked_at(tmp_path: Path) -> None:
         start.inspect_data(cfg)
 
 
+@pytest.mark.usefixtures("on_all_devices")
 def test_a_run_keeps_what_decides_about_its_chats(tmp_path: Path) -> None:
     start.run(sft(tmp_path, train={"steps": 1, "batch_size": 8}))  # pyright: ignore[reportArgumentType]
     source = ConversationSource.open(sft(tmp_path), None)
