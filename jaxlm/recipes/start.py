@@ -95,7 +95,7 @@ def open_stage(
     cfg = with_vocabulary(cfg, source.tokenizer)
     if tokenizer is not None:
         compare_with_run(cfg, tell)
-    return cfg, recipe._replace(models=recipe.models.with_vocabulary(cfg.model.vocab_size)), source
+    return cfg, recipe.with_vocabulary(cfg.model.vocab_size), source
 
 
 def inspect_data(cfg: config.Config, *, step: int = 1, rows: int = 1) -> Any:

@@ -110,16 +110,6 @@ class Models(NamedTuple):
         """Whether parameters are a dict of trees; the only trained tree stands for itself."""
         return len(self.trained) > 1
 
-    def with_vocabulary(self, size: int) -> Models:
-        """The same trees, of `size` tokens where a model leaves `vocab_size` open (0)."""
-
-        def sized(tree: Any) -> Any:
-            model = dataclasses.replace(tree.model, vocab_size=tree.model.vocab_size or size)
-            return tree._replace(model=model)
-
-        trees = ({name: sized(tree) for name, tree in some.items()} for some in self)
-        return Models(*trees)
-
 
 class RowFunction(NamedTuple):
     """Numbers of the rows of a batch in both frameworks: scores of its documents, or what a reference thinks of them.
@@ -257,7 +247,7 @@ class Recipe(NamedTuple):
     """What a training stage is.
 
     It is made before the data is opened, so `vocab_size` may still be 0 in the models of a run with a tokenizer of its
-    own: `Models.with_vocabulary` fills it in. Objectives read it from their modules.
+    own: `with_vocabulary` fills it in. Objectives read it from their modules.
     """
 
     columns: Mapping[str, Column]
@@ -266,6 +256,19 @@ class Recipe(NamedTuple):
     data: Callable[[Tokenizer | None], DataSource]
     """Opens the data; a run that resumes hands in its own tokenizer."""
     judge: Callable[[DataSource], Judge]
+
+    def with_vocabulary(self, size: int) -> Recipe:
+        """The same stage, of `size` tokens where a model of any tree leaves `vocab_size` open (0)."""
+
+        def sized(trees: Mapping[str, Any]) -> dict[str, Any]:
+            models = {name: tree.model for name, tree in trees.items()}
+            full = {name: dataclasses.replace(one, vocab_size=one.vocab_size or size) for name, one in models.items()}
+            return {name: tree._replace(model=full[name]) for name, tree in trees.items()}
+
+        objective = self.objective
+        if objective.cached is not None:
+            objective = objective._replace(cached=objective.cached._replace(frozen=sized(objective.cached.frozen)))
+        return self._replace(models=Models(*map(sized, self.models)), objective=objective)
 
 
 def digest_of(leaves: Mapping[str, Any]) -> str:
