@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-import shutil
 import signal
 import socket
-import stat
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.sandbox import processes
+from jaxlm.sandbox import leftovers, processes
 from jaxlm.sandbox.backends import Backend, Interpreter, Launch, Request
 from jaxlm.sandbox.inside import wire
 from jaxlm.sandbox.verdicts import HarnessError, Limits
@@ -35,7 +32,7 @@ class Job(NamedTuple):
 def memory_file(data: bytes) -> int:
     """Make a file without a name that holds some bytes. Returns its descriptor, at the beginning."""
     if hasattr(os, "memfd_create"):
-        number = os.memfd_create("jaxlm")
+        number = os.memfd_create(leftovers.owner())
     else:
         with tempfile.TemporaryFile() as file:
             number = os.dup(file.fileno())
@@ -44,39 +41,6 @@ def memory_file(data: bytes) -> int:
         rest = rest[os.write(number, rest) :]
     os.lseek(number, 0, os.SEEK_SET)
     return number
-
-
-def _processes_of() -> int:
-    """The number of our process namespace: a process of another one may live though we do not see it."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
-def own_folder() -> Path:
-    """Make a folder for a box on the machine's disk; first remove those of judges that were killed."""
-    sweep(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix=f"jaxlm-box-{os.getpid()}-{_processes_of()}-"))
-
-
-@functools.cache
-def sweep(place: str) -> None:
-    """Remove folders of boxes whose judge is dead: only our own user's, and only of this process namespace."""
-    for path in Path(place).glob(f"jaxlm-box-*-{_processes_of()}-*"):
-        number = path.name.split("-")[2]
-        state = path.lstat() if path.exists() else None
-        if not (number.isdigit() and state and stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()):
-            continue
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            try:
-                remove_folder(path)
-            except OSError:
-                continue  # another judge sweeps it
-        except (PermissionError, OverflowError):
-            continue  # alive, as another user
 
 
 def environment(work: str, language: str) -> dict[str, str]:
@@ -91,13 +55,14 @@ class Box:
     def __init__(self, backend: Backend, interpreter: Interpreter, job: Job, limits: Limits) -> None:
         """Start a box. Raises: HarnessError where the isolation does not start."""
         self.limits = limits.for_language(job.language)
-        self.folder = None if backend.owns_files else own_folder()
+        self.folder = None if backend.owns_files else leftovers.own_folder()
         self.output = {"stdout": bytearray(), "stderr": bytearray()}
         self.printed = 0
         self.ready = self.ended = False
         self.first: int | None = None  # the first process inside, where the backend has own process numbers
         self.disk: int | None = None
         self.seen = processes.Usage(0.0, 0, 0, 0, True)
+        leftovers.sweep()
         self._start(backend, interpreter, job)
 
     def _start(self, backend: Backend, interpreter: Interpreter, job: Job) -> None:
@@ -260,7 +225,7 @@ class Box:
             os.close(number)
         self.readers, self.disk = {}, None
         if self.folder:
-            remove_folder(self.folder)
+            leftovers.remove_folder(self.folder)
 
 
 def _kill_and_wait(number: int) -> None:
@@ -300,23 +265,3 @@ def folder_use(folder: Path, enough: int) -> tuple[int, int]:
         except OSError:
             continue
     return used, names
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder whatever its permissions and depth: every subfolder is first moved to the top."""
-    moved = 0
-    while True:
-        subfolders = [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
-        if not subfolders:
-            break
-        for path in subfolders:
-            os.chmod(path, stat.S_IRWXU)
-            for entry in list(os.scandir(path)):
-                if entry.is_dir(follow_symlinks=False):
-                    moved += 1
-                    os.chmod(entry.path, stat.S_IRWXU)
-                    os.rename(entry.path, folder / f"moved-{moved}-{os.getpid()}")
-                else:
-                    os.unlink(entry.path)
-            os.rmdir(path)
-    shutil.rmtree(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, box, choose, grade, processes, run
+from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, leftovers, processes, run
 from jaxlm.sandbox.backends import Request, container, seatbelt
 from jaxlm.sandbox.choose import BACKENDS
 from jaxlm.sandbox.escapes import processes_with
@@ -215,7 +217,7 @@ def test_folders_of_dead_judges_are_swept(tmp_path: Path) -> None:
     """Only those of our own user, of this process namespace, whose process is dead; however they were left."""
     dead = subprocess.Popen(["/bin/true"])
     dead.wait()
-    here = box.own_folder().name.split("-")[3]
+    here = leftovers.owner().split("-")[3]
     names = {"dead": f"jaxlm-box-{dead.pid}-{here}-a", "alive": f"jaxlm-box-{os.getpid()}-{here}-b",
              "elsewhere": f"jaxlm-box-{dead.pid}-1-c", "other": f"jaxlm-box-x-{here}-d"}  # fmt: skip
     for name in names.values():
@@ -226,7 +228,7 @@ def test_folders_of_dead_judges_are_swept(tmp_path: Path) -> None:
     foreign.mkdir()
     if os.getuid() == 0:
         os.chown(foreign, 65534, 65534)
-    box.sweep.__wrapped__(str(tmp_path))
+    leftovers.sweep_folders(str(tmp_path))
     kept = {names["alive"], names["elsewhere"], names["other"], f"jaxlm-box-{dead.pid}-{here}-link"}
     assert {path.name for path in tmp_path.iterdir()} == kept | ({foreign.name} if os.getuid() == 0 else set())
     for name in kept - {f"jaxlm-box-{dead.pid}-{here}-link"}:
@@ -261,9 +263,32 @@ def test_a_killed_judge_leaves_a_folder_that_the_next_removes(tmp_path: Path) ->
     if reason := BACKENDS["landlock"].problem():
         pytest.skip(reason)
     judge = "from jaxlm.sandbox import *\nrun('pass', b'', 'python', Limits(), choose('landlock'))"
-    kill = "import os, signal\nfrom jaxlm.sandbox import box\nbox.own_folder()\nos.kill(os.getpid(), signal.SIGKILL)"
+    made = "from jaxlm.sandbox import leftovers\nleftovers.own_folder()"
+    kill = f"{made}\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", kill], env=environment, check=False)
     assert len(list(tmp_path.glob("jaxlm-box-*"))) == 1
     subprocess.run([sys.executable, "-c", judge], env=environment, check=True)
     assert list(tmp_path.glob("jaxlm-box-*")) == []
+
+
+def test_a_process_that_a_killed_judge_left_is_ended(tmp_path: Path) -> None:
+    """A program named as bubblewrap is, which holds the job of a dead judge, ends; that of a living one does not."""
+    program = tmp_path / "bwrap"
+    shutil.copy("/bin/sleep", program)
+    dead = subprocess.Popen(["/bin/true"])
+    dead.wait()
+    namespace = leftovers.owner().split("-")[3]
+    waiting = {}
+    for number in (dead.pid, os.getpid()):
+        job = os.memfd_create(f"jaxlm-box-{number}-{namespace}")
+        waiting[number] = subprocess.Popen([program, "60"], pass_fds=[job])
+        os.close(job)
+    try:
+        leftovers.end_orphans()
+        assert waiting[dead.pid].wait(10) == -signal.SIGKILL
+        assert waiting[os.getpid()].poll() is None
+    finally:
+        for process in waiting.values():
+            process.kill()
+            process.wait()
