@@ -64,7 +64,8 @@ def _table(chosen: Any, as_json: bool) -> None:
         reason = "isolates nothing; must be named" if name == "none" else backend.problem()
         backends[name] = reason or ("holds" if holds(backend, chosen.interpreter) else "does not hold")
     tried = []
-    for result in escapes.attempt_all(escapes.battery(), chosen.backend, chosen.interpreter):
+    spoken = [escape for escape in escapes.battery() if escape.language in chosen.backend.languages]
+    for result in escapes.attempt_all(spoken, chosen.backend, chosen.interpreter):
         tried.append(result)
         if sys.stderr.isatty():
             print(f"\r\033[K{len(tried)} escapes tried", end="", file=sys.stderr, flush=True)
