@@ -113,6 +113,11 @@ def lay_text(text: Text, pieces_of_rows: Sequence[int] | np.ndarray, seq_len: in
     learned_N = targets_N >= 0
     if text.learned is not None:
         learned_N &= text.learned
+    if len(text.tokens) == len(pieces_B) * seq_len:  # no padding: rows follow each other as the tokens do
+        segments_N = np.repeat(np.arange(len(row_M)) - first_B[row_M] + 1, text.lengths)
+        parts = text.tokens, np.where(learned_N, targets_N, pad), within_N, segments_N
+        tokens_BT, targets_BT, positions_BT, segments_BT = (part.astype(np.int32).reshape(shape) for part in parts)
+        return Rows(tokens_BT, targets_BT, positions_BT, segments_BT, learned_N.astype(np.float32).reshape(shape))
     tokens_BT.flat[place_N] = text.tokens
     targets_BT.flat[place_N] = np.where(learned_N, targets_N, pad)
     positions_BT.flat[place_N] = within_N
@@ -215,21 +220,17 @@ class PackedRows:
         return bool(self._draw and np.random.default_rng([self.seed, epoch, 2, row]).random() < self._draw)
 
     def _of_epoch(self, epoch: _Epoch, within: np.ndarray) -> Rows:
-        place_BT = epoch.rows[within][:, None] * self.seq_len + np.arange(self.seq_len)
-        real_BT = place_BT < self.tokens
-        place_BT = np.minimum(place_BT, self.tokens - 1)
-        piece_BT = np.searchsorted(epoch.ends, place_BT, side="right")
-        piece_start_BT = np.where(piece_BT > 0, epoch.ends[piece_BT - 1], 0)
-        source_BT = epoch.begins[piece_BT] + place_BT - piece_start_BT
-        target_BT = real_BT & (source_BT + 1 < epoch.stops[piece_BT])
-        next_BT = np.minimum(source_BT + 1, len(self.shard.tokens) - 1)
-        return Rows(
-            tokens=np.where(real_BT, self.shard.tokens[source_BT], self.pad).astype(np.int32),
-            targets=np.where(target_BT, self.shard.tokens[next_BT], self.pad).astype(np.int32),
-            positions=np.where(real_BT, place_BT - np.maximum(piece_start_BT, place_BT[:, :1]), 0).astype(np.int32),
-            segments=np.where(real_BT, piece_BT - piece_BT[:, :1] + 1, 0).astype(np.int32),
-            weights=target_BT.astype(np.float32),
-        )
+        first_B = epoch.rows[within] * self.seq_len
+        last_B = np.minimum(first_B + self.seq_len, self.tokens)
+        # Pieces are looked for where rows begin and end: a search for every token would cost more than all the rest.
+        from_B = np.searchsorted(epoch.ends, first_B, side="right")
+        count_B = np.searchsorted(epoch.ends, last_B - 1, side="right") + 1 - from_B
+        piece_M = np.arange(int(count_B.sum())) + np.repeat(from_B - (np.cumsum(count_B) - count_B), count_B)
+        start_M = np.where(piece_M > 0, epoch.ends[piece_M - 1], 0)
+        begins_M = epoch.begins[piece_M] + np.maximum(np.repeat(first_B, count_B) - start_M, 0)
+        ends_M = epoch.begins[piece_M] + np.minimum(np.repeat(last_B, count_B), epoch.ends[piece_M]) - start_M
+        pieces = Pieces(begins_M, ends_M, epoch.stops[piece_M], np.zeros(len(piece_M), bool))
+        return lay_text(text_of(self.shard.tokens, pieces), count_B, self.seq_len, self.pad)
 
     def _padding(self, rows: int) -> Rows:
         shape = (rows, self.seq_len)

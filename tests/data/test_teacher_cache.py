@@ -83,7 +83,7 @@ def taught(tmp_path):
 
 def assert_taught(batch: Any) -> None:
     for name, wanted in teacher(batch).items():
-        found = batch[teacher_cache.COLUMNS[name]]
+        found = batch[f"teacher_{name}"]
         assert found.dtype == wanted.dtype and np.array_equal(found, wanted), name
 
 
