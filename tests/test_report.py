@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.report.page import render
-from jaxlm.report.plots import plot_loss, plot_measures, plot_time
+from jaxlm.report.plots import plot_measures
 from jaxlm.report.printed_page import write_printed
 from jaxlm.report.run_page import whole_run, write_report
 
@@ -52,9 +52,6 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     out = Path(cfg.out_dir)
     (out / "samples").mkdir(parents=True)
     (out / "samples" / "00000020.txt").write_text("def f(): return '<script>'")
-    plot_loss(ROWS, out / "plots" / "loss.png")
-    plot_measures(ROWS, out / "plots" / "measures.png")
-    plot_time(ROWS, out / "plots" / "time.png")
     page = write_report(cfg, ROWS, baseline=4.0).read_text()
     rows = {
         "tokens per second": "200 tokens/s, whole run",
@@ -68,6 +65,13 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 3
     assert re.search(r"<footer><code>\S+.*</code><br>Python 3.*jax 0\..*<br>20\d\d-\d\d-\d\d", page)
     assert "prefers-color-scheme:dark" in page and "src=http" not in page
+
+
+def test_a_loss_has_the_unit_of_its_stage(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(config.Config(), out_dir=str(tmp_path))
+    page = write_report(cfg, ROWS, loss_unit="a pair").read_text()
+    assert "<td>validation loss</td><td>2.5 a pair</td>" in page and "nats" not in page.partition("Config")[0]
+    assert "<td>validation loss</td><td>2.5</td>" in write_report(cfg, ROWS, loss_unit="").read_text()
 
 
 def test_a_run_without_measures_has_no_plot_of_them(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ class RL:
         """Numbers of a phase that these options add: nats a sample from the start and their weight, and the largest
         difference of the sampler's and the trainer's log-probabilities."""
         largest = ("mismatch_max",) if "old_logps" in self.columns else ()
-        return (*largest, *(("kl_start", "kl_weight") if self.kl_target else ()))
+        start = ("kl_start",) if self.kl == "reward" else ()
+        return (*largest, *start, *(("kl_weight",) if self.kl_target else ()))
 
     @property
     def correction_options(self) -> dict[str, Any]:

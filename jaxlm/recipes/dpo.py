@@ -60,7 +60,13 @@ def recipe(cfg: config.Config) -> Recipe:
             cached=cached if options.cached_reference else None,
         ),
         data=lambda own: PreferenceSource.open(cfg, own, labelled=options.loss == "kto"),
-        judge=lambda _: Judge(figures, "validation_accuracy", lower_is_better=False, describe=described),
+        judge=lambda _: Judge(
+            figures,
+            "validation_accuracy",
+            lower_is_better=False,
+            describe=described,
+            loss_unit="an answer" if options.loss == "kto" else "a pair",
+        ),
     )
 
 

@@ -41,7 +41,7 @@ def recipe(cfg: config.Config) -> Recipe:
             update_if=rl.stays_near if rl.stop_kl else None,
         ),
         data=lambda own: RolloutData(cfg, own, STAGE),
-        judge=lambda _: Judge(figures, "answer_nll", describe=described),
+        judge=lambda _: Judge(figures, "answer_nll", describe=described, loss_unit=""),
     )
 
 

@@ -46,7 +46,7 @@ def recipe(cfg: config.Config) -> Recipe:
             update_if=cfg.rl.stays_near if cfg.rl.stop_kl else None,
         ),
         data=lambda own: RolloutData(cfg, own, STAGE),
-        judge=lambda _: Judge(grpo.figures, "answer_nll", describe=grpo.described),
+        judge=lambda _: Judge(grpo.figures, "answer_nll", describe=grpo.described, loss_unit=""),
     )
 
 

@@ -40,6 +40,7 @@ def recipe(cfg: config.Config) -> Recipe:
             lower_is_better=False,
             examine=functools.partial(examine, cfg, source),
             describe=described,
+            loss_unit="a pair",
         ),
     )
 

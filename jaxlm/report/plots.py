@@ -1,17 +1,25 @@
-"""Plots of a run as PNG files. Losses are in nats a token."""
+"""Plots of a run as PNG files."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm.run.metrics import OF_THE_MACHINE, SECONDS
 
+Row = Mapping[str, Any]
+
 
 def plot_loss(
-    rows: list[dict[str, Any]], path: Path, baseline: float | None = None, baseline_name: str = "unigram baseline"
+    rows: Sequence[Row],
+    path: Path,
+    baseline: float | None = None,
+    baseline_name: str = "unigram baseline",
+    *,
+    unit: str = "nats a token",
 ) -> None:
     """Draw training and validation loss against the step into a PNG, with the baseline if there is one."""
     from matplotlib.figure import Figure
@@ -28,7 +36,7 @@ def plot_loss(
         axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), lw=1, ls=":", marker=".", ms=4)
     if baseline is not None and math.isfinite(baseline):
         axes.axhline(baseline, color="grey", ls="--", lw=1, label=baseline_name)
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel=f"loss, {unit}".removesuffix(", "))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:  # a run that ends before its first report has nothing to show
         axes.legend(frameon=False)
@@ -42,7 +50,7 @@ ELSEWHERE = re.compile(r"step|tokens|weight|skipped|loss|(.+_)?learning_rate|val
 PANELS = 36
 
 
-def measures_of(rows: list[dict[str, Any]]) -> list[str]:
+def measures_of(rows: Sequence[Row]) -> list[str]:
     """The names of the measures that have a panel, at most `PANELS`."""
     counts: dict[str, int] = {}
     for row in rows:
@@ -52,7 +60,7 @@ def measures_of(rows: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if not ELSEWHERE.fullmatch(name) and not OF_THE_MACHINE.fullmatch(name)][:PANELS]
 
 
-def plot_measures(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_measures(rows: Sequence[Row], path: Path) -> None:
     """Draw each measure of the recipe against the step, a panel each, into a PNG; nothing if there is none.
 
     Rewards, margins, KL, entropy, lengths and gradients' norms are such measures: all numbers of `metrics.jsonl` that
@@ -79,7 +87,7 @@ def plot_measures(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_time(rows: Sequence[Row], path: Path) -> None:
     """Draw where the time between reports went, in shares, against the step into a PNG, with the goodput of the run."""
     rows = [row for row in rows if "goodput" in row]
     if not rows:
@@ -93,6 +101,8 @@ def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 3), dpi=144)
     axes = figure.subplots()
     labels = [kind.removeprefix(SECONDS).replace("_", " ") for kind in kinds]
+    # A legend leaves out what begins with an underscore: kinds that took no time.
+    labels = [name if max(share) > 0.001 else f"_{name}" for name, share in zip(labels, shares, strict=True)]
     axes.stackplot(steps, shares, labels=labels, step="pre", alpha=0.8)
     axes.plot(steps, [row["goodput"] for row in rows], color="black", lw=1, label="goodput")
     axes.set(xlabel="step", ylabel="share of time", ylim=(0, 1))

@@ -10,15 +10,14 @@ from typing import Any
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.report.page import inline, newest_sample, render
+from jaxlm.report.plots import plot_loss, plot_measures, plot_time
 from jaxlm.report.stage_parts import pairs_of, samples_of
 
 Row = Mapping[str, Any]
 UNITS = {
-    "loss": "nats a token",
     "tokens_per_second": "tokens/s, whole run",
     "mfu": "of the peak, whole run",
     "goodput": "of the time",
-    "validation_loss": "nats a token",
     "validation_bits_per_byte": "bits",
     "unigram_loss": "nats a token",
 }
@@ -27,8 +26,15 @@ SHOWN = ("step", "tokens", "loss", "tokens_per_second", "mfu", "goodput", "valid
 SHARES = ("mfu", "goodput", "validation_accuracy")
 
 
-def write_report(cfg: config.Config, rows: Sequence[Row], baseline: float | None) -> Path:
-    """Write the page of the run at `cfg.out_dir` from its metrics, its plots, its newest sample and its config.
+def write_report(
+    cfg: config.Config,
+    rows: Sequence[Row],
+    baseline: float | None = None,
+    *,
+    baseline_name: str = "unigram baseline",
+    loss_unit: str = "nats a token",
+) -> Path:
+    """Draw the plots of the run at `cfg.out_dir`, and write its page: figures, plots, newest sample and config.
 
     Args:
         rows: of `metrics.jsonl`.
@@ -36,10 +42,13 @@ def write_report(cfg: config.Config, rows: Sequence[Row], baseline: float | None
     """
     run_dir = Path(cfg.out_dir)
     plots = run_dir / "plots"
+    plot_loss(rows, plots / "loss.png", baseline, baseline_name, unit=loss_unit)
+    plot_measures(rows, plots / "measures.png")
+    plot_time(rows, plots / "time.png")
     page = render(
         "run.html",
         title=run_dir.name,
-        figures=list(_figures(rows, baseline)),
+        figures=list(_figures(rows, baseline, loss_unit)),
         loss=inline(plots / "loss.png"),
         measures=inline(plots / "measures.png"),
         time=inline(plots / "time.png"),
@@ -64,7 +73,7 @@ def whole_run(rows: Sequence[Row]) -> dict[str, float]:
     return {"tokens_per_second": sum(counts) / sum(seconds), "mfu": busy / sum(seconds)}
 
 
-def _figures(rows: Sequence[Row], baseline: float | None) -> Iterator[tuple[str, str]]:
+def _figures(rows: Sequence[Row], baseline: float | None, loss_unit: str) -> Iterator[tuple[str, str]]:
     """The newest value of each figure, in words and with its unit; speeds are those of the whole run."""
     newest: dict[str, Any] = {}
     for row in rows:
@@ -75,7 +84,8 @@ def _figures(rows: Sequence[Row], baseline: float | None) -> Iterator[tuple[str,
     parts = sorted(name for name in newest if name.startswith(("validation_loss_", "share_")))
     for name in (*SHOWN, *parts, "unigram_loss"):
         if newest.get(name) is not None:
-            yield name.replace("_", " "), f"{_number(name, newest[name])} {UNITS.get(name, '')}".strip()
+            unit = loss_unit if name in ("loss", "validation_loss") else UNITS.get(name, "")
+            yield name.replace("_", " "), f"{_number(name, newest[name])} {unit}".strip()
 
 
 def _number(name: str, value: int | float) -> str:

@@ -22,7 +22,6 @@ from jaxlm.config import toml
 from jaxlm.data.rows.validation import check_watch, measure
 from jaxlm.errors import UserError
 from jaxlm.processes.stop_signals import Interrupted, Stopped, StopRequest
-from jaxlm.report.plots import plot_loss, plot_measures, plot_time
 from jaxlm.report.run_page import write_report
 from jaxlm.run.alerts import Alerts
 from jaxlm.run.clock import Clock, stragglers
@@ -243,11 +242,8 @@ class _Run:
         finally:
             self.log.close()
         if self.first:
-            rows = read_metrics(self.log.path)
-            plot_loss(rows, self.dir / "plots" / "loss.png", self.judge.baseline, self.judge.baseline_name)
-            plot_measures(rows, self.dir / "plots" / "measures.png")
-            plot_time(rows, self.dir / "plots" / "time.png")
-            write_report(self.cfg, rows, self.judge.baseline)
+            named = {"baseline_name": self.judge.baseline_name, "loss_unit": self.judge.loss_unit}
+            write_report(self.cfg, read_metrics(self.log.path), self.judge.baseline, **named)
 
     def _report(self) -> None:
         """Write the newest metrics, and speak of skipped updates since the last report."""
@@ -259,8 +255,8 @@ class _Run:
         late = stragglers(self.engine.gather(window.before_steps), window.total)
         row = {
             "step": steps[-1],
-            "tokens": steps[-1] * tokens,
             **fetched[-1],
+            "tokens": steps[-1] * tokens,  # a recipe may count tokens of its own for its means
             "tokens_per_second": rate,
             "mfu": reached / self.engine.peak_flops(reached),
             "step_seconds": window.stepping / len(steps),

@@ -237,6 +237,8 @@ class Judge(NamedTuple):
     baseline: float | None = None
     """The headline of a trivial model; plots draw it."""
     baseline_name: str = ""
+    loss_unit: str = "nats a token"
+    """In which the page of a run gives `loss` and `validation_loss`; empty: a loss without a unit."""
 
     def score(self, figures: Mapping[str, float]) -> float:
         """The headline as a number that is better when lower."""

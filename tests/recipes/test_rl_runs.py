@@ -106,7 +106,8 @@ def test_a_run_resumes_bit_for_bit(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    start.run(load(whole, recipe, steps=4, **options), backend=backend)
+    cfg = load(whole, recipe, steps=4, **options)
+    start.run(cfg, backend=backend)
     start.run(load(parts, recipe, steps=2, **options), backend=backend)
     start.run(load(parts, recipe, steps=4, **options), resume=True, backend=backend)
     names = ("loss", "reward", "grad_norm", "kl_reference", "clip_share", "held_out_reward", "ended", "length")
@@ -117,6 +118,8 @@ def test_a_run_resumes_bit_for_bit(
         for folder in (whole, parts)
     )
     assert ours == theirs and len(ours) == 4
+    counted = [row["tokens"] / row["step"] for row in rows(whole / recipe) if "loss" in row]
+    assert counted == 4 * [cfg.train.batch_size * cfg.data.seq_len], "of rows, as for other recipes"
     assert {"answer_nll"} <= {key for row in rows(whole / recipe) for key in row}
     assert None not in ours[0]
     trees = [jaxlm.load(folder / recipe).params for folder in (whole, parts)]

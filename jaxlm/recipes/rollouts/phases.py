@@ -113,16 +113,21 @@ class Phases:
         if "old_logps" in rl.columns:
             apart_BT = np.abs(batch["old_logps"] - batch["sampler_logps"])
             metrics["mismatch_max"] = float(np.where(batch["weights"] > 0, apart_BT, 0).max())
-        if rl.kl_target:
-            metrics |= self._follow_target(actor, batch)
+        if rl.kl == "reward":
+            metrics |= self._moved(actor, batch)
         return Phase(samples, batch["advantages"], self._batches(batch, number), metrics)
 
-    def _follow_target(self, actor: Actor, batch: Batch) -> dict[str, float]:
-        """Move the weight of the divergence for the next phase (Ziegler et al. 2019, section 2.2)."""
+    def _moved(self, actor: Actor, batch: Batch) -> dict[str, float]:
+        """How far the samples are from the start, in nats each.
+
+        With a target, the weight of the divergence moves for the next phase (Ziegler et al. 2019, section 2.2).
+        """
         counted_B = batch["weights"].any(axis=1)  # samples without a grade teach nothing
         moved_BT = (batch["old_logps"] - batch["reference_logps"]) * batch["weights"]
         moved_B = moved_BT.sum(1)[counted_B]
         kl, used = float(moved_B.mean()) if len(moved_B) else 0.0, self.kl_weight
+        if not self.rl.kl_target:
+            return {"kl_start": kl}
         self.kl_weight = actor.adapted_kl_weight(used, kl, len(moved_B))
         return {"kl_start": kl, "kl_weight": used}
 
