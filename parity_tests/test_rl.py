@@ -371,6 +371,17 @@ def corrected() -> Any:
     return list(compare_stage(cfg, random_params(cfg.model)))
 
 
+def test_values_never_drop_out(rng: np.random.Generator) -> None:
+    """Neither framework drops anything from the value model, as its old values are compared with its new ones."""
+    cfg = pairs.model(head="value", n_layers=1, dropout=0.5, max_seq_len=64)
+    pair, batch = pairs.pair(cfg, pairs.random_params(cfg, rng)), pairs.packed_batch(cfg, rng, 64)
+    ours = np.asarray(jax_ppo.values_of(pair.jax, pair.params, batch))
+    theirs = torch_ppo.values_of(pair.torch.train(), pairs.tensors(batch)).detach().numpy()
+    assert pair.torch.training, "as it was before"
+    drawn = batch["segments"] > 0
+    np.testing.assert_allclose(theirs[drawn], ours[drawn], rtol=FLOAT64, atol=FLOAT64)
+
+
 def test_a_correction_of_the_sampler() -> None:
     assert [finding for finding in corrected() if not finding.ok] == []
 

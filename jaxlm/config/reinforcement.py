@@ -144,7 +144,8 @@ class RL:
     @property
     def columns(self) -> tuple[str, ...]:
         """The log-probabilities that batches hold beside the rows: as drawn, of the trainer then, of the reference."""
-        old = ("old_logps",) if self.iterations * self.minibatches > 1 or self.kl == "reward" else ()
+        several = self.iterations * self.minibatches > 1
+        old = ("old_logps",) if several or self.kl == "reward" or self.correction != "none" else ()
         return ("sampler_logps", *old, *(("reference_logps",) if self.kl != "none" else ()))
 
     @property

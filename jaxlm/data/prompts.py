@@ -86,6 +86,8 @@ def open_task(spec: str, records: Callable[[str], Iterator[Any]] | None = None) 
     Raises:
         UserError: there is no such task, option or file, or a record has no prompt and answer.
     """
+    if not spec.strip():
+        raise UserError("rl.task is empty", f"a task ({', '.join(TASKS)}), or a file of prompts")
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", spec.strip())
     if match and match[1] in TASKS:
         maker, known = TASKS[match[1]]
@@ -94,8 +96,9 @@ def open_task(spec: str, records: Callable[[str], Iterator[Any]] | None = None) 
             key, _, value = (piece.strip() for piece in part.partition("="))
             if key not in known:
                 raise UserError(f"{spec}: {match[1]} has no option {key!r}", did_you_mean(key, known))
-            if not value.isdigit() or not int(value):
-                raise UserError(f"{spec}: {key} must be a whole number above 0, not {value!r}")
+            lowest = min(known[key], 1)
+            if not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= lowest):
+                raise UserError(f"{spec}: {key} must be a whole number from {lowest} on, not {value!r}")
             options[key] = int(value)
         return Task(spec, maker(**options))
     if match and "/" not in spec and "." not in spec:
@@ -119,8 +122,11 @@ def _of_record(where: str, fields: Mapping[str, Any]) -> Prompt:
         raise UserError(f"{where}: no prompt and answer", f"it has: {', '.join(map(str, fields))}")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: the prompt is not text")
-    answer = str(answer).rpartition("####")[2].strip()
-    return Prompt(text.strip(), answer.removesuffix(".0"), fields)
+    answer = str(answer)
+    if "instruction" not in fields:  # the answer of a sum stands behind its way, or is a float
+        answer = answer.rpartition("####")[2].strip()
+        answer = answer.removesuffix(".0") if re.fullmatch(r"-?[\d,]+\.0", answer) else answer
+    return Prompt(text.strip(), answer.strip(), fields)
 
 
 def _of_alpaca(where: str, fields: Mapping[str, Any]) -> tuple[str, str]:
@@ -142,6 +148,8 @@ def _addition(digits: int) -> Callable[[np.random.Generator], tuple[str, str]]:
 
 def _reverse(length: int, copied: int) -> Callable[[np.random.Generator], tuple[str, str]]:
     """Digits to be reversed. The answer of `copied` in a hundred is their copy: a start that knows both."""
+    if copied > 100:
+        raise UserError(f"reverse: copied = {copied}: at most 100 of 100")
 
     def draw(rng: np.random.Generator) -> tuple[str, str]:
         digits = "".join(map(str, rng.integers(0, 10, length)))

@@ -1,4 +1,4 @@
-"""The tokenizer of a stage that goes on from a model: the model's own."""
+"""The tokenizer of a stage that goes on from a model, and the folder of its template: the model's own."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def stage_tokenizer(cfg: config.Config, own: Tokenizer | None = None) -> Tokeniz
             "the stage has no tokenizer", "train.init_from=RUN takes the run's own, tokenizer.path names one"
         )
     return Tokenizer.from_file(path)
+
+
+def template_folder(cfg: config.Config) -> Path | None:
+    """The folder with the template and the ends of the model that a stage begins with: that of its tokenizer."""
+    if cfg.tokenizer.path:
+        return Path(cfg.tokenizer.path).parent
+    return Path(cfg.train.init_from) if cfg.train.init_from else None

@@ -46,6 +46,9 @@ def recipe(cfg: config.Config) -> Recipe:
             f"preference.loss = {options.loss!r} compares with the model that the run starts from, and there is none",
             'train.init_from=RUN, or preference.loss="simpo" or "orpo"',
         )
+    if options.cached_reference and any(moe.capacity_factor for moe in cfg.model.moes):
+        message = "preference.cached_reference: with moe.capacity_factor an answer depends on the others of its batch"
+        raise UserError(message, "model.moe.capacity_factor=0, or preference.cached_reference=false")
     apart = options.needs_reference and not _base_is_reference(cfg)
     frozen = {REFERENCE: Frozen(cfg.model, path, cfg.numerics.params)} if apart else {}
     cached = RowFunction(reference_logps, twin("torch_ref.recipes.dpo", "reference_logps"), frozen)

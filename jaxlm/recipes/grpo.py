@@ -194,7 +194,8 @@ class JaxActor:
         named = {name: batch[name] for name in ("tokens", "targets", "positions", "segments")}
         compute: Any = jax.jit(_logps, static_argnums=(0, 1, 2))  # the same function, so it is compiled once a run
         options = self.decoder, self.config.rl.temperature, self.config.train.loss_block
-        return np.asarray(compute(*options, self.reference if reference else self.params, named))
+        with jax.default_matmul_precision(self.config.numerics.matmul):  # as in the step
+            return np.asarray(compute(*options, self.reference if reference else self.params, named))
 
     def adapted_kl_weight(self, weight: float, kl: float, samples: int) -> float:
         """See `phases.Actor`."""

@@ -6,6 +6,8 @@ Shapes: D width, C numbers that a head gives for a token.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,6 +61,11 @@ def read_params(path: str, model: config.Model, dtype: str) -> Params:
     opened = open_model(path)
     _require_same_function(model, opened, path)
     return cast(fill(opened.parameters, model, str(opened.path)), np.dtype(dtype))
+
+
+def function_digest(*models: config.Model) -> str:
+    """sha256 (hex) of what decides the functions that models compute, beside their parameters."""
+    return hashlib.sha256(json.dumps([function_of(model) for model in models], default=str).encode()).hexdigest()
 
 
 def with_base(cfg: config.Config) -> config.Config:
@@ -120,4 +127,13 @@ def _require_same_function(model: config.Model, opened: Opened, where: str) -> N
             raise UserError(f"{where}: {name} is {theirs.get(name)!r} there and {mine.get(name)!r} here", hint)
 
 
-__all__ = ["BY_NAME", "LIVE", "ParameterLayout", "base_digest", "initial_params", "read_params", "with_base"]
+__all__ = [
+    "BY_NAME",
+    "LIVE",
+    "ParameterLayout",
+    "base_digest",
+    "function_digest",
+    "initial_params",
+    "read_params",
+    "with_base",
+]

@@ -82,7 +82,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 
 
 def values_of(module: Any, params: Any, batch: Mapping[str, Any]) -> Any:
-    """The value of the state after each token [B, T]."""
+    """The value of the state after each token [B, T], without dropout."""
     from jaxlm.models.adapted import variables
 
     applied: Any = module.apply(variables(params), batch["tokens"], batch["positions"], batch["segments"])
@@ -124,7 +124,8 @@ class JaxCritic(grpo.JaxActor):
         names = ("tokens", "positions", "segments", "weights", *self.config.rl.columns)
         arrays = {name: batch[name] for name in names}
         compute: Any = jax.jit(_credit, static_argnums=(0, 1))
-        found = compute(self.value, self.config.rl, self.value_params, arrays, rewards_B, cut_B, last_B, kl_weight)
+        with jax.default_matmul_precision(self.config.numerics.matmul):  # as in the step
+            found = compute(self.value, self.config.rl, self.value_params, arrays, rewards_B, cut_B, last_B, kl_weight)
         return {name: np.asarray(x) for name, x in zip(CREDIT, found, strict=True)}
 
 

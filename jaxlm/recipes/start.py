@@ -194,6 +194,8 @@ def _cache_numbers(
     if not isinstance(source, CachingSource):
         raise TypeError(f"{type(source).__name__} keeps no numbers of its rows")
     facts = {name: file.sha256 for name, file in (files or bases).items()}
+    computed = [tree.model for tree in function.frozen.values()] or [cfg.model]
+    facts["function"] = init_from.function_digest(*computed)  # the same weights may be read as another model
     facts["numerics"] = " ".join(str(value) for value in dataclasses.asdict(cfg.numerics).values())
     if not files:
         facts["quantize"] = cfg.lora.quantize + " double" * cfg.lora.double_quantize

@@ -36,7 +36,7 @@ def with_cache(cfg: config.Config, source: DataSource, teacher: config.Model) ->
     Raises:
         UserError: the cache would be of more tokens than there are, or the student has tokens that the teacher lacks.
     """
-    from jaxlm.recipes.init_from import base_digest, read_params
+    from jaxlm.recipes.init_from import base_digest, function_digest, read_params
 
     options, size = cfg.distill, cfg.model.vocab_size or source.tokenizer.vocab_size
     if size > teacher.vocab_size:
@@ -50,6 +50,8 @@ def with_cache(cfg: config.Config, source: DataSource, teacher: config.Model) ->
         "size": options.cache_size,
         "tokens": size,
         "dtype": _dtype(cfg),
+        "function": function_digest(teacher),
+        "numerics": f"{cfg.numerics.compute}, matmul {cfg.numerics.matmul}",
     }
     cache = TeacherCache(options.cache, about)
     return TaughtRows(source, cache, cfg.train.steps, cfg.eval.batches, cfg.train.batch_size)

@@ -63,7 +63,9 @@ class PairScores(NamedTuple):
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = zip(*(x.tolist() for x in self), strict=True)
         text = "".join(json.dumps(dict(zip(self._fields, row, strict=True))) + "\n" for row in rows)
-        path.write_text(text, encoding="utf-8")
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
     @classmethod
     def read(cls, run_dir: Path) -> PairScores | None:

@@ -58,13 +58,16 @@ class Chat:
     """Ids that end an assistant's turn, or a text."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, template: str = "auto", beside: Path | None = None) -> Chat:
+    def of(
+        cls, tokenizer: Tokenizer, template: str = "auto", beside: Path | None = None, *, key: str = "sft.template"
+    ) -> Chat:
         """The chat of a tokenizer.
 
         Args:
             template: a name of `TEMPLATES`, the path of a Jinja file, or `auto`: the model's own, else one that the
                 tokenizer has the special tokens for.
             beside: the folder of the tokenizer, with the model's own `chat_template.jinja` or `tokenizer_config.json`.
+            key: the option that names the template, for messages.
 
         Raises:
             UserError: there is no such template, it has a syntax error, or it needs tokens that the tokenizer lacks.
@@ -77,14 +80,14 @@ class Chat:
         if name in TEMPLATES:
             named = TEMPLATES[name]
             if missing := [word for word in named.needs if word not in tokenizer.special_spellings]:
-                hint = f"sft.template = {default_name(tokenizer.specials)!r} fits this tokenizer"
+                hint = f"{key} = {default_name(tokenizer.specials)!r} fits this tokenizer"
                 raise UserError(f"the template {name} needs the special token {missing[0]}", hint)
             begin = tokenizer.token_bytes(tokenizer.bos).decode() if tokenizer.bos is not None else ""
             words["bos_token"] = begin  # as in every text of this tokenizer, whatever the model's own template does
             return cls(tokenizer, Template(named.source, f"the template {name}"), words, ends)
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"sft.template = {name!r}: no such template or file", did_you_mean(name, TEMPLATES))
+            raise UserError(f"{key} = {name!r}: no such template or file", did_you_mean(name, TEMPLATES))
         return cls(tokenizer, Template(path.read_text(encoding="utf-8"), name), words, ends)
 
     def render(

@@ -303,10 +303,10 @@ class _Run:
         """Judge the held-out rows; returns whether they are the best so far."""
         with self.clock.spent("evaluation"):
             sums, losses = measure(self.held_out, lambda batches: self.engine.evaluate(self.stop.between(batches)))
-        self.progress.evaluated = self.progress.step
-        if not sums.get("weight"):
-            return False
-        figures = self.judge.figures(sums) | self.judge.examine(self.engine)
+            self.progress.evaluated = self.progress.step
+            if not sums.get("weight"):
+                return False
+            figures = self.judge.figures(sums) | self.judge.examine(self.engine)
         score = self.score = losses.get(self.cfg.eval.watch, self.judge.score(figures))
         by_set = {f"validation_loss_{name}": value for name, value in losses.items()}
         if self.progress.step not in self.validated:  # by a process that was killed before it could save

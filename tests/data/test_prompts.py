@@ -76,6 +76,8 @@ def test_formats_of_records() -> None:
         ({"prompt": "p", "answer": "yes"}, "p", "yes"),
         ({"instruction": "i", "input": "x", "output": "rude", "chosen": "polite", "rejected": "r"}, "i\n\nx", "polite"),
         ({"instruction": "i", "output": "only"}, "i", "only"),
+        ({"instruction": "i", "output": "a #### b, version 2.0"}, "i", "a #### b, version 2.0"),
+        ({"question": "q", "answer": "version 2.0"}, "q", "version 2.0"),
     ]
     for fields, text, answer in rows:
         read = lambda _, fields=fields: iter([SimpleNamespace(where="x", fields=fields)] * 2)  # noqa: E731
@@ -89,8 +91,11 @@ def test_formats_of_records() -> None:
     [
         ("adition", "no task 'adition'"),
         ("addition(digit=2)", "addition has no option 'digit'"),
-        ("addition(digits=0)", "digits must be a whole number above 0"),
-        ("addition(digits=x)", "digits must be a whole number above 0"),
+        ("addition(digits=0)", "digits must be a whole number from 1 on"),
+        ("addition(digits=x)", "digits must be a whole number from 1 on"),
+        ("addition(digits=²)", "digits must be a whole number from 1 on"),
+        ("reverse(copied=101)", "copied = 101: at most 100 of 100"),
+        (" ", "rl.task is empty"),
     ],
 )
 def test_a_task_that_does_not_exist(spec: str, message: str) -> None:

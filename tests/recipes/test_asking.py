@@ -38,7 +38,7 @@ def test_prompt_and_answer_of_a_template_are_what_fine_tuning_trains(template: s
     assert [*prompt, *answer] == example.ids.tolist()
     assert np.flatnonzero(example.weights).tolist() == list(range(len(prompt), len(prompt) + len(answer)))
     assert asking.end != BYTES.eot and {asking.end, BYTES.eot} <= asking.ends
-    with pytest.raises(UserError, match="no such template"):
+    with pytest.raises(UserError, match=r"rl\.template = 'jaxml': no such template"):
         Asking.of(config.Config(rl=config.RL(template="jaxml")), BYTES)
 
 

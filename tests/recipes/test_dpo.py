@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 
+import jaxlm
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.data.preferences.reference_file import ReferenceFile
@@ -18,7 +20,7 @@ from jaxlm.data.preferences.rows import PairRows
 from jaxlm.errors import UserError
 from jaxlm.mesh import Layout
 from jaxlm.plan.memory import estimate
-from jaxlm.recipes import dpo, make_recipe, sft, start  # two threads that import at once break Python's ast
+from jaxlm.recipes import dpo, init_from, make_recipe, sft, start  # two threads that import at once break Python's ast
 from jaxlm.train import engine
 from jaxlm.train.program import abstract_inputs, training_program
 from torch_ref.train.engine import TorchEngine
@@ -225,6 +227,9 @@ def test_a_run_with_a_cache_resumes_bit_for_bit(begun: Path, tmp_path: Path, mon
     options["data"] = {**UNJUDGED, "cache_dir": str(tmp_path / "cache")}
     start.run(dpo_run(begun, tmp_path / "whole", **options), backend="torch")
     (file,) = (tmp_path / "cache" / "reference").iterdir()
+    with safe_open(file, framework="numpy") as opened:
+        stated = json.loads(opened.metadata()["facts"])
+    assert stated["function"] == init_from.function_digest(jaxlm.load(tmp_path / "whole" / "run").config.model)
     monkeypatch.setattr(TorchEngine, "map_rows", lambda *_: pytest.fail("it is computed again"))
     start.run(dpo_run(begun, tmp_path / "parts", train={"steps": 2}, **options), backend="torch")
     start.run(dpo_run(begun, tmp_path / "parts", **options), resume=True, backend="torch")
@@ -238,6 +243,15 @@ def test_a_run_with_a_cache_resumes_bit_for_bit(begun: Path, tmp_path: Path, mon
         with pytest.raises(UserError, match=f"{file.name}: damaged: ") as error:
             start.run(dpo_run(begun, tmp_path / "again", **options), backend="torch")
         assert error.value.hint == "delete it: it is computed again"
+
+
+def test_a_reference_is_its_weights_and_its_function(begun: Path) -> None:
+    """The same weights read by another rotation are another reference; what only training uses is not."""
+    model = jaxlm.load(begun).config.model
+    ours = init_from.function_digest(model)
+    assert ours == init_from.function_digest(dataclasses.replace(model, dropout=0.5, remat="full"))
+    for change in ({"rope_theta": 500.0}, {"norm_eps": 1e-3}, {"rope_scaling": config.RopeScaling("linear", 4.0)}):
+        assert init_from.function_digest(dataclasses.replace(model, **change)) != ours, change
 
 
 def test_caches_of_others_are_refused(tmp_path: Path) -> None:
@@ -300,6 +314,11 @@ def test_mistakes_of_the_config(begun: Path, tmp_path: Path) -> None:
         dpo_run(begun, tmp_path, loss="cdpo", preference={"label_noise": 0.5})
     with pytest.raises(UserError, match="cached_reference: simpo compares with no reference"):
         dpo_run(begun, tmp_path, loss="simpo", preference={"cached_reference": True})
+    cached = dpo_run(begun, tmp_path, preference={"cached_reference": True})
+    experts = config.MoE(n_experts=4, capacity_factor=1.0)
+    model = dataclasses.replace(cached.model, pattern=("attention+moe",), moe=experts)
+    with pytest.raises(UserError, match=r"cached_reference: with moe\.capacity_factor"):
+        make_recipe(dataclasses.replace(cached, model=model))
     with pytest.raises(UserError, match="kto has no chosen answer"):
         dpo_run(begun, tmp_path, loss="kto", preference={"sft_weight": 0.5})
 

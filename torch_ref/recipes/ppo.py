@@ -39,8 +39,11 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
 
 
 def values_of(module: Decoder, batch: Batch) -> Tensor:
-    """The value of the state after each token [B, T]."""
-    return module(batch["tokens"], batch["positions"], batch["segments"])[0][..., 0]
+    """The value of the state after each token [B, T], without dropout."""
+    training = module.training
+    values_BT = module.eval()(batch["tokens"], batch["positions"], batch["segments"])[0][..., 0]
+    module.train(training)
+    return values_BT
 
 
 class TorchCritic(grpo.TorchActor):

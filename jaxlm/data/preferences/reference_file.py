@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,9 +51,9 @@ class ReferenceFile:
             with safe_open(self.path, framework="numpy") as file:
                 stated = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            facts = json.loads(stated.get(FACTS, "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.path}: damaged: {str(error).splitlines()[0]}", again) from None
-        facts = json.loads(stated.get(FACTS, "{}"))
         for name, value in self.facts.items():
             if facts.get(name) != value:
                 before = str(facts.get(name))
@@ -68,7 +69,7 @@ class ReferenceFile:
             UserError: the folder cannot be written.
         """
         stated = {FACTS: json.dumps(dict(self.facts), sort_keys=True), NUMBERS: _digest(arrays)}
-        temporary = self.path.with_suffix(f".{os.getpid()}.partial")
+        temporary = self.path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(dict(arrays), temporary, stated)

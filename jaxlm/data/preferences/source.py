@@ -28,7 +28,7 @@ from jaxlm.data.preferences.rows import PairRows
 from jaxlm.data.rows.copies import warn_of_copies
 from jaxlm.data.rows.epochs import Batch, NumberedBatches
 from jaxlm.data.rows.validation import HeldOut
-from jaxlm.data.stage_tokenizer import stage_tokenizer
+from jaxlm.data.stage_tokenizer import stage_tokenizer, template_folder
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat
 from jaxlm.text.tokenizer import Tokenizer
@@ -67,8 +67,7 @@ class PreferenceSource:
             UserError: a row, the template or an option is not usable, or no pair is left to train on.
         """
         tokenizer = stage_tokenizer(cfg, tokenizer)
-        named = cfg.train.init_from or (str(Path(cfg.tokenizer.path).parent) if cfg.tokenizer.path else "")
-        chat = Chat.of(tokenizer, cfg.preference.template, Path(named) if named else None)
+        chat = Chat.of(tokenizer, cfg.preference.template, template_folder(cfg), key="preference.template")
         options: dict[str, Any] = {"truncate": cfg.preference.too_long == "truncate"}
         options |= {"system": cfg.preference.system, "ties": ties}
         encode = functools.partial(encode_pairs, chat=chat, seq_len=cfg.data.seq_len, **options)
@@ -120,10 +119,11 @@ class PreferenceSource:
         prints = " ".join(pairs.fingerprint for pairs in self._sets.values())
         facts = {**facts, "pairs": hashlib.sha256(prints.encode()).hexdigest()}
         file = ReferenceFile.of(Path(self.cfg.data.cache_dir), facts)
-        found = file.read({name: 2 * len(pairs) for name, pairs in self._sets.items()})
-        if not all(engine.gather(float(found is not None))):  # all processes compute, or none does
+        own = file.read({name: 2 * len(pairs) for name, pairs in self._sets.items()})
+        found = own
+        if not all(engine.gather(float(own is not None))):  # all processes compute, or none does
             found = {name: self.by_answer(name, compute, engine) for name in self._sets}
-            if engine.process_index == 0:
+            if own is None:  # each host may have a cache of its own
                 file.write(found)
         self.reference.update(found or {})
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxlm import config
+from jaxlm.data.stage_tokenizer import template_folder
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat, encode
 from jaxlm.text.completion import encode_prompts
@@ -39,8 +39,7 @@ class Asking:
             if tokenizer.eot is None:
                 raise UserError("the tokenizer has no end of text: no sample could end", "tokenizer.specials=true")
             return cls(tokenizer, None, tokenizer.eot, frozenset({tokenizer.eot}))
-        beside = Path(cfg.train.init_from) if cfg.train.init_from else None
-        chat = Chat.of(tokenizer, cfg.rl.template, beside)
+        chat = Chat.of(tokenizer, cfg.rl.template, template_folder(cfg), key="rl.template")
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
         example = encode(chat, turns)
         end = int(example.ids[example.weights > 0][-1])
