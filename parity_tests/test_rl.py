@@ -379,7 +379,7 @@ def test_values_never_drop_out(rng: np.random.Generator) -> None:
     theirs = torch_ppo.values_of(pair.torch.train(), pairs.tensors(batch)).detach().numpy()
     assert pair.torch.training, "as it was before"
     drawn = batch["segments"] > 0
-    np.testing.assert_allclose(theirs[drawn], ours[drawn], rtol=FLOAT64.value, atol=FLOAT64.value)
+    FLOAT64.check(pairs.error(theirs[drawn], ours[drawn]), "values")
 
 
 def test_a_correction_of_the_sampler() -> None:
