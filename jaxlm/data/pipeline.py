@@ -123,7 +123,7 @@ def prepare(config: Config, tokenizer: Tokenizer | None = None) -> Corpus:
         UserError: the corpus or the tokenizer is missing, bad or empty, the tokenizer does not fit `model.vocab_size`,
             or the disk is full.
     """
-    corpora = _corpora(config.data)
+    corpora = corpora_of(config.data)
     tokenizer = tokenizer or _make_tokenizer(config, corpora)
     if tokenizer.eot is None and config.tokenizer.kind == "file":
         hint = "no document ends, nor does a generation; eos_token in a tokenizer_config.json beside it names one"
@@ -156,7 +156,7 @@ def train_tokenizer(config: Config) -> Tokenizer:
 
     Of a mixture, each corpus gives as much text as its first weight says.
     """
-    return _make_tokenizer(config, _corpora(config.data))
+    return _make_tokenizer(config, corpora_of(config.data))
 
 
 def make_train_iterator(
@@ -282,7 +282,7 @@ class _Batches:
         return "RunRows"
 
 
-def _corpora(data: Data) -> list[tuple[str, Documents]]:
+def corpora_of(data: Data) -> list[tuple[str, Documents]]:
     """The corpora of a mixture by name; without one, the only corpus, under the empty name."""
     if not data.mixture:
         return [("", Documents(data))]

@@ -87,7 +87,7 @@ class Box:
                 stdin=stdin,
                 stdout=readers["stdout"][1],
                 stderr=readers["stderr"][1],
-                env=environment(launch.work, job.language),
+                env=environment(launch.work, job.language) if launch.environment is None else launch.environment,
                 pass_fds=kept,
                 start_new_session=True,
                 cwd="/",

@@ -44,7 +44,7 @@ def kept_results() -> Path:
 def _key(backend: Backend, python: Interpreter) -> str:
     """Everything on which the result of the battery depends."""
     parts = [platform.release(), platform.machine(), str(os.getuid()), backend.name, bwrap.program(), *python.roots]
-    parts += [python.executable, python.version]
+    parts += [python.executable, python.version, backend.version()]
     folder = Path(__file__).parent
     for path in sorted([*folder.glob("*.py"), *folder.glob("backends/*.py"), *folder.glob("inside/*.py")]):
         parts.append(hashlib.sha256(path.read_bytes()).hexdigest())

@@ -1,12 +1,14 @@
 """What a judge leaves that was killed: folders of its boxes, and processes that bubblewrap had just begun.
 
-Both bear the number of their judge, and the next judge of the same user removes them.
+Both bear the number of their judge and its place, and the next judge of the same user there removes them.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -17,22 +19,30 @@ _PREFIX = "jaxlm-box-"
 
 
 def owner() -> str:
-    """The name of what belongs to this judge: its process number, and that of the namespace in which it counts."""
-    return f"{_PREFIX}{os.getpid()}-{_namespace()}"
+    """The name of what belongs to this judge: its process number, and the place in which that counts."""
+    return f"{_PREFIX}{os.getpid()}-{_place()}"
 
 
-def _namespace() -> int:
-    """The number of our process namespace: a process of another one may live though we do not see it."""
+def _place() -> str:
+    """Our process namespace, and the machine that runs it: a process elsewhere may live though we do not see it.
+
+    The first namespace has the same number on every Linux, and machines may share a folder for temporary files.
+    """
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
+        number = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
-        return 0
+        number = 0
+    try:
+        booted = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        booted = ""
+    return f"{number}.{hashlib.sha256(f'{platform.node()} {booted}'.encode()).hexdigest()[:16]}"
 
 
 def _is_dead(name: str) -> bool:
-    """Whether `name`, made by `owner`, is of this namespace and its judge is no more."""
+    """Whether `name`, made by `owner`, is of this place and its judge is no more."""
     number, _, rest = name.removeprefix(_PREFIX).partition("-")
-    if not (name.startswith(_PREFIX) and number.isdigit() and rest.partition("-")[0] == str(_namespace())):
+    if not (name.startswith(_PREFIX) and number.isdigit() and rest.partition("-")[0] == _place()):
         return False
     try:
         os.kill(int(number), 0)
@@ -56,7 +66,7 @@ def sweep() -> None:
 
 
 def sweep_folders(place: str) -> None:
-    """Remove folders of boxes whose judge is dead: only our own user's, and only of this process namespace."""
+    """Remove folders of boxes whose judge is dead: only our own user's, and only of this place."""
     for path in Path(place).glob(f"{_PREFIX}*"):
         try:
             state = path.lstat()

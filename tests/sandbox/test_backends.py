@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, leftovers, processes, run
-from jaxlm.sandbox.backends import Request, container, seatbelt
+from jaxlm.sandbox.backends import Request, container, monty, seatbelt
 from jaxlm.sandbox.choose import BACKENDS
 from jaxlm.sandbox.escapes import processes_with
 from jaxlm.sandbox.inside import frames
@@ -30,6 +33,8 @@ import json, os, sys
 words = sys.argv[1:]
 with open({log!r}, 'a') as log:
     log.write(json.dumps(words) + '\n')
+if os.environ.get('HOME') != {home!r}:
+    sys.exit('the engine of another user: HOME is ' + os.environ.get('HOME', 'not set'))
 if words[0] == 'version':
     sys.exit('Cannot connect to the Docker daemon') if os.path.exists({down!r}) else print('28.0')
 elif words[:2] == ['image', 'inspect']:
@@ -47,8 +52,11 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) ->
     """Put a stand-in for docker on the path. Returns the file of its command lines."""
     log, program = tmp_path / "log.jsonl", tmp_path / "bin" / "docker"
     program.parent.mkdir()
-    program.write_text(DOCKER.format(python=sandbox.interpreter.executable, log=str(log), down=str(tmp_path / "down")))
+    places = {"log": str(log), "down": str(tmp_path / "down"), "home": str(tmp_path)}
+    program.write_text(DOCKER.format(python=sandbox.interpreter.executable, **places))
     program.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")))
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     container.engine.cache_clear()
     yield log
@@ -93,6 +101,7 @@ def test_the_command_line_of_a_container(docker: Path, sandbox: Sandbox) -> None
 
 
 def test_containers_that_are_refused(docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # no engine of this machine
     with pytest.raises(UserError, match=r"does not work here: no image 'other' here: .*docker pull other"):
         choose("container:other")
     with pytest.raises(UserError, match="no sandbox 'container:'"):
@@ -201,11 +210,16 @@ def test_seatbelt_is_refused_elsewhere() -> None:
 
 def test_processes_by_ps() -> None:
     """What a Mac's judge sees of a tree of processes, on a system that can tell both ways."""
+    if not shutil.which("ps"):
+        pytest.skip("no ps here")
     child = subprocess.Popen(["/bin/sh", "-c", "sleep 30 & sleep 30"])
     try:
-        by_ps = processes.listed_by_ps()
-        assert by_ps[child.pid].parent == os.getpid() and not by_ps[child.pid].running
-        assert abs(by_ps[os.getpid()].cpu_seconds - time.process_time()) < 2  # without children
+        assert until(lambda: not processes.listed_by_ps()[child.pid].running)  # it has begun to wait
+        before, by_ps, after = time.process_time(), processes.listed_by_ps(), time.process_time()
+        assert by_ps[child.pid].parent == os.getpid()
+        # Without children; in whole seconds, and counted by the kernel's tick.
+        tick = 1 / processes.TICK
+        assert math.floor(before - tick) <= by_ps[os.getpid()].cpu_seconds <= after + tick
         assert by_ps[os.getpid()].memory > 1 << 20
     finally:
         processes.kill_descendants(child.pid)
@@ -214,12 +228,15 @@ def test_processes_by_ps() -> None:
 
 
 def test_folders_of_dead_judges_are_swept(tmp_path: Path) -> None:
-    """Only those of our own user, of this process namespace, whose process is dead; however they were left."""
+    """Only those of our own user, machine and process namespace, whose process is dead; however they were left."""
     dead = subprocess.Popen(["/bin/true"])
     dead.wait()
     here = leftovers.owner().split("-")[3]
+    namespace, _, machine = here.partition(".")
     names = {"dead": f"jaxlm-box-{dead.pid}-{here}-a", "alive": f"jaxlm-box-{os.getpid()}-{here}-b",
-             "elsewhere": f"jaxlm-box-{dead.pid}-1-c", "other": f"jaxlm-box-x-{here}-d"}  # fmt: skip
+             "elsewhere": f"jaxlm-box-{dead.pid}-1.{machine}-c", "other": f"jaxlm-box-x-{here}-d",
+             "foreign machine": f"jaxlm-box-{dead.pid}-{namespace}.0123456789abcdef-e",
+             "without one": f"jaxlm-box-{dead.pid}-{namespace}-f"}  # fmt: skip
     for name in names.values():
         (tmp_path / name / "deep" / "deeper").mkdir(parents=True)
         (tmp_path / name / "deep").chmod(0)
@@ -229,7 +246,7 @@ def test_folders_of_dead_judges_are_swept(tmp_path: Path) -> None:
     if os.getuid() == 0:
         os.chown(foreign, 65534, 65534)
     leftovers.sweep_folders(str(tmp_path))
-    kept = {names["alive"], names["elsewhere"], names["other"], f"jaxlm-box-{dead.pid}-{here}-link"}
+    kept = {*names.values(), f"jaxlm-box-{dead.pid}-{here}-link"} - {names["dead"]}
     assert {path.name for path in tmp_path.iterdir()} == kept | ({foreign.name} if os.getuid() == 0 else set())
     for name in kept - {f"jaxlm-box-{dead.pid}-{here}-link"}:
         (tmp_path / name / "deep").chmod(stat.S_IRWXU)
@@ -257,6 +274,65 @@ def test_monty_gives_lower_bounds() -> None:
         grade(":", Tests("candidate", ("f",), language="bash"), SHORT, there)
     with pytest.raises(HarnessError, match="never called"):
         grade(kinds["passed"], Tests("assert True", ("add",)), SHORT, there)
+
+
+def test_names_of_two_machines_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process namespace has the same number on every one."""
+    here = leftovers.owner()
+    monkeypatch.setattr(leftovers.platform, "node", lambda: "another-machine")
+    there = leftovers.owner()
+    assert here != there and here.split(".")[0] == there.split(".")[0]
+
+
+@pytest.fixture
+def in_monty() -> Sandbox:
+    if reason := BACKENDS["monty"].problem():
+        pytest.skip(f"monty: {reason}")
+    return choose("monty")
+
+
+def test_monty_prints_nothing_of_an_answer(in_monty: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
+    assert grade("print('loaded')\ndef add(a, b):\n    print('called')\n    return a + b", ADD, SHORT, in_monty).passed
+    assert capfd.readouterr() == ("", "")
+
+
+def test_monty_adds_up_the_time_of_calls(in_monty: Sandbox) -> None:
+    """No call is too long, all together are; and what a program used is told, for the limits of others."""
+    calls = Tests("for n in range(100_000): assert candidate(n, 0) == n", names=("add",))
+    verdict = grade("def add(a, b):\n    for n in range(20_000): pass\n    return a + b", calls, SHORT, in_monty)
+    assert (verdict.kind, verdict.text) == ("cpu_time", "more than 1 s in all")
+    slow = "def add(a, b):\n    for n in range(200_000): pass\n    return a + b"
+    assert grade(slow, ADD, Limits(cpu_seconds=60.0), in_monty).cpu_seconds > 0
+
+
+def test_many_judgements_in_monty_do_not_wait_for_each_other(
+    in_monty: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time, and two workers in all: each would hold one and wait for the other's."""
+    import pydantic_monty
+
+    both, mine, made, session = threading.Barrier(2), threading.local(), [], monty._session
+
+    def waiting(limits: Limits):
+        if getattr(mine, "holds", False):  # until both judgements hold one, or that cannot be
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(1)
+        mine.holds = True
+        return session(limits)
+
+    with pydantic_monty.Monty(min_processes=2, max_processes=2, checkout_timeout=10) as pool:
+        monkeypatch.setattr(monty, "_pool", lambda: pool)
+        monkeypatch.setattr(monty, "_PAIRS", threading.BoundedSemaphore(1))
+        monkeypatch.setattr(monty, "_session", waiting)
+        right = "def add(a, b): return a + b"
+        judges = [
+            threading.Thread(target=lambda: made.append(grade(right, ADD, SHORT, in_monty).kind)) for _ in range(2)
+        ]
+        for judge in judges:
+            judge.start()
+        for judge in judges:
+            judge.join()
+    assert made == ["passed", "passed"] and monty.MOST_WORKERS == 256
 
 
 def test_a_killed_judge_leaves_a_folder_that_the_next_removes(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ def test_what_each_filter_refuses(machine: str) -> None:
     assert (verdict(alone, machine, call["kill"], 77), verdict(alone, machine, call["kill"], 1)) == (ALLOW, REFUSED)
 
 
+def test_a_mac_on_arm_makes_the_filter_of_its_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seccomp.platform, "machine", lambda: "arm64")
+    assert base_filter() == base_filter("aarch64") and alone_filter(77) == alone_filter(77, "aarch64")
+
+
 def test_another_architecture_is_killed() -> None:
     data = base_filter("x86_64")
     assert verdict(data, "aarch64", 0) == 0x80000000 == verdict(base_filter("aarch64"), "x86_64", 0)

@@ -2,23 +2,21 @@
 
 The kinds are those of HumanEvalPack (Muennighoff et al. 2023, table 8: missing logic, excess logic, value, operator,
 variable and function misuse), planted by rule. Both the right program and the faulty one are printed by `ast.unparse`,
-so that their form does not tell them apart.
+so that their form does not tell them apart: no operator leaves what a programmer would not write.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+from jaxlm.eval.code import kept
 from jaxlm.eval.code.problems import Problem
 from jaxlm.eval.code.programs import parse
+from jaxlm.eval.code.score import without_faults
 from jaxlm.sandbox import Limits, Sandbox, grade_many
-from jaxlm.sandbox.choose import kept_results
 
 Change = Callable[[], None]
 """Plants the bug into the tree."""
@@ -26,6 +24,10 @@ Change = Callable[[], None]
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPPOSITES = {
+    ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
 ARITHMETIC = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.FloorDiv, ast.FloorDiv: ast.Div,
@@ -36,6 +38,7 @@ _PAIRS = [
     ("startswith", "endswith"), ("abs", "int"), ("ceil", "floor"), ("isupper", "islower"), ("split", "splitlines"),
 ]  # fmt: skip
 FUNCTIONS = dict(_PAIRS) | {second: first for first, second in _PAIRS} | {"set": "list", "round": "int"}
+KEPT = "bugs.jsonl"
 TRIES = 24
 """Planted bugs of a problem that are tried, until the tests fail on one."""
 
@@ -70,13 +73,15 @@ def _boolean(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
 
 
 def _condition(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
-    """A condition that is turned round."""
+    """A condition that is turned round: a comparison by its opposite, `x` for `not x`. Others stay: `not` betrays."""
     for node in _nodes(function):
         if isinstance(node, ast.If | ast.While | ast.IfExp):
             test = node.test
-            inner = test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else None
-            other = inner or ast.UnaryOp(ast.Not(), test)
-            yield lambda node=node, other=other: setattr(node, "test", other)
+            if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+                yield lambda node=node, other=test.operand: setattr(node, "test", other)
+            elif isinstance(test, ast.Compare) and len(test.ops) == 1:
+                other = OPPOSITES[type(test.ops[0])]
+                yield lambda test=test, other=other: test.ops.__setitem__(0, other())
 
 
 def _constant(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
@@ -104,13 +109,17 @@ def _function(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
 
 
 def _missing(function: ast.FunctionDef, _: list[str]) -> Iterator[Change]:
-    """A statement that is left out."""
+    """A statement that is left out of a block which has others: a bare `pass` betrays."""
     blocks = [function.body, *(getattr(node, "body", []) for node in _nodes(function))]
     for block in blocks:
-        for place, node in enumerate(block if isinstance(block, list) else []):
-            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if isinstance(node, ast.AugAssign | ast.Expr | ast.If | ast.Break | ast.Continue) and not text:
-                yield lambda block=block, place=place: block.__setitem__(place, ast.Pass())
+        code = [node for node in block if not _is_text(node)] if isinstance(block, list) else []
+        for node in code if len(code) > 1 else []:
+            if isinstance(node, ast.AugAssign | ast.Expr | ast.If | ast.Break | ast.Continue):
+                yield lambda block=block, node=node: block.remove(node)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 OPERATORS: dict[str, Callable[[ast.FunctionDef, list[str]], Iterator[Change]]] = {
@@ -176,9 +185,9 @@ def candidates(program: str, entry: str, seed: str) -> list[Bug]:
                 tree, function = _opened(program, entry)
                 _sites(function, operator)[places[operator][number]]()
                 text = f"{ast.unparse(ast.fix_missing_locations(tree))}\n"
-                if text != right:
+                if text != right and text not in {bug.program for bug in made}:
                     made.append(Bug(operator, text))
-    return list(dict.fromkeys(made))[:TRIES]
+    return made[:TRIES]
 
 
 def plant(
@@ -191,35 +200,24 @@ def plant(
     What was kept on this machine is remembered, so a task that is resumed has the same bugs.
 
     Returns: the bugs by problem; a problem is missing where every planted bug passes its tests.
+
+    Raises: UserError where the judge itself fails.
     """
-    file = kept_results() / "bugs.jsonl"
-    known = {row[0]: row[1] for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    known = kept.read(KEPT)
     listed = {problem.task_id: candidates(problem.reference, problem.entry, problem.task_id) for problem in problems}
-    keys = {problem.task_id: _key(problem, listed[problem.task_id], sandbox) for problem in problems}
-    chosen = {task_id: known[key] for task_id, key in keys.items() if key in known}
+    programs = {task_id: [bug.program for bug in made] for task_id, made in listed.items()}
+    keys = {problem.task_id: kept.key(problem, programs[problem.task_id], sandbox) for problem in problems}
+    chosen = {
+        task_id: int(known[key]) for task_id, key in keys.items() if 0 <= known.get(key, -1) < len(listed[task_id])
+    }
     tries = max(map(len, listed.values()), default=0)
     for number in range(tries):
         open_ones = [one for one in problems if one.task_id not in chosen and number < len(listed[one.task_id])]
         work = ((listed[one.task_id][number].program, one.tests, Limits()) for one in open_ones)
-        for problem, verdict in zip(open_ones, grade_many(work, sandbox), strict=True):
+        for problem, verdict in zip(open_ones, without_faults(grade_many(work, sandbox)), strict=True):
             if not verdict.passed:
                 chosen[problem.task_id] = number
-                _keep(file, keys[problem.task_id], number)
+                kept.add(KEPT, keys[problem.task_id], number)
                 if progress:
                     progress(len(chosen), len(problems))
     return {task_id: listed[task_id][number] for task_id, number in chosen.items()}
-
-
-def _key(problem: Problem, bugs: list[Bug], sandbox: Sandbox) -> str:
-    parts = [problem.tests.source, problem.tests.prelude, sandbox.name, sandbox.interpreter.version]
-    parts += [bug.program for bug in bugs]
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
-
-
-def _keep(file: Path, key: str, number: int) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as kept:
-            kept.write(json.dumps([key, number]) + "\n")
-    except OSError:
-        return  # tried again next time

@@ -50,11 +50,11 @@ def interval(scores: Sequence[float]) -> Estimate:
     return Estimate(mean, float(low), float(high), "bootstrap, by problem")
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
+def ratio(above: Sequence[float], below: Sequence[float], items: float = 0.0) -> Estimate:
     """A ratio of sums over groups (problems, files) with a 95 % interval: precision, F1, a mean over lines of files.
 
     The bootstrap draws groups, whose items belong together. Where all groups agree it would call that certain, so
-    Wilson's interval for as many items stands there; 0 of 0 is 0 with the interval [0, 1].
+    Wilson's interval for as many items stands there (0: as the sum below); 0 of 0 is 0 with the interval [0, 1].
     """
     top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
     if bottom.sum() == 0:
@@ -66,11 +66,12 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
     drawn = (weights @ top)[divisors > 0] / divisors[divisors > 0]
     low, high = np.quantile(drawn, [0.025, 0.975])
     if high - low < 1e-12:
-        return Estimate(value, *wilson(round(top.sum()), round(bottom.sum())), "Wilson, by item")
+        n = items or float(bottom.sum())
+        return Estimate(value, *wilson(value * n, n), "Wilson, by item")
     return Estimate(value, float(low), float(high), "bootstrap, by group")
 
 
-def wilson(c: int, n: int) -> tuple[float, float]:
+def wilson(c: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share (Wilson 1927)."""
     z = 1.959963984540054
     middle, spread = (c + z * z / 2) / (n + z * z), z / (n + z * z) * (c * (n - c) / n + z * z / 4) ** 0.5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jaxlm.eval.code.estimate import Estimate, check_counts
 from jaxlm.eval.code.generation import Generation, ModelCompleter, make_samples
 from jaxlm.eval.code.metrics import MetricReport
 from jaxlm.eval.code.problems import NO_TESTS, Problem, rows
-from jaxlm.eval.code.samples import Sample, from_answers, read_samples, records
+from jaxlm.eval.code.samples import Sample, digest_of, from_answers, is_of, read_samples, records
 from jaxlm.eval.code.score import CodeReport, judge_samples, reference_times, write_report
 from jaxlm.eval.tasks import (
     bug_detection,
@@ -34,6 +35,8 @@ Progress = Callable[[str, int, int], None]
 Report = CodeReport | MetricReport
 LIKELIER = "the likelier of yes and no"
 WRITTEN = "the first yes or no of the answer"
+NEEDS = {"next-line": "rapidfuzz", "humaneval-explain": "sacrebleu"}
+"""Packages that compare texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,9 @@ def built(task: str, right: Sequence[Problem], sandbox: Sandbox, progress: Progr
         return [humaneval_explain.take_apart(problem).problem for problem in right]
     if task not in ("humaneval-fix", "bug-detection"):
         return list(right)
-    reference_times(right, sandbox, _stage(progress, f"{task}: references"))
+    times = reference_times(right, sandbox, _stage(progress, f"{task}: references"))
+    # Where the reference itself fails, as in a Python that is not all of Python, whatever fails is no bug.
+    right = [problem for problem in right if problem.task_id in times]
     planted = bugs.plant(right, sandbox, _stage(progress, f"{task}: bugs"))
     return (humaneval_fix if task == "humaneval-fix" else bug_detection).problems(right, planted)
 
@@ -106,25 +111,38 @@ def judge_file(task: str, path: Path, options: CodeOptions, progress: Progress |
     Raises: UserError.
     """
     if task == "next-line":
-        lines = next_line.lines(_texts(None, options), options.limit or next_line.LINES)
+        _require(task)
+        where, texts = _texts(None, options)
+        lines = next_line.lines(texts, options.limit or next_line.LINES)
         answers = {one.task_id: one.completion for one in read_samples(path, {line.task_id for line in lines})}
         if missing := [line.task_id for line in lines if line.task_id not in answers]:
             raise UserError(f"{path} has no completion of {missing[0]}", "every line needs one, also with --limit")
-        return next_line.report(lines, [answers[line.task_id] for line in lines])
+        return next_line.report(lines, [answers[line.task_id] for line in lines], where)
+    explained = []
+    if task == "humaneval-explain":
+        explained = [(str(row["task_id"]), str(row["explanation"])) for row in rows(path) if "explanation" in row]
+        if explained:
+            _require(task)
     sandbox = choose(options.sandbox, options.python)
     right = problems_of(task, options)
     problems = built(task, right, sandbox, progress)
     samples = read_samples(path, {problem.task_id for problem in problems})
     if task == "bug-detection":
-        return bug_detection.report(samples, WRITTEN)
+        answered = {sample.task_id for sample in samples}
+        if missing := [one.task_id for one in problems if one.task_id not in answered]:
+            raise UserError(f"{path} has no answer on {missing[0]}", "every program needs one, also with --limit")
+        return bug_detection.report(samples, WRITTEN, sandbox.name)
     if options.chat:
         problems, samples = from_answers(problems, samples)
     out = options.out or path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.verdicts.jsonl")
     made = _judged(task, problems, samples, out, sandbox, options, progress)
-    if task == "humaneval-explain":
-        texts = [(str(row["task_id"]), str(row["explanation"])) for row in rows(path) if "explanation" in row]
-        made = replace(made, beside=_chrf(right, texts)) if texts else made
-    return made
+    return replace(made, beside=_chrf(right, explained)) if explained else made
+
+
+def _require(task: str) -> None:
+    """Raises: UserError where a task's package is missing; before anything is generated or judged."""
+    if task in NEEDS and importlib.util.find_spec(NEEDS[task]) is None:
+        raise UserError(f"{task} needs {NEEDS[task]}", "pip install 'jaxlm[eval]'")
 
 
 def _judged(
@@ -146,16 +164,26 @@ def measure(
 ) -> list[Report]:
     """Let a model solve the problems of tasks, and judge its samples. Everything is kept in RUN/eval/TASK.
 
-    The isolation is chosen before anything is generated.
+    The isolation is chosen before anything is generated, and what can be refused is refused then.
 
     Raises: UserError.
     """
     how = options.generation
     check_counts(how.samples, options.ks, how.temperature)
+    for task in tasks:
+        _require(task)
+    if "next-line" in tasks and (how.temperature or how.chat):
+        raise UserError("next-line is greedy and asks no question", "leave --temperature and --chat out")
     sandbox = None if set(tasks) <= {"next-line"} else choose(options.sandbox, options.python)
     listed = [(task, [] if task == "next-line" else problems_of(task, options)) for task in tasks]
     root = options.out or (Path(run) / "eval" if Path(run).is_dir() else Path("eval") / Path(run).name)
     model = ModelCompleter(run, how)
+    for task, right in listed:
+        if task == "next-line":
+            _texts(model, options)
+        elif sandbox is not None and right:
+            check_language(right, sandbox)
+            generation.prompt_of(right[0], model, how)
     reports: list[Report] = []
     for task, right in listed:
         each = Measured(task, root / task, sandbox, options, progress, model)
@@ -226,40 +254,56 @@ class Measured:
         answers = bug_detection.CHAT_ANSWERS if self.how.chat else bug_detection.ANSWERS
         step = self.step("answers")
         with records(self.folder / "samples.jsonl") as opened:
+            prompts = [generation.prompt_of(problem, self.model, self.how) for problem in problems]
             for place, record in enumerate(opened.known):
-                if place >= len(problems) or record.get("task_id") != problems[place].task_id:
+                if place >= len(problems) or not is_of(record, problems[place].task_id, prompts[place]):
                     raise UserError(f"{opened.path} has answers on other programs", "remove it, or name another --out")
-            for problem in problems[len(opened.known) :]:
-                chosen = self.model.choose(generation.prompt_of(problem, self.model, self.how), answers)
-                record = {"task_id": problem.task_id, "completion": answers[chosen]}
+            for place in range(len(opened.known), len(problems)):
+                chosen = self.model.choose(prompts[place], answers)
+                record = {"task_id": problems[place].task_id, "completion": answers[chosen]}
+                record["prompt_digest"] = digest_of(prompts[place])
                 opened.append(record)
                 opened.known.append(record)
                 if step:
                     step(len(opened.known), len(problems))
             samples = [Sample(one["task_id"], 0, one["completion"]) for one in opened.known]
-        return bug_detection.report(samples, LIKELIER)
+        return bug_detection.report(samples, LIKELIER, self.sandbox.name if self.sandbox else "")
 
     def next_line(self) -> MetricReport:
-        """Let the model write the next lines of held-out files. Raises: UserError unless it is greedy, without chat."""
-        if self.how.temperature or self.how.chat:
-            raise UserError("next-line is greedy and asks no question", "leave --temperature and --chat out")
-        lines = next_line.lines(_texts(self.model, self.options), self.options.limit or next_line.LINES)
+        """Let the model write the next lines of held-out files."""
+        where, texts = _texts(self.model, self.options)
+        lines = next_line.lines(texts, self.options.limit or next_line.LINES)
         problems = [Problem(line.task_id, line.prompt, NO_TESTS, "") for line in lines]
         model = self.model.stopping_at((), min(self.how.max_new_tokens, next_line.MAX_TOKENS))
         samples = make_samples(problems, model, self.how, self.folder, self.step("lines"))
-        return next_line.report(lines, [sample.completion for sample in samples])
+        return next_line.report(lines, [sample.completion for sample in samples], where)
 
 
-def _texts(model: ModelCompleter | None, options: CodeOptions) -> list[tuple[str, str]]:
-    """Held-out text by file: `--data`, else the validation side of the run's corpus. Raises: UserError."""
+def _texts(model: ModelCompleter | None, options: CodeOptions) -> tuple[str, Iterator[tuple[str, str]]]:
+    """Held-out text: where it comes from, and names and texts: `--data`, else what the run holds out of its corpora.
+
+    Raises: UserError where there is neither.
+    """
     if options.data:
-        return next_line.texts_of(options.data)
+        return str(options.data), iter(next_line.texts_of(options.data))
     if model is None:
         raise UserError("--from knows no corpus", "next-line needs --data FILE_OR_FOLDER")
-    from jaxlm.data.sources import Documents
+    cfg, kind = model.model.config, model.model.kind
+    if kind not in ("run", "torch"):
+        raise UserError(f"a model of {kind} comes without its corpus", "next-line needs --data FILE_OR_FOLDER")
+    if cfg.recipe != "pretrain" and not (cfg.recipe == "distill" and cfg.distill.rows == "corpus"):
+        raise UserError(f"the recipe {cfg.recipe} reads no corpus of text", "next-line needs --data FILE_OR_FOLDER")
+    from jaxlm.data.pipeline import corpora_of
 
-    documents = Documents(model.model.config.data)
-    return [(document.name, document.text) for side, document in documents if side == "validation"]
+    corpora = corpora_of(cfg.data)
+
+    def held_out() -> Iterator[tuple[str, str]]:
+        for name, documents in corpora:
+            for side, document in documents:
+                if side == "validation":
+                    yield f"{name}/{document.name}" if name else document.name, document.text
+
+    return "; ".join(", ".join(documents.where) for _, documents in corpora), held_out()
 
 
 def _chrf(right: Sequence[Problem], explanations: Sequence[tuple[str, str]]) -> dict[str, Estimate]:

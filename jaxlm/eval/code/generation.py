@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.eval.code.estimate import check_counts
 from jaxlm.eval.code.problems import Problem
-from jaxlm.eval.code.samples import Sample, records
+from jaxlm.eval.code.samples import Sample, digest_of, is_of, records
 
 if TYPE_CHECKING:
     from jaxlm.text.chat import Chat
@@ -165,7 +165,8 @@ def make_samples(
     prompts = prompts or {(one.task_id, number): prompt_of(one, model, how) for one, number in wanted}
     with records(folder / "samples.jsonl") as opened:
         for number, record in enumerate(opened.known):
-            if number >= len(wanted) or record.get("task_id") != wanted[number][0].task_id:
+            task_id, place = (wanted[number][0].task_id, wanted[number][1]) if number < len(wanted) else ("", 0)
+            if not task_id or not is_of(record, task_id, prompts[task_id, place]):
                 raise UserError(f"{opened.path} has samples of other problems", "remove it, or name another --out")
         chunks = range(len(opened.known) // CHUNK, -(-len(wanted) // CHUNK)) if len(opened.known) < len(wanted) else ()
         for chunk in chunks:
@@ -175,8 +176,8 @@ def make_samples(
             for place, ((problem, number), (text, cut_off)) in enumerate(zip(batch, texts, strict=True)):
                 if chunk * CHUNK + place < len(opened.known):
                     continue
-                record = {"task_id": problem.task_id, "sample": number, "completion": text}
-                record["cut_off"] = cut_off
+                record: dict[str, object] = {"task_id": problem.task_id, "sample": number, "completion": text}
+                record |= {"cut_off": cut_off, "prompt_digest": digest_of(asked[place])}
                 opened.append(record)
                 opened.known.append(record)
             if progress:

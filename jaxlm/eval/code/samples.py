@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,12 @@ class Sample(NamedTuple):
     @property
     def digest(self) -> str:
         """A few letters that stand for the text."""
-        return hashlib.sha256(self.completion.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return digest_of(self.completion)
+
+
+def digest_of(text: str) -> str:
+    """A few letters that stand for a text, such as the prompt of a sample."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
@@ -79,6 +84,11 @@ def from_answers(problems: Sequence[Problem], samples: Sequence[Sample]) -> tupl
         for one in [table[sample.task_id]]
     ]
     return [replace(problem, before="", stops=()) for problem in problems], programs
+
+
+def is_of(record: Mapping[str, object], task_id: str, prompt: str) -> bool:
+    """Whether a record is of a problem as it is asked now. Records of before prompts were kept say only which."""
+    return record.get("task_id") == task_id and record.get("prompt_digest", digest_of(prompt)) == digest_of(prompt)
 
 
 class Records:

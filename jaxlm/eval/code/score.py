@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,25 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.eval.code import kept
 from jaxlm.eval.code.estimate import Estimate, interval, pass_at_k
-from jaxlm.eval.code.metrics import MetricReport, shown
+from jaxlm.eval.code.metrics import MetricReport, isolation, marks, shown
 from jaxlm.eval.code.problems import Problem
 from jaxlm.eval.code.programs import cut, sanitise
 from jaxlm.eval.code.samples import Sample, records
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, Verdict, grade_many
-from jaxlm.sandbox.choose import BACKENDS, kept_results
 
 SLOWER = 5.0
 """An answer may take so many times the processor time of the reference, but always 3 s."""
 REFERENCE_SECONDS = 100.0
 WITHOUT_REFERENCE = 10.0
+KEPT = "references.jsonl"
 
 Progress = Callable[[int, int], None]
-
-
-def lower_bound(sandbox: str) -> bool:
-    """Whether right answers may fail in a sandbox, since its Python is not all of Python."""
-    return sandbox in BACKENDS and BACKENDS[sandbox].lower_bound
 
 
 @dataclass(frozen=True)
@@ -59,20 +54,18 @@ class CodeReport:
         def table(scores: dict[int, Estimate]) -> dict[str, Any]:
             return {f"pass@{k}": score._asdict() for k, score in scores.items()}
 
-        isolation = {"sandbox": self.sandbox} | ({"isolated": False} if self.sandbox == "none" else {})
-        isolation |= {"lower_bound": True} if lower_bound(self.sandbox) else {}
         counts = {"task": self.task, "problems": self.problems, "n": self.samples, "passed": self.passed}
         scores = {"raw": table(self.raw), "sanitised": table(self.sanitised)}
         extra = {"challenge": table(self.challenge)} if self.challenge else {}
         extra |= {"beside": {name: one._asdict() for name, one in self.beside.items()}} if self.beside else {}
-        return {**counts, "verdicts": self.verdicts, "cut_off": self.cut_off, **scores, **extra, **isolation}
+        verdicts = {"verdicts": self.verdicts, "cut_off": self.cut_off}
+        return {**counts, **verdicts, **scores, **extra, **isolation(self.sandbox)}
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        marked = " NOT ISOLATED" if self.sandbox == "none" else ""
-        marked += ": LOWER BOUNDS" if lower_bound(self.sandbox) else ""
-        title = f"{self.task}: {self.samples:,} samples of {self.problems:,} problems, judged in {self.sandbox}{marked}"
+        counted = f"{self.task}: {self.samples:,} samples of {self.problems:,} problems"
+        title = f"{counted}, judged in {self.sandbox}{marks(self.sandbox)}"
         table = Table(title=title, title_justify="left")
         for name in ("", "raw", "sanitised", *(["with challenge tests"] if self.challenge else [])):
             table.add_column(name, justify="right")
@@ -97,45 +90,26 @@ def reference_times(
     Raises: UserError for a reference that fails here: then the task is out of order, not the model. In a sandbox whose
         scores are lower bounds it counts as any other failure, and has no time.
     """
-    file = kept_results() / "references.jsonl"
-    kept: dict[str, float] = {}
-    if file.exists():
-        for line in file.read_text().splitlines():
-            key, _, seconds = line.partition(" ")
-            kept[key] = float(seconds or "nan")
-    keys = {problem.task_id: _reference_key(problem, sandbox) for problem in problems if problem.reference}
-    missing = [problem for problem in problems if keys.get(problem.task_id, "") not in kept and problem.reference]
+    times = kept.read(KEPT)
+    with_one = [problem for problem in problems if problem.reference]
+    keys = {problem.task_id: kept.key(problem, [problem.reference], sandbox) for problem in with_one}
+    missing = [problem for problem in with_one if keys[problem.task_id] not in times]
     limits = Limits(cpu_seconds=REFERENCE_SECONDS)
     verdicts = grade_many(((one.reference, one.tests, limits) for one in missing), sandbox)
-    for number, (problem, verdict) in enumerate(zip(missing, _judged(verdicts), strict=True), 1):
+    for number, (problem, verdict) in enumerate(zip(missing, without_faults(verdicts), strict=True), 1):
         if not verdict.passed and sandbox.backend.lower_bound:
             continue
         if not verdict.passed:
             reason = f"{verdict.kind} {verdict.text}".strip()
             raise UserError(f"the reference of {problem.task_id} fails here: {reason}", "the task is out of order")
-        kept[keys[problem.task_id]] = verdict.cpu_seconds
-        _keep(file, keys[problem.task_id], verdict.cpu_seconds)
+        times[keys[problem.task_id]] = verdict.cpu_seconds
+        kept.add(KEPT, keys[problem.task_id], verdict.cpu_seconds)
         if progress:
             progress(number, len(missing))
-    return {task_id: kept[key] for task_id, key in keys.items() if key in kept}
+    return {task_id: times[key] for task_id, key in keys.items() if key in times}
 
 
-def _reference_key(problem: Problem, sandbox: Sandbox) -> str:
-    parts = [problem.reference, problem.tests.source, problem.tests.prelude, sandbox.interpreter.executable]
-    parts += [sandbox.interpreter.version, sandbox.name]
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
-
-
-def _keep(file: Path, key: str, seconds: float) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as kept:
-            kept.write(f"{key} {seconds}\n")
-    except OSError:
-        return  # measured again next time
-
-
-def _judged(verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
+def without_faults(verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
     """Pass verdicts on; a fault of the judge itself stops the evaluation with one line."""
     try:
         yield from verdicts
@@ -220,7 +194,7 @@ def _records(
                 verdicts[key] = Verdict("")
                 wanted.append(key)
                 work.append((program, tests, limits_of(problem, times)))
-    judged = _judged(grade_many(work, sandbox, workers))
+    judged = without_faults(grade_many(work, sandbox, workers))
     coming = iter(wanted)
     for sample in samples:
         record: dict[str, Any] = {"task_id": sample.task_id, "sample": sample.number, "digest": sample.digest}

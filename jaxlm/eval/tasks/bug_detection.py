@@ -64,7 +64,7 @@ def scores(flags: Iterable[tuple[str, bool | None]]) -> dict[str, Estimate]:
         return [float(sum(row[name] for name in names)) for row in rows]
 
     def share(*above: str, of: Sequence[str]) -> Estimate:
-        return ratio(sums(above), sums(of))
+        return ratio(sums(above), sums(of), items=sum(sums(list(dict.fromkeys(of)))))  # F1 counts tp twice below
 
     return {
         "precision": share("tp", of=("tp", "fp")),
@@ -74,15 +74,15 @@ def scores(flags: Iterable[tuple[str, bool | None]]) -> dict[str, Estimate]:
     }
 
 
-def report(samples: Sequence[Sample], protocol: str) -> MetricReport:
-    """Add up answers, beside those who always flag and never flag."""
+def report(samples: Sequence[Sample], protocol: str, sandbox: str) -> MetricReport:
+    """Add up answers, beside those who always flag and never flag; `sandbox` is where tests found the bugs."""
     flags = [(sample.task_id, flag(sample.completion)) for sample in samples]
     names = [name for name, _ in flags]
     always = {text: scores([(name, value) for name in names]) for text, value in BASELINES.items()}
     unclear = sum(flagged is None for _, flagged in flags)
     answered = {"answered no": sum(flagged is True for _, flagged in flags), "neither yes nor no": unclear}
     return MetricReport(
-        "bug-detection", len(samples), "programs, right and faulty", scores(flags), always, protocol, answered
+        "bug-detection", len(samples), "programs, right and faulty", scores(flags), always, protocol, answered, sandbox
     )
 
 

@@ -113,8 +113,8 @@ def scores(listed: Sequence[Line], guesses: Sequence[str]) -> dict[str, Estimate
     return made
 
 
-def report(listed: Sequence[Line], completions: Sequence[str]) -> MetricReport:
-    """Compare completions with the lines, beside two guesses without a model."""
+def report(listed: Sequence[Line], completions: Sequence[str], where: str) -> MetricReport:
+    """Compare completions with the lines of `where`, beside two guesses without a model."""
     baselines = {
         name: scores(listed, [line.guesses[place] for line in listed])
         for place, name in enumerate(("the line before", "the most frequent line so far"))
@@ -123,5 +123,5 @@ def report(listed: Sequence[Line], completions: Sequence[str]) -> MetricReport:
     protocol = "greedy, blanks at the end of a line do not count; edit similarity: rapidfuzz.fuzz.ratio"
     return MetricReport(
         "next-line", len(listed), f"lines of {files:,} files", scores(listed, list(map(guess_of, completions))),
-        baselines, protocol,
+        baselines, f"held out of {where}; {protocol}",
     )  # fmt: skip

@@ -56,6 +56,8 @@ class Launch:
     """A command that ends a box whose processes are not children of its own."""
     keep: tuple[int, ...] = ()
     """More descriptors that the command needs; closed after the start."""
+    environment: Mapping[str, str] | None = None
+    """Of the command; None: the box's own, which leaks nothing of ours into it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Backend:
     """Judges by itself, without boxes."""
     run: Callable[[str, bytes, Limits, threading.Event | None], Ran] | None = None
     """Runs a whole program by itself."""
+    version: Callable[[], str] = str
+    """Which interpreter it brings of its own, for results that are kept."""
 
 
 INSIDE = Path(__file__).parents[1] / "inside"

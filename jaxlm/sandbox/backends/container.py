@@ -7,6 +7,7 @@ streams of `docker run -i`. The image needs a Python 3.11 or newer as `python3`,
 from __future__ import annotations
 
 import functools
+import os
 import secrets
 import shutil
 import subprocess
@@ -91,6 +92,7 @@ def of(image: str) -> tuple[Backend, Interpreter]:
             filters=(seccomp.base_filter(), *alone),
             measures=True,
             end=(program, "rm", "--force", name),
+            environment=dict(os.environ),  # of the client: engines look for HOME, XDG_RUNTIME_DIR, DOCKER_HOST
         )
 
     return Backend(f"container:{image}", lambda: reason, launch), Interpreter("python3", (), number)

@@ -2,15 +2,18 @@
 
 It needs no feature of the kernel, so it works where nothing else isolates. It lacks parts of the language and most of
 the library: right answers fail, so every score is a lower bound and says so. Program and tests run in two workers, and
-what crosses between them is plain data, as in `inside.wire`. Time is counted by the worker's own clock while it runs.
+what crosses between them is plain data, as in `inside.wire`. Time is that of the clock while a worker runs: of a
+program, its loading and all its calls together.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import importlib.metadata
 import importlib.util
 import threading
+import time
 from typing import Any
 
 from jaxlm.sandbox.backends import Backend, Launch, Request
@@ -24,7 +27,9 @@ def {name}(*words, **named):
 """
 LIMITED = {"TimeoutError": "cpu_time", "MemoryError": "memory"}
 MOST_WORKERS = 256
-"""Two for each program that is judged at a time."""
+"""Two for each program that is judged at a time; further ones wait until both are free."""
+_PAIRS = threading.BoundedSemaphore(MOST_WORKERS // 2)
+"""Without it each of many judgements could hold one worker and wait for its second for ever."""
 
 
 @functools.cache
@@ -71,12 +76,26 @@ def _cause(error: Any) -> tuple[str, BaseException | None]:
 class _Program:
     """A loaded program, called by the tests."""
 
-    def __init__(self, session: Any, cancel: threading.Event | None) -> None:
-        self.session, self.cancel = session, cancel
+    def __init__(self, session: Any, limits: Limits, cancel: threading.Event | None) -> None:
+        import pydantic_monty
+
+        self.session, self.limits, self.cancel = session, limits, cancel
+        self.printed = pydantic_monty.CollectString(limits.output)
         self.calls = 0
+        self.seconds = 0.0  # of the loading and of all calls
         self.ended: _Ended | None = None
         self.raised: BaseException | None = None
         self.last = ""
+
+    def feed(self, source: str, **inputs: object) -> object:
+        """Run source in the program's worker. More time in all than allowed ends the program. Raises: MontyError."""
+        began = time.monotonic()
+        try:
+            return self.session.feed_run(source, inputs=inputs, print_callback=self.printed)
+        finally:
+            self.seconds += time.monotonic() - began
+            if self.seconds > self.limits.cpu_seconds:
+                self.ended = self.ended or _Ended("cpu_time", f"more than {self.limits.cpu_seconds:g} s in all")
 
     def ask(self, name: str, words: list, named: dict) -> object:
         """Call a function of the program. Returns plain data. Raises: the program's exception."""
@@ -89,9 +108,7 @@ class _Program:
         self.calls += 1
         self.last = f"{name}({', '.join(map(repr, words))})"[:600]
         try:
-            value = self.session.feed_run(
-                f"{name}(*words_of_call, **named_of_call)", inputs={"words_of_call": words, "named_of_call": named}
-            )
+            value = self.feed(f"{name}(*words_of_call, **named_of_call)", words_of_call=words, named_of_call=named)
             return wire.decode(wire.encode(value), in_order=True)
         except (wire.NotPlain, wire.BadMessage) as error:
             self.ended = _Ended("not_plain", str(error)[:300], call=self.last)
@@ -113,16 +130,16 @@ def judge(program: str, tests: Tests, limits: Limits, cancel: threading.Event | 
 
     if tests.language != "python":
         raise HarnessError(f"monty runs no {tests.language}")
-    with _session(limits) as answer, _session(limits) as judge_side:
-        link = _Program(answer, cancel)
-        silent = pydantic_monty.CollectString(limits.output)
+    with _PAIRS, _session(limits) as answer, _session(limits) as judge_side:
+        link = _Program(answer, limits, cancel)
         try:
-            answer.feed_run(program, print_callback=silent)
+            link.feed(program)
         except pydantic_monty.MontyError as error:
             kind, _ = _cause(error)
             return Verdict(kind, str(error)[:300], {}, NAME)
         proxies = "".join(PROXY.format(name=name) for name in tests.names)
         source = f"{tests.prelude}\n{proxies}\ncandidate = {tests.names[0]}\n{tests.source}"
+        silent = pydantic_monty.CollectString(limits.output)
         try:
             judge_side.feed_run(source, external_lookup={"ask_the_program": link.ask}, print_callback=silent)
         except pydantic_monty.MontyError as error:
@@ -131,7 +148,7 @@ def judge(program: str, tests: Tests, limits: Limits, cancel: threading.Event | 
         return link.ended.verdict
     if link.calls == 0:
         raise HarnessError("the tests never called the program")
-    return Verdict("passed", "", {}, NAME)
+    return Verdict("passed", "", {}, NAME, round(link.seconds, 2))
 
 
 def _failed(link: _Program, error: Any) -> Verdict:
@@ -174,9 +191,16 @@ def problem() -> str:
     return "" if importlib.util.find_spec("pydantic_monty") else "pip install 'jaxlm[sandbox]'"
 
 
+def version() -> str:
+    """Which interpreter it is: what was measured with another one does not hold."""
+    return importlib.metadata.version("pydantic-monty")
+
+
 def launch(request: Request) -> Launch:
     """There are no boxes. Raises: HarnessError."""
     raise HarnessError(f"monty runs no {request.language}")
 
 
-BACKEND = Backend(NAME, problem, launch, languages=frozenset({"python"}), lower_bound=True, judge=judge, run=run)
+BACKEND = Backend(
+    NAME, problem, launch, languages=frozenset({"python"}), lower_bound=True, judge=judge, run=run, version=version
+)

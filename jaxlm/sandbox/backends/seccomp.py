@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """AUDIT_ARCH numbers of linux/audit.h."""
+NAMES = {"arm64": "aarch64"}
+"""What Macs call a machine; their containers run Linux on the same one."""
 
 
 class Numbers(NamedTuple):
@@ -135,7 +137,7 @@ def base_filter(machine: str = "", shared: bool = False) -> bytes:
     Returns:
         The bytes of an array of `struct sock_filter`.
     """
-    machine = machine or platform.machine()
+    machine = machine or NAMES.get(platform.machine(), platform.machine())
     allow = _step(_RETURN, _ALLOW)
     program = _step(_LOAD, _ARCHITECTURE) + _step(_EQUAL, ARCHITECTURES[machine], 1, 0) + _step(_RETURN, _KILL)
     program += _step(_LOAD, _NUMBER) + _step(_AT_LEAST, FIRST_UNKNOWN, 0, 1) + _refuse(errno.ENOSYS)
@@ -160,7 +162,7 @@ def base_filter(machine: str = "", shared: bool = False) -> bytes:
 
 def alone_filter(process: int, machine: str = "") -> bytes:
     """Make the filter of a Python answer: threads, but no process, no program, and no signal to any other process."""
-    machine = machine or platform.machine()
+    machine = machine or NAMES.get(platform.machine(), platform.machine())
     allow = _step(_RETURN, _ALLOW)
     program = _step(_LOAD, _ARCHITECTURE) + _step(_EQUAL, ARCHITECTURES[machine], 1, 0) + _step(_RETURN, _KILL)
     program += _step(_LOAD, _NUMBER)

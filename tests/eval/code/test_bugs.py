@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from jaxlm.eval.code import bugs
+from jaxlm.errors import UserError
+from jaxlm.eval.code import bugs, kept
 from jaxlm.eval.code.problems import Problem
 from jaxlm.eval.tasks import bug_detection, humaneval, humaneval_fix
-from jaxlm.sandbox import Limits, Sandbox, grade
+from jaxlm.sandbox import HarnessError, Limits, Sandbox, grade
+from jaxlm.sandbox.choose import _key as choose_key
 
 SOURCE = '''import math
 
@@ -25,6 +29,10 @@ def f(a, b=2):
     for n in a:
         if n < b and not n == 3:
             total += min(n, 5)
+        if n > 9:
+            break
+        if not total:
+            total -= 1
     return total % 7
 '''
 
@@ -44,15 +52,29 @@ def made(operator: str) -> list[str]:
         ("comparison", "if n <= b and (not n == 3):"),
         ("arithmetic", "return total // 7"),
         ("boolean", "if n < b or not n == 3:"),
-        ("condition", "if not (n < b and (not n == 3)):"),
+        ("condition", "if n <= 9:"),
+        ("condition", "if total:"),
         ("constant", "total = 1"),
         ("variable", "return n % 7"),
         ("function", "total += max(n, 5)"),
-        ("missing", "pass"),
+        ("missing", "if n > 9:"),
     ],
 )
 def test_each_operator(operator: str, line: str) -> None:
     assert line in made(operator) and operator in bugs.OPERATORS
+
+
+def test_a_bug_does_not_show_by_its_form() -> None:
+    """No `pass` stands for what is left out, and no `not` before a whole condition turns it round."""
+    right = ast.unparse(ast.parse(SOURCE))
+    listed = bugs.candidates(SOURCE, "f", "0")
+    assert all("pass" not in bug.program and "not (" not in bug.program.replace("(not n", "") for bug in listed)
+    left_out = [bug.program for bug in listed if bug.operator == "missing"]
+    assert len(left_out) == 3 and all(len(ast.parse(text).body) == 3 for text in left_out)
+    assert {len(right.splitlines()) - len(text.splitlines()) for text in left_out} == {2}
+    alone = "def f(a):\n    'Doc.'\n    if a.b and a:\n        a += 1\n    return a\n"
+    assert [bug.operator for bug in bugs.candidates(alone, "f", "0")].count("missing") == 1  # the whole `if` only
+    assert "condition" not in {bug.operator for bug in bugs.candidates(alone, "f", "0")}
 
 
 def test_only_the_function_is_changed() -> None:
@@ -93,6 +115,10 @@ def test_bugs_that_tests_notice_are_kept(tmp_path: Path, sandbox: Sandbox, monke
     # What was tried is remembered: no program is judged again.
     monkeypatch.setattr(bugs, "grade_many", lambda work, sandbox: iter(()) if not list(work) else 1 / 0)
     assert bugs.plant(right[:1], sandbox) == planted
+    # A line that was cut short is no result, and spoils no other.
+    file = tmp_path / "cache" / "jaxlm" / "sandbox" / "bugs.jsonl"
+    file.write_text(f'["ab", 1{"x"}\n{file.read_text()}["cd"')
+    assert bugs.plant(right[:1], sandbox) == planted
 
     (fix,) = humaneval_fix.problems(right, planted)
     assert planted["Own/0"].program in fix.prompt and fix.prompt.endswith(f"Answer:\n{ROW['prompt']}")
@@ -102,6 +128,25 @@ def test_bugs_that_tests_notice_are_kept(tmp_path: Path, sandbox: Sandbox, monke
     assert [one.task_id for one in asked] == ["Own/0/right", "Own/0/wrong"]
     assert [planted["Own/0"].program in one.prompt for one in asked] == [False, True]
     assert asked[0].prompt.endswith("Answer:") and bugs.plain(right[0].reference, "least") in asked[0].prompt
+
+
+def test_a_fault_of_the_judge_is_one_line(tmp_path: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(work, sandbox):
+        raise HarnessError("no box")
+        yield
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bugs, "grade_many", fails)
+    with pytest.raises(UserError, match="the judge failed, and no verdict was counted: no box"):
+        bugs.plant(own(tmp_path), sandbox)
+
+
+def test_what_is_kept_is_of_one_interpreter(tmp_path: Path, sandbox: Sandbox) -> None:
+    """Another version of what judges, and nothing that was kept holds."""
+    (problem, _) = own(tmp_path)
+    other = Sandbox(dataclasses.replace(sandbox.backend, version=lambda: "2.0"), sandbox.interpreter)
+    assert kept.key(problem, [], sandbox) == kept.key(problem, [], sandbox) != kept.key(problem, [], other)
+    assert choose_key(sandbox.backend, sandbox.interpreter) != choose_key(other.backend, other.interpreter)
 
 
 def test_without_bugs_there_is_no_task(tmp_path: Path) -> None:
@@ -128,9 +173,11 @@ def test_scores_of_detection() -> None:
     }  # fmt: skip
     assert all(one.low < one.value < one.high for one in scores.values())
     made = bug_detection.report(
-        [bug_detection.Sample(name, 0, {True: "no", False: "yes"}.get(f, "?")) for name, f in flags], ""
+        [bug_detection.Sample(name, 0, {True: "no", False: "yes"}.get(f, "?")) for name, f in flags], "", "monty"
     )
     assert made.scores == scores and made.counts == {"answered no": 3, "neither yes nor no": 1}
+    record = made.to_json()
+    assert (record["sandbox"], record["lower_bound"]) == ("monty", True) and "LOWER BOUNDS" in made.__rich__().title
     always = made.baselines["always wrong"]
     assert (always["recall"].value, always["accuracy"].value) == (1, 0.5) and always["F1"].value == pytest.approx(2 / 3)
     never = made.baselines["always right"]

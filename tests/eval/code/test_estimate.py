@@ -47,6 +47,8 @@ def test_ratios_of_groups() -> None:
     assert grouped.value == 0.6 and grouped.high - grouped.low > 2.5 * (by_item.high - by_item.low)
     assert ratio([0.4, 1.6] * 50, [2.0, 2.0] * 50)[:3] == pytest.approx(mean[:3], abs=0.02)
     assert ratio([1.0] * 8, [2.0] * 8)[:3] == pytest.approx((0.5, *wilson(8, 16))) and ratio([0.0], [0.0]).high == 1
+    # F1 of 8 groups that agree: twice one hit, of twice the hit and one false alarm. Two items each, not three.
+    assert ratio([2.0] * 8, [3.0] * 8, items=16)[:3] == pytest.approx((2 / 3, *wilson(16 * 2 / 3, 16)))
     assert ratio([0.0] * 164, [1.0] * 164).high == pytest.approx(0.0229, abs=1e-4)
 
 

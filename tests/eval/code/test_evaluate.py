@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from jaxlm.eval.code.generation import Generation
 from jaxlm.eval.code.metrics import MetricReport
 from jaxlm.eval.code.score import CodeReport
 from jaxlm.models.decoder import Decoder, init_params
-from jaxlm.sandbox import Sandbox
+from jaxlm.sandbox import Sandbox, choose
 from jaxlm.sandbox.choose import BACKENDS
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -96,6 +97,11 @@ def test_programs_by_question(model: Path, options: CodeOptions, tmp_path: Path,
     assert json.loads((tmp_path / "out" / "bug-detection.json").read_text())["scores"]["F1"]["high"] <= 1
     with pytest.raises(UserError, match="has answers on other programs"):
         measure(model, ["bug-detection"], replace(options, limit=1))
+    answers = tmp_path / "out" / "bug-detection" / "samples.jsonl"
+    first, _, rest = answers.read_text().partition("\n")  # the same task, asked of another program
+    answers.write_text(json.dumps({**json.loads(first), "prompt_digest": "0123456789abcdef"}) + "\n" + rest)
+    with pytest.raises(UserError, match="has answers on other programs"):
+        measure(model, ["bug-detection"], options)
 
 
 def test_next_lines_of_the_run(model: Path, options: CodeOptions, tmp_path: Path) -> None:
@@ -106,8 +112,54 @@ def test_next_lines_of_the_run(model: Path, options: CodeOptions, tmp_path: Path
     held_out = {line["task_id"].split(":")[0] for line in lines(tmp_path / "out/next-line/samples.jsonl")}
     assert 0 < len(held_out) < 12 and made.scores["exact match"].value == 0
     assert set(made.baselines) == {"the line before", "the most frequent line so far"}
-    with pytest.raises(UserError, match="next-line is greedy"):
-        measure(model, ["next-line"], replace(options, generation=Generation(temperature=0.5)))
+    assert made.protocol.startswith(f"held out of {model.parent / 'corpus'}; ")
+
+
+class OfRun:
+    """What the choice of text asks of a model: its config, and whether it is a run."""
+
+    def __init__(self, settings: config.Config, kind: str = "run") -> None:
+        self.model = self
+        self.config, self.kind = settings, kind
+
+
+def test_the_text_of_next_lines_is_the_runs_own(tmp_path: Path) -> None:
+    """Of a mixture, all its corpora, each file once by name; a run without a corpus asks for one."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for number in range(12):
+            (tmp_path / name / f"{number}.py").write_text(f"{name} = {number}\n")
+    parts = tuple(config.MixtureSource(name=name, source=str(tmp_path / name)) for name in ("one", "two"))
+    mixed = config.Config(data=config.Data(mixture=parts, validation_fraction=0.5))
+    where, texts = evaluate._texts(OfRun(mixed), CodeOptions())
+    assert where == f"{tmp_path / 'one'}; {tmp_path / 'two'}"
+    found = dict(texts)
+    assert {name.split("/")[0] for name in found} == {"one", "two"}
+    assert all(text.startswith(name.split("/")[0]) for name, text in found.items()) and 4 <= len(found) <= 20
+    own = CodeOptions(data=tmp_path / "one")
+    for cfg, kind, message in ((config.Config(recipe="sft"), "run", "the recipe sft reads no corpus"),
+                               (config.Config(), "llama", "a model of llama comes without its corpus")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            evaluate._texts(OfRun(cfg, kind), CodeOptions())
+        assert evaluate._texts(OfRun(cfg, kind), own)[0] == str(tmp_path / "one")
+
+
+def test_what_cannot_be_measured_is_refused_first(
+    options: CodeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the sandbox is chosen or the model opened, whatever tasks come before it."""
+    monkeypatch.setattr(evaluate, "choose", None)
+    both = ["humaneval", "next-line"]
+    for how in (Generation(temperature=0.5), Generation(chat=True)):
+        with pytest.raises(UserError, match="next-line is greedy"):
+            measure("no/run", both, replace(options, generation=how))
+    for task, package in (("next-line", "rapidfuzz"), ("humaneval-explain", "sacrebleu")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=rf"{task} needs {package} .*jaxlm\[eval\]"):
+            measure("no/run", ["humaneval", task], options)
+        row = {"task_id": "Own/0", "completion": "", "explanation": "Says nothing."}
+        with pytest.raises(UserError, match=f"{task} needs {package}"):
+            judge_file(task, samples_file(tmp_path / "some.jsonl", [row]), options)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -133,6 +185,9 @@ def test_samples_of_anybody(options: CodeOptions, tmp_path: Path, sandbox: Sandb
              for side, word in (("right", "Yes"), ("wrong", "No"))]  # fmt: skip
     detected = judge_file("bug-detection", samples_file(tmp_path / "words.jsonl", words), options)
     assert isinstance(detected, MetricReport) and detected.scores["F1"].value == 1
+    assert detected.sandbox == sandbox.name
+    with pytest.raises(UserError, match=r"few\.jsonl has no answer on Own/0/wrong"):
+        judge_file("bug-detection", samples_file(tmp_path / "few.jsonl", [words[0], *words[2:]]), options)
     text = tmp_path / "text.py"
     text.write_text("a\nb\nb\n")
     guesses = [{"task_id": f"text.py:{number}", "completion": "\nb\nmore"} for number in (2, 3)]
@@ -181,6 +236,11 @@ def test_lower_bounds_say_so(options: CodeOptions, tmp_path: Path) -> None:
     made = judge_file("humaneval", file, replace(options, out=None, limit=0, sandbox="monty"))
     assert isinstance(made, CodeReport) and (made.sandbox, made.passed) == ("monty", 1)
     assert made.to_json()["lower_bound"] is True
+    # The reference of Own/3 fails there without any bug, so it has no faulty program either.
+    made = evaluate.built(
+        "bug-detection", evaluate.problems_of("humaneval", replace(options, limit=0)), choose("monty")
+    )
+    assert {one.task_id.split("/")[1] for one in made} == {"0", "1", "2"}
     with pytest.raises(UserError, match="the sandbox monty runs no bash"):
         bash = {"name": "x", "prompt": "", "tests": '}\n\ncandidate() {\n    x "$@"\n}\n', "stop_tokens": []}
         own = samples_file(tmp_path / "bash.jsonl", [bash])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,8 +58,14 @@ def test_samples_go_on_after_a_kill(tmp_path: Path) -> None:
     assert make_samples(PROBLEMS, Echo(ends_after=0), how, tmp_path / "killed") == samples
     with pytest.raises(UserError, match="has samples of other settings"):
         make_samples(PROBLEMS, Echo(), Generation(samples=3, temperature=0.6, seed=7), tmp_path / "killed")
-    with pytest.raises(UserError, match="has samples of other problems"):
-        make_samples(PROBLEMS[::-1], Echo(), how, tmp_path / "killed")
+    asked_otherwise = [replace(PROBLEMS[0], prompt="another prompt"), *PROBLEMS[1:]]
+    for others in (PROBLEMS[::-1], asked_otherwise, PROBLEMS[:1]):
+        with pytest.raises(UserError, match="has samples of other problems"):
+            make_samples(others, Echo(), how, tmp_path / "killed")
+    before = [{key: value for key, value in json.loads(line).items() if key != "prompt_digest"} for line in
+              data.decode().splitlines()]  # fmt: skip
+    file.write_text("".join(json.dumps(record) + "\n" for record in before))
+    assert make_samples(PROBLEMS, Echo(ends_after=0), how, tmp_path / "killed") == samples  # kept before prompts were
 
 
 def test_prompts_with_a_gap() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import signal
 import subprocess
@@ -48,7 +49,8 @@ def wait_for(file: Path, wanted: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.soak)])
 def test_the_same_file_after_kills(kills: int, tmp_path: Path, sandbox: Sandbox) -> None:
-    problems = 4 + 2 * kills
+    # More than the judge holds at once, so that a kill soon after a line comes before the end.
+    problems = 4 + 2 * kills + 2 * (os.cpu_count() or 1)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     assert evaluation(tmp_path, whole, problems, sandbox).wait() == 0 and lines(whole) == 5 * problems
     chance = random.Random(0)

@@ -49,11 +49,14 @@ def test_figures_by_hand() -> None:
     assert {name: round(one.value, 4) for name, one in scores.items()} == {
         "exact match": 0.3333, "prefix match": 0.6, "edit similarity": 0.6,
     }  # fmt: skip
-    made = next_line.report(lines, ["\ny = 2", "\ny = 2", "\nz = 3"])
+    made = next_line.report(lines, ["\ny = 2", "\ny = 2", "\nz = 3"], "a.py")
     assert made.scores["exact match"].value == 1 and made.scores["exact match"].low < 1
     assert made.baselines["the most frequent line so far"]["exact match"].value == 0
-    assert made.baselines["the line before"]["prefix match"].value == pytest.approx((0 + 0 + 0) / 3, abs=0.3)
-    assert made.to_json()["items"] == "lines of 1 files"
+    # "x = 1" for "y = 2", nothing for "y = 2", "y = 2" for "z = 3": 3 letters of 5 agree, none, 3.
+    before = made.baselines["the line before"]
+    assert before["prefix match"].value == 0 and before["edit similarity"].value == pytest.approx((0.6 + 0 + 0.6) / 3)
+    assert made.to_json()["items"] == "lines of 1 files" and made.protocol.startswith("held out of a.py; greedy")
+    assert "sandbox" not in made.to_json()
 
 
 def test_files_to_read(tmp_path: Path) -> None:
