@@ -25,7 +25,7 @@ COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.In: ast.NotIn, ast.NotIn: ast.In,
 }  # fmt: skip
-OPPOSITES = {
+OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
@@ -217,7 +217,7 @@ def plant(
         for problem, verdict in zip(open_ones, without_faults(grade_many(work, sandbox)), strict=True):
             if not verdict.passed:
                 chosen[problem.task_id] = number
-                kept.add(KEPT, keys[problem.task_id], number)
+                kept.add(KEPT, keys[problem.task_id], float(number))
                 if progress:
                     progress(len(chosen), len(problems))
     return {task_id: listed[task_id][number] for task_id, number in chosen.items()}

@@ -50,7 +50,7 @@ def interval(scores: Sequence[float]) -> Estimate:
     return Estimate(mean, float(low), float(high), "bootstrap, by problem")
 
 
-def ratio(above: Sequence[float], below: Sequence[float], items: float = 0.0) -> Estimate:
+def ratio(above: Sequence[float], below: Sequence[float], items: int = 0) -> Estimate:
     """A ratio of sums over groups (problems, files) with a 95 % interval: precision, F1, a mean over lines of files.
 
     The bootstrap draws groups, whose items belong together. Where all groups agree it would call that certain, so
@@ -66,12 +66,12 @@ def ratio(above: Sequence[float], below: Sequence[float], items: float = 0.0) ->
     drawn = (weights @ top)[divisors > 0] / divisors[divisors > 0]
     low, high = np.quantile(drawn, [0.025, 0.975])
     if high - low < 1e-12:
-        n = items or float(bottom.sum())
+        n = items or round(bottom.sum())
         return Estimate(value, *wilson(value * n, n), "Wilson, by item")
     return Estimate(value, float(low), float(high), "bootstrap, by group")
 
 
-def wilson(c: float, n: float) -> tuple[float, float]:
+def wilson(c: float | int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share (Wilson 1927)."""
     z = 1.959963984540054
     middle, spread = (c + z * z / 2) / (n + z * z), z / (n + z * z) * (c * (n - c) / n + z * z / 4) ** 0.5

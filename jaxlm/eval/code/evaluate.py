@@ -118,7 +118,7 @@ def judge_file(task: str, path: Path, options: CodeOptions, progress: Progress |
         if missing := [line.task_id for line in lines if line.task_id not in answers]:
             raise UserError(f"{path} has no completion of {missing[0]}", "every line needs one, also with --limit")
         return next_line.report(lines, [answers[line.task_id] for line in lines], where)
-    explained = []
+    explained: list[tuple[str, str]] = []
     if task == "humaneval-explain":
         explained = [(str(row["task_id"]), str(row["explanation"])) for row in rows(path) if "explanation" in row]
         if explained:

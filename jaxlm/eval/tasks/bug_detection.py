@@ -64,7 +64,8 @@ def scores(flags: Iterable[tuple[str, bool | None]]) -> dict[str, Estimate]:
         return [float(sum(row[name] for name in names)) for row in rows]
 
     def share(*above: str, of: Sequence[str]) -> Estimate:
-        return ratio(sums(above), sums(of), items=sum(sums(list(dict.fromkeys(of)))))  # F1 counts tp twice below
+        items = round(sum(sums(list(dict.fromkeys(of)))))  # F1 counts tp twice below
+        return ratio(sums(above), sums(of), items)
 
     return {
         "precision": share("tp", of=("tp", "fp")),

@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.eval.code import bugs, kept
+from jaxlm.eval.code.estimate import wilson
 from jaxlm.eval.code.problems import Problem
 from jaxlm.eval.tasks import bug_detection, humaneval, humaneval_fix
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, grade
@@ -180,5 +181,6 @@ def test_scores_of_detection() -> None:
     assert (record["sandbox"], record["lower_bound"]) == ("monty", True) and "LOWER BOUNDS" in made.__rich__().title
     always = made.baselines["always wrong"]
     assert (always["recall"].value, always["accuracy"].value) == (1, 0.5) and always["F1"].value == pytest.approx(2 / 3)
+    assert always["F1"][1:3] == pytest.approx(wilson(4, 6))  # six programs are flagged or wrong, not nine
     never = made.baselines["always right"]
     assert (never["precision"].value, never["precision"].high, never["recall"].value) == (0, 1, 0)

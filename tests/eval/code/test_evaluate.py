@@ -115,7 +115,7 @@ def test_next_lines_of_the_run(model: Path, options: CodeOptions, tmp_path: Path
     assert made.protocol.startswith(f"held out of {model.parent / 'corpus'}; ")
 
 
-class OfRun:
+class OfRun(evaluate.ModelCompleter):
     """What the choice of text asks of a model: its config, and whether it is a run."""
 
     def __init__(self, settings: config.Config, kind: str = "run") -> None:
