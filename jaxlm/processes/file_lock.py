@@ -148,10 +148,13 @@ def _held(path: Path) -> UserError:
 
 
 @contextlib.contextmanager
-def exclusive(target: Path) -> Iterator[None]:
+def exclusive(target: Path, option: str = "data.cache_dir") -> Iterator[None]:
     """Hold the lock file beside `target`; turns a full or read-only disk into a `UserError`.
 
     The system drops the lock with the process, so a killed one blocks nobody.
+
+    Args:
+        option: names the folder in the config.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,10 +162,8 @@ def exclusive(target: Path) -> Iterator[None]:
             yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"{target.parent}: the disk is full", "free space, or choose another data.cache_dir"
-            ) from None
+            raise UserError(f"{target.parent}: the disk is full", f"free space, or choose another {option}") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            hint = "choose another data.cache_dir"
-            raise UserError(f"{target.parent}: cannot write here: {error.strerror}", hint) from None
+            where = f"{target.parent}: cannot write here: {error.strerror}"
+            raise UserError(where, f"choose another {option}") from None
         raise

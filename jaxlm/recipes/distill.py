@@ -20,6 +20,7 @@ from typing import Any
 from jaxlm import config
 from jaxlm.data.corpus_source import CorpusSource
 from jaxlm.data.pipeline import train_tokenizer
+from jaxlm.data.rows.teacher_cache import COLUMNS
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.data.turns.source import ConversationSource
 from jaxlm.errors import UserError
@@ -41,8 +42,6 @@ from jaxlm.train.recipe import (
 )
 
 TEACHER = "teacher"
-CACHED = ("teacher_logps", "teacher_ids", "teacher_rest")
-"""Columns of a batch that stand for a teacher, in the order of `LikeliestTokens`."""
 _log = logging.getLogger(__name__)
 
 
@@ -151,7 +150,7 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     def thoughts(frozen: Any, batch: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What stands at each place of the teacher, by rows, and its output matrix."""
         if teacher is None:
-            return tuple(batch[name] for name in CACHED), ()
+            return tuple(batch[name] for name in COLUMNS.values()), ()
         taught_BTE, taught_head, _ = stop_gradient(forward(teacher, frozen[TEACHER], batch, None))
         return (taught_BTE,), common_tokens(*taught_head, common)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config
-from jaxlm.data.rows.teacher_cache import Batch, TaughtRows, TeacherCache
+from jaxlm.data.rows.teacher_cache import COLUMNS, Batch, TaughtRows, TeacherCache
 from jaxlm.errors import UserError
 from jaxlm.train.recipe import Column, DataSource
 
@@ -23,11 +23,12 @@ def columns(cfg: config.Config, teacher: config.Model) -> dict[str, Column]:
     """The columns of a batch that come from a cache; its ids are of tokens that teacher and student share."""
     dtype, places = _dtype(cfg), ("batch", "seq")
     tokens = min(cfg.model.vocab_size or teacher.vocab_size, teacher.vocab_size)
-    return {
-        "teacher_ids": Column("int32", (*places, None), cfg.distill.cache_size, tokens),
-        "teacher_logps": Column(dtype, (*places, None), cfg.distill.cache_size),
-        "teacher_rest": Column(dtype, places),
+    made = {
+        "logps": Column(dtype, (*places, None), cfg.distill.cache_size),
+        "ids": Column("int32", (*places, None), cfg.distill.cache_size, tokens),
+        "rest": Column(dtype, places),
     }
+    return {name: made[array] for array, name in COLUMNS.items()}
 
 
 def with_cache(cfg: config.Config, source: DataSource, teacher: config.Model) -> TaughtRows:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -162,3 +163,35 @@ def test_what_is_of_something_else_is_refused(taught):
     refused("train-0.safetensors: 0 bytes of .* it was cut short")
     (folder / "manifest.json").write_text(json.dumps({"about": 3}))
     refused("is no manifest of a cache")
+
+
+def test_rows_of_other_data_are_never_added(taught):
+    """Neither a cache that would be whole, nor one that would be made longer, nor where it is shorter than before."""
+    taught(steps=3).teach(teacher)
+    manifest = taught().cache.folder / "manifest.json"
+    before = manifest.read_bytes()
+    for steps in (2, 3, 7):
+        with pytest.raises(UserError, match="made of other rows"):
+            taught(steps=steps, seed=1).teach(teacher)
+    assert manifest.read_bytes() == before
+    assert taught(steps=2).teach(teacher)["train"] == 12
+
+
+def test_two_teachers_write_one_after_the_other(taught):
+    """The second begins, has the rows as they were then, and waits; so it adds nothing."""
+    late = taught()
+    late.cache.open()
+    asked: list[np.ndarray] = []
+
+    def while_another_begins(batch: Any) -> dict[str, np.ndarray]:
+        if not asked:
+            thread.start()
+        asked.append(batch["tokens"])
+        thread.join(0.05)
+        return teacher(batch)
+
+    thread = threading.Thread(target=late.teach, args=(while_another_begins,))
+    taught().teach(while_another_begins)
+    thread.join(30)
+    assert len(asked) == 5 + 2 and not thread.is_alive()
+    assert len(json.loads((late.cache.folder / "manifest.json").read_text())["shards"]["train"]) == 1

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from jaxlm import config
+from jaxlm.data.rows.teacher_cache import COLUMNS
 from torch_ref.models.decoder import Decoder
 from torch_ref.objectives.distill import distill_loss
 from torch_ref.objectives.teacher import LikeliestTokens, Teacher
 from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
-
-CACHED = ("teacher_logps", "teacher_ids", "teacher_rest")
-"""Columns of a batch that stand for a teacher, in the order of `LikeliestTokens`."""
 
 
 def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
@@ -32,7 +30,7 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
 
     def thoughts(batch: Batch) -> Teacher | LikeliestTokens:
         if teacher is None:
-            logps_BTK, ids_BTK, rest_BT = (batch[name] for name in CACHED)
+            logps_BTK, ids_BTK, rest_BT = (batch[name] for name in COLUMNS.values())
             return LikeliestTokens(logps_BTK, ids_BTK.long(), rest_BT)
         with torch.no_grad():
             taught_BTE, _ = teacher.eval().hidden(batch["tokens"], batch["positions"], batch["segments"])

@@ -11,6 +11,7 @@ Shapes: R rows of a shard, B rows of a batch, T tokens, K likeliest tokens.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -27,11 +28,12 @@ from safetensors.numpy import save_file
 
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.errors import UserError
+from jaxlm.processes.file_lock import exclusive
 from jaxlm.text.tokenizer import Tokenizer
 
 Batch = Mapping[str, np.ndarray]
-COLUMNS = {"ids": "teacher_ids", "logps": "teacher_logps", "rest": "teacher_rest"}
-"""Arrays of a shard, and the columns of a batch that they become."""
+COLUMNS = {"logps": "teacher_logps", "ids": "teacher_ids", "rest": "teacher_rest"}
+"""Arrays of a shard, in the order of `LikeliestTokens`, and the columns of a batch that they become."""
 SHARD_BYTES = 64 << 20
 _FORMAT = 1
 _NAMES = {
@@ -57,14 +59,14 @@ class TeacherCache:
         self._shards: dict[str, list[dict[str, Any]]] = {}
         self._opened = False
 
-    def open(self) -> None:
-        """Read the manifest, if there is one, and check every shard; once.
+    def open(self, *, again: bool = False) -> None:
+        """Read the manifest, if there is one, and check every shard; once, or `again`.
 
         Raises:
             UserError: the cache is of another teacher or made with other options, or a shard is cut short or changed.
         """
         path = self.folder / "manifest.json"
-        if self._opened or not path.is_file():
+        if (self._opened and not again) or not path.is_file():
             return
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -227,36 +229,50 @@ class TaughtRows:
         return [one._replace(batches=functools.partial(taught, number, one)) for number, one in enumerate(sets)]
 
     def teach(self, teacher: Teacher, progress: Callable[[int], None] = lambda rows: None) -> dict[str, int]:
-        """Write what the cache lacks; returns the number of rows of each set.
+        """Write what the cache lacks; returns the number of rows of each set. A second teacher waits for the first.
 
         Args:
             progress: called with the number of rows after each batch.
 
         Raises:
-            UserError: see `missing` and `TeacherCache.append`.
+            UserError: the cache is of something else (see `TeacherCache.open`) or of other rows, or it cannot be
+                written.
         """
-        for name, batches in self._missing():
-            waiting: list[dict[str, np.ndarray]] = []
-            for batch in batches:
-                waiting.append({**teacher(batch), "rows": digests(batch)})
-                progress(len(waiting[-1]["rows"]))
-                if sum(array.nbytes for one in waiting for array in one.values()) >= SHARD_BYTES:
+        with exclusive(self.cache.folder / "manifest.json", "distill.cache"):
+            for name, batches in self._missing():
+                waiting: list[dict[str, np.ndarray]] = []
+                for batch in batches:
+                    waiting.append({**teacher(batch), "rows": digests(batch)})
+                    progress(len(waiting[-1]["rows"]))
+                    if sum(array.nbytes for one in waiting for array in one.values()) >= SHARD_BYTES:
+                        self.cache.append(name, _joined(waiting))
+                        waiting = []
+                if waiting:
                     self.cache.append(name, _joined(waiting))
-                    waiting = []
-            if waiting:
-                self.cache.append(name, _joined(waiting))
         return {name: self.cache.rows(name) for name in self.cache.sets}
 
-    def _missing(self) -> Iterator[tuple[str, Iterator[Batch]]]:
+    def _missing(self) -> list[tuple[str, Iterator[Batch]]]:
         """Each set of the run by name, with its batches from the first that the cache lacks."""
-        self.cache.open()
+        self.cache.open(again=True)  # another teacher may just have written
         inner = self.inner.batches(batch_size=self.batch_size, rows=None)
-        begun, count = self._begun("train"), int(min(self.steps, getattr(inner, "count", math.inf)))
-        inner.set_state({**inner.get_state(), "next_index": begun})
-        yield "train", itertools.islice(iter(inner.__next__, None), max(0, count - begun))
+        count = int(min(self.steps, getattr(inner, "count", math.inf)))
+        first = max(0, min(self._begun("train"), count) - 1)
+        inner.set_state({**inner.get_state(), "next_index": first})
+        train = itertools.islice(iter(inner.__next__, None), count - first)
         sets = self.inner.held_out(batch_size=self.batch_size, rows=None, max_batches=self.held_out_batches)
-        for number, one in enumerate(sets):
-            yield _held_out(number), itertools.islice(one.batches(), self._begun(_held_out(number)), None)
+        others = [(_held_out(number), self._after(_held_out(number), one.batches())) for number, one in enumerate(sets)]
+        return [("train", self._after("train", train, first)), *others]
+
+    def _after(self, name: str, batches: Iterator[Batch], first: int = 0) -> Iterator[Batch]:
+        """The batches of a set, the next of which is number `first`, after those that the cache has.
+
+        Raises:
+            UserError: the last of those is of other rows in the cache.
+        """
+        there = enumerate(itertools.islice(batches, max(0, self._begun(name) - first)), first)
+        for number, batch in collections.deque(there, maxlen=1):
+            self.cache.read(name, number * self.batch_size + np.arange(self.batch_size), batch)
+        return batches
 
     def _begun(self, name: str) -> int:
         """Batches of a set that the cache has."""
