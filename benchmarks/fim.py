@@ -208,16 +208,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/fim.json")
     options = parser.parse_args()
     of = judged(options)
+    own = {key: value for key, value in vars(options).items() if key not in ("folder", "seeds", "out")}
     found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
     for seed in range(options.seeds):
         for arm in ARMS:
             run = options.folder / f"{arm}-{seed}"
             make = functools.partial(_scores, settings(options, arm, seed), run, of)
-            found[arm].append(kept(run / "nll.npz", make))
+            found[arm].append(kept(run, own, make))
             print(f"{run}: {found[arm][-1]['whole'].mean():.4f} nats a token from left to right", flush=True)
-    own = {key: value for key, value in vars(options).items() if key not in ("folder", "out")}
     tokens = options.steps * options.batch * options.seq_len
-    results = {"options": own, "tokens of each model": tokens, "figures": comparisons(found, of)}
+    results = {
+        "options": own | {"seeds": options.seeds},
+        "tokens of each model": tokens,
+        "figures": comparisons(found, of),
+    }
     peers.save("fim", results, options.out)
 
 

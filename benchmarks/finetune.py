@@ -4,14 +4,15 @@
     python -m benchmarks.finetune --only words,zero-shot        # without training
 
 It trains `configs/finetune/sst2.toml` (or goes on with runs/sst2) and asks all 1,821 test sentences. Every figure is
-written as soon as it is known, with its interval (Wilson 1927, 95 %), and a figure that is there is not measured again:
-an interrupted command goes on where it was. After `--minutes` no further figure is begun, and the training is stopped
-as by Ctrl-C, which saves it.
+kept as soon as it is known, with its interval (Wilson 1927, 95 %), in a file beside the run, and a figure that is there
+is not measured again: an interrupted command goes on where it was. After `--minutes` no further figure is begun, and
+the training is stopped as by Ctrl-C, which saves it. `results/` is written at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import psutil
 
 import jaxlm
 from benchmarks import peers
+from benchmarks.kept import Kept
 from benchmarks.sst2 import bag_of_words, chat_prompts, predictions, sentences, wilson
 from jaxlm.config import toml
 
@@ -75,7 +77,12 @@ def main() -> None:
         prompt = chat_prompts(run)
         return share(predictions(jaxlm.load(run), [prompt(text) for text in test]), labels)
 
-    began, file = time.perf_counter(), options.out or peers.RESULTS / "finetune.json"
+    began, kept = time.perf_counter(), Kept(options.run.with_name(f"{options.run.name}-figures.json"))
+    own = {
+        "base": str(options.base),
+        "data": str(options.data),
+        "config": hashlib.sha256(CONFIG.read_bytes()).hexdigest(),
+    }
     left = lambda: options.minutes - (time.perf_counter() - began) / 60  # noqa: E731
     figures: dict[str, Callable[[], dict[str, Any]]] = {
         "words": lambda: share(bag_of_words(options.data, test), labels),
@@ -84,20 +91,20 @@ def main() -> None:
         "training": lambda: trained(options.run, left()),
         "tuned": lambda: templated(options.run),
     }
-    results = json.loads(file.read_text(encoding="utf-8"))["figures"] if file.is_file() else {}
     for name in (name for name in FIGURES if name in options.only.split(",")):
-        whole = name != "training" or results.get(name, {}).get("steps") == results.get(name, {}).get("of")
-        if name not in results or not whole:
+        figure = kept.get(name, own)
+        if figure is None or (name == "training" and figure["steps"] < figure["of"]):
             if left() <= 0:
                 print(f"{name}: not begun, {options.minutes:g} minutes are over; the same command goes on", flush=True)
                 continue
             start = time.perf_counter()
-            results[name] = figures[name]() | {"load": psutil.getloadavg()[0]}
-            results[name].setdefault("seconds", time.perf_counter() - start)
+            figure = figures[name]() | {"load": psutil.getloadavg()[0]}
+            figure.setdefault("seconds", time.perf_counter() - start)
             if name == "training":
-                results.pop("tuned", None)  # of fewer steps
-            peers.save("finetune", {"figures": results}, options.out)
-        print(f"{name:10} {json.dumps(results[name])}", flush=True)
+                kept.remove("tuned")  # of fewer steps
+            kept.put(name, own, figure)
+        print(f"{name:10} {json.dumps(figure)}", flush=True)
+    peers.save("finetune", {"figures": kept.figures}, options.out)
 
 
 if __name__ == "__main__":

@@ -143,12 +143,13 @@ def main() -> None:
     first.tokenizer.save(options.folder / "tokenizer.json")
     held_out = held_out_files(options.folder / "stdlib" / "held_out", first.tokenizer, options.seq_len)
 
+    own = {key: value for key, value in vars(options).items() if key not in ("folder", "seeds", "out")}
     found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
     for seed in range(options.seeds):
         for arm in ARMS:
             run = options.folder / f"{arm}-{seed}"
             make = functools.partial(_scores, settings(options, arm, seed), run, held_out)
-            found[arm].append(kept(run / "nll.npz", make))
+            found[arm].append(kept(run, own, make))
             print(f"{run}: {np.nanmean(found[arm][-1]['alone']):.4f} nats a token of files alone", flush=True)
 
     comparisons = {
@@ -163,9 +164,12 @@ def main() -> None:
         both = np.isfinite(pair[0][0]) & np.isfinite(pair[1][0])
         results[name] = compared(*([row[both] for row in rows] for rows in pair), held_out.documents[both])
         printed(name, results[name])
-    own = {key: value for key, value in vars(options).items() if key not in ("folder", "out")}
     tokens = options.steps * options.batch * options.seq_len
-    peers.save("packing", {"options": own, "tokens of each model": tokens, "comparisons": results}, options.out)
+    peers.save(
+        "packing",
+        {"options": own | {"seeds": options.seeds}, "tokens of each model": tokens, "comparisons": results},
+        options.out,
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ Every training is the command `jaxlm train CONFIG seed=SEED` in a process of its
 and its updates are all of that command: starting, compiling, validating and saving too. Then 1,000 prompts that no
 training shows are answered, by the likeliest tokens and by one sample each, with intervals (Wilson 1927, 95 %).
 
-A figure that is written is not measured again, so an interrupted command goes on with the next one. After `--minutes`
-no further figure is begun. A training that was interrupted begins anew.
+A figure is kept in the folder of the runs beside its options and is not measured again, so an interrupted command goes
+on with the next one; with other options it is refused. After `--minutes` no further figure is begun. A training that
+was interrupted begins anew. `results/` is written at the end.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import psutil
 
 import jaxlm
 from benchmarks import peers, rl_step
+from benchmarks.kept import Kept
 from benchmarks.sst2 import wilson
 from jaxlm.infer.trained_run import Run
 
@@ -106,24 +108,21 @@ def curve(run: Path) -> list[list[float]]:
 
 
 class Benchmark:
-    """The figures of a file, and the folder of their runs."""
+    """The figures of a folder of runs, and the options that each of them changes."""
 
-    def __init__(self, file: Path, runs: Path, extra: Sequence[str]) -> None:
-        self.file, self.runs, self.extra = file, runs, tuple(extra)
-        self.figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"] if file.is_file() else {}
+    def __init__(self, runs: Path, extra: Sequence[str]) -> None:
+        self.runs, self.extra, self.kept = runs, tuple(extra), Kept(runs / "figures.json")
 
-    def keep(self, name: str, figure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def keep(self, name: str, figure: Callable[[], dict[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
         """The figure of this name: measured and written, if it is not there."""
-        if name not in self.figures:
-            self.figures[name] = figure() | {"load": psutil.getloadavg()[0]}
-            peers.save("rl", {"figures": self.figures}, self.file)
-        return self.figures[name]
+        load = lambda: {"load": psutil.getloadavg()[0]}  # noqa: E731
+        return self.kept.measured(name, {"overrides": list(overrides)}, lambda: figure() | load())
 
     def start(self, config: str, seed: int) -> Path:
         """The run of a config of a start and this seed, trained if it is not there."""
         run = self.runs / f"{Path(config).name}-{seed}"
         if not (run / "config.toml").is_file():
-            self.figures.pop(f"{config}/{seed}", None)
+            self.kept.remove(f"{config}/{seed}")
         self.keep(f"{config}/{seed}", lambda: train(config, run, f"seed={seed}"))
         return run
 
@@ -131,21 +130,23 @@ class Benchmark:
         """A run of reinforcement learning, and the answers before and after it."""
         experiment, run = EXPERIMENTS[name], self.runs / f"{name}-{seed}"
         start = self.start(experiment.start, seed)
-        options = (*experiment.overrides, *self.extra, f"seed={seed}", f'train.init_from="{start}"')
+        overrides = [*experiment.overrides, *self.extra]
+        options = (*overrides, f"seed={seed}", f'train.init_from="{start}"')
 
         def measure() -> dict[str, Any]:
             cost = train(experiment.config, run, *options)
             task = Run(run).config.rl.task
             found = {"before": answered(start, task), **answered(run, task), **cost, "curve": curve(run)}
-            return found | {"overrides": [*experiment.overrides, *self.extra]}
+            return found | {"overrides": overrides}
 
-        return self.keep(f"{name}/{seed}", measure)
+        return self.keep(f"{name}/{seed}", measure, overrides)
 
     def preferred(self, name: str, seed: int) -> dict[str, Any]:
         """A run on pairs, judged on those that are held out."""
         experiment, run = POLITE[name], self.runs / f"{name}-{seed}"
         start = self.start(experiment.start, seed)
-        options = (*experiment.overrides, *self.extra, f"seed={seed}", f'train.init_from="{start}"')
+        overrides = [*experiment.overrides, *self.extra]
+        options = (*overrides, f"seed={seed}", f'train.init_from="{start}"')
 
         def measure() -> dict[str, Any]:
             cost = train(experiment.config, run, *options)
@@ -155,9 +156,10 @@ class Benchmark:
             chosen = {key: last[key] for key in SIDES if key in last}
             accuracies = [[row["step"], row["validation_accuracy"]] for row in rows]
             found = share(round(last["accuracy"] * pairs["pairs"]), pairs["pairs"])
-            return {**chosen, **found, **cost, "longer": pairs["longer"], "curve": accuracies}
+            found |= {"longer": pairs["longer"], "curve": accuracies, "overrides": overrides}
+            return {**chosen, **cost, **found}
 
-        return self.keep(f"{name}/{seed}", measure)
+        return self.keep(f"{name}/{seed}", measure, overrides)
 
 
 def held_out_pairs(run: Path) -> dict[str, Any]:
@@ -200,9 +202,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="options of the config, such as train.steps=80")
     parser.add_argument("--runs", type=Path, default=Path("runs/rl"))
     parser.add_argument("--minutes", type=float, default=120.0)
-    parser.add_argument("--out", type=Path, default=peers.RESULTS / "rl.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/rl.json")
     options = parser.parse_args()
-    benchmark, began = Benchmark(options.out, options.runs, options.set), time.perf_counter()
+    benchmark, began = Benchmark(options.runs, options.set), time.perf_counter()
     for name in options.only.split(","):
         for seed in [0] if name in rl_step.FIGURES else map(int, options.seeds.split(",")):
             if time.perf_counter() - began > 60 * options.minutes:
@@ -216,6 +218,7 @@ def main() -> None:
                 start = benchmark.start("rl/answers-reverse", 0)
                 figure = benchmark.keep(name, lambda name=name, start=start: rl_step.FIGURES[name](start))
             print(line(f"{name}, seed {seed}", figure), flush=True)
+    peers.save("rl", {"figures": benchmark.kept.figures}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Small models trained side by side, judged on the same held-out tokens: for benchmarks of ways to make rows.
 
-Everything lies in a folder. A run that was stopped goes on, and scores that are there are not made again.
+Everything lies in a folder. A run that was stopped goes on, and scores that are there are not made again; both only
+with the options that stand in `options.json` beside the runs.
 
 Shapes: S seeds, N sequences or tokens, B sequences at a time, T tokens, V vocabulary.
 """
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlm
+from benchmarks.kept import Kept
 from jaxlm.config import toml
 
 BATCH = 16
@@ -81,8 +83,17 @@ def scored(model: jaxlm.Model, sequences: Sequences) -> Scores:
     return Scores(np.concatenate(nll), np.concatenate(likeliest))
 
 
-def kept(path: Path, make: Any) -> dict[str, np.ndarray]:
-    """Arrays by name from a file, or made now."""
+def kept(run: Path, options: Mapping[str, Any], make: Any) -> dict[str, np.ndarray]:
+    """Scores of a run by name: from its folder, or made now.
+
+    Raises:
+        SystemExit: the run was begun with other options.
+    """
+    path, record = run / "nll.npz", Kept(run.parent / "options.json")
+    if record.get(run.name, options) is None:
+        if run.exists():
+            raise SystemExit(f"{run}: {record.file} has no options of it; take another --folder, or remove it")
+        record.put(run.name, options, {})
     if path.is_file():
         with np.load(path) as file:
             return dict(file)
