@@ -19,6 +19,8 @@ from typing import Any
 
 from jaxlm.errors import UserError
 
+REMOVAL_SECONDS = 60.0
+"""Removing a lock takes less, clocks of two hosts that differ included."""
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
@@ -118,13 +120,22 @@ def _take_away_of_the_dead(path: Path) -> bool:
     try:
         removal.open("x").close()
     except FileExistsError:
-        return False
+        return _take_away_old(removal)
     try:
         if _left_by_the_dead(path):
             path.unlink(missing_ok=True)
     finally:
         removal.unlink(missing_ok=True)
     return True
+
+
+def _take_away_old(removal: Path) -> bool:
+    """Remove the file of a process that was killed while it removed a lock; False: one is at it, or has just ended."""
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - removal.stat().st_mtime > REMOVAL_SECONDS:
+            removal.unlink()
+            return True
+    return False
 
 
 def _left_by_the_dead(path: Path) -> bool:

@@ -183,14 +183,17 @@ def test_two_teachers_write_one_after_the_other(taught):
     late.cache.open()
     asked: list[np.ndarray] = []
 
+    def counted(batch: Any) -> dict[str, np.ndarray]:
+        asked.append(batch["tokens"])
+        return teacher(batch)
+
     def while_another_begins(batch: Any) -> dict[str, np.ndarray]:
         if not asked:
             thread.start()
-        asked.append(batch["tokens"])
-        thread.join(0.05)
-        return teacher(batch)
+            thread.join(0.1)
+        return counted(batch)
 
-    thread = threading.Thread(target=late.teach, args=(while_another_begins,))
+    thread = threading.Thread(target=late.teach, args=(counted,))
     taught().teach(while_another_begins)
     thread.join(30)
     assert len(asked) == 5 + 2 and not thread.is_alive()

@@ -66,25 +66,43 @@ def test_a_cache_is_built_by_one_after_the_other(tmp_path, file_system):
     assert len(most) == 6 and max(most) == 1
 
 
-def test_what_the_dead_have_left_is_taken_away(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def dead():
+    """What a process that has ended wrote into its lock."""
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    return {"process": int(process.stdout), "host": socket.gethostname()}
+
+
+def test_what_the_dead_have_left_is_taken_away(tmp_path, monkeypatch, dead):
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     made = tmp_path / ".lock.made"
-    made.write_text(json.dumps({"process": int(dead.stdout), "host": socket.gethostname()}))
+    made.write_text(json.dumps(dead))
     with hold(tmp_path / ".lock", wait=False):
         pass
-    made.write_text(json.dumps({"process": int(dead.stdout), "host": "another"}))
+    made.write_text(json.dumps(dead | {"host": "another"}))
     with pytest.raises(UserError, match="on another has this run"), hold(tmp_path / ".lock", wait=False):
         pass
 
 
+def test_one_that_was_killed_while_it_removed_a_lock_blocks_nobody(tmp_path, monkeypatch, dead):
+    """Its file is taken away when it is old; a new one says that a process is at it."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    (tmp_path / ".lock.made").write_text(json.dumps(dead))
+    removal = tmp_path / ".lock.made.removal"
+    removal.touch()
+    with pytest.raises(UserError, match="has this run"), hold(tmp_path / ".lock", wait=False):
+        pass
+    long_ago = removal.stat().st_mtime - file_lock.REMOVAL_SECONDS - 1
+    os.utime(removal, (long_ago, long_ago))
+    with hold(tmp_path / ".lock", wait=False):
+        assert not removal.exists()
+
+
 @pytest.mark.parametrize("look", [1, 2])
-def test_two_that_find_a_dead_lock_do_not_both_get_it(tmp_path, monkeypatch, look):
+def test_two_that_find_a_dead_lock_do_not_both_get_it(tmp_path, monkeypatch, look, dead):
     """Another process takes the lock between a look of the first one and the step that follows from it."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    made = tmp_path / ".lock.made"
-    made.write_text(json.dumps({"process": int(dead.stdout), "host": socket.gethostname()}))
+    (tmp_path / ".lock.made").write_text(json.dumps(dead))
     is_dead, looks, holders = file_lock._left_by_the_dead, [], []
     another = hold(tmp_path / ".lock", wait=False)
 
@@ -107,19 +125,26 @@ def test_two_that_find_a_dead_lock_do_not_both_get_it(tmp_path, monkeypatch, loo
 
 
 @settings(max_examples=60, deadline=None)
-@given(moves=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=24), no_locks=st.booleans())
-def test_whoever_comes_and_goes_one_has_it(tmp_path_factory, moves, no_locks):
+@given(
+    moves=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["takes", "leaves", "dies"])), max_size=24),
+    no_locks=st.booleans(),
+)
+def test_whoever_comes_and_goes_one_has_it(tmp_path_factory, dead, moves, no_locks):
     """Four trainers take, leave, or die holding the lock, in any order."""
-    folder, holder = tmp_path_factory.mktemp("lock"), None
+    folder, holder, corpses = tmp_path_factory.mktemp("lock"), None, []
     with pytest.MonkeyPatch.context() as patch:
         if no_locks:
             patch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
-        for who, leaves in moves:
+        for who, does in moves:
             if holder is None:
                 lock = hold(folder / ".lock", wait=False)
                 lock.__enter__()
                 holder = who
-            elif who == holder and leaves:
+            elif who == holder and does == "dies" and no_locks:  # nothing of it runs any more
+                (folder / ".lock.made").write_text(json.dumps(dead))
+                corpses.append(lock)
+                holder = None
+            elif who == holder and does != "takes":  # by `flock` a dead process leaves as others do
                 lock.__exit__(None, None, None)
                 holder = None
             else:
