@@ -62,7 +62,11 @@ def described(values: Mapping[str, float]) -> str:
 
 
 def examine(cfg: config.Config, source: Any, engine: Any) -> dict[str, float]:
-    """Score every held-out pair, in both orders of its answers; the run keeps the scores for its report page."""
+    """Score the held-out pairs of the first `eval.batches` batches, in both orders of the answers of each.
+
+    The run keeps the scores for its report page. `validation_unscored` counts the pairs that have none: those of later
+    batches, and those whose score is no finite number.
+    """
     (pairs,) = source.validation
     compute, most = functools.partial(engine.map_rows, SCORES), cfg.eval.batches
     scores, swapped = (
@@ -71,9 +75,9 @@ def examine(cfg: config.Config, source: Any, engine: Any) -> dict[str, float]:
     found = PairScores.of(scores, swapped, pairs.lengths, pairs.ties)
     if engine.process_index == 0:
         found.write(Path(cfg.out_dir))
-    return {
-        f"validation_{name}": value for name, value in found.figures().items() if name not in ("accuracy", "longer")
-    }
+    beside = {name: value for name, value in found.figures().items() if name not in ("accuracy", "longer")}
+    beside["unscored"] = float(len(pairs) - len(found.chosen))
+    return {f"validation_{name}": value for name, value in beside.items()}
 
 
 def document_scores(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., Any]:

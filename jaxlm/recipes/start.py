@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from jaxlm.processes.file_lock import only_trainer
 from jaxlm.processes.freed_memory import keep_freed_memory, one_step_at_a_time
 from jaxlm.recipes import make_recipe
 from jaxlm.run.directory import compare_with_run, shared_facts, tokenizer_of_run, with_vocabulary
-from jaxlm.run.progress import tell
+from jaxlm.run.progress import counting, tell
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.loop import Engine, FrozenFile, Progress, train
@@ -170,7 +171,8 @@ def _cache_numbers(
 ) -> dict[str, FrozenFile]:
     """Let the source have what frozen trees say of its rows, once for all; returns what the trees were.
 
-    It comes before the run's own parameters, so that only one model is in memory.
+    It comes before the run's own parameters: in JAX only one model is in memory, unless it lies under adapters. In
+    PyTorch the run's own module is already there.
 
     Args:
         bases: what lies under adapters, which has the word where the function has no tree of its own.
@@ -186,10 +188,15 @@ def _cache_numbers(
         files[name] = FrozenFile(tree.path, digest_of(_named_leaves(params)))
         trees[name] = layout.parameters(params, tree.model)
 
+    passes, name = itertools.count(), ", ".join(trees) or BASE
+
     def compute(batches: Iterator[Batch]) -> Iterator[np.ndarray]:
-        if engine.process_index == 0:
-            tell(f"the frozen {', '.join(trees) or BASE} computes its numbers of all rows, once")
-        return engine.map_rows(function, batches, trees)
+        if engine.process_index == 0 and next(passes) == 0:
+            tell(f"the frozen {name} computes its numbers of all rows, once")
+        advance(0)
+        for numbers in engine.map_rows(function, batches, trees):
+            advance(len(numbers))
+            yield numbers
 
     if not isinstance(source, CachingSource):
         raise TypeError(f"{type(source).__name__} keeps no numbers of its rows")
@@ -199,7 +206,8 @@ def _cache_numbers(
     facts["numerics"] = " ".join(str(value) for value in dataclasses.asdict(cfg.numerics).values())
     if not files:
         facts["quantize"] = cfg.lora.quantize + " double" * cfg.lora.double_quantize
-    source.cache(facts, compute, engine)
+    with counting(f"rows of the frozen {name}", quiet=engine.process_index != 0) as advance:
+        source.cache(facts, compute, engine)
     return files
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _log = logging.getLogger(__name__)
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
@@ -23,6 +25,24 @@ def tell(message: str) -> None:
     """Print a line on stdout, if this process shows what it does."""
     if shown():
         print(message, flush=True)
+
+
+@contextlib.contextmanager
+def counting(what: str, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar of a pass whose length is not known, until it ends; the function that is yielded takes so many more.
+
+    Nothing is shown before it is called, without a terminal, or where this process is quiet.
+    """
+    console = Console(stderr=True, quiet=quiet or not shown())
+    parts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn()
+    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def advance(more: int) -> None:
+            if not bar.tasks:
+                bar.add_task(what, total=None)
+            bar.advance(bar.task_ids[0], more)
+
+        yield advance
 
 
 class Display:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxlm.config import Config
+from jaxlm.recipes.reward import examine
 from jaxlm.report.page import render
 from jaxlm.report.stage_parts import pairs_of, samples_of
 from jaxlm.run.pair_scores import FILE, PairScores, auc
@@ -67,6 +70,16 @@ def test_they_are_kept_and_shown(tmp_path: Path) -> None:
     assert "<td>accuracy</td><td>50.0%</td>" in page and "of 2 pairs" in page and "base64," in page
     assert "<td>accuracy where shorter</td><td>-</td>" in page, "no chosen answer is shorter"
     assert (tmp_path / "plots" / "pairs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_without_a_score_are_counted() -> None:
+    """One of a later batch and one whose score is not finite, of five."""
+    answers = {"lengths": np.full(10, 4), "ties": np.zeros(5, bool), "__len__": lambda _: 5}
+    scores = np.array([1.0, 0, 2, 1, np.inf, 0, 3, 1, np.nan, np.nan])
+    source = SimpleNamespace(validation=(type("Pairs", (), answers)(),), by_answer=lambda *_, **__: scores)
+    engine = SimpleNamespace(process_index=1, map_rows=None)
+    found = examine(Config(), source, engine)
+    assert found["validation_unscored"] == 2 and found["validation_auc"] == 8 / 9
 
 
 def test_samples_of_a_policy_on_its_page(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""A pass over all rows before training: what it shows."""
+
+import contextlib
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxlm.config import Config
+from jaxlm.recipes import start
+from jaxlm.run import progress
+from jaxlm.train.loop import FrozenFile
+from jaxlm.train.recipe import RowFunction
+
+
+class TwoSets:
+    """A source with two sets of rows, three batches and two."""
+
+    tokenizer: Any = None
+    updates_per_phase = 1
+    identity = batches = held_out = begin_phase = lambda *_: None
+
+    def cache(self, facts: Any, compute: Any, engine: Any) -> None:
+        self.numbers = [np.concatenate(list(compute(iter([np.arange(4.0)] * count)))) for count in (3, 2)]
+
+
+def test_a_frozen_model_tells_once_and_has_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    bars: list[str] = []
+    rows: list[int] = []
+
+    @contextlib.contextmanager
+    def counting(what: str, *, quiet: bool):
+        bars.append(what)
+        yield rows.append
+
+    monkeypatch.setattr(start, "tell", lines.append)
+    monkeypatch.setattr(start, "counting", counting)
+    engine: Any = SimpleNamespace(process_index=0, map_rows=lambda function, batches, trees: batches)
+    recipe: Any = SimpleNamespace(objective=SimpleNamespace(cached=RowFunction(lambda: None, lambda: None)))
+    source, layout = TwoSets(), SimpleNamespace()
+    start._cache_numbers(Config(), recipe, source, engine, layout, {"base": FrozenFile("", "ab")})  # pyright: ignore
+    assert [len(numbers) for numbers in source.numbers] == [12, 8] and sum(rows) == 20
+    assert len(lines) == len(bars) == 1 and "the frozen base" in lines[0] and "the frozen base" in bars[0]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_counts_and_a_library_is_quiet(monkeypatch: pytest.MonkeyPatch, shown: bool) -> None:
+    screen = io.StringIO()
+    console = lambda *, stderr, quiet: Console(file=screen, force_terminal=True, quiet=quiet)  # noqa: E731
+    monkeypatch.setattr(progress, "Console", console)
+    monkeypatch.setattr(progress, "shown", lambda: shown)
+    with progress.counting("rows of x") as advance:
+        for _ in range(3):
+            advance(500)
+    assert ("rows of x" in screen.getvalue() and "1,500" in screen.getvalue()) if shown else not screen.getvalue()
