@@ -20,6 +20,10 @@ from jaxlm.recipes.rollouts.source import RolloutData, Stage
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, model_of_run, twin
 
 REFERENCE = "reference"
+BY_TOKENS = dict.fromkeys(
+    ("logp", "clip_share", "kl_old", "kl_reference", "entropy", "mismatch", "mismatch_kl"), "tokens"
+)
+"""Metrics that are means over trained tokens, whatever `rl.divisor` divides the loss by."""
 
 
 def recipe(cfg: config.Config) -> Recipe:
@@ -39,6 +43,7 @@ def recipe(cfg: config.Config) -> Recipe:
             objective,
             twin("torch_ref.recipes.grpo"),
             update_if=rl.stays_near if rl.stop_kl else None,
+            divisors=BY_TOKENS,
         ),
         data=lambda own: RolloutData(cfg, own, STAGE),
         judge=lambda _: Judge(figures, "answer_nll", describe=described, loss_unit=""),

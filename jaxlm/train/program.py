@@ -102,6 +102,7 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
         matmul=matmul,
         whole=whole,
         update_if=recipe.objective.update_if,
+        divisors=recipe.objective.divisors,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     return Program(recipe, modules, loss_fn, parts, shardings, shapes, frozen, jitted)

@@ -131,7 +131,8 @@ class Objective(NamedTuple):
     name, `trained` is the tree of parameters (or a dict of several), `frozen` a dict of trees, `key` is None where
     nothing is random. `torch(modules, cfg)` returns its twin `loss(batch) -> (sum, sums)`.
 
-    `sum` is what is differentiated; `sums["weight"]` is the only divisor, so that no mean of means arises.
+    `sum` is what is differentiated; `sums["weight"]` divides it and all other sums, but for those of `divisors`, so
+    that no mean of means arises.
     """
 
     jax: Callable[..., Callable[..., tuple[Any, dict[str, Any]]]]
@@ -145,6 +146,8 @@ class Objective(NamedTuple):
     update_if: Callable[[Mapping[str, Any]], Any] | None = None
     """Whether an update is made, by the sums of the whole batch, in both frameworks; None: always. One that is not made
     changes nothing but the number of the step, and the metric `stopped` is 1."""
+    divisors: Mapping[str, str] = {}
+    """Sums by name that another one divides in the metrics of a step: `{"entropy": "tokens"}`."""
     cached: RowFunction | None = None
     """Numbers of each row that no update changes. They are computed once, before training, and kept by the data, which
     is a `CachingSource`; batches have them as a column, so the step needs neither the trees nor their forward pass."""

@@ -113,6 +113,7 @@ def make_steps(
     matmul: str = "default",
     whole: Callable[[Any, Any, Batch], Sums] | None = None,
     update_if: Callable[[Sums], Array] | None = None,
+    divisors: Mapping[str, str] = {},
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Sums]]:
     """The update as a pure function `(state, frozen, batch) -> (state, metrics)`; jit it with the state donated.
 
@@ -122,7 +123,7 @@ def make_steps(
 
     Args:
         whole: see `recipe.Objective.jax_whole`.
-        update_if: see `recipe.Objective`.
+        update_if: see `recipe.Objective`, as for `divisors`.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Sums]:
@@ -139,7 +140,8 @@ def make_steps(
             batch = {**batch, **_over_batch(of_rows, batch, microbatches)}
         sums, grads = _gradient(loss, move, batch, key, microbatches)
         weight = jnp.maximum(sums["weight"], 1)
-        metrics = {name: value / weight for name, value in sums.items() if name not in COUNTS}
+        by = {name: jnp.maximum(sums[divisor], 1) for name, divisor in divisors.items()}
+        metrics = {name: value / by.get(name, weight) for name, value in sums.items() if name not in COUNTS}
         finite = jnp.isfinite(metrics["loss"])
         metrics["weight"] = sums["weight"]
         new_trees, new_states = {}, {}

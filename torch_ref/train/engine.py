@@ -65,8 +65,9 @@ class TorchEngine:
         if cfg.torch.compile:
             objective = torch.compile(objective)
         whole = recipe.objective.torch_whole(self.modules, cfg) if recipe.objective.torch_whole else None
-        parts, update_if = cfg.train.microbatches, recipe.objective.update_if
-        self._step = make_steps(objective, self.parts, parts, seed=cfg.seed, whole=whole, update_if=update_if)
+        options: dict[str, Any] = {"update_if": recipe.objective.update_if, "divisors": recipe.objective.divisors}
+        parts, seed = cfg.train.microbatches, cfg.seed
+        self._step = make_steps(objective, self.parts, parts, seed=seed, whole=whole, **options)
         self._eval = make_eval(objective)
         self._checkpointer = Checkpointer(cfg.out_dir, cfg.checkpoint.keep)
         adapted = sum(x.numel() for n, x in self.decoder.named_parameters() if n.endswith((".adapter.a", ".adapter.b")))

@@ -79,6 +79,7 @@ def make_steps(
     seed: int,
     whole: Callable[[Batch], Sums] | None = None,
     update_if: Callable[[Sums], Tensor] | None = None,
+    divisors: Mapping[str, str] = {},
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update `(state, batch) -> (state, metrics)`.
 
@@ -88,7 +89,7 @@ def make_steps(
 
     Args:
         whole: see `recipe.Objective.torch_whole`.
-        update_if: see `recipe.Objective`.
+        update_if: see `recipe.Objective`, as for `divisors`.
     """
     for part in parts:
         for parameter in part.parameters:  # one that takes no part has a gradient of zero, as in JAX, and decays
@@ -102,7 +103,8 @@ def make_steps(
                 batch = {**batch, **_over_batch(whole, batch, microbatches)}
         sums = _accumulate(loss_fn, batch, (seed, state.step), microbatches)
         weight = sums["weight"].clamp(min=1)
-        metrics = {name: value / weight for name, value in sums.items() if name not in COUNTS}
+        by = {name: sums[divisor].clamp(min=1) for name, divisor in divisors.items()}
+        metrics = {name: value / by.get(name, weight) for name, value in sums.items() if name not in COUNTS}
         metrics["weight"] = sums["weight"]
         finite = bool(torch.isfinite(metrics["loss"]))  # waits for the device
         for part in parts:
