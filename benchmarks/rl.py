@@ -84,7 +84,7 @@ def train(config: str, run: Path, *overrides: str) -> dict[str, Any]:
 def answered(run: Path, task: str) -> dict[str, Any]:
     """How many held-out prompts of a task are answered rightly, by the likeliest tokens and by a sample of each."""
     from jaxlm.data.prompts import open_task
-    from jaxlm.recipes.grpo import JaxActor
+    from jaxlm.recipes.rollouts.jax_actor import JaxActor
     from jaxlm.text.completion import encode_prompts
 
     model = jaxlm.load(run)

@@ -35,6 +35,7 @@ from jaxlm.recipes import grpo as jax_grpo
 from jaxlm.recipes import ppo as jax_ppo
 from jaxlm.recipes import start  # two threads that import at once break Python's ast
 from jaxlm.recipes.rollouts import graders
+from jaxlm.recipes.rollouts.jax_actor import JaxActor
 from jaxlm.recipes.rollouts.phases import Phase, Phases
 from jaxlm.recipes.rollouts.rewards import REWARDS, find_rewards
 from jaxlm.recipes.rollouts.source import RolloutData
@@ -147,7 +148,7 @@ class JaxSide:
     def actor(self, cfg: config.Config) -> Any:
         if self.recipe is jax_ppo:
             return jax_ppo.JaxCritic(self, cfg, **ENDS)
-        return jax_grpo.JaxActor(self.decoder, self.params, self.frozen["reference"], cfg, **ENDS)
+        return JaxActor(self.decoder, self.params, self.frozen["reference"], cfg, **ENDS)
 
     def parameters(self, cfg: config.Config) -> dict[str, np.ndarray]:
         found = dict(pairs.torch_names(self.params, self.decoder))

@@ -19,6 +19,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.recipes import grpo
+from jaxlm.recipes.rollouts.jax_actor import JaxActor
 from jaxlm.recipes.rollouts.phases import Batch, Drawn, Phases
 from jaxlm.recipes.rollouts.source import MEASURES, RolloutData, Stage
 from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, model_of_run, twin
@@ -107,7 +108,7 @@ class CriticPhases(Phases):
         return {"explained_variance": 1 - float((returns - values).var()) / variance if variance else 0.0}
 
 
-class JaxCritic(grpo.JaxActor):
+class JaxCritic(JaxActor):
     """Policy and value model in JAX."""
 
     def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
