@@ -33,9 +33,10 @@ def counting(what: str, *, quiet: bool = False) -> Iterator[Callable[[int], None
 
     Nothing is shown before it is called, without a terminal, or where this process is quiet.
     """
-    console = Console(stderr=True, quiet=quiet or not shown())
+    console = Console(stderr=True)
     parts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn()
-    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
+    quiet = quiet or not shown() or not console.is_terminal
+    with Progress(*parts, console=console, transient=True, disable=quiet) as bar:
 
         def advance(more: int) -> None:
             if not bar.tasks:

@@ -50,8 +50,7 @@ def test_a_frozen_model_tells_once_and_has_one_bar(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_bar_counts_and_a_library_is_quiet(monkeypatch: pytest.MonkeyPatch, shown: bool) -> None:
     screen = io.StringIO()
-    console = lambda *, stderr, quiet: Console(file=screen, force_terminal=True, quiet=quiet)  # noqa: E731
-    monkeypatch.setattr(progress, "Console", console)
+    monkeypatch.setattr(progress, "Console", lambda *, stderr: Console(file=screen, force_terminal=True))
     monkeypatch.setattr(progress, "shown", lambda: shown)
     with progress.counting("rows of x") as advance:
         for _ in range(3):
