@@ -77,7 +77,7 @@ def test_pairs_without_a_score_are_counted() -> None:
     answers = {"lengths": np.full(10, 4), "ties": np.zeros(5, bool), "__len__": lambda _: 5}
     scores = np.array([1.0, 0, 2, 1, np.inf, 0, 3, 1, np.nan, np.nan])
     source = SimpleNamespace(validation=(type("Pairs", (), answers)(),), by_answer=lambda *_, **__: scores)
-    engine = SimpleNamespace(process_index=1, map_rows=None)
+    engine = SimpleNamespace(process_index=1, map_rows=lambda *_: None)
     found = examine(Config(), source, engine)
     assert found["validation_unscored"] == 2 and found["validation_auc"] == 8 / 9
 
