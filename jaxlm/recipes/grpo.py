@@ -19,7 +19,7 @@ from jaxlm.recipes.rollouts.source import RolloutData, Stage
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, model_of_run, twin
 
 REFERENCE = "reference"
-BY_TOKENS = dict.fromkeys(
+BY_TOKENS: dict[str, str] = dict.fromkeys(
     ("logp", "clip_share", "kl_old", "kl_reference", "entropy", "mismatch", "mismatch_kl"), "tokens"
 )
 """Metrics that are means over trained tokens, whatever `rl.divisor` divides the loss by."""

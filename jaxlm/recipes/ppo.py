@@ -45,7 +45,7 @@ def recipe(cfg: config.Config) -> Recipe:
             objective,
             twin("torch_ref.recipes.ppo"),
             update_if=cfg.rl.stays_near if cfg.rl.stop_kl else None,
-            divisors=grpo.BY_TOKENS | dict.fromkeys(("value_clip_share", "squared_error"), "tokens"),
+            divisors={**grpo.BY_TOKENS, "value_clip_share": "tokens", "squared_error": "tokens"},
         ),
         data=lambda own: RolloutData(cfg, own, STAGE),
         judge=lambda _: Judge(grpo.figures, "answer_nll", describe=grpo.described, loss_unit=""),

@@ -250,7 +250,11 @@ def test_a_reference_is_its_weights_and_its_function() -> None:
     model = config.Model(vocab_size=32, d_model=16, n_layers=2, n_heads=2, d_ff=16)
     ours = init_from.function_digest(model)
     assert ours == init_from.function_digest(dataclasses.replace(model, dropout=0.5, remat="full"))
-    for change in ({"rope_theta": 500.0}, {"norm_eps": 1e-3}, {"rope_scaling": config.RopeScaling(kind="linear", factor=4.0)}):
+    for change in (
+        {"rope_theta": 500.0},
+        {"norm_eps": 1e-3},
+        {"rope_scaling": config.RopeScaling(kind="linear", factor=4.0)},
+    ):
         assert init_from.function_digest(dataclasses.replace(model, **change)) != ours, change
 
 
