@@ -139,11 +139,8 @@ def make_steps(
             of_rows = functools.partial(whole, state.params, frozen)
             batch = {**batch, **_over_batch(of_rows, batch, microbatches)}
         sums, grads = _gradient(loss, move, batch, key, microbatches)
-        weight = jnp.maximum(sums["weight"], 1)
-        by = {name: jnp.maximum(sums[divisor], 1) for name, divisor in divisors.items()}
-        metrics = {name: value / by.get(name, weight) for name, value in sums.items() if name not in COUNTS}
+        weight, metrics = jnp.maximum(sums["weight"], 1), _means(sums, divisors)
         finite = jnp.isfinite(metrics["loss"])
-        metrics["weight"] = sums["weight"]
         new_trees, new_states = {}, {}
         for part in parts:
             name, prefix = part.name, "" if part.name == MODEL else f"{part.name}_"
@@ -165,6 +162,16 @@ def make_steps(
         return TrainState(state.step + 1, _bare(trees, parts), _bare(opt_states, parts), skipped), metrics
 
     return within(layout, matmul, step)
+
+
+def _means(sums: Sums, divisors: Mapping[str, str]) -> Sums:
+    """The sums of a batch, each divided by the sum that divides it, and the weight as it is."""
+    means = {
+        name: value / jnp.maximum(sums[divisors.get(name, "weight")], 1)
+        for name, value in sums.items()
+        if name not in COUNTS
+    }
+    return means | {"weight": sums["weight"]}
 
 
 def _moved(part: Part, tree: Any, opt_state: Any, grads: Any, weight: Array) -> tuple[Any, Any, Array]:

@@ -102,10 +102,7 @@ def make_steps(
             with torch.no_grad():
                 batch = {**batch, **_over_batch(whole, batch, microbatches)}
         sums = _accumulate(loss_fn, batch, (seed, state.step), microbatches)
-        weight = sums["weight"].clamp(min=1)
-        by = {name: sums[divisor].clamp(min=1) for name, divisor in divisors.items()}
-        metrics = {name: value / by.get(name, weight) for name, value in sums.items() if name not in COUNTS}
-        metrics["weight"] = sums["weight"]
+        weight, metrics = sums["weight"].clamp(min=1), _means(sums, divisors)
         finite = bool(torch.isfinite(metrics["loss"]))  # waits for the device
         for part in parts:
             prefix = "" if part.name == "model" else f"{part.name}_"
@@ -131,6 +128,16 @@ def make_steps(
 
 def _gradients(part: Part) -> list[Tensor]:
     return [parameter.grad for parameter in part.parameters if parameter.grad is not None]
+
+
+def _means(sums: Sums, divisors: Mapping[str, str]) -> Sums:
+    """The sums of a batch, each divided by the sum that divides it, and the weight as it is."""
+    means = {
+        name: value / sums[divisors.get(name, "weight")].clamp(min=1)
+        for name, value in sums.items()
+        if name not in COUNTS
+    }
+    return means | {"weight": sums["weight"]}
 
 
 def _update(parts: Sequence[Part], weight: Tensor, metrics: Sums) -> bool:
