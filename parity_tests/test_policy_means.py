@@ -15,6 +15,7 @@ from jaxlm.numerics import Policy
 from jaxlm.recipes import grpo, ppo
 from jaxlm.train.optim import make_optimizer
 from jaxlm.train.step import Part, init_state, make_steps
+from torch_ref.train.optim import adamw
 from torch_ref.train.step import Part as TorchPart
 from torch_ref.train.step import TrainState as TorchState
 from torch_ref.train.step import make_steps as torch_steps
@@ -47,7 +48,7 @@ def test_they_are_divided_by_tokens() -> None:
     step = make_steps(loss, [part], 2, seed=0, divisors=divisors)
     found: list[Any] = [step(init_state(params, part.optimizer), {}, {"x": jnp.ones(4)})[1]]
     weight = torch.nn.Parameter(torch.ones(()))
-    theirs = TorchPart("model", train, torch.optim.AdamW([weight]))
+    theirs = TorchPart("model", train, adamw([(weight, True)], train))
     torch_loss = lambda batch: (weight * batch["x"].sum(), sums(batch["x"]))  # noqa: E731
     torch_step = torch_steps(torch_loss, [theirs], 2, seed=0, divisors=divisors)
     found.append(torch_step(TorchState(), {"x": torch.ones(4)})[1])

@@ -2,8 +2,8 @@
 
 import contextlib
 import io
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from rich.console import Console
 from jaxlm.config import Config
 from jaxlm.recipes import start
 from jaxlm.run import progress
+from jaxlm.train.backend import Engine
 from jaxlm.train.loop import FrozenFile
-from jaxlm.train.recipe import RowFunction
+from jaxlm.train.recipe import Models, Objective, Recipe, RowFunction
 
 
 class TwoSets:
@@ -39,10 +40,12 @@ def test_a_frozen_model_tells_once_and_has_one_bar(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(start, "tell", lines.append)
     monkeypatch.setattr(start, "counting", counting)
-    engine: Any = SimpleNamespace(process_index=0, map_rows=lambda function, batches, trees: batches)
-    recipe: Any = SimpleNamespace(objective=SimpleNamespace(cached=RowFunction(lambda: None, lambda: None)))
-    source, layout = TwoSets(), SimpleNamespace()
-    start._cache_numbers(Config(), recipe, source, engine, layout, {"base": FrozenFile("", "ab")})  # pyright: ignore
+    engine, source, nothing = Mock(spec=Engine), TwoSets(), lambda *_: None
+    engine.process_index, engine.map_rows = 0, lambda function, batches, trees: batches
+    objective = Objective(nothing, nothing, cached=RowFunction(nothing, nothing))
+    recipe = Recipe({}, Models({}), objective, nothing, nothing)
+    bases = {"base": FrozenFile("", "ab")}
+    start._cache_numbers(Config(), recipe, source, engine, None, bases)  # pyright: ignore
     assert [len(numbers) for numbers in source.numbers] == [12, 8] and sum(rows) == 20
     assert len(lines) == len(bars) == 1 and "the frozen base" in lines[0] and "the frozen base" in bars[0]
 
