@@ -188,11 +188,11 @@ def _cache_numbers(
         files[name] = FrozenFile(tree.path, digest_of(_named_leaves(params)))
         trees[name] = layout.parameters(params, tree.model)
 
-    passes, name = itertools.count(), ", ".join(trees) or BASE
+    passes, models = itertools.count(), ", ".join(trees) or BASE
 
     def compute(batches: Iterator[Batch]) -> Iterator[np.ndarray]:
         if engine.process_index == 0 and next(passes) == 0:
-            tell(f"the frozen {name} computes its numbers of all rows, once")
+            tell(f"the frozen {models} computes its numbers of all rows, once")
         advance(0)
         for numbers in engine.map_rows(function, batches, trees):
             advance(len(numbers))
@@ -206,7 +206,7 @@ def _cache_numbers(
     facts["numerics"] = " ".join(str(value) for value in dataclasses.asdict(cfg.numerics).values())
     if not files:
         facts["quantize"] = cfg.lora.quantize + " double" * cfg.lora.double_quantize
-    with counting(f"rows of the frozen {name}", quiet=engine.process_index != 0) as advance:
+    with counting(f"rows of the frozen {models}", quiet=engine.process_index != 0) as advance:
         source.cache(facts, compute, engine)
     return files
 
