@@ -247,7 +247,7 @@ def test_mistakes_are_one_line(folder: Path) -> None:
         (["lora.rank=900"], "lora.rank = 900: .* has ranks from 1 to 64"),
         (["lora.rank=3", "lora.rank_pattern={q_proj=900}"], "lora.rank = 900: .*q_proj has ranks from 1 to 64"),
         (['lora.quantize="nf4"'], "lora.quantize = 'nf4' needs adapters"),
-        (["lora.rank=3", "recipe=answers", 'rl.task="reverse(length=1)"'], "the recipe 'answers' trains no adapters"),
+        (["lora.rank=3", 'recipe="tests.toy_stage:recipe"'], "the recipe 'tests.toy_stage:recipe' trains no adapters"),
         (['recipe="stf"'], "recipe = 'stf': no such recipe"),
         (['sft.template="alpacca"'], "no such template"),
         (["data.seq_len=8"], "no example is left to train on"),
