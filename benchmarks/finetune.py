@@ -6,7 +6,7 @@
 It trains `configs/finetune/sst2.toml` (or goes on with runs/sst2) and asks all 1,821 test sentences. Every figure is
 kept as soon as it is known, with its interval (Wilson 1927, 95 %), in a file beside the run, and a figure that is there
 is not measured again: an interrupted command goes on where it was. After `--minutes` no further figure is begun, and
-the training is stopped as by Ctrl-C, which saves it. `results/` is written at the end.
+the training is stopped as by Ctrl-C, which saves it. `results/` is written at the end; figures of other commands stay.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
                 kept.remove("tuned")  # of fewer steps
             kept.put(name, own, figure)
         print(f"{name:10} {json.dumps(figure)}", flush=True)
-    peers.save("finetune", {"figures": kept.figures}, options.out)
+    peers.save_figures("finetune", kept.figures, options.out)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def this_command() -> str:
+    """The command of this process, as it was typed."""
+    return " ".join(["python", *sys.orig_argv[1:]])
+
+
+def now() -> str:
+    """The time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def merged(record: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a record, those of the same names replaced by new ones.
+
+    Args:
+        record: a file of `results/`; a figure of it that does not say how it was measured takes the record's command.
+    """
+    whole = {key: record[key] for key in ("command", "time") if key in record}
+    return {name: {"measured": whole, **figure} for name, figure in record.get("figures", {}).items()} | dict(figures)
 
 
 class Kept:
@@ -42,7 +64,8 @@ class Kept:
         return self._entries[name]["figure"]
 
     def put(self, name: str, options: Mapping[str, Any], figure: dict[str, Any]) -> dict[str, Any]:
-        """Write a figure; returns it."""
+        """Write a figure with the command and the time of its measurement; returns it."""
+        figure = {**figure, "measured": {"command": this_command(), "time": now()}}
         self._entries[name] = {"options": dict(options), "figure": figure}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(".tmp")

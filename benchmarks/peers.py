@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.kept import merged, now, this_command
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
@@ -186,6 +188,13 @@ def _fastest_product(product: Callable[[], Any], size: int, tries: int = 12) -> 
     return 2 * size**3 / min(times)
 
 
+def save_figures(name: str, figures: Mapping[str, Any], out: Path | None = None) -> Path:
+    """Write figures by name, beside those of earlier commands that stand in the file and were not measured anew."""
+    path = out or RESULTS / f"{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return save(name, {"figures": merged(before, figures)}, path)
+
+
 def save(name: str, results: Mapping[str, Any], out: Path | None = None) -> Path:
     """Write `results` with the machine, the versions and the command."""
     path = out or RESULTS / f"{name}.json"
@@ -198,8 +207,8 @@ def save(name: str, results: Mapping[str, Any], out: Path | None = None) -> Path
             versions[package] = "not installed"
     record = {
         "benchmark": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": this_command(),
+        "time": now(),
         "machine": {
             "processor": processor(),
             "threads": threads(),

@@ -10,7 +10,7 @@ training shows are answered, by the likeliest tokens and by one sample each, wit
 
 A figure is kept in the folder of the runs beside its options and is not measured again, so an interrupted command goes
 on with the next one; with other options it is refused. After `--minutes` no further figure is begun. A training that
-was interrupted begins anew. `results/` is written at the end.
+was interrupted begins anew. After each figure `results/` is written: figures of other commands stay there.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def main() -> None:
                 start = benchmark.start("rl/answers-reverse", 0)
                 figure = benchmark.keep(name, lambda name=name, start=start: rl_step.FIGURES[name](start))
             print(line(f"{name}, seed {seed}", figure), flush=True)
-    peers.save("rl", {"figures": benchmark.kept.figures}, options.out)
+            peers.save_figures("rl", benchmark.kept.figures, options.out)
 
 
 if __name__ == "__main__":
