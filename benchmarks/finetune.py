@@ -2,6 +2,7 @@
 
     make pretrained && python -m benchmarks.finetune            # 20 to 40 minutes on two idle cores
     python -m benchmarks.finetune --only words,zero-shot        # without training
+    python -m benchmarks.finetune --only small-training,small   # 3M parameters that begin with nothing
 
 It trains `configs/finetune/sst2.toml` (or goes on with runs/sst2) and asks all 1,821 test sentences. Every figure is
 kept as soon as it is known, with its interval (Wilson 1927, 95 %), in a file beside the run, and a figure that is there
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -31,8 +33,8 @@ from benchmarks.kept import Kept
 from benchmarks.sst2 import bag_of_words, chat_prompts, predictions, sentences, wilson
 from jaxlm.config import toml
 
-CONFIG = Path("configs/finetune/sst2.toml")
-FIGURES = ("words", "zero-shot", "template", "training", "tuned")
+CONFIG, SMALL = Path("configs/finetune/sst2.toml"), Path("configs/finetune/sst2-small.toml")
+FIGURES = ("words", "zero-shot", "template", "training", "tuned", "small-training", "small")
 
 
 def share(found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -42,10 +44,11 @@ def share(found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return {"right": right, "of": len(labels), "accuracy": right / len(labels), "interval": interval}
 
 
-def trained(run: Path, minutes: float) -> dict[str, Any]:
+def trained(config: Path, run: Path, minutes: float) -> dict[str, Any]:
     """Train the config, or go on with its run; after so many minutes it is stopped and saves."""
     resume = ["--resume"] if (run / "config.toml").is_file() else []
-    command = [sys.executable, "-m", "jaxlm", "train", str(CONFIG), f'out_dir="{run}"', *resume]
+    command = [sys.executable, "-m", "jaxlm", "train", str(config), f'out_dir="{run}"', *resume]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began, process = time.perf_counter(), subprocess.Popen(command)
     try:
         process.wait(60 * minutes)
@@ -54,7 +57,9 @@ def trained(run: Path, minutes: float) -> dict[str, Any]:
         process.wait()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = max(row["step"] for row in rows)
-    return {"steps": steps, "of": toml.load(CONFIG).train.steps, "seconds": time.perf_counter() - began}
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"steps": steps, "of": toml.load(config).train.steps, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def main() -> None:
@@ -78,30 +83,34 @@ def main() -> None:
         return share(predictions(jaxlm.load(run), [prompt(text) for text in test]), labels)
 
     began, kept = time.perf_counter(), Kept(options.run.with_name(f"{options.run.name}-figures.json"))
-    own = {
-        "base": str(options.base),
-        "data": str(options.data),
-        "config": hashlib.sha256(CONFIG.read_bytes()).hexdigest(),
-    }
+    small = options.run.with_name(f"{options.run.name}-small")
+
+    def options_of(name: str) -> dict[str, str]:
+        config = SMALL if name.startswith("small") else CONFIG
+        shown = {"base": str(options.base), "data": str(options.data)}
+        return {**shown, "config": hashlib.sha256(config.read_bytes()).hexdigest()}
+
     left = lambda: options.minutes - (time.perf_counter() - began) / 60  # noqa: E731
     figures: dict[str, Callable[[], dict[str, Any]]] = {
         "words": lambda: share(bag_of_words(options.data, test), labels),
         "zero-shot": plain,
         "template": lambda: templated(options.base),
-        "training": lambda: trained(options.run, left()),
+        "training": lambda: trained(CONFIG, options.run, left()),
         "tuned": lambda: templated(options.run),
+        "small-training": lambda: trained(SMALL, small, left()),
+        "small": lambda: templated(small),
     }
     for name in (name for name in FIGURES if name in options.only.split(",")):
-        figure = kept.get(name, own)
-        if figure is None or (name == "training" and figure["steps"] < figure["of"]):
+        figure, own = kept.get(name, options_of(name)), options_of(name)
+        if figure is None or (name.endswith("training") and figure["steps"] < figure["of"]):
             if left() <= 0:
                 print(f"{name}: not begun, {options.minutes:g} minutes are over; the same command goes on", flush=True)
                 continue
             start = time.perf_counter()
             figure = figures[name]() | {"load": psutil.getloadavg()[0]}
             figure.setdefault("seconds", time.perf_counter() - start)
-            if name == "training":
-                kept.remove("tuned")  # of fewer steps
+            if name.endswith("training"):
+                kept.remove({"training": "tuned", "small-training": "small"}[name])  # of fewer steps
             kept.put(name, own, figure)
         print(f"{name:10} {json.dumps(figure)}", flush=True)
     peers.save_figures("finetune", kept.figures, options.out)

@@ -1,0 +1,101 @@
+"""A student with a teacher beside the text, and without: held-out loss after the same steps on the same rows.
+
+    python -m benchmarks.distill                 goes on where it stopped; about 20 minutes of one core
+
+The teacher is `configs/quickstart.toml` (2M parameters of Python), the student `configs/finetune/distill.toml` at 0.3M.
+Both students of a seed begin with the same parameters and read the same rows. They are judged by their whole
+distribution on files that neither they nor the teacher were trained on. The interval is over files and seeds; beside it
+stands the difference over its standard error, from the seeds alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import resource
+import statistics
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import peers
+from benchmarks.fim import left_to_right
+from benchmarks.small_runs import Sequences, compared, kept, printed, scored, trained
+from jaxlm.config import toml
+from jaxlm.data.pipeline import prepare
+from jaxlm.data.sources import Documents
+
+TEACHER, STUDENT = Path("configs/quickstart.toml"), Path("configs/finetune/distill.toml")
+ARMS = ("with", "without")
+PIECES = 4
+"""Of each held-out file so many rows are judged."""
+
+
+def settings(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    """The config of one model: the `teacher`, or a student `with` or `without` it."""
+    tree = tomllib.loads((TEACHER if arm == "teacher" else STUDENT).read_text(encoding="utf-8"))
+    tree["data"] |= {"validation_fraction": 0.1, "cache_dir": str(options.folder / "cache")}
+    tree |= {"seed": seed, "checkpoint": {"every": 200}}
+    if arm == "teacher":
+        return tree | {"train": tree["train"] | {"steps": options.teacher_steps}, "eval": {"every": 200}}
+    teacher = options.folder / "teacher"
+    tree["model"] |= {"d_model": options.width}
+    tree["train"] |= {"steps": options.steps}
+    tree["distill"] |= {"teacher": str(teacher), "hard_weight": options.hard_weight}
+    if arm == "without":
+        del tree["distill"]
+        tree |= {"recipe": "pretrain", "tokenizer": {"kind": "file", "path": str(teacher / "tokenizer.json")}}
+    return tree
+
+
+def scores(tree: Mapping[str, Any], run: Path, of: Sequences) -> dict[str, np.ndarray]:
+    """The held-out loss of each token of a model that is trained now, and the processor seconds of its training."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    model = trained(tree, run)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"nll": scored(model, of).nll, "cpu_seconds": np.array(seconds)}
+
+
+def main() -> None:
+    """Train what is missing, and print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/distill"))
+    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--width", type=int, default=80)
+    parser.add_argument("--hard-weight", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/distill.json")
+    options = parser.parse_args()
+    own = {key: value for key, value in vars(options).items() if key not in ("folder", "seeds", "out")}
+    teacher = settings(options, "teacher", 0)
+    cfg = toml.from_dict(teacher)
+    texts = [document.text for side, document in Documents(cfg.data) if side == "validation"]
+    of, files = left_to_right(prepare(cfg).tokenizer, texts, cfg.data.seq_len, PIECES)
+    taught = kept(options.folder / "teacher", own, functools.partial(scores, teacher, options.folder / "teacher", of))
+    print(f"teacher: {taught['nll'].mean():.4f} nats a token, {taught['cpu_seconds']:.0f} processor s", flush=True)
+    found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
+    for seed in range(options.seeds):
+        for arm in ARMS:
+            run = options.folder / f"{arm}-{seed}"
+            one = kept(run, own, functools.partial(scores, settings(options, arm, seed), run, of))
+            found[arm].append(one)
+            print(f"{run}: {one['nll'].mean():.4f} nats a token, {one['cpu_seconds']:.0f} processor s", flush=True)
+    ours, theirs = ([one["nll"] for one in found[arm]] for arm in ARMS)
+    figure = compared(ours, theirs, np.asarray(files))
+    printed("student, with its teacher against without", figure)
+    error = statistics.stdev(figure["by seed"]) / len(figure["by seed"]) ** 0.5 if options.seeds > 1 else float("nan")
+    figure |= {"standard error over seeds": error, "in standard errors": figure["difference"] / error}
+    print(f"{'':44} {figure['in standard errors']:+.1f} standard errors of {options.seeds} seeds")
+    figure["teacher"] = float(taught["nll"].mean())
+    seconds = {arm: [float(one["cpu_seconds"]) for one in found[arm]] for arm in ARMS}
+    figure["cpu_seconds"] = {"teacher": float(taught["cpu_seconds"]), **seconds}
+    peers.save("distill", {"options": own | {"seeds": options.seeds}, "figures": {"distill": figure}}, options.out)
+
+
+if __name__ == "__main__":
+    main()
