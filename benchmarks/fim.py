@@ -23,8 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxlm
-from benchmarks import peers
-from benchmarks.small_runs import Sequences, compared, kept, printed, scored, trained
+from benchmarks.small_runs import (
+    Sequences,
+    compared,
+    config_of,
+    kept,
+    parser,
+    printed,
+    saved,
+    scored,
+    shape_of_runs,
+    trained,
+)
 from benchmarks.sst2 import wilson
 from jaxlm.config import toml
 from jaxlm.data import fim
@@ -50,18 +60,8 @@ class Place(NamedTuple):
 
 def settings(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     """The config of one model."""
-    model = {"d_model": options.width, "n_layers": options.layers, "n_heads": 4, "n_kv_heads": 2, "init_std": 0.05}
-    data = {"source": "stdlib", "seq_len": options.seq_len, "validation_fraction": 0.1, **ARMS[arm]}
-    train = {"steps": options.steps, "batch_size": options.batch, "learning_rate": 4e-3, "warmup_steps": 30}
-    return {
-        "seed": seed,
-        "model": model,
-        "tokenizer": {"vocab_size": 2048},
-        "data": {**data, "cache_dir": str(options.folder / "cache")},
-        "train": train,
-        "eval": {"every": options.steps, "batches": 8},
-        "checkpoint": {"every": max(1, options.steps // 3)},
-    }
+    data = {"source": "stdlib", "validation_fraction": 0.1, **ARMS[arm]}
+    return config_of(options, seed, {"vocab_size": 2048}, data)
 
 
 def named_places(texts: Sequence[str], room: int, wanted: int) -> list[Place]:
@@ -195,34 +195,19 @@ def comparisons(found: dict[str, list[dict[str, np.ndarray]]], of: Judged) -> di
 
 def main() -> None:
     """Train what is missing, and print a line for each comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/fim"))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--places", type=int, default=500)
-    parser.add_argument("--problems", type=int, default=300, help="of HumanEval infilling, under JAXLM_DATA; 0: none")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/fim.json")
-    options = parser.parse_args()
+    defaults = {"steps": 400, "batch": 8, "seq_len": 256, "width": 96, "layers": 2}
+    asked = parser("fim", __doc__, **defaults, places=500)
+    asked.add_argument("--problems", type=int, default=300, help="of HumanEval infilling, under JAXLM_DATA; 0: none")
+    options = asked.parse_args()
     of = judged(options)
-    own = {key: value for key, value in vars(options).items() if key not in ("folder", "seeds", "out")}
     found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
     for seed in range(options.seeds):
         for arm in ARMS:
             run = options.folder / f"{arm}-{seed}"
             make = functools.partial(_scores, settings(options, arm, seed), run, of)
-            found[arm].append(kept(run, own, make))
+            found[arm].append(kept(run, shape_of_runs(options), make))
             print(f"{run}: {found[arm][-1]['whole'].mean():.4f} nats a token from left to right", flush=True)
-    tokens = options.steps * options.batch * options.seq_len
-    results = {
-        "options": own | {"seeds": options.seeds},
-        "tokens of each model": tokens,
-        "figures": comparisons(found, of),
-    }
-    peers.save("fim", results, options.out)
+    saved("fim", options, figures=comparisons(found, of))
 
 
 if __name__ == "__main__":

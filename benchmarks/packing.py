@@ -18,8 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxlm
-from benchmarks import peers
-from benchmarks.small_runs import Sequences, compared, kept, printed, scored, trained
+from benchmarks.small_runs import (
+    Sequences,
+    compared,
+    config_of,
+    kept,
+    parser,
+    printed,
+    saved,
+    scored,
+    shape_of_runs,
+    trained,
+)
 from jaxlm.config import Data, toml
 from jaxlm.data import repository
 from jaxlm.data.pipeline import prepare
@@ -51,18 +61,9 @@ def settings(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]
     """The config of one model."""
     root = options.folder / "stdlib"
     own = options.folder / "tokenizer.json"
-    model = {"d_model": options.width, "n_layers": options.layers, "n_heads": 4, "n_kv_heads": 2, "init_std": 0.05}
-    data = {"source": str(root / "train"), "validation_source": str(root / "held_out"), "seq_len": options.seq_len}
-    train = {"steps": options.steps, "batch_size": options.batch, "learning_rate": 4e-3, "warmup_steps": 30}
-    return {
-        "seed": seed,
-        "model": model,
-        "tokenizer": {"kind": "file", "path": str(own)} if own.is_file() else {"vocab_size": 2048},
-        "data": {**data, "cache_dir": str(options.folder / "cache"), **ARMS[arm]},
-        "train": train,
-        "eval": {"every": options.steps, "batches": 8},
-        "checkpoint": {"every": max(1, options.steps // 3)},
-    }
+    data = {"source": str(root / "train"), "validation_source": str(root / "held_out"), **ARMS[arm]}
+    tokenizer = {"kind": "file", "path": str(own)} if own.is_file() else {"vocab_size": 2048}
+    return config_of(options, seed, tokenizer, data)
 
 
 class Form(NamedTuple):
@@ -128,28 +129,19 @@ def _scores(tree: dict[str, Any], run: Path, held_out: HeldOut) -> dict[str, np.
 
 def main() -> None:
     """Train what is missing, and print a line for each comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/packing"))
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/packing.json")
-    options = parser.parse_args()
+    defaults = {"steps": 250, "batch": 4, "seq_len": 512, "width": 64, "layers": 2}
+    options = parser("packing", __doc__, **defaults).parse_args()
     folders(options.folder / "stdlib")
     first = prepare(toml.from_dict(settings(options, "stream", 0)))
     first.tokenizer.save(options.folder / "tokenizer.json")
     held_out = held_out_files(options.folder / "stdlib" / "held_out", first.tokenizer, options.seq_len)
 
-    own = {key: value for key, value in vars(options).items() if key not in ("folder", "seeds", "out")}
     found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
     for seed in range(options.seeds):
         for arm in ARMS:
             run = options.folder / f"{arm}-{seed}"
             make = functools.partial(_scores, settings(options, arm, seed), run, held_out)
-            found[arm].append(kept(run, own, make))
+            found[arm].append(kept(run, shape_of_runs(options), make))
             print(f"{run}: {np.nanmean(found[arm][-1]['alone']):.4f} nats a token of files alone", flush=True)
 
     comparisons = {
@@ -162,14 +154,10 @@ def main() -> None:
     for name, (ours, theirs) in comparisons.items():
         pair = [[one[form] for one in found[arm]] for arm, form in (ours, theirs)]
         both = np.isfinite(pair[0][0]) & np.isfinite(pair[1][0])
-        results[name] = compared(*([row[both] for row in rows] for rows in pair), held_out.documents[both])
+        chosen = [[row[both] for row in rows] for rows in pair]
+        results[name] = compared(chosen[0], chosen[1], held_out.documents[both])
         printed(name, results[name])
-    tokens = options.steps * options.batch * options.seq_len
-    peers.save(
-        "packing",
-        {"options": own | {"seeds": options.seeds}, "tokens of each model": tokens, "comparisons": results},
-        options.out,
-    )
+    saved("packing", options, comparisons=results)
 
 
 if __name__ == "__main__":

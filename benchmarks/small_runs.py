@@ -8,6 +8,7 @@ Shapes: S seeds, N sequences or tokens, B sequences at a time, T tokens, V vocab
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlm
+from benchmarks import peers
 from benchmarks.kept import Kept
 from jaxlm.config import toml
 
@@ -42,6 +44,43 @@ class Sequences(NamedTuple):
 
     ids: list[list[int]]
     counts: list[np.ndarray]
+
+
+def parser(name: str, text: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """The options of a benchmark with this text: steps, batch, seq_len, width, layers, and seeds."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(text or "").partition("\n")[0])
+    made.add_argument("--folder", type=Path, default=Path("runs") / name)
+    for option, value in {**defaults, "seeds": 3}.items():
+        made.add_argument(f"--{option.replace('_', '-')}", type=int, default=value)
+    made.add_argument("--out", type=Path, help=f"default: benchmarks/results/{name}.json")
+    return made
+
+
+def shape_of_runs(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run keeps: all but the folder, the seeds, and where the result goes."""
+    return {key: value for key, value in vars(options).items() if key not in ("folder", "seeds", "out")}
+
+
+def config_of(options: argparse.Namespace, seed: int, tokenizer: Mapping[str, Any], data: Mapping[str, Any]) -> Any:
+    """The config of one model, as a tree."""
+    model = {"d_model": options.width, "n_layers": options.layers, "n_heads": 4, "n_kv_heads": 2, "init_std": 0.05}
+    train = {"steps": options.steps, "batch_size": options.batch, "learning_rate": 4e-3, "warmup_steps": 30}
+    return {
+        "seed": seed,
+        "model": model,
+        "tokenizer": dict(tokenizer),
+        "data": {"seq_len": options.seq_len, "cache_dir": str(options.folder / "cache"), **data},
+        "train": train,
+        "eval": {"every": options.steps, "batches": 8},
+        "checkpoint": {"every": max(1, options.steps // 3)},
+    }
+
+
+def saved(name: str, options: argparse.Namespace, **figures: Any) -> None:
+    """Write the result, with its options and the tokens that each model has seen."""
+    tokens = options.steps * options.batch * options.seq_len
+    kept_options = shape_of_runs(options) | {"seeds": options.seeds}
+    peers.save(name, {"options": kept_options, "tokens of each model": tokens, **figures}, options.out)
 
 
 def trained(tree: Mapping[str, Any], folder: Path) -> jaxlm.Model:

@@ -50,7 +50,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if real:
         source = request.getfixturevalue("shared_data") / "llama2c_weights" / "stories260K.bin"
         if not source.is_file():
-            pytest.skip(f"no {source}")
+            pytest.skip(f"no {source}; name the folder of data that has it in JAXLM_DATA")
     else:
         source = _made(folder)
     convert(source, folder / "run", "jaxlm")

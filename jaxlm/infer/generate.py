@@ -73,7 +73,7 @@ def generate(
     """
     options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     new_BN = np.concatenate([*blocks(decoder, params, prompts, sampling, **options)], axis=1)
-    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
+    return _up_to_end(new_BN, eos_id)
 
 
 def draws(
@@ -94,9 +94,13 @@ def draws(
     """
     options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     state, _ = next(_states(decoder, params, prompts, Sampling(temperature=temperature), **options, scored=True))
-    rows = np.asarray(state.new)[:, : int(state.step)].tolist()
-    ids = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+    ids = _up_to_end(np.asarray(state.new)[:, : int(state.step)], eos_id)
     return Draws(ids, [logps[: len(row)] for row, logps in zip(ids, np.asarray(state.logps), strict=True)])
+
+
+def _up_to_end(new_BN: np.ndarray, eos_id: int | None) -> list[list[int]]:
+    """The new ids of each row, its end id included."""
+    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
 
 
 def blocks(

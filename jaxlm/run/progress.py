@@ -61,7 +61,7 @@ class Display:
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=total, completed=start, status="compiling")
 

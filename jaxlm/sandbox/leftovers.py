@@ -23,9 +23,11 @@ def owner() -> str:
     return f"{_PREFIX}{os.getpid()}-{_place()}"
 
 
+@functools.cache
 def _place() -> str:
     """Our process namespace, and the machine that runs it: a process elsewhere may live though we do not see it.
 
+    A process keeps its namespace as long as it lives.
     The first namespace has the same number on every Linux, and machines may share a folder for temporary files.
     """
     try:

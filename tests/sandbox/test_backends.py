@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -303,6 +305,20 @@ def test_monty_adds_up_the_time_of_calls(in_monty: Sandbox) -> None:
     assert (verdict.kind, verdict.text) == ("cpu_time", "more than 1 s in all")
     slow = "def add(a, b):\n    for n in range(200_000): pass\n    return a + b"
     assert grade(slow, ADD, Limits(cpu_seconds=60.0), in_monty).cpu_seconds > 0
+
+
+def test_threads_that_ask_at_once_share_a_pool(in_monty: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydantic_monty
+
+    class Slow(contextlib.nullcontext):
+        def __init__(self, **sizes: int) -> None:
+            super().__init__()
+            time.sleep(0.05)
+
+    monkeypatch.setattr(pydantic_monty, "Monty", Slow)
+    monkeypatch.setattr(monty, "_made_pool", functools.cache(monty._made_pool.__wrapped__))
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(lambda _: id(monty._pool()), range(4)))) == 1
 
 
 def test_many_judgements_in_monty_do_not_wait_for_each_other(

@@ -53,6 +53,11 @@ def generate(
     """
     options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     new_BN = np.concatenate([*blocks(decoder, prompts, sampling, **options)], axis=1)
+    return _up_to_end(new_BN, eos_id)
+
+
+def _up_to_end(new_BN: np.ndarray, eos_id: int | None) -> list[list[int]]:
+    """The new ids of each row, its end id included."""
     return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
 
 
@@ -82,8 +87,7 @@ def draws(
     """
     options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     steps = list(_steps(decoder, prompts, Sampling(temperature=temperature), **options, scored=True))
-    rows = _stacked([token_B for token_B, _ in steps]).tolist()
-    ids = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+    ids = _up_to_end(_stacked([token_B for token_B, _ in steps]), eos_id)
     logps_BN = torch.stack([logp_B for _, logp_B in steps if logp_B is not None], dim=1).detach().cpu().numpy()
     return Draws(ids, [logps[: len(row)] for row, logps in zip(ids, logps_BN, strict=True)])
 

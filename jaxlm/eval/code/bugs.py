@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxlm.eval.code import kept
@@ -193,9 +193,10 @@ def candidates(program: str, entry: str, seed: str) -> list[Bug]:
 def plant(
     problems: Sequence[Problem],
     sandbox: Sandbox,
+    limits: Mapping[str, Limits],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Bug]:
-    """Plant a bug into the reference of each problem, and keep the first on which the tests fail.
+    """Plant a bug into the reference of each problem, and keep the first on which the tests fail within its limits.
 
     What was kept on this machine is remembered, so a task that is resumed has the same bugs.
 
@@ -213,7 +214,7 @@ def plant(
     tries = max(map(len, listed.values()), default=0)
     for number in range(tries):
         open_ones = [one for one in problems if one.task_id not in chosen and number < len(listed[one.task_id])]
-        work = ((listed[one.task_id][number].program, one.tests, Limits()) for one in open_ones)
+        work = ((listed[one.task_id][number].program, one.tests, limits[one.task_id]) for one in open_ones)
         for problem, verdict in zip(open_ones, without_faults(grade_many(work, sandbox)), strict=True):
             if not verdict.passed:
                 chosen[problem.task_id] = number

@@ -14,7 +14,7 @@ from jaxlm.eval.code.generation import Generation, ModelCompleter, make_samples
 from jaxlm.eval.code.metrics import MetricReport
 from jaxlm.eval.code.problems import NO_TESTS, Problem, rows
 from jaxlm.eval.code.samples import Sample, digest_of, from_answers, is_of, read_samples, records
-from jaxlm.eval.code.score import CodeReport, judge_samples, reference_times, write_report
+from jaxlm.eval.code.score import CodeReport, judge_samples, limits_of, reference_times, write_report
 from jaxlm.eval.tasks import (
     bug_detection,
     humaneval,
@@ -101,7 +101,8 @@ def built(task: str, right: Sequence[Problem], sandbox: Sandbox, progress: Progr
     times = reference_times(right, sandbox, _stage(progress, f"{task}: references"))
     # Where the reference itself fails, as in a Python that is not all of Python, whatever fails is no bug.
     right = [problem for problem in right if problem.task_id in times]
-    planted = bugs.plant(right, sandbox, _stage(progress, f"{task}: bugs"))
+    limits = {problem.task_id: limits_of(problem, times) for problem in right}
+    planted = bugs.plant(right, sandbox, limits, _stage(progress, f"{task}: bugs"))
     return (humaneval_fix if task == "humaneval-fix" else bug_detection).problems(right, planted)
 
 
@@ -112,6 +113,8 @@ def judge_file(task: str, path: Path, options: CodeOptions, progress: Progress |
     """
     if task == "next-line":
         _require(task)
+        if options.chat:
+            raise UserError("next-line asks no question", "leave --chat out")
         where, texts = _texts(None, options)
         lines = next_line.lines(texts, options.limit or next_line.LINES)
         answers = {one.task_id: one.completion for one in read_samples(path, {line.task_id for line in lines})}

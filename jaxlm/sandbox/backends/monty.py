@@ -32,8 +32,17 @@ _PAIRS = threading.BoundedSemaphore(MOST_WORKERS // 2)
 """Without it each of many judgements could hold one worker and wait for its second for ever."""
 
 
-@functools.cache
+_MAKING = threading.Lock()
+
+
 def _pool() -> Any:
+    """The one pool of workers. Threads that ask at once wait for the one that makes it."""
+    with _MAKING:
+        return _made_pool()
+
+
+@functools.cache
+def _made_pool() -> Any:
     import pydantic_monty
 
     pool = pydantic_monty.Monty(min_processes=2, max_processes=MOST_WORKERS)

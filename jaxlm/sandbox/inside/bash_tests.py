@@ -1,7 +1,5 @@
 """Tests in bash: `candidate ARGUMENTS` there starts the program in the other box and prints what it printed."""
 
-from __future__ import annotations
-
 import os
 
 from .tests import Link, Verdict

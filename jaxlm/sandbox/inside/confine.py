@@ -3,8 +3,6 @@
 The C functions are called through `_ctypes` itself: importing `ctypes` would cost more than all the rest.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

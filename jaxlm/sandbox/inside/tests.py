@@ -4,8 +4,6 @@
 the program has never seen.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -31,7 +29,7 @@ class AnswerError(Exception):
 class Remote:
     """An object of a class of the program, held by number: reading and setting attributes goes over the pipe."""
 
-    def __init__(self, link: Link, number: int) -> None:
+    def __init__(self, link: "Link", number: int) -> None:
         vars(self).update(_link=link, _number=number)
 
     def __getattr__(self, name: str) -> object:

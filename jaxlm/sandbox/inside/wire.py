@@ -4,19 +4,18 @@ tests.
 Only exact types are written. A subclass, a function of the answer or an object with methods of its own raises
 `NotPlain`, so an answer cannot send a value that compares as it likes. Reading makes nothing but these types, whatever
 the bytes are: nothing is unpickled. Containers that occur twice in a message are one object on the other side too.
-Standard library only, and `collections`, `decimal` and so on are imported when a message has their types, because a box
-starts for every answer.
+Standard library only, and `struct`, `collections`, `decimal` and so on are imported when a message has their types,
+because a box starts for every answer. For the same reason the modules of a box import no `__future__`.
 """
 
-from __future__ import annotations
-
-import struct
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself would cost milliseconds in every box
     from collections.abc import Callable
     from typing import Any
+else:
+    Any = object
 
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 150
@@ -86,8 +85,20 @@ def _same_order(kind: type, items: list) -> Any:
     return made
 
 
+def _packed(*values: float) -> bytes:
+    import struct
+
+    return struct.pack(f"<{len(values)}d", *values)
+
+
+def _unpacked(data: bytes) -> "tuple[float, ...]":
+    import struct
+
+    return struct.unpack(f"<{len(data) // 8}d", data)
+
+
 class _Writer:
-    def __init__(self, handles: Callable[[Any], int | None] | None = None) -> None:
+    def __init__(self, handles: "Callable[[Any], int | None] | None" = None) -> None:
         self.handles = handles
         self.parts: list[bytes] = []
         self.size = 0
@@ -101,7 +112,7 @@ class _Writer:
         self.parts.append(data)
 
     def count(self, tag: bytes, number: int) -> None:
-        self.put(tag + struct.pack("<I", number))
+        self.put(tag + number.to_bytes(4, "little"))
 
     def block(self, tag: bytes, data: bytes) -> None:
         self.count(tag, len(data))
@@ -127,9 +138,9 @@ class _Writer:
         elif kind is int:
             self.block(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
         elif kind is float:
-            self.put(b"d" + struct.pack("<d", value))
+            self.put(b"d" + _packed(value))
         elif kind is complex:
-            self.put(b"c" + struct.pack("<dd", value.real, value.imag))
+            self.put(b"c" + _packed(value.real, value.imag))
         elif kind is str:
             self.block(b"s", value.encode("utf-8", "surrogatepass"))
         elif kind is bytes:
@@ -217,7 +228,7 @@ def _describe(value: Any) -> str:
     return f"{getattr(kind, '__module__', '?')}.{getattr(kind, '__qualname__', '?')}"[:200]
 
 
-def encode(value: Any, handles: Callable[[Any], int | None] | None = None) -> bytes:
+def encode(value: Any, handles: "Callable[[Any], int | None] | None" = None) -> bytes:
     """Write a plain value.
 
     Args:
@@ -235,7 +246,7 @@ def encode(value: Any, handles: Callable[[Any], int | None] | None = None) -> by
 
 
 class _Reader:
-    def __init__(self, data: bytes, in_order: bool, handles: Callable[[int], Any] | None = None) -> None:
+    def __init__(self, data: bytes, in_order: bool, handles: "Callable[[int], Any] | None" = None) -> None:
         self.data = data
         self.handles = handles
         self.in_order = in_order
@@ -250,7 +261,7 @@ class _Reader:
         return self.data[self.at - size : self.at]
 
     def number(self) -> int:
-        return struct.unpack("<I", self.take(4))[0]
+        return int.from_bytes(self.take(4), "little")
 
     def block(self) -> bytes:
         return self.take(self.number())
@@ -265,9 +276,9 @@ class _Reader:
         if tag == b"i":
             return int.from_bytes(self.block(), "little", signed=True)
         if tag == b"d":
-            return struct.unpack("<d", self.take(8))[0]
+            return _unpacked(self.take(8))[0]
         if tag == b"c":
-            return complex(*struct.unpack("<dd", self.take(16)))
+            return complex(*_unpacked(self.take(16)))
         if tag == b"s":
             return self.block().decode("utf-8", "surrogatepass")
         if tag == b"b":
@@ -334,7 +345,7 @@ class _Reader:
         return kind(fields[1:], fields[0]) if tag == b"q" else kind(*fields)
 
 
-def decode(data: bytes, in_order: bool = False, handles: Callable[[int], Any] | None = None) -> Any:
+def decode(data: bytes, in_order: bool = False, handles: "Callable[[int], Any] | None" = None) -> Any:
     """Read what `encode` wrote. Whatever the bytes are, the result is plain data.
 
     Args:
@@ -347,7 +358,7 @@ def decode(data: bytes, in_order: bool = False, handles: Callable[[int], Any] | 
     reader = _Reader(data, in_order, handles)
     try:
         value = reader.value()
-    except (ArithmeticError, ValueError, TypeError, KeyError, IndexError, RecursionError, struct.error) as error:
+    except (ArithmeticError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise BadMessage(f"{type(error).__name__}: {error}"[:200]) from None
     if reader.at != len(data):
         raise BadMessage("bytes behind the end")

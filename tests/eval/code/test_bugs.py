@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from jaxlm.eval.code import bugs, kept
 from jaxlm.eval.code.estimate import wilson
 from jaxlm.eval.code.problems import Problem
 from jaxlm.eval.tasks import bug_detection, humaneval, humaneval_fix
-from jaxlm.sandbox import HarnessError, Limits, Sandbox, grade
+from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, Verdict, grade
 from jaxlm.sandbox.choose import _key as choose_key
 
 SOURCE = '''import math
@@ -97,6 +98,8 @@ ROW = {
     "test": "def check(candidate):\n    assert candidate(1, 2) == 1\n    assert candidate(4, 3) == 3\n",
 }
 
+LIMITS = {"Own/0": Limits(cpu_seconds=7.0), "Own/1": Limits()}
+
 
 def own(tmp_path: Path) -> list[Problem]:
     """A problem with a bug, and one whose tests are too weak for any."""
@@ -110,16 +113,16 @@ def own(tmp_path: Path) -> list[Problem]:
 def test_bugs_that_tests_notice_are_kept(tmp_path: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     right = own(tmp_path)
-    planted = bugs.plant(right, sandbox)
+    planted = bugs.plant(right, sandbox, LIMITS)
     assert list(planted) == ["Own/0"]
     assert not grade(planted["Own/0"].program, right[0].tests, Limits(), sandbox).passed
     # What was tried is remembered: no program is judged again.
     monkeypatch.setattr(bugs, "grade_many", lambda work, sandbox: iter(()) if not list(work) else 1 / 0)
-    assert bugs.plant(right[:1], sandbox) == planted
+    assert bugs.plant(right[:1], sandbox, LIMITS) == planted
     # A line that was cut short is no result, and spoils no other.
     file = tmp_path / "cache" / "jaxlm" / "sandbox" / "bugs.jsonl"
     file.write_text(f'["ab", 1{"x"}\n{file.read_text()}["cd"')
-    assert bugs.plant(right[:1], sandbox) == planted
+    assert bugs.plant(right[:1], sandbox, LIMITS) == planted
 
     (fix,) = humaneval_fix.problems(right, planted)
     assert planted["Own/0"].program in fix.prompt and fix.prompt.endswith(f"Answer:\n{ROW['prompt']}")
@@ -131,6 +134,23 @@ def test_bugs_that_tests_notice_are_kept(tmp_path: Path, sandbox: Sandbox, monke
     assert asked[0].prompt.endswith("Answer:") and bugs.plain(right[0].reference, "least") in asked[0].prompt
 
 
+def test_each_bug_has_the_limits_of_its_reference(
+    tmp_path: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, set[float]] = {}
+
+    def passes(work: Iterable[tuple[str, Tests, Limits]], sandbox: Sandbox) -> Iterator[Verdict]:
+        for _, tests, limits in work:
+            given.setdefault(tests.source, set()).add(limits.cpu_seconds)
+            yield Verdict("passed", "", {}, sandbox.name)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bugs, "grade_many", passes)
+    right = own(tmp_path)
+    assert bugs.plant(right, sandbox, LIMITS) == {}
+    assert [given[problem.tests.source] for problem in right] == [{7.0}, {3.0}]
+
+
 def test_a_fault_of_the_judge_is_one_line(tmp_path: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(work, sandbox):
         raise HarnessError("no box")
@@ -139,7 +159,7 @@ def test_a_fault_of_the_judge_is_one_line(tmp_path: Path, sandbox: Sandbox, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(bugs, "grade_many", fails)
     with pytest.raises(UserError, match="the judge failed, and no verdict was counted: no box"):
-        bugs.plant(own(tmp_path), sandbox)
+        bugs.plant(own(tmp_path), sandbox, LIMITS)
 
 
 def test_what_is_kept_is_of_one_interpreter(tmp_path: Path, sandbox: Sandbox) -> None:

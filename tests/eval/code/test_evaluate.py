@@ -200,6 +200,8 @@ def test_samples_of_anybody(options: CodeOptions, tmp_path: Path, sandbox: Sandb
         judge_file("next-line", samples_file(file, guesses[1:]), replace(options, data=text, limit=0))
     with pytest.raises(UserError, match="--from knows no corpus"):
         judge_file("next-line", file, replace(options, data=None))
+    with pytest.raises(UserError, match="next-line asks no question"):
+        judge_file("next-line", file, replace(options, data=text, limit=0, chat=True))
     with pytest.raises(UserError, match=r"line 1: unknown task_id 'Own/0' .did you mean 'Own/0/"):
         judge_file("bug-detection", tmp_path / "programs.jsonl", options)
 
