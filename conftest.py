@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.shared_checks import share_checks
+
+share_checks()  # before the first module of jaxlm
 ROOT = Path(__file__).parent
+TESTS = itertools.count(1)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `make gpu-check` sets cuda,cpu
 # Eight devices: meshes on any machine. XLA's passes run as ever, but LLVM does not optimise what they emit, and jaxlib
@@ -40,12 +46,23 @@ def speaking() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports make no garbage, and what they made stays: the collector leaves it alone, then and later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def few_mappings() -> Iterator[None]:
     """Forget compiled programs before their memory mappings reach Linux's 65530 a process, where XLA crashes."""
     yield
-    maps = Path("/proc/self/maps")
-    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
+    maps = Path("/proc/self/maps")  # long: read after every eighth test
+    if next(TESTS) % 8 == 0 and "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
         sys.modules["jax"].clear_caches()
 
 
