@@ -18,15 +18,17 @@ from hypothesis import settings
 from tests.shared_checks import share_checks
 
 share_checks()  # before the first module of jaxlm
+gc.disable()  # until all modules are imported, below
 ROOT = Path(__file__).parent
 TESTS = itertools.count(1)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `make gpu-check` sets cuda,cpu
 # Eight devices: meshes on any machine. XLA's passes run as ever, but LLVM does not optimise what they emit, and jaxlib
 # 0.10 emits fusions the short way: programs compile in a quarter of the time. `make soak`, `make gpu-check` optimise.
+# A program is one module of LLVM's, not up to 32 for as many threads, of which the workers of xdist have none to spare.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))  # shared by workers and by runs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -49,7 +51,6 @@ def speaking() -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Imports make no garbage, and what they made stays: the collector leaves it alone, then and later."""
-    gc.disable()
     try:
         return (yield)
     finally:

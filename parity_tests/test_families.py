@@ -46,8 +46,18 @@ def bits(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
     return {name: (x.shape, x.dtype.name, np.ascontiguousarray(x).tobytes()) for name, x in tensors.items()}
 
 
-@every_example
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+NARROW = [(dtype, one) for dtype in ("bfloat16", "float16") for one in EXAMPLES]
+"""All tensors are narrowed by the same lines, but for `FLOAT32`: one example of a family suffices, `soak` has all."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "one"),
+    [
+        *(("float32", one) for one in EXAMPLES),
+        *(pytest.param(*case, marks=() if case[1] in FIRST else pytest.mark.soak) for case in NARROW),
+    ],
+    ids=str,
+)
 def test_every_bit_goes_out_and_comes_back(one: Example, dtype: str, tmp_path: Path) -> None:
     """ours -> family -> transformers -> its own files -> ours -> family."""
     out = exported(one, tmp_path, dtype, shard_bytes=30_000 if dtype == "float32" else 10**9)

@@ -123,8 +123,7 @@ def test_a_prompt_in_pieces(models: Pair, framework: str, rng: np.random.Generat
             FLOAT64.check(np.abs(logits[row][piece[2, row] != 0] - uncached[row, span]).max(initial=0), framework)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, VARIED, WARM], ids=["greedy", "varied", "warm"])
-def test_the_same_tokens_in_both(models: Pair, sampling: Sampling, rng: np.random.Generator) -> None:
+def check_same_tokens(models: Pair, sampling: Sampling, rng: np.random.Generator) -> None:
     """64 tokens of rows of different lengths; the random numbers come from the seed and the row."""
     vocab = models.jax.config.vocab_size
     prompts = [rng.integers(0, vocab, length).tolist() for length in (1, 5, 23, 40)]
@@ -136,6 +135,22 @@ def test_the_same_tokens_in_both(models: Pair, sampling: Sampling, rng: np.rando
     assert torch_generate.generate(models.torch, prompts, sampling, **options) == ours
     assert [len(row) for row in ours] == [64] * 4
     assert sampling == GREEDY or len({token for row in ours for token in row}) > 10
+
+
+OTHERS = [pytest.param(sampling, marks=pytest.mark.soak) for sampling in (GREEDY, VARIED)]
+
+
+@pytest.mark.parametrize("sampling", [WARM, *OTHERS], ids=["warm", "greedy", "varied"])
+def test_the_same_tokens_in_both(models: Pair, sampling: Sampling, rng: np.random.Generator) -> None:
+    """Every model; how a token is drawn from its logits does not depend on the model."""
+    check_same_tokens(models, sampling, rng)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, VARIED], ids=["greedy", "varied"])
+def test_the_same_tokens_of_each_sampling(sampling: Sampling, rng: np.random.Generator) -> None:
+    """One model."""
+    cfg = model(n_layers=1)
+    check_same_tokens(pair(cfg, random_params(cfg, np.random.default_rng(7))), sampling, rng)
 
 
 @pytest.mark.parametrize("options", [VARIANTS[0], MAMBA["mamba"]], ids=["base", "mamba"])

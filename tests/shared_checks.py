@@ -1,7 +1,8 @@
-"""Makes the checks of an inner function once, not each time its outer function runs, which took a quarter of the tests.
+"""Makes jaxtyping's checks cheaper without leaving one out.
 
-jaxtyping's import hook decorates inner functions too: a thousandth of a second for each `def` that is reached. The
-checks depend on the code and on the annotations alone, so all functions of one `def` share those of the first.
+Its import hook decorates inner functions too, each time their outer function runs: a thousandth of a second for each
+`def` that is reached. The checks depend on the code and on the annotations alone, so all functions of one `def` share
+those of the first. And each call finds out which argument belongs to which parameter, for which messages alone ask.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ def sharing(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
 
         def shared(fn: Any) -> Any:
             if not is_inner(fn):
-                return decorate(fn)
+                return unbound(decorate, fn)
             key = fn.__module__, fn.__code__
             if key not in made:
                 waiting = Waiting()
-                made[key] = decorate(stand_in(fn, waiting)), waiting
+                made[key] = unbound(decorate, stand_in(fn, waiting)), waiting
             return with_checks(fn, *made[key])
 
         return shared
@@ -81,6 +82,52 @@ def with_checks(fn: FunctionType, checked: Callable[..., Any], waiting: Waiting)
             del waiting.functions[outer:]  # arguments that are refused leave it there
 
     return call
+
+
+class UnboundSignature(inspect.Signature):
+    """A signature that assigns arguments to parameters when a message asks for them."""
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any]) -> UnboundSignature:
+        """The signature of a function."""
+        found = inspect.signature(fn)
+        return cls([*found.parameters.values()], return_annotation=found.return_annotation)
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """A promise of what `inspect.Signature.bind` returns."""
+        return Promise(functools.partial(super().bind, *args, **kwargs))
+
+
+class Promise:
+    """The arguments of a call. They are asked for before the checks, in vain, and again after one has failed."""
+
+    def __init__(self, bind: Callable[[], inspect.BoundArguments]) -> None:
+        self._bind, self._asked = bind, False
+
+    def apply_defaults(self) -> None:
+        """Leave it for later."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """None at first; then those of the call, with defaults."""
+        if not self._asked:
+            self._asked = True
+            return {}
+        bound = self._bind()
+        bound.apply_defaults()
+        return bound.arguments
+
+
+def unbound(decorate: Callable[[Any], Any], fn: Any) -> Any:
+    """`decorate(fn)`, with a signature of `fn` that binds late; classes and the like are decorated as they are."""
+    if not isinstance(fn, FunctionType):
+        return decorate(fn)
+    named: Any = fn
+    named.__signature__ = UnboundSignature.of(fn)
+    checked = decorate(fn)
+    del named.__signature__
+    checked.__dict__.pop("__signature__", None)  # a copy
+    return checked
 
 
 def share_checks() -> None:

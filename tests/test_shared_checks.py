@@ -53,6 +53,27 @@ def test_each_call_is_checked() -> None:
     assert (later(np.zeros((2, 3))) == 10).all(), "after those that were refused"
 
 
+@shared
+def scaled(x: Float[np.ndarray, "rows 3"], by: float, *, again: bool = False) -> Float[np.ndarray, "rows 3"]:
+    return (x * by)[:, :2] if again else x * by
+
+
+def test_messages_name_the_arguments() -> None:
+    x = np.ones((2, 3))
+    assert (scaled(x, 2.0) == 2).all() and str(inspect.signature(scaled)) == str(
+        inspect.signature(inspect.unwrap(scaled))
+    )
+    assert type(inspect.signature(scaled)) is inspect.Signature
+    with pytest.raises(TypeCheckError, match=r"(?s)parameter 'by'.*'x': .*'by': 'two'.*'again': False"):
+        scaled(x, "two")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeCheckError, match=r"(?s)return value .*'again': True"):
+        scaled(x, 2.0, again=True)
+    with pytest.raises(TypeError, match="missing a required argument: 'by'"):
+        scaled(x)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'twice'"):
+        adder(1)(x, twice=True)
+
+
 def test_threads_do_not_mix() -> None:
     functions = [adder(number) for number in range(1, 9)]
     wrong: list[int] = []
