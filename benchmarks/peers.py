@@ -26,7 +26,7 @@ import psutil
 from benchmarks.kept import merged, now, this_command
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy", "litgpt", "xllamacpp")
 
 # MKL asks this function whether it runs on an Intel processor, and takes its AVX-512 path only then.
 INTEL_SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
@@ -96,13 +96,17 @@ class Child:
 
 
 def serve(make: Callable[[], Callable[[], Any]], *, peak_flops: Callable[[], float], warm_up: int = 2) -> None:
-    """The child's side: make the work ready, warm it up, then do it once for each line and tell how long it took."""
+    """The child's side: make the work ready, warm it up, then do it once for each line and tell how long it took.
+
+    Work that returns rows of ids is asked once for its answer, of which the first row goes along.
+    """
     work = make()
-    work()
+    answer = work()
     first = time.time() - float(os.environ["CHILD_STARTED"])
     for _ in range(warm_up):
         work()
-    print(json.dumps({"first_s": first, "peak_flops": peak_flops()}), flush=True)
+    ids = {"ids": answer[0]} if isinstance(answer, list) and isinstance(answer[0], list) else {}
+    print(json.dumps({"first_s": first, "peak_flops": peak_flops(), **ids}), flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         work()

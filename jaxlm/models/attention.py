@@ -25,6 +25,9 @@ from jaxlm.ops.rope import apply_rope, rope_table_of
 Cache = KVCache | RowCache | WindowCache | None
 Map = Callable[[Array], Array]
 
+QKV = "qkv_proj"
+"""The maps to queries, keys and values as one, where decoding has joined them: `infer.engine.on_jax.joined`."""
+
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); N kv heads give MHA, one gives MQA."""
@@ -80,13 +83,23 @@ class Attention(nn.Module):
     def _maps(self) -> tuple[Map, Map, Map]:
         """From [.., D] to queries, keys and values of each head, queries and keys normalised if the config says so."""
         cfg = self.config
-        query, key = self._project("q_proj", cfg.n_heads, "heads"), self._project("k_proj", cfg.n_kv_heads, "kv_heads")
-        value = self._project("v_proj", cfg.n_kv_heads, "kv_heads")
+        query, key, value = self._joined() if self.has_variable("params", QKV) else self._apart()
         if not cfg.qk_norm:
             return query, key, value
         norm = functools.partial(Norm, "rmsnorm", cfg.norm_eps, self.policy, axis="head_dim")
         q_norm, k_norm = norm(name="q_norm"), norm(name="k_norm")
         return lambda x: q_norm(query(x)), lambda x: k_norm(key(x)), value
+
+    def _apart(self) -> tuple[Map, Map, Map]:
+        cfg = self.config
+        query, key = self._project("q_proj", cfg.n_heads, "heads"), self._project("k_proj", cfg.n_kv_heads, "kv_heads")
+        return query, key, self._project("v_proj", cfg.n_kv_heads, "kv_heads")
+
+    def _joined(self) -> tuple[Map, Map, Map]:
+        """Parts of one product; a compiler computes it once for the three."""
+        n, k = self.config.n_heads, self.config.n_kv_heads
+        whole, values = self._project(QKV, n + 2 * k, "heads"), n + k
+        return lambda x: whole(x)[..., :n, :], lambda x: whole(x)[..., n:values, :], lambda x: whole(x)[..., values:, :]
 
     def _rotated(self, x_BTNH: Array, rope: tuple[Array, Array] | None) -> Array:
         return x_BTNH if rope is None else apply_rope(x_BTNH, *rope, layout=self.config.rope_layout)

@@ -164,8 +164,10 @@ class RowCache(NamedTuple):
         k_BKHT = jnp.transpose(k_BTKH, (0, 2, 3, 1)).astype(self.keys.dtype)
         v_BKTH = jnp.transpose(v_BTKH, (0, 2, 1, 3)).astype(self.values.dtype)
         keys, values = self.keys, self.values
+        first = 0 if k_BTKH.shape[0] == keys.shape[0] else self.row  # a number, where the call has all rows
         for i in range(k_BTKH.shape[0]):  # each row is one contiguous update in place, where a scatter is none
-            row, at = self.row + i, places.positions[i, 0]
+            at = places.positions[i, 0]
+            row = jnp.asarray(first + i, at.dtype)
             zero = jnp.zeros_like(at)
             keys = lax.dynamic_update_slice(keys, k_BKHT[i : i + 1], (row, zero, zero, at))
             values = lax.dynamic_update_slice(values, v_BKTH[i : i + 1], (row, zero, at, zero))

@@ -59,11 +59,12 @@ def attend_slots(
     width, size = wide(q_BTNH.dtype), block_of(keys_RKHS.shape[-1])
     q_BKQH = einsum("btkgh->bkgth", q_BTNH.reshape(b, t, k, n // k, h)).reshape(b, k, -1, h)  # Q = G T
     last_BT = jnp.where(places.segments != 0, places.positions, -1)
+    first_row = jnp.zeros_like(row) if b == keys_RKHS.shape[0] else row  # known to the compiler, where it can be
 
     def read(block: Array, sums: _Sums) -> _Sums:
         start, zero = (block * size).astype(row.dtype), jnp.zeros_like(row)
-        keys_BKHS = lax.dynamic_slice(keys_RKHS, (row, zero, zero, start), (b, k, h, size))
-        values_BKSH = lax.dynamic_slice(values_RKSH, (row, zero, start, zero), (b, k, size, h))
+        keys_BKHS = lax.dynamic_slice(keys_RKHS, (first_row, zero, zero, start), (b, k, h, size))
+        values_BKSH = lax.dynamic_slice(values_RKSH, (first_row, zero, start, zero), (b, k, size, h))
         scores_BKQS = jnp.matmul(q_BKQH, keys_BKHS, preferred_element_type=width) * h**-0.5
         scores_BKQS = softcap * jnp.tanh(scores_BKQS / softcap) if softcap else scores_BKQS
         seen_BTS = start + jnp.arange(size) <= last_BT[..., None]

@@ -26,6 +26,7 @@ import numpy as np
 from jaxlm.errors import UserError
 from jaxlm.infer.engine.on_jax import programs
 from jaxlm.infer.engine.on_jax import rows as row_ops
+from jaxlm.infer.engine.on_jax.joined import joined
 from jaxlm.infer.engine.runner import BURST, Drawn, Orders, Scored
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.mesh import Layout
@@ -86,11 +87,11 @@ class JaxRunner:
             UserError: a name or a shape differs.
         """
         with self._numbers():
-            _, new = unrolled_for_decoding(self.original, params)
+            new = self._laid(unrolled_for_decoding(self.original, params)[1])
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (new, self.params))
         if shapes[0] != shapes[1]:
             raise UserError("the new weights have other names, shapes or dtypes than those of the engine")
-        self.params = self._laid(new)
+        self.params = new
 
     def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None:
         """Put a piece of a prompt into a row, at `start`."""
@@ -174,10 +175,10 @@ class JaxRunner:
             self.programs["verify"] = f"{shape}, guesses {BURST - 1}"
 
     def _laid(self, params: Params) -> Params:
-        """Parameters where the mesh wants them."""
+        """Parameters where the mesh wants them; on one device with joined maps."""
         layout = self._placed.layout
         if layout is None:
-            return params
+            return joined(params)
         shapes, axes = abstract_params(self.decoder)
         return jax.device_put(params, layout.shardings(axes, shapes))
 

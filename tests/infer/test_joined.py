@@ -1,0 +1,81 @@
+"""Joined maps compute what their parts do, take no more memory, and leave parameters as they are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxlm import config
+from jaxlm.infer.engine.on_jax import programs
+from jaxlm.infer.engine.on_jax.joined import joined
+from jaxlm.infer.engine.on_jax.runner import JaxRunner
+from jaxlm.infer.engine.runner import Orders
+from jaxlm.models.decoder import Decoder
+from jaxlm.numerics import Policy
+from tests.infer.test_engine import random_params
+
+SIZES: dict[str, Any] = {"d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24, "vocab_size": 40, "max_seq_len": 32}
+WITH_BIASES: dict[str, Any] = {"biases": ("qkv", "mlp"), "qk_norm": True, "sink_tokens": 2}
+
+
+def made(dtype: str = "float64", **options: Any) -> tuple[Decoder, Any]:
+    cfg = config.Model(**{"n_layers": 2, "layer_loop": "unroll", **SIZES, **options})
+    decoder = Decoder(cfg, Policy(np.dtype(dtype), np.dtype(dtype)))
+    return decoder, random_params(decoder)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, {"qkv_proj", "gate_up_proj"}),
+        (WITH_BIASES, {"qkv_proj", "gate_up_proj"}),
+        ({"activation": "gelu", "pattern": ("attention(n_kv_heads=1)+mlp", "mamba")}, {"qkv_proj"}),
+        ({"pattern": ("attention+moe",), "moe": config.MoE(n_experts=2, top_k=1, n_shared=1)}, {"qkv_proj"}),
+        ({"layer_loop": "scan"}, set()),
+    ],
+)
+def test_the_same_numbers_of_the_same_bytes(options: dict[str, Any], names: set[str]) -> None:
+    ids = jnp.asarray([[5, 8, 2, 7, 31]])
+    with jax.enable_x64(True):
+        decoder, params = made(**options)
+        whole = joined(params)
+        keys = {key.key for path, _ in jax.tree_util.tree_leaves_with_path(whole) for key in path}
+        assert keys & {"qkv_proj", "gate_up_proj"} == names
+        sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (params, whole)]
+        assert sizes[0] == sizes[1]
+        logits = [
+            np.asarray(decoder.apply({"params": tree}, ids, jnp.arange(5)[None], jnp.ones_like(ids))[0])
+            for tree in (params, whole)
+        ]
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_joined_already_in_two_dtypes_or_on_two_devices_stays() -> None:
+    _, params = made("float32")
+    again = joined(joined(params))
+    assert jax.tree.structure(again) == jax.tree.structure(joined(params))
+    mixer = params["layers_1"]["mixer"]
+    mixer["k_proj"] = {"kernel": mixer["k_proj"]["kernel"].astype(jnp.bfloat16)}
+    whole = joined(params)
+    assert "qkv_proj" in whole["layers_0"]["mixer"] and "qkv_proj" not in whole["layers_1"]["mixer"]
+    assert whole["layers_1"]["mixer"]["k_proj"]["kernel"].dtype == jnp.bfloat16
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), PartitionSpec())
+    assert "qkv_proj" not in joined(jax.device_put(params, everywhere))["layers_0"]["mixer"]
+
+
+def test_a_step_makes_four_products_a_layer_and_the_logits() -> None:
+    """Besides those of attention over its 128 slots: q, k, v; out; gate, up; down."""
+    cfg = config.Model(**SIZES, n_layers=3)
+    decoder = Decoder(cfg)
+    runner = JaxRunner(decoder, random_params(decoder), rows=2, slots=32, widths=(16,))
+    orders = Orders.empty(runner.rows, runner.vocab)
+    lowered = programs.decode.lower(programs.Placed(runner.decoder), runner.params, runner.state, orders)
+    text = lowered.compile().as_text() or ""
+    widths = [int(width) for width in re.findall(r"= f32\[2,(\d+)\]\S* dot\(", text)]
+    assert sorted(width for width in widths if width < 128) == sorted([32, 16, 48, 16] * cfg.n_layers + [40])
