@@ -30,7 +30,7 @@ from benchmarks.train_step import jaxlm_model
 
 NEW, PROMPT, WARM_UP = 64, 64, "--warm-up"
 NOT_HERE = {
-    3: "llama.cpp and litgpt are no dependencies of jaxlm",
+    3: "python -m benchmarks.decode, where litgpt and llama.cpp are installed",
     13: "tests/infer/test_engine.py and parity_tests/test_speculation.py, more of them by make soak",
     14: "parity_tests/test_engine.py and parity_tests/test_speculation.py",
     15: "tests/infer/test_engine_mesh.py",
@@ -65,18 +65,20 @@ def ask(made: Any, prompts: list[list[int]], new: list[int], together: int, **op
 
 
 def static_loop(rounds: int, _: int) -> dict[str, Any]:
-    """1: the engine over the loop of `generate`, one row and eight."""
-    from jaxlm.infer.generate import generate
+    """1: the engine over the loop of `generate`, whose maps stay apart; one row and eight."""
+    import jax
+
+    from jaxlm.infer.generate import generate, unrolled_for_decoding
+    from jaxlm.models.decoder import init_params
     from jaxlm.text.sampling import GREEDY
 
     found: dict[str, Any] = {}
     for rows in (1, 8):
         prompts, made = [ids(np.random.default_rng(i), PROMPT) for i in range(rows)], engine(rows, 256)
+        model = unrolled_for_decoding(made.runner.original, init_params(made.runner.original, jax.random.key(0)))
         works = {
             "engine": lambda prompts=prompts, made=made, rows=rows: ask(made, prompts, [NEW] * rows, rows),
-            "loop": lambda prompts=prompts, runner=made.runner: generate(
-                runner.decoder, runner.params, prompts, GREEDY, max_new_tokens=NEW
-            ),
+            "loop": lambda prompts=prompts, model=model: generate(*model, prompts, GREEDY, max_new_tokens=NEW),
         }
         times = in_turns(works, 3 * rounds)
         found[f"{rows} rows"] = times | {"engine_over_loop": ratio(times, "loop", "engine")}
