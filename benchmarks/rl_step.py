@@ -27,8 +27,8 @@ from benchmarks.peers import Child, Peer
 CONFIG = "configs/rl/grpo-reverse.toml"
 ROUNDS = 20
 PEERS = (Peer("jaxlm"), Peer("TRL"), Peer("TRL, best", best=True))
-MAIN = ("_prefill", "_decode", "step")
-"""The programs of a phase: prompts, samples, update."""
+MAIN = ("_prefill", "_decode", "traced")
+"""The programs of a phase: prompts, samples, update. Each also has one that judges: greedy answers, and validation."""
 MIXED = ('rl.task="bracket_matching(length=12)"', "data.seq_len=96", "rl.max_new_tokens=16", "rl.prompts=4")
 """Prompts of 13 to 60 characters, four a phase, so that the longest of a phase is now short and now long."""
 

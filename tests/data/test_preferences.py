@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_a_pair_is_two_labelled_answers() -> None:
     sides = labelled_pairs(sort_preferences(rows))
     assert [one.label for one in sides] == [1, -1] * 3
     assert [one.second[-1]["content"] for one in sides] == ["good 2", "bad 2", "good 0", "bad 0", "good 1", "bad 1"]
+
+
+def test_both_answers_of_a_record_are_in_one_row() -> None:
+    """Of KTO, so that what makes any answer likelier cancels in its gradient; where they do not fit, they lie apart."""
+    rows = [
+        Record(f"x, row {i}", {"prompt": f"q{i}", "chosen": "g" * i, "rejected": "b" * (20 - i)}) for i in range(20)
+    ]
+    rows = [Record("x, row 20", {"prompt": "q", "chosen": "g" * 40, "rejected": "b" * 39}), *rows[1:]]
+    pairs = encode_pairs(labelled_pairs(sort_preferences(rows)), chat(), 160)
+    assert len(pairs) == 40 and pairs.units.tolist() == [k // 2 for k in range(40)]
+    for most, whole in ((8, True), (3, True), (1, False)):
+        laid = PairRows(pairs, 160, seed=1, most=most)
+        for epoch in range(3):
+            members = [row.tolist() for row in laid.plan(epoch)]
+            assert len(members) == laid.rows_per_epoch and max(map(len, members)) <= most
+            assert sorted(pair for row in members for pair in row) == list(range(40))
+            together = [pair ^ 1 in row for row in members for pair in row if pair > 1]
+            assert all(together) if whole else not any(together)
+    assert dataclasses.replace(pairs, units=np.arange(40, dtype=np.int32)).fingerprint != pairs.fingerprint
 
 
 def test_a_prompt_is_in_one_part() -> None:

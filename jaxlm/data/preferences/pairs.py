@@ -66,6 +66,8 @@ class Pairs:
     ties: Bool[np.ndarray, " p"]
     labels: Int32[np.ndarray, " p"]
     """Of KTO: 1 wanted, -1 not, and the second example answers another prompt; 0: a pair, the first is better."""
+    units: Int32[np.ndarray, " p"]
+    """Neighbours of one number are laid in one row: of KTO both answers of a record. Numbers rise."""
     counts: Counts
 
     def __len__(self) -> int:
@@ -81,7 +83,8 @@ class Pairs:
     def fingerprint(self) -> str:
         """sha256 (hex) of all that decides what is trained."""
         digest = hashlib.sha256(self.examples.fingerprint.encode())
-        for array in (self.margins, self.ties, self.labels):
+        grouped = len(self) > 0 and self.units[-1] + 1 < len(self)
+        for array in (self.margins, self.ties, self.labels, *([self.units] if grouped else [])):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -248,5 +251,19 @@ def _laid(kept: Sequence[tuple[tuple[Example, Example], Sides]], counts: Counts)
         np.array([one.margin for _, one in kept], np.float32),
         np.array([one.tie for _, one in kept], bool),
         np.array([one.label for _, one in kept], np.int32),
+        _units([one for _, one in kept]),
         counts,
     )
+
+
+def _units(sides: Sequence[Sides]) -> Int32[np.ndarray, " p"]:
+    """Answers of one record, of which one is wanted and the other is not, have one number; all others have their own.
+
+    The gradient of KTO is the sum of those of wanted answers less the sum of the others. Where both answers of a prompt
+    are in it, what makes any answer likelier cancels; else it is most of the sum (docs/preference.md).
+    """
+    first = [
+        not (before and one.label and one.where == before.where and one.label == -before.label)
+        for before, one in zip([None, *sides], sides, strict=False)
+    ]
+    return (np.cumsum(first) - 1).astype(np.int32)

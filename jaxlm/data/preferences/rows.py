@@ -41,7 +41,8 @@ class PairRows(EpochRows):
     ) -> None:
         self._pairs, self._seq_len, self._seed, self._pad, self._most = pairs, seq_len, seed, pad, most
         self._reference, self._order = reference, (1, 0) if swapped else (0, 1)
-        self._sizes = (np.diff(pairs.examples.offsets) - 1).reshape(-1, 2).sum(1)
+        self._count = len(pairs)
+        self._members, self._sizes, self._widest = _units(pairs, seq_len, most)
         super().__init__()
 
     def lay(self, rows: Sequence[np.ndarray]) -> Batch:
@@ -68,7 +69,7 @@ class PairRows(EpochRows):
         NaN for answers of which no batch came.
         """
         found_RM = np.concatenate(list(numbers))
-        values = np.full(2 * len(self._sizes), np.nan, found_RM.dtype)
+        values = np.full(2 * self._count, np.nan, found_RM.dtype)
         for members, numbers_M in zip(self._epoch(0), found_RM, strict=False):  # the last batch is filled up
             for place, pair in enumerate(members.tolist()):
                 values[[2 * pair + side for side in self._order]] = numbers_M[2 * place : 2 * place + 2]
@@ -81,5 +82,21 @@ class PairRows(EpochRows):
         if self._most == 1 or not len(order):
             return list(order[:, None])
         whole = [random.permutation(row) for row in rows_by_fit(order, self._sizes, self._seq_len)]
-        rows = [row[at : at + self._most] for row in whole for at in range(0, len(row), self._most)]
-        return [rows[r] for r in random.permutation(len(rows))]
+        units = self._most // self._widest
+        rows = [row[at : at + units] for row in whole for at in range(0, len(row), units)]
+        return [np.concatenate([self._members[unit] for unit in rows[r]]) for r in random.permutation(len(rows))]
+
+
+def _units(pairs: Pairs, seq_len: int, most: int) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """The pairs that lie in one row together, how many places those take, and the most of them.
+
+    Those of one number in `pairs.units`, where they fit into a row, else each pair by itself.
+    """
+    sizes = (np.diff(pairs.examples.offsets) - 1).reshape(-1, 2).sum(1)
+    members = np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(pairs.units)) + 1) if len(pairs) else []
+    apart = [unit for unit in members if len(unit) > most or sizes[unit].sum() > seq_len]
+    whole = [unit for unit in members if len(unit) <= most and sizes[unit].sum() <= seq_len]
+    units = [*whole, *(pair for unit in apart for pair in np.split(unit, len(unit)))]
+    units.sort(key=lambda unit: int(unit[0]))
+    total = np.array([sizes[unit].sum() for unit in units], np.int64)
+    return units, total, max((len(unit) for unit in units), default=1)
