@@ -30,7 +30,8 @@ import psutil
 import jaxlm
 from benchmarks import peers
 from benchmarks.kept import Kept
-from benchmarks.sst2 import bag_of_words, chat_prompts, predictions, sentences, wilson
+from benchmarks.small_runs import own_words
+from benchmarks.sst2 import LABELS, bag_of_words, chat_prompts, predictions, sentences, wilson
 from jaxlm.config import toml
 
 CONFIG, SMALL = Path("configs/finetune/sst2.toml"), Path("configs/finetune/sst2-small.toml")
@@ -44,10 +45,10 @@ def share(found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return {"right": right, "of": len(labels), "accuracy": right / len(labels), "interval": interval}
 
 
-def trained(config: Path, run: Path, minutes: float) -> dict[str, Any]:
+def trained(config: Path, run: Path, minutes: float, *overrides: str) -> dict[str, Any]:
     """Train the config, or go on with its run; after so many minutes it is stopped and saves."""
     resume = ["--resume"] if (run / "config.toml").is_file() else []
-    command = [sys.executable, "-m", "jaxlm", "train", str(config), f'out_dir="{run}"', *resume]
+    command = [sys.executable, "-m", "jaxlm", "train", str(config), f'out_dir="{run}"', *overrides, *resume]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began, process = time.perf_counter(), subprocess.Popen(command)
     try:
@@ -60,6 +61,13 @@ def trained(config: Path, run: Path, minutes: float) -> dict[str, Any]:
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"steps": steps, "of": toml.load(config).train.steps, "seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def phrase_words(data: Path, run: Path) -> tuple[str, str]:
+    """Options of a run from nothing: a vocabulary of 4,096 of the training phrases and their labels."""
+    texts, labels = sentences(data / "train.tsv")
+    asked = (f"Review: {text}\nSentiment:{LABELS[label]}" for text, label in zip(texts, labels, strict=True))
+    return own_words(asked, 4096, run.with_name(f"{run.name}-words"))
 
 
 def main() -> None:
@@ -97,7 +105,7 @@ def main() -> None:
         "template": lambda: templated(options.base),
         "training": lambda: trained(CONFIG, options.run, left()),
         "tuned": lambda: templated(options.run),
-        "small-training": lambda: trained(SMALL, small, left()),
+        "small-training": lambda: trained(SMALL, small, left(), *phrase_words(options.data, small)),
         "small": lambda: templated(small),
     }
     for name in (name for name in FIGURES if name in options.only.split(",")):

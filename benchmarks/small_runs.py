@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import jaxlm
 from benchmarks import peers
 from benchmarks.kept import Kept
 from jaxlm.config import toml
+from jaxlm.text.tokenizer import Tokenizer
 
 BATCH = 16
 RESAMPLES = 4000
@@ -91,6 +92,15 @@ def trained(tree: Mapping[str, Any], folder: Path) -> jaxlm.Model:
         logging.getLogger("jaxlm").setLevel(logging.WARNING)
         jaxlm.train(config, resume=True)
     return jaxlm.load(folder)
+
+
+def own_words(texts: Iterable[str], size: int, folder: Path) -> tuple[str, str]:
+    """Options of a run of conversations, which trains no tokenizer, for one that is trained here, on these texts."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        Tokenizer.train(texts, size).save(path)
+    return 'tokenizer.kind="file"', f'tokenizer.path="{path}"'
 
 
 def scored(model: jaxlm.Model, sequences: Sequences) -> Scores:

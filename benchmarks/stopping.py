@@ -22,6 +22,8 @@ import jaxlm
 from benchmarks import peers
 from benchmarks.kept import Kept
 from benchmarks.rl import share, train
+from benchmarks.small_runs import own_words
+from jaxlm.config import toml
 from jaxlm.data.turns.formats import FORMATS
 from jaxlm.infer.generate import generate
 from jaxlm.text.chat import Chat
@@ -31,14 +33,14 @@ from jaxlm.text.tokenizer import Tokenizer
 ASKED, LONGEST, ROWS = 200, 128, 25
 
 
-def split(source: Path, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """The file of the records that are trained on, and those that are asked."""
+def split(source: Path, folder: Path) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The file of the records that are trained on, these records, and those that are asked."""
     records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    order = np.random.default_rng(0).permutation(len(records))
+    records = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
     path = folder / "train.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(records[i]) + "\n" for i in order[ASKED:]), encoding="utf-8")
-    return path, [records[i] for i in order[:ASKED]]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records[ASKED:]), encoding="utf-8")
+    return path, records[ASKED:], records[:ASKED]
 
 
 def answers(path: Path, asked: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,12 +74,14 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="ask this model too, as it is")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/stopping.json")
     options = parser.parse_args()
-    source, asked = split(options.data, options.runs)
+    source, trained_on, asked = split(options.data, options.runs)
     name = options.config.stem
     run, kept = options.runs / name, Kept(options.runs / "figures.json")
 
     def measure() -> dict[str, Any]:
-        cost = train(f"finetune/{name}", run, f'data.source="{source}"', *options.set)
+        words = (f"{record['instruction']}\n\n{record['output']}" for record in trained_on)
+        own = () if toml.load(options.config).train.init_from else own_words(words, 1024, options.runs / "words")
+        cost = train(f"finetune/{name}", run, f'data.source="{source}"', *own, *options.set)
         return cost | answers(run, asked)
 
     figures = {name: measure} | ({str(options.base): lambda: answers(options.base, asked)} if options.base else {})
