@@ -10,7 +10,7 @@ class UserError(Exception):
     """Something the user can mend: `message` names the file, key or tensor, `hint` says what to do."""
 
     exit_code = 2
-    """Launchers do not start such a command again."""
+    """Launchers do not start a command again that ended with it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message if not hint else f"{message} ({hint})")

@@ -1,8 +1,9 @@
 """The command line: verbs of a few lines that call the library. A user's mistake is one line and exit code 2.
 
 Any other exception is one line and exit code 1; with JAXLM_TRACEBACK=1 in the environment it comes with its traceback.
-Exit codes: 0 done; 1 another error, or a check that found a difference; 2 a user's mistake, never to be started again;
-75 stopped by a signal with nothing unsaved, 124 hung: start again with --resume; 130 Ctrl-C.
+Exit codes: 0 done; 1 another error, or a check that found a difference; 2 something that the user must mend first, so
+launchers do not start it again; 75 stopped by a signal with nothing unsaved, 124 hung: start again with --resume; 130
+stopped by Ctrl-C, after saving.
 
 jaxlm train configs/quickstart.toml train.steps=100
 """

@@ -65,7 +65,9 @@ class Train:
     batch_size: PositiveInt = 32
     """Rows of `data.seq_len` tokens in one update, over all devices and microbatches."""
     microbatches: PositiveInt = 1
-    """Split each batch into this many parts and add up their gradients: the same update in less memory."""
+    """Split each batch into this many parts and add up their gradients: the same update in less memory.
+
+    Balancing terms and capacities of experts alone are those of each part."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

@@ -29,7 +29,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides (values in TOML syntax; a bare word is a string).
 
     `path` may be the name or an alias of a file of `configs/models`: see `registry`. A `mesh` that is a name, in the
-    file or as an override, stands for the section of `configs/mesh/NAME.toml`; overrides after it change its keys.
+    file or as an override, stands for the section of `configs/mesh/NAME.toml`; overrides after it change its keys. The
+    file wins over the defaults, overrides win over the file, and the last of them wins.
 
     Raises:
         UserError: the file is missing or no TOML, a key is unknown, a value has the wrong type or contradicts another.

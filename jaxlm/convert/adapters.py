@@ -254,7 +254,7 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
 
 
 def _check_tied(folder: Path, stated: Mapping[str, Any], stored: dict[str, np.ndarray]) -> None:
-    """Take the head, which is the embedding of this base, out of the tensors; refuse one that is another."""
+    """Drop the head from the tensors, where the base ties it to the embedding. Raises: UserError if they differ."""
     head = stored.pop(HEAD, None)
     if any(name.startswith(f"{PREFIX}lm_head.") for name in stored):
         hint = "merging would change the embedding too: train without lm_head, or give the base a head of its own"

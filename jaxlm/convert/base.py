@@ -30,7 +30,7 @@ from jaxlm.train.recipe import BASE, digest_of
 
 
 def base_digest(params: Params, model: config.Model) -> str:
-    """sha256 (hex) of all parameters by canonical name, whatever the shape of the live tree."""
+    """sha256 (hex) of all parameters by canonical name, so it is the same for scanned and unrolled layers."""
     return digest_of(canonical(params, model))
 
 
@@ -77,7 +77,7 @@ class _Beside(Mapping[str, Any]):
 
 
 def base_path(run_dir: Path, settings: config.Config) -> str:
-    """Where the base of a run lies: where the run found it, else where its config says."""
+    """The path at which the run found its base; if nothing is there, that of its config."""
     stored = _recorded(run_dir).get("path", "")
     return stored if stored and Path(stored).exists() else settings.train.init_from
 

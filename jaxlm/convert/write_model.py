@@ -67,8 +67,9 @@ def convert(
 ) -> Summary:
     """Write the model at `src` as a run (`jaxlm`), a torch_ref folder (`torch`) or a public layout (`llama`, ...).
 
-    Values and their types never change (llama2.c stores float32 alone, so 16-bit weights are widened there), and the
-    model is never in memory as a whole. The files of the tokenizer go along as they are.
+    Values and their types never change (llama2.c stores float32 alone, so 16-bit weights are widened there; adapters
+    are merged first, in float64), and the model is never in memory as a whole. The files of the tokenizer go along as
+    they are.
 
     Args:
         to: `hf` is the first public layout that can hold the model; `peft`: the adapters of a run alone.

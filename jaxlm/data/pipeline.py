@@ -61,7 +61,7 @@ class Corpus:
 
     Attributes:
         parts: the corpora of a mixture, or the only one.
-        fingerprint: sha256 (hex) of all tokens; a run that resumes with another one does not see the same data.
+        fingerprint: sha256 (hex) of all tokens; a run does not resume with another one.
         unigram_entropy: nats a token, the loss of a model that knows only how frequent each token is; NaN without
             validation tokens.
         skipped: name to reason of the files that were left out.

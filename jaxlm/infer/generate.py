@@ -3,7 +3,7 @@
     new = generate(decoder, params, [[5, 8, 2], [7]], GREEDY, max_new_tokens=64, eos_id=0)
 
 Prompts are padded on the right to a bucket, so that few shapes compile. All rows write to the same slots of the cache,
-each with its own positions; a row's tokens do not depend on its neighbours.
+each with its own positions; a row's tokens do not depend on its neighbours, but for experts with a capacity.
 
 Shapes: B batch, T prompt bucket, N new tokens, S = T + N slots, V vocabulary.
 """

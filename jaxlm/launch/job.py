@@ -52,7 +52,7 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """CONFIG and overrides, for `train` and `preflight` alike; what the user overrides goes before `--storage`."""
+        """CONFIG and overrides, for `train` and `preflight` alike; the user's overrides win over `--storage`."""
         shared = {"out_dir": f"{self.storage}/runs/{self.name}", "data.cache_dir": f"{self.storage}/cache"}
         given = {one.partition("=")[0] for one in self.overrides}
         stored = [f"{key}={value}" for key, value in shared.items() if self.storage and key not in given]

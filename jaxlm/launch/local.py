@@ -61,7 +61,7 @@ def launch(
 
     Args:
         devices: virtual CPU devices of each process; 0: the accelerator with its number, or the CPU.
-        restarts: how often to start again, with `--resume`, after a failure that is no user's mistake.
+        restarts: how often to start again, with `--resume`, after any exit code but 0 and 2, if nobody stopped it.
         grace: seconds from SIGTERM to SIGKILL for the others after one has failed.
         logs: folder of `process-N.log`; None: `logs/` in the run directory, else in the working directory.
 

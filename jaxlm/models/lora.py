@@ -201,11 +201,11 @@ def _rank(site: Site, lora: config.LoRA) -> int:
 def merged(
     params: Tree, adapters: Tree, scale: Tree, targets: Sequence[Site], xp: Any = np, dtype: Any = np.float64
 ) -> Tree:
-    """The base with its adapters added: computed in float64, rounded once to the dtype of the base.
+    """The base with its adapters added: computed in `dtype`, rounded once to that of the base.
 
     Args:
         xp: the array library, numpy or `jax.numpy`.
-        dtype: to compute in.
+        dtype: to compute in; float64 for what is exported.
     """
     copy = jax.tree.map(lambda leaf: leaf, params)
     for site in targets:

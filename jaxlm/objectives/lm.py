@@ -20,7 +20,8 @@ from jaxlm.typed_jax import broadcasted_iota, custom_vjp, einsum, tree_map
 
 
 class LMLoss(NamedTuple):
-    """Sums over the weighted targets; divide by `weight` for means. Nats."""
+    """Sums over the targets, each times its weight: 0 where it does not count, such as padding. Divide by `weight` for
+    means. Nats."""
 
     loss: Float[Array, ""]
     """What is minimised: smoothed cross-entropy plus z-loss."""

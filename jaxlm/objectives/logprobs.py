@@ -40,7 +40,7 @@ def token_logps(
     """Log-probability and entropy under `softmax(logits / temperature)`; differentiable in hidden, kernel and bias.
 
     `logps = x[target] - z` and `entropy = z - sum(p x)` with `x = logits / temperature`, `z = logsumexp(x)`,
-    `p = exp(x - z)`. Padding gets numbers too: weigh them by 0.
+    `p = exp(x - z)`. Padding gets numbers too: the caller weighs them by 0.
 
     Args:
         temperature: of the distribution from which the tokens were drawn; it divides the logits.

@@ -1,8 +1,8 @@
 """Two traces to findings: every tensor with its error, its bound and whether it keeps it.
 
 float64 is judged first and strictly: different mathematics shows, rounding does not. float32 and bfloat16 are judged by
-ratio against the float64 trace of jaxlm: neither framework may be more than twice as wrong as the other, or than the
-floor (`tolerances`).
+ratio against the float64 trace of jaxlm: the larger error is at most twice the smaller one, of which one below the
+floor counts as the floor (`tolerances`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ GENERATION = "generation"
 LOOKS = 16
 """Draws of rows by which an alarm about a gradient below float64 is confirmed."""
 SURE = 8
-"""If each of the first draws keeps the bound, no more are drawn: one gradient in 256 whose median is beyond it."""
+"""If each of the first draws keeps the bound, no more are drawn. A gradient whose median is beyond the bound passes so
+once in 256 times."""
 ALL = "median of all parameters"
 """The name of a finding about all tensors of a level together."""
 
@@ -47,7 +48,7 @@ class Finding:
     """float64: of one framework against the other, relative. Else: the larger error of the two against float64."""
     bound: float
     cosine: float | None = None
-    """1 - cos of the angle, for gradients and updates; of the framework with the larger error."""
+    """1 - cos of the angle, for gradients and updates, of the framework with the larger error. It is only reported."""
     errors: tuple[float, float] | None = None
     """Below float64: the errors of both, in the order in which the sides were given."""
     note: str = ""

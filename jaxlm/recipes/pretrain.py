@@ -38,7 +38,7 @@ def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
 
 
 def loss_fn(decoder: Decoder, train: config.Train) -> LossFn:
-    """The language-model objective of `decoder`: the mean over targets, balancing terms of experts included."""
+    """The language-model objective of `decoder`: the sum over targets, balancing terms of experts included."""
     from jaxlm.mesh import over_rows
     from jaxlm.objectives.lm import lm_loss
 

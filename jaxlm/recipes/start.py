@@ -175,7 +175,7 @@ def _cache_numbers(
     PyTorch the run's own module is already there.
 
     Args:
-        bases: what lies under adapters, which has the word where the function has no tree of its own.
+        bases: what lies under adapters; it identifies the reference where the function has no frozen tree.
     """
     from jaxlm.recipes import init_from
 

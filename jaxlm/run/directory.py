@@ -114,7 +114,7 @@ def write_run(cfg: config.Config, tokenizer: Tokenizer, files: Mapping[str, byte
 
 
 def _compare(run_dir: Path, before: config.Config, now: config.Config, tell: Callable[[str], None]) -> None:
-    """Refuse another model; speak of anything else that changed."""
+    """Refuse another model and other rows (`_SAME_ON_RESUME`); name any other option that changed, and use it."""
     old, new = _explicit(before), _explicit(now)
     for name, was, value in _differences(old, new):
         fixed = any(f"{name}.".startswith(f"{key}.") for key in _SAME_ON_RESUME)
@@ -128,7 +128,7 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config, tell: Cal
 
 
 def _explicit(cfg: config.Config) -> dict[str, Any]:
-    """The config as dicts, with `layer_loop`, by which a checkpoint's tree is shaped, resolved."""
+    """The config as dicts. `layer_loop = "auto"` is replaced by what it means, for it shapes a checkpoint's tree."""
     loop = "scan" if cfg.model.scanned else "unroll"
     return toml.to_dict(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layer_loop=loop)))
 

@@ -78,8 +78,8 @@ def check_seed(seed: int) -> None:
 def uniforms(seed: int, rows: int, length: int) -> np.ndarray:
     """The random numbers of a generation, float32 [rows, length] in [0, 1).
 
-    Column k is for the k-th new token. A row's numbers depend on the seed and its index alone, and a longer row begins
-    with the shorter one; row i has those of choice i in the engine.
+    Column k is for the k-th new token. Row i has the numbers of (seed, i), whatever the other rows are, and a longer
+    row begins with the shorter one; they are those of choice i in the engine.
 
     Raises:
         UserError: the seed is negative or too large for the frameworks.

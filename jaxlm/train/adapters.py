@@ -91,7 +91,7 @@ def new_adapters(decoder: Decoder, options: config.LoRA, base: Params, seed: int
 
 
 def whole(decoder: Decoder, options: config.LoRA, adapters: Params, frozen: Params) -> Params:
-    """The base with its adapters added, in numpy arrays; a base in four bits is made whole first."""
+    """The base with its adapters added, in numpy arrays; of a base in four bits, the dequantised values count."""
     adapters, frozen = (jax.tree.map(np.asarray, tree) for tree in (adapters, frozen))
     low_rank, saved = split(adapters)
     return lora.merged(_joined(decoder, frozen), low_rank, frozen[SCALES], targets(decoder, options)) | saved

@@ -1,7 +1,8 @@
 """The training loop: what happens when, for both backends. It imports neither jax nor torch.
 
 An `Engine` owns the model and computes; the loop feeds it batches, validates, samples, saves, reports, and leaves in
-order when the user or the machine says stop. All that a resumed run needs is in the checkpoint's `run` record.
+order when the user or the machine says stop. What the loop needs to resume is the `run` record of a checkpoint; arrays
+lie beside it, and frozen models stay in their own files.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class FrozenFile(NamedTuple):
 
     path: str
     sha256: str
-    """Of names, dtypes, shapes and values; `seed N` for a drawn tree. A run resumes with the same one, at any path."""
+    """Of names, dtypes, shapes and values; `seed N` for a drawn tree. A run resumes with no other; its path may differ."""
 
 
 @dataclasses.dataclass
@@ -377,7 +378,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 
 def _position(record: Mapping[str, Any], cfg: config.Config) -> dict[str, Any]:
-    """The iterator state of a checkpoint, for the batch size of now: the number of the next batch.
+    """The number of the next batch: the rows that a checkpoint has read, in batches of the present size.
 
     Raises:
         UserError: the rows that were read are no whole number of these batches.

@@ -131,8 +131,8 @@ class Objective(NamedTuple):
     name, `trained` is the tree of parameters (or a dict of several), `frozen` a dict of trees, `key` is None where
     nothing is random. `torch(modules, cfg)` returns its twin `loss(batch) -> (sum, sums)`.
 
-    `sum` is what is differentiated; `sums["weight"]` divides it and all other sums, but for those of `divisors`, so
-    that no mean of means arises.
+    `sum` is what is differentiated; `sums["weight"]` divides it and all other sums. `divisors` names another divisor
+    for a metric.
     """
 
     jax: Callable[..., Callable[..., tuple[Any, dict[str, Any]]]]

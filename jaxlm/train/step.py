@@ -4,7 +4,8 @@
     state, metrics = step(state, frozen, batch)
 
 `loss_fn(trained, frozen, batch, key)` returns a sum over the targets of the batch, and sums to report beside it;
-`weight` among them divides all. So microbatches with different numbers of targets add up to exactly the large batch.
+`weight` among them divides all. So microbatches with different numbers of targets add up to the large batch, up to
+rounding; balancing terms and capacities of experts alone are those of each microbatch.
 `frozen` holds trees that only compute: they are neither differentiated nor donated.
 
 Shapes: B rows, T length, M microbatches.

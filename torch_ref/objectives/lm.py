@@ -19,7 +19,8 @@ from torch_ref.objectives.blocks import block_count, join, split
 
 
 class LMLoss(NamedTuple):
-    """Sums over the weighted targets; divide by `weight` for means. Nats."""
+    """Sums over the targets, each times its weight: 0 where it does not count, such as padding. Divide by `weight` for
+    means. Nats."""
 
     loss: Float[Tensor, ""]
     """What is minimised: smoothed cross-entropy plus z-loss."""

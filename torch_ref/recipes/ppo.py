@@ -23,7 +23,7 @@ CREDIT = ("advantages", "returns", "old_values")
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
-    """`batch -> (sum, sums)`: policy and value loss, both divided by the trained tokens."""
+    """`batch -> (sum, sums)`: policy and value loss, both divided by what `rl.divisor` says."""
     policy, value, rl = grpo.objective(modules, cfg), modules["value"], cfg.rl
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:

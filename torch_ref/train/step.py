@@ -4,8 +4,9 @@
     state, metrics = step(TrainState(), batch)
 
 `loss_fn(batch)` returns a sum over the targets of the batch, and sums to report beside it; `weight` among them divides
-all. So microbatches with different numbers of targets add up to exactly the large batch. Parameters and moments change
-in place, in the decoder and the optimiser.
+all. So microbatches with different numbers of targets add up to the large batch, up to rounding; balancing terms and
+capacities of experts alone are those of each microbatch. Parameters and moments change in place, in the decoder and the
+optimiser.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Scaled dot-product attention: one function, several kernels.
 
-A query sees a key when both belong to the same document (equal segment; 0 is padding), the key does not lie after it
-(position), and fewer than `window` tokens back. A query that sees no key gets zero. `xla` is the readable reference;
-the others are tested against it, forward and backward.
+A query sees a key when both belong to the same document (equal segments that are not 0, which is padding), the key does
+not lie after it (position), and fewer than `window` tokens back. A query that sees no key gets zero. `xla` is the
+readable reference; the others are tested against it, forward and backward.
 
 Keys that are seen by other rules (three kinds of sinks) are other calls: each gives what it mixed and the log-sum-exp
-of its scores (`Mixed`), from which `merge` makes one softmax over all of them. So every kernel has every sink.
+of its scores (`Mixed`), from which `merge` makes one softmax over all of them. So a kernel that gives the log-sum-exp
+serves every kind of sink; the others say which calls they refuse.
 
 Shapes: B batch, T query length, S key length, N heads, K kv heads, G = N/K queries of one kv head, H head dim,
 F retained first tokens, M sink tokens.

@@ -1,6 +1,6 @@
 """The kernels of attention: one table, by the platform that is compiled for and by what the call needs.
 
-`auto` takes the first that applies:
+`auto` gives rows shorter than `SHORT` to `xla`, and others to the first that applies:
 
     splash      tpu   aligned rows, bfloat16 or float32
     cudnn       gpu   aligned rows of even length, bfloat16 or float16, head dim a multiple of 8 up to 128,
@@ -9,8 +9,7 @@
     xla         all   everything
 
 Aligned: queries and keys are the same tokens in the same order. `splash` and `cudnn` give no log-sum-exp, so neither
-mixes keys that are then merged with others. Under `auto`, rows shorter than `SHORT` stay with `xla`. A kernel that is
-asked for by name and does not apply is an error.
+mixes keys that are then merged with others. A kernel that is asked for by name and does not apply is an error.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ Whole = Callable[[Array, Array, Array, Places, Places, Form, Array | None, Site]
 
 
 class Kernel(NamedTuple):
-    """One way to compute attention, and the calls that it is for: a row of `KERNELS`, and a name in the config.
+    """One way to compute attention, and the calls that it is for: a row of `KERNELS`. Its name is a
+    value of `model.attention_impl`.
 
     A query of segment 0 gets zero, the output has `form.dtype`, and a gradient reaches queries, keys and values.
     """
@@ -64,7 +64,7 @@ class Kernel(NamedTuple):
     platforms: tuple[str, ...]
     """Where it runs: of `cpu`, `gpu` and `tpu`."""
     refuses: Callable[[Call], str]
-    """Why a call cannot be computed, empty where it can. A kernel without `part` refuses `merged` calls."""
+    """Why a call cannot be computed, empty where it can. It also names `merged` calls, if the kernel has no `part`."""
     part: Part | None = None
     """A kernel has `part` or `whole`. `part(q, k, v, q_places, k_places, form)`, with its log-sum-exp."""
     whole: Whole | None = None
@@ -72,7 +72,8 @@ class Kernel(NamedTuple):
     splits: bool = False
     """Whether the kernel divides its call over a mesh by itself."""
     rings: bool = False
-    """Whether it computes the blocks of `ring`; others see all keys of a split row, gathered: more than queries."""
+    """Whether it computes the blocks of `ring`; others get all keys of a split row, which are more than the
+    queries of a device."""
 
     def objection(self, call: Call) -> str:
         """Why the kernel is not for this call, empty where it is."""

@@ -45,7 +45,7 @@ def splash(
     Args:
         segments_BT: the document of each token, 0 for padding.
         window, softcap: as in `ops.attention`.
-        sink_logits_N: as in `ops.merge`.
+        sink_logits_N: as in `ops.attention.visible.merge`.
     """
     site = site or here()
     layout = site.layout

@@ -1,8 +1,9 @@
 """Scaled dot-product attention: one function, two kernels.
 
-A query sees a key when both belong to the same document (equal segment; 0 is padding), the key does not lie after it
-(position), and fewer than `window` tokens back. A query that sees no key gets zero. `xla` is the readable reference,
-named as in `jaxlm`; every other name is PyTorch's own fused kernel, tested against it, forward and backward.
+A query sees a key when both belong to the same document (equal segments that are not 0, which is padding), the key does
+not lie after it (position), and fewer than `window` tokens back. A query that sees no key gets zero. `xla` is the
+readable reference, named as in `jaxlm`; every other name is PyTorch's own fused kernel, tested against it, forward and
+backward.
 
 Keys that are seen by other rules (three kinds of sinks) are other calls: each gives what it mixed and the log-sum-exp
 of its scores (`Mixed`), from which `merge` makes one softmax over all of them. PyTorch's kernel has no soft cap and
