@@ -40,7 +40,7 @@ class FrozenFile(NamedTuple):
 
     path: str
     sha256: str
-    """Of names, dtypes, shapes and values; `seed N` for a drawn tree. A run resumes with no other; its path may differ."""
+    """Of names, dtypes, shapes and values; `seed N` for a drawn tree. A run resumes with the same one, at any path."""
 
 
 @dataclasses.dataclass
