@@ -89,7 +89,7 @@ def test_answers_are_learnt(begun: Path) -> None:
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "ppo"])
+@pytest.mark.parametrize("recipe", [pytest.param("grpo", marks=pytest.mark.soak), "ppo"])  # which keeps more
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_run_resumes_bit_for_bit(
     begun: Path, tmp_path: Path, backend: Any, recipe: str, request: pytest.FixtureRequest
