@@ -16,7 +16,6 @@ Shapes: B batch, T length, D width, V vocabulary (or numbers of the head), M doc
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -160,7 +159,7 @@ class Decoder(nn.Module):
 
 def abstract_params(decoder: Decoder) -> tuple[Params, Params]:
     """Shapes and logical axes of every parameter, without allocating anything: the side table of the sharding."""
-    boxed = _traced_init.eval_shape(decoder)
+    boxed = jax.eval_shape(lambda: _init(decoder, jax.random.key(0)))
     is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
     axes: Any = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
     return nn.meta.unbox(boxed), axes
@@ -211,12 +210,6 @@ def unrolled(decoder: Decoder) -> Decoder:
 def _init(decoder: Decoder, key: jax.Array) -> Any:
     ids = jnp.zeros((1, 1), jnp.int32)
     return decoder.init(key, ids, ids, jnp.ones_like(ids))["params"]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _traced_init(decoder: Decoder) -> Any:
-    """Never compiled, and traced once for equal decoders: their shapes are asked for many times at a start."""
-    return _init(decoder, jax.random.key(0))
 
 
 __all__ = [
