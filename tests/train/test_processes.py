@@ -172,6 +172,7 @@ def test_twenty_rounds_beside_two_busy_processes(runs, tmp_path, monkeypatch, pr
     finally:
         for process in busy:
             process.kill()
+            process.wait()
 
 
 @SOAK
