@@ -2,8 +2,8 @@
 
 python -m benchmarks.decode
 
-litgpt and llama.cpp take part where they are installed: see `decode_peers`. All have the same weights and prompts; the
-JSON says how many of the first row's tokens are those of jaxlm.
+litgpt and llama.cpp take part where they are installed: see `decode_peers`. All have the same prompts; jaxlm's engine,
+litgpt and llama.cpp have its weights too, and the JSON says how many of the first row's tokens are those of jaxlm.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def run(rounds: int, out: Path | None = None, only: Sequence[str] = ()) -> dict[
 
 def _common(ids: Sequence[int], other: Sequence[int]) -> int:
     """Tokens at the beginning that two texts have in common."""
-    return next((i for i, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b), len(ids))
+    pairs = zip(ids, other, strict=False)  # llama.cpp may leave out tokens that have no text
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(other)))
 
 
 def main() -> None:
@@ -126,8 +127,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.batch)
-    else:
-        run(arguments.rounds, arguments.out, [one.strip() for one in arguments.only.split(";") if one])
+        return
+    only = [one.strip() for one in arguments.only.split(";") if one]
+    if unknown := {*only} - {peer.name for peer in PEERS}:
+        parser.error(f"--only: no peer {', '.join(sorted(unknown))}; there are: {'; '.join(p.name for p in PEERS)}")
+    if only and arguments.out is None:
+        parser.error("--only needs --out FILE: the result that is kept holds all peers")
+    run(arguments.rounds, arguments.out, only)
 
 
 if __name__ == "__main__":

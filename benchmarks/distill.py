@@ -88,9 +88,10 @@ def main() -> None:
     ours, theirs = ([one["nll"] for one in found[arm]] for arm in ARMS)
     figure = compared(ours, theirs, np.asarray(files))
     printed("student, with its teacher against without", figure)
-    error = statistics.stdev(figure["by seed"]) / len(figure["by seed"]) ** 0.5 if options.seeds > 1 else float("nan")
-    figure |= {"standard error over seeds": error, "in standard errors": figure["difference"] / error}
-    print(f"{'':44} {figure['in standard errors']:+.1f} standard errors of {options.seeds} seeds")
+    if options.seeds > 1:
+        error = statistics.stdev(figure["by seed"]) / len(figure["by seed"]) ** 0.5
+        figure |= {"standard error over seeds": error, "in standard errors": figure["difference"] / error}
+        print(f"{'':44} {figure['in standard errors']:+.1f} standard errors of {options.seeds} seeds")
     figure["teacher"] = float(taught["nll"].mean())
     seconds = {arm: [float(one["cpu_seconds"]) for one in found[arm]] for arm in ARMS}
     figure["cpu_seconds"] = {"teacher": float(taught["cpu_seconds"]), **seconds}

@@ -11,6 +11,7 @@ written after each figure, with the load that the machine had; after `--minutes`
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ import psutil
 
 from benchmarks import peers
 from benchmarks.engine_costs import PATTERNS, bandwidth, capacity, in_turns, prefill_memory, ratio, runner, sampler
+from benchmarks.kept import merged, now, this_command
 from benchmarks.train_step import jaxlm_model
 
 NEW, PROMPT, WARM_UP = 64, 64, "--warm-up"
@@ -272,6 +274,13 @@ FIGURES: dict[int, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    """The figures of a file, each with the command that it is of: a command that measures some leaves the others."""
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    figures = {name: figure for name, figure in record.items() if name.startswith("figure_")}
+    return merged({**record, "figures": figures}, {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -286,24 +295,28 @@ def main() -> None:
         engine(8, 512)
         print(time.perf_counter() - begun)
         return
+    path = arguments.out or peers.RESULTS / "engine.json"
     left_out = {f"figure_{number}": why for number, why in NOT_HERE.items()}
-    results: dict[str, Any] = {"rounds": arguments.rounds, "not_measured": left_out}
     wanted = [int(one) for one in arguments.only.split(",") if one] or [*FIGURES]
+    before = earlier(path) if arguments.only else {}
     left_out |= {f"figure_{number}": "the command was ended before" for number in wanted}
+    left_out = {figure: why for figure, why in left_out.items() if figure not in before}
+    results: dict[str, Any] = {"rounds": arguments.rounds, "not_measured": left_out, **before}
     for number in wanted:
         start, figure, load = time.perf_counter(), f"figure_{number}", os.getloadavg()[0]
         if start - begun > 60 * arguments.minutes:
-            left_out[figure] = f"{arguments.minutes:g} minutes were over"
+            if figure not in before:
+                left_out[figure] = f"{arguments.minutes:g} minutes were over"
             continue
         title = " ".join((FIGURES[number].__doc__ or "").split())
         found = FIGURES[number](arguments.rounds, arguments.requests)
         # More load than our own figures make is somebody else's: only ratios of what took turns mean anything then.
         took = {"title": title, "load_before": load, "seconds": time.perf_counter() - start}
-        results[figure] = took | found
-        del left_out[figure]
+        results[figure] = took | found | {"measured": {"command": this_command(), "time": now()}}
+        left_out.pop(figure, None)
         print(title, results[figure], flush=True)
-        peers.save("engine", results, arguments.out)
-    peers.save("engine", results, arguments.out)
+        peers.save("engine", results, path)
+    peers.save("engine", results, path)
 
 
 if __name__ == "__main__":

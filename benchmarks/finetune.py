@@ -108,6 +108,7 @@ def main() -> None:
         "small-training": lambda: trained(SMALL, small, left(), *phrase_words(options.data, small)),
         "small": lambda: templated(small),
     }
+    old: list[str] = []
     for name in (name for name in FIGURES if name in options.only.split(",")):
         figure, own = kept.get(name, options_of(name)), options_of(name)
         if figure is None or (name.endswith("training") and figure["steps"] < figure["of"]):
@@ -118,10 +119,11 @@ def main() -> None:
             figure = figures[name]() | {"load": psutil.getloadavg()[0]}
             figure.setdefault("seconds", time.perf_counter() - start)
             if name.endswith("training"):
-                kept.remove({"training": "tuned", "small-training": "small"}[name])  # of fewer steps
+                old.append({"training": "tuned", "small-training": "small"}[name])  # of fewer steps
+                kept.remove(old[-1])
             kept.put(name, own, figure)
         print(f"{name:10} {json.dumps(figure)}", flush=True)
-    peers.save_figures("finetune", kept.figures, options.out)
+    peers.save_figures("finetune", kept.figures, options.out, without=old)
 
 
 if __name__ == "__main__":

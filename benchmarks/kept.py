@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -9,10 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+PLACES = ("--out", "--runs", "--kept", "--folder")
+"""Options that say where files go, which nobody else needs to know."""
+
 
 def this_command() -> str:
-    """The command of this process, as it was typed."""
-    return " ".join(["python", *sys.orig_argv[1:]])
+    """The command of this process, as it was typed, but for places of files."""
+    words = ["", *sys.orig_argv[1:]]
+    kept = [word for before, word in itertools.pairwise(words) if not {before, word} & {*PLACES}]
+    return " ".join(["python", *kept])
 
 
 def now() -> str:
@@ -44,7 +50,7 @@ class Kept:
     @property
     def figures(self) -> dict[str, Any]:
         """All that are kept."""
-        return {name: entry["figure"] for name, entry in self._entries.items()}
+        return {name: {"measured": {}, **entry["figure"]} for name, entry in self._entries.items()}
 
     def get(self, name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
         """The figure of this name; None: it is not there.

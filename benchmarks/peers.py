@@ -192,10 +192,15 @@ def _fastest_product(product: Callable[[], Any], size: int, tries: int = 12) -> 
     return 2 * size**3 / min(times)
 
 
-def save_figures(name: str, figures: Mapping[str, Any], out: Path | None = None) -> Path:
-    """Write figures by name, beside those of earlier commands that stand in the file and were not measured anew."""
+def save_figures(name: str, figures: Mapping[str, Any], out: Path | None = None, without: Sequence[str] = ()) -> Path:
+    """Write figures by name, beside those of earlier commands that stand in the file and were not measured anew.
+
+    Args:
+        without: names of earlier figures that no longer hold.
+    """
     path = out or RESULTS / f"{name}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before["figures"] = {key: one for key, one in before.get("figures", {}).items() if key not in without}
     return save(name, {"figures": merged(before, figures)}, path)
 
 

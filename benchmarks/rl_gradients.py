@@ -10,6 +10,7 @@ to them. With a cosine of c between two phases, c / (1 - c) is the power of the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -105,9 +106,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/rl_gradients.json")
     options = parser.parse_args()
     gradients, kept = Gradients(options.start), Kept(options.kept)
+    config = hashlib.sha256(Path("configs/rl/grpo-add.toml").read_bytes()).hexdigest()
+    own = {"phases": options.phases, "start": str(options.start), "config": config}
     right = gradients.taught()
     for prompts, group, temperature in CASES:
-        name, own = f"{prompts} x {group}, temperature {temperature:g}", {"phases": options.phases}
+        name = f"{prompts} x {group}, temperature {temperature:g}"
         make = lambda case=(prompts, group, temperature): gradients.case(*case, options.phases, right)  # noqa: E731
         found = kept.measured(name, own, make)
         print(name, {key: round(value, 3) for key, value in found.items() if isinstance(value, float)}, flush=True)

@@ -11,6 +11,7 @@ beside it stands the share of the reference answers that are short enough.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -77,6 +78,7 @@ def main() -> None:
     source, trained_on, asked = split(options.data, options.runs)
     name = options.config.stem
     run, kept = options.runs / name, Kept(options.runs / "figures.json")
+    digest = hashlib.sha256(options.config.read_bytes()).hexdigest()
 
     def measure() -> dict[str, Any]:
         words = (f"{record['instruction']}\n\n{record['output']}" for record in trained_on)
@@ -84,9 +86,11 @@ def main() -> None:
         cost = train(f"finetune/{name}", run, f'data.source="{source}"', *own, *options.set)
         return cost | answers(run, asked)
 
+    if options.config.resolve().parent != Path("configs/finetune").resolve():
+        parser.error(f"--config {options.config}: name a file of configs/finetune")
     figures = {name: measure} | ({str(options.base): lambda: answers(options.base, asked)} if options.base else {})
     for figure, make in figures.items():
-        found = kept.measured(figure, {"set": options.set}, make)
+        found = kept.measured(figure, {"set": options.set, "data": str(options.data), "config": digest}, make)
         print(figure, json.dumps(found), flush=True)
         peers.save_figures("stopping", kept.figures, options.out)
 

@@ -15,7 +15,7 @@ from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.infer.engine import Engine, Reply, Request
 from jaxlm.infer.engine.draft import DRAFT_WIDTHS, check_draft
-from jaxlm.infer.engine.on_jax.joined import joined
+from jaxlm.infer.engine.on_jax.joined import joined_for_decoding
 from jaxlm.infer.engine.on_jax.runner import JaxRunner, row_bytes
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.infer.memory import bytes_of, context_of, rows_within
@@ -52,8 +52,8 @@ class Generator:
         decoder.config.require_language_model("generation")
         check_usable(tokenizer, decoder.config.vocab_size)
         self.tokenizer, self.layout = tokenizer, layout
-        self.decoder, params = unrolled_for_decoding(decoder, params)
-        self.params = joined(params) if layout is None else params  # one copy for all engines
+        laid = joined_for_decoding if layout is None else unrolled_for_decoding
+        self.decoder, self.params = laid(decoder, params)  # one copy for all engines
         self.ends = tuple(dict.fromkeys([*sorted(tokenizer.ends), *ends]))
 
     def engine(

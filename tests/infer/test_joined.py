@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxlm import config
+from jaxlm.infer.engine.on_jax import joined as module
 from jaxlm.infer.engine.on_jax import programs
-from jaxlm.infer.engine.on_jax.joined import joined
+from jaxlm.infer.engine.on_jax.joined import joined, joined_for_decoding
 from jaxlm.infer.engine.on_jax.runner import JaxRunner
 from jaxlm.infer.engine.runner import Orders
+from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.models.decoder import Decoder
 from jaxlm.numerics import Policy
 from tests.infer.test_engine import random_params
@@ -44,7 +47,7 @@ def test_the_same_numbers_of_the_same_bytes(options: dict[str, Any], names: set[
     ids = jnp.asarray([[5, 8, 2, 7, 31]])
     with jax.enable_x64(True):
         decoder, params = made(**options)
-        whole = joined(params)
+        whole = joined(dict(params))
         keys = {key.key for path, _ in jax.tree_util.tree_leaves_with_path(whole) for key in path}
         assert keys & {"qkv_proj", "gate_up_proj"} == names
         sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (params, whole)]
@@ -58,15 +61,36 @@ def test_the_same_numbers_of_the_same_bytes(options: dict[str, Any], names: set[
 
 def test_what_is_joined_already_in_two_dtypes_or_on_two_devices_stays() -> None:
     _, params = made("float32")
-    again = joined(joined(params))
-    assert jax.tree.structure(again) == jax.tree.structure(joined(params))
+    again = joined(joined(dict(params)))
+    assert jax.tree.structure(again) == jax.tree.structure(joined(dict(params)))
     mixer = params["layers_1"]["mixer"]
     mixer["k_proj"] = {"kernel": mixer["k_proj"]["kernel"].astype(jnp.bfloat16)}
-    whole = joined(params)
+    whole = joined(dict(params))
     assert "qkv_proj" in whole["layers_0"]["mixer"] and "qkv_proj" not in whole["layers_1"]["mixer"]
     assert whole["layers_1"]["mixer"]["k_proj"]["kernel"].dtype == jnp.bfloat16
     everywhere = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), PartitionSpec())
     assert "qkv_proj" not in joined(jax.device_put(params, everywhere))["layers_0"]["mixer"]
+
+
+def test_copies_go_and_what_was_handed_in_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer that unrolling has copied is let go when its maps are joined, before the next one's are."""
+    seen: list[int] = []
+    one = module._with_joined_maps
+
+    def counted(layer: Any) -> Any:
+        seen.append(sum(one_of() is not None for one_of in kernels))
+        return one(layer)
+
+    decoder, params = made("float32", layer_loop="scan", n_layers=3)
+    made_decoder, own = unrolled_for_decoding(decoder, params)
+    kernels = [weakref.ref(own[f"layers_{i}"]["mixer"]["q_proj"]["kernel"]) for i in range(3)]
+    monkeypatch.setattr(module, "_with_joined_maps", counted)
+    whole = joined(own)
+    assert own == {} and seen == [3, 2, 1] and "qkv_proj" in whole["layers_2"]["mixer"]
+    before = jax.tree.structure(params)
+    joined_for_decoding(made_decoder, unrolled_for_decoding(decoder, params)[1])
+    joined_for_decoding(decoder, params)
+    assert jax.tree.structure(params) == before
 
 
 def test_a_step_makes_four_products_a_layer_and_the_logits() -> None:

@@ -76,7 +76,11 @@ class PairRows(EpochRows):
         return values
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each row of an epoch: by best fit; a row with more than the most pairs is cut into several."""
+        """The pairs of each row of an epoch: by best fit; a row with more than the most pairs is cut into several.
+
+        Where units of two exist a row has at most half as many units as pairs, whatever they are: so every epoch has
+        the same number of rows.
+        """
         random = np.random.default_rng([self._seed, epoch])
         order = random.permutation(len(self._sizes))
         if self._most == 1 or not len(order):

@@ -200,14 +200,17 @@ def plant(
 
     What was kept on this machine is remembered, so a task that is resumed has the same bugs.
 
+    Args:
+        limits: of each problem, by its id.
+
     Returns: the bugs by problem; a problem is missing where every planted bug passes its tests.
 
     Raises: UserError where the judge itself fails.
     """
     known = kept.read(KEPT)
     listed = {problem.task_id: candidates(problem.reference, problem.entry, problem.task_id) for problem in problems}
-    programs = {task_id: [bug.program for bug in made] for task_id, made in listed.items()}
-    keys = {problem.task_id: kept.key(problem, programs[problem.task_id], sandbox) for problem in problems}
+    judged = {id_: [f"{limits[id_].cpu_seconds}", *(bug.program for bug in made)] for id_, made in listed.items()}
+    keys = {problem.task_id: kept.key(problem, judged[problem.task_id], sandbox) for problem in problems}
     chosen = {
         task_id: int(known[key]) for task_id, key in keys.items() if 0 <= known.get(key, -1) < len(listed[task_id])
     }

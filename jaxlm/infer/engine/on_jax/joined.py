@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.models.attention import QKV
-from jaxlm.models.decoder import Params
+from jaxlm.models.decoder import Decoder, Params
 from jaxlm.models.ffn import GATE_UP
 
 
@@ -33,19 +34,26 @@ JOINS: Mapping[str, _Join] = {
 """By the half of a block that has the maps."""
 
 
+def joined_for_decoding(decoder: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """`unrolled_for_decoding` with joined maps; what it has copied goes layer by layer, as their maps are joined."""
+    made, own = unrolled_for_decoding(decoder, params)
+    return made, joined(dict(params) if own is params else own)
+
+
 def joined(params: Params) -> Params:
     """The tree of an unrolled decoder with joined maps in all layers that have them, each in its own dtype.
 
     Maps that differ in dtype or lie on several devices stay apart, and so do those of stacked layers: such a model is
     too deep for a second copy of its weights.
+
+    Args:
+        params: emptied on the way, so that parts which nobody else holds are freed.
     """
-    layers = {name: layer for name, layer in params.items() if name.startswith("layers_")}
-    maps = {
-        name: {half: [layer[half][part] for part in JOINS[half].parts] for half in JOINS if _fits(layer, half)}
-        for name, layer in layers.items()
-    }
-    whole = _concatenated(maps)
-    return params | {name: _with_maps(layer, whole[name]) for name, layer in layers.items()}
+    made = {}
+    for name in list(params):
+        layer = params.pop(name)
+        made[name] = _with_joined_maps(layer) if name.startswith("layers_") else layer
+    return made
 
 
 def _fits(layer: Mapping[str, Any], half: str) -> bool:
@@ -59,22 +67,20 @@ def _fits(layer: Mapping[str, Any], half: str) -> bool:
     return all(kind == kinds[0] for kind in kinds)
 
 
-def _with_maps(layer: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The layer with joined maps in place of their parts."""
+def _with_joined_maps(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The layer with joined maps in place of their parts, where it has them."""
+    maps = {half: [layer[half][part] for part in JOINS[half].parts] for half in JOINS if _fits(layer, half)}
     made = {}
-    for half, leaves in whole.items():
+    for half, leaves in (_concatenated(maps) if maps else {}).items():
         rest = {name: leaf for name, leaf in layer[half].items() if name not in JOINS[half].parts}
         made[half] = rest | {JOINS[half].whole: leaves}
     return {**layer, **made}
 
 
 @jax.jit
-def _concatenated(maps: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each half of each layer its maps as one: kernels [D, N, H] or [D, F], biases without the D."""
+def _concatenated(maps: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each half of a layer its maps as one: kernels [D, N, H] or [D, F], biases without the D."""
     return {
-        name: {
-            half: jax.tree.map(lambda *leaves, axis=JOINS[half].axis: jnp.concatenate(leaves, axis), *parts)
-            for half, parts in halves.items()
-        }
-        for name, halves in maps.items()
+        half: jax.tree.map(lambda *leaves, axis=JOINS[half].axis: jnp.concatenate(leaves, axis), *parts)
+        for half, parts in maps.items()
     }

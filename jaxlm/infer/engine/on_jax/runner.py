@@ -26,7 +26,7 @@ import numpy as np
 from jaxlm.errors import UserError
 from jaxlm.infer.engine.on_jax import programs
 from jaxlm.infer.engine.on_jax import rows as row_ops
-from jaxlm.infer.engine.on_jax.joined import joined
+from jaxlm.infer.engine.on_jax.joined import joined_for_decoding
 from jaxlm.infer.engine.runner import BURST, Drawn, Orders, Scored
 from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.mesh import Layout
@@ -65,9 +65,9 @@ class JaxRunner:
         self.original = decoder
         self._x64 = decoder.policy.compute == jnp.float64 or bool(jax.config.read("jax_enable_x64"))
         with self._numbers():
-            self.decoder, params = unrolled_for_decoding(decoder, params)
-            self._placed = programs.Placed(self.decoder, None if layout is None else whole_rows(layout))
-            self.params = self._laid(params)
+            self._layout = None if layout is None else whole_rows(layout)
+            self.decoder, self.params = self._laid(params)
+            self._placed = programs.Placed(self.decoder, self._layout)
         self.rows, self.widths, self.length = rows, tuple(widths), slots
         self.slots = rounded_slots(slots, self.widths[-1])
         self.vocab, self.speculates = decoder.config.vocab_size, speculates
@@ -87,7 +87,7 @@ class JaxRunner:
             UserError: a name or a shape differs.
         """
         with self._numbers():
-            new = self._laid(unrolled_for_decoding(self.original, params)[1])
+            _, new = self._laid(params)
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (new, self.params))
         if shapes[0] != shapes[1]:
             raise UserError("the new weights have other names, shapes or dtypes than those of the engine")
@@ -174,13 +174,13 @@ class JaxRunner:
             self.verify(empty, guess, mask)
             self.programs["verify"] = f"{shape}, guesses {BURST - 1}"
 
-    def _laid(self, params: Params) -> Params:
-        """Parameters where the mesh wants them; on one device with joined maps."""
-        layout = self._placed.layout
-        if layout is None:
-            return joined(params)
-        shapes, axes = abstract_params(self.decoder)
-        return jax.device_put(params, layout.shardings(axes, shapes))
+    def _laid(self, params: Params) -> tuple[Decoder, Params]:
+        """The decoder that computes and its parameters: where the mesh wants them, on one device with joined maps."""
+        if self._layout is None:
+            return joined_for_decoding(self.original, params)
+        decoder, params = unrolled_for_decoding(self.original, params)
+        shapes, axes = abstract_params(decoder)
+        return decoder, jax.device_put(params, self._layout.shardings(axes, shapes))
 
     def _numbers(self) -> Any:
         return jax.enable_x64(self._x64)
