@@ -2,7 +2,8 @@
 
 Its import hook decorates inner functions too, each time their outer function runs: a thousandth of a second for each
 `def` that is reached. The checks depend on the code and on the annotations alone, so all functions of one `def` share
-those of the first. And each call finds out which argument belongs to which parameter, for which messages alone ask.
+those of the first (an axis that is named by an argument, `{size}`, would need more; there is none). And each call finds
+out which argument belongs to which parameter, for which messages alone ask.
 """
 
 from __future__ import annotations
