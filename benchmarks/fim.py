@@ -13,28 +13,16 @@ from __future__ import annotations
 
 import argparse
 import builtins
-import functools
 import keyword
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import jaxlm
-from benchmarks.small_runs import (
-    Sequences,
-    compared,
-    config_of,
-    kept,
-    parser,
-    printed,
-    saved,
-    scored,
-    shape_of_runs,
-    trained,
-)
+from benchmarks import small_runs
+from benchmarks.small_runs import Sequences
 from benchmarks.sst2 import wilson
 from jaxlm.config import toml
 from jaxlm.data import fim
@@ -61,7 +49,7 @@ class Place(NamedTuple):
 def settings(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     """The config of one model."""
     data = {"source": "stdlib", "validation_fraction": 0.1, **ARMS[arm]}
-    return config_of(options, seed, {"vocab_size": 2048}, data)
+    return small_runs.config_of(options, seed, {"vocab_size": 2048}, data)
 
 
 def named_places(texts: Sequence[str], room: int, wanted: int) -> list[Place]:
@@ -153,17 +141,13 @@ def judged(options: argparse.Namespace) -> Judged:
 
 def score(model: jaxlm.Model, of: Judged) -> dict[str, np.ndarray]:
     """Negative log-likelihoods by name, and of lines which are right."""
-    found = {name: scored(model, sequences) for name, sequences in of.sequences.items()}
+    found = {name: small_runs.scored(model, sequences) for name, sequences in of.sequences.items()}
     out = {name: one.nll for name, one in found.items()}
     for name in found:
         if name.startswith("lines"):
             wrong_N = np.bincount(of_tokens(of.sequences[name], range(of.lines)), ~found[name].likeliest)
             out[f"{name}, right"] = wrong_N == 0
     return out
-
-
-def _scores(tree: dict[str, Any], run: Path, of: Judged) -> dict[str, np.ndarray]:
-    return score(trained(tree, run), of)
 
 
 def comparisons(found: dict[str, list[dict[str, np.ndarray]]], of: Judged) -> dict[str, Any]:
@@ -181,8 +165,10 @@ def comparisons(found: dict[str, list[dict[str, np.ndarray]]], of: Judged) -> di
         ),
         ("left to right, with FIM against without", "with", "whole", "without", "whole", of.text_files),
     ):
-        results[name] = compared([one[form] for one in found[ours]], [one[other] for one in found[theirs]], files)
-        printed(name, results[name])
+        results[name] = small_runs.compared(
+            [one[form] for one in found[ours]], [one[other] for one in found[theirs]], files
+        )
+        small_runs.printed(name, results[name])
         print(f"{'':44} {results[name]['difference'] / results[name]['theirs']:+.2%}")
     for arm, form in (("with", "lines, both sides"), ("with", "lines, above"), ("without", "lines, above")):
         if of.lines:
@@ -196,18 +182,13 @@ def comparisons(found: dict[str, list[dict[str, np.ndarray]]], of: Judged) -> di
 def main() -> None:
     """Train what is missing, and print a line for each comparison."""
     defaults = {"steps": 400, "batch": 8, "seq_len": 256, "width": 96, "layers": 2}
-    asked = parser("fim", __doc__, **defaults, places=500)
+    asked = small_runs.parser("fim", __doc__, **defaults, places=500)
     asked.add_argument("--problems", type=int, default=300, help="of HumanEval infilling, under JAXLM_DATA; 0: none")
     options = asked.parse_args()
     of = judged(options)
-    found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
-    for seed in range(options.seeds):
-        for arm in ARMS:
-            run = options.folder / f"{arm}-{seed}"
-            make = functools.partial(_scores, settings(options, arm, seed), run, of)
-            found[arm].append(kept(run, shape_of_runs(options), make))
-            print(f"{run}: {found[arm][-1]['whole'].mean():.4f} nats a token from left to right", flush=True)
-    saved("fim", options, figures=comparisons(found, of))
+    make = lambda arm, seed, run: score(small_runs.trained(settings(options, arm, seed), run), of)  # noqa: E731
+    found = small_runs.by_arm(options, ARMS, make, "whole")
+    small_runs.saved("fim", options, figures=comparisons(found, of))
 
 
 if __name__ == "__main__":

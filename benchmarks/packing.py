@@ -11,25 +11,14 @@ where the files that are imported stand before, against the second on files alon
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import jaxlm
-from benchmarks.small_runs import (
-    Sequences,
-    compared,
-    config_of,
-    kept,
-    parser,
-    printed,
-    saved,
-    scored,
-    shape_of_runs,
-    trained,
-)
+from benchmarks import small_runs
+from benchmarks.small_runs import Sequences
 from jaxlm.config import Data, toml
 from jaxlm.data import repository
 from jaxlm.data.pipeline import prepare
@@ -63,7 +52,7 @@ def settings(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]
     own = options.folder / "tokenizer.json"
     data = {"source": str(root / "train"), "validation_source": str(root / "held_out"), **ARMS[arm]}
     tokenizer = {"kind": "file", "path": str(own)} if own.is_file() else {"vocab_size": 2048}
-    return config_of(options, seed, tokenizer, data)
+    return small_runs.config_of(options, seed, tokenizer, data)
 
 
 class Form(NamedTuple):
@@ -118,31 +107,26 @@ def score(model: jaxlm.Model, form: Form, tokens: int) -> np.ndarray:
     counts = [(numbers >= 0) & (np.arange(len(numbers)) > 0) for numbers in form.numbers]
     out = np.full(tokens, np.nan)
     numbers = np.concatenate([own[count] for own, count in zip(form.numbers, counts, strict=True)])
-    out[numbers] = scored(model, Sequences(form.ids, counts)).nll
+    out[numbers] = small_runs.scored(model, Sequences(form.ids, counts)).nll
     return out
 
 
 def _scores(tree: dict[str, Any], run: Path, held_out: HeldOut) -> dict[str, np.ndarray]:
-    model, tokens = trained(tree, run), len(held_out.documents)
+    model, tokens = small_runs.trained(tree, run), len(held_out.documents)
     return {"alone": score(model, held_out.alone, tokens), "within": score(model, held_out.within, tokens)}
 
 
 def main() -> None:
     """Train what is missing, and print a line for each comparison."""
     defaults = {"steps": 250, "batch": 4, "seq_len": 512, "width": 64, "layers": 2}
-    options = parser("packing", __doc__, **defaults).parse_args()
+    options = small_runs.parser("packing", __doc__, **defaults).parse_args()
     folders(options.folder / "stdlib")
     first = prepare(toml.from_dict(settings(options, "stream", 0)))
     first.tokenizer.save(options.folder / "tokenizer.json")
     held_out = held_out_files(options.folder / "stdlib" / "held_out", first.tokenizer, options.seq_len)
 
-    found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
-    for seed in range(options.seeds):
-        for arm in ARMS:
-            run = options.folder / f"{arm}-{seed}"
-            make = functools.partial(_scores, settings(options, arm, seed), run, held_out)
-            found[arm].append(kept(run, shape_of_runs(options), make))
-            print(f"{run}: {np.nanmean(found[arm][-1]['alone']):.4f} nats a token of files alone", flush=True)
+    make = lambda arm, seed, run: _scores(settings(options, arm, seed), run, held_out)  # noqa: E731
+    found = small_runs.by_arm(options, ARMS, make, "alone")
 
     comparisons = {
         "best fit against stream, files alone": (("best_fit", "alone"), ("stream", "alone")),
@@ -155,9 +139,9 @@ def main() -> None:
         pair = [[one[form] for one in found[arm]] for arm, form in (ours, theirs)]
         both = np.isfinite(pair[0][0]) & np.isfinite(pair[1][0])
         chosen = [[row[both] for row in rows] for rows in pair]
-        results[name] = compared(chosen[0], chosen[1], held_out.documents[both])
-        printed(name, results[name])
-    saved("packing", options, comparisons=results)
+        results[name] = small_runs.compared(chosen[0], chosen[1], held_out.documents[both])
+        small_runs.printed(name, results[name])
+    small_runs.saved("packing", options, comparisons=results)
 
 
 if __name__ == "__main__":

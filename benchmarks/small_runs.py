@@ -9,8 +9,9 @@ Shapes: S seeds, N sequences or tokens, B sequences at a time, T tokens, V vocab
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +153,26 @@ def kept(run: Path, options: Mapping[str, Any], make: Any) -> dict[str, np.ndarr
     np.savez(temporary, **made)
     temporary.replace(path)
     return made
+
+
+def by_arm(
+    options: argparse.Namespace,
+    arms: Iterable[str],
+    make: Callable[[str, int, Path], dict[str, np.ndarray]],
+    headline: str,
+) -> dict[str, list[dict[str, np.ndarray]]]:
+    """The scores of every arm, a seed after the other; a line for each run has the mean of those named `headline`.
+
+    Args:
+        make: `(arm, seed, run) -> scores by name`, for runs that are not there yet.
+    """
+    found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in arms}
+    for seed in range(options.seeds):
+        for arm in found:
+            run = options.folder / f"{arm}-{seed}"
+            found[arm].append(kept(run, shape_of_runs(options), functools.partial(make, arm, seed, run)))
+            print(f"{run}: {np.nanmean(found[arm][-1][headline]):.4f} nats a token, {headline}", flush=True)
+    return found
 
 
 def compared(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], documents: np.ndarray) -> dict[str, Any]:
