@@ -3,6 +3,7 @@
     model = jaxlm.load("runs/quickstart")                       # a run, a Hugging Face or torch_ref folder, a hub name
     print(model.generate("def add(a, b):", max_new_tokens=32).text)
     logits = model([5, 8, 2])                                   # and model.log_probs, model.hidden, model.to_torch
+    engine = model.engine(rows=8)                               # many requests at once: engine.submit(Request(...))
     run = jaxlm.train(jaxlm.load_config("quickstart.toml"))     # a Run: run.metrics, run.checkpoints, run.model()
     jaxlm.convert("runs/quickstart", "exported", to="llama")
     assert jaxlm.check_parity("runs/quickstart").same
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from jaxlm.config.toml import load as load_config
     from jaxlm.convert.write_model import convert
     from jaxlm.errors import UserError
-    from jaxlm.infer.model import Model, load
+    from jaxlm.infer.engine import Request
+    from jaxlm.infer.load import load
+    from jaxlm.infer.model import Model
     from jaxlm.infer.trained_run import Run
     from jaxlm.parity.check import check as check_parity
     from jaxlm.recipes.train import train
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Model",
+    "Request",
     "Run",
     "Sampling",
     "UserError",
@@ -44,12 +48,13 @@ __all__ = [
 
 _PLACES = {
     "Model": ("jaxlm.infer.model", "Model"),
+    "Request": ("jaxlm.infer.engine", "Request"),
     "Run": ("jaxlm.infer.trained_run", "Run"),
     "Sampling": ("jaxlm.text.sampling", "Sampling"),
     "UserError": ("jaxlm.errors", "UserError"),
     "check_parity": ("jaxlm.parity.check", "check"),
     "convert": ("jaxlm.convert.write_model", "convert"),
-    "load": ("jaxlm.infer.model", "load"),
+    "load": ("jaxlm.infer.load", "load"),
     "load_config": ("jaxlm.config.toml", "load"),
     "train": ("jaxlm.recipes.train", "train"),
 }

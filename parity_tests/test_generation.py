@@ -15,7 +15,7 @@ import torch
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.infer import generate as jax_generate
-from jaxlm.infer.model import load
+from jaxlm.infer.load import load
 from jaxlm.models import decoder as jax_decoder
 from jaxlm.text.completion import right_padded
 from jaxlm.text.sampling import GREEDY, Sampling

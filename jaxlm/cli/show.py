@@ -23,12 +23,12 @@ def write(text: str) -> None:
         sys.stdout.flush()
 
 
-def open_model(path: Path) -> Any:
+def open_model(path: Path, mesh: str | None = None) -> Any:
     """`jaxlm.load`; compiled programs are kept on disk, for the process is the command line's own."""
     import jaxlm
     from jaxlm.processes.compile_cache import enable_compilation_cache
 
-    model = jaxlm.load(path)
+    model = jaxlm.load(path, mesh=mesh)
     enable_compilation_cache(model.config.data.cache_dir)
     return model
 

@@ -41,6 +41,7 @@ def generate(
     as_json: JsonFlag = False,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, in the model's template.")] = False,
     backend: BackendOption = Backend.jax,
+    mesh: Annotated[str | None, typer.Option(help="Split the model: a preset of configs/mesh, such as fsdp.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of many prompts, one JSON object a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the texts of --prompts go.")] = None,
     rows: Annotated[int, typer.Option(help="With --prompts: texts side by side.")] = 16,
@@ -51,7 +52,8 @@ def generate(
     """Continue PROMPT with a trained model; the text appears as it is made.
 
     With --prompts, continue every line of a file: {"prompt": "...", "max_new_tokens": 64, "sampling": {"top_p": 0.9}}.
-    A command that was killed goes on where it stopped.
+    A command that was killed goes on where it stopped. Under `jaxlm launch local --processes 2 -- generate RUN ...` the
+    processes hold the model together, and the first one speaks.
     """
     from jaxlm.text.sampling import Sampling
 
@@ -66,7 +68,8 @@ def generate(
         presence_penalty=presence_penalty,
     )
     stops = tuple(stop or ())
-    wanted = _Wanted(sampling, max_new_tokens, stops, seed, num_samples, backend.value, speculate, draft)
+    mesh = _join(backend, mesh)
+    wanted = _Wanted(sampling, max_new_tokens, stops, seed, num_samples, backend.value, mesh, speculate, draft)
     if prompts is not None:
         _refuse_options_of_one_prompt(verbose, as_json, chat)
     if prompts is not None or out is not None or prompt is None:
@@ -93,8 +96,20 @@ class _Wanted(NamedTuple):
     seed: int
     num_samples: int
     backend: config.Backend
+    mesh: str | None
     speculate: int
     draft: Path | None
+
+
+def _join(backend: Backend, mesh: str | None) -> str | None:
+    """Meet the other processes, if there are any; returns the preset of the mesh, which several processes need."""
+    from jaxlm import config
+    from jaxlm.processes import meet
+
+    several = meet.initialize(config.Distributed()) is not None
+    if backend is Backend.torch and (several or mesh):
+        raise UserError("--backend torch computes in one process on one device", "use --backend jax")
+    return mesh or ("fsdp" if several else None)
 
 
 def _as_chat(model: Any, message: str) -> str:
@@ -113,25 +128,25 @@ def _answer_file(
 
     if prompt is not None or prompts is None or out is None:
         raise UserError("give a PROMPT, or --prompts IN.jsonl and --out OUT.jsonl")
-    sampling, length, stop, seed, choices, backend, speculate, draft = wanted
+    sampling, length, stop, seed, choices, backend, mesh, speculate, draft = wanted
     usual = Request((), sampling=sampling, max_new_tokens=length, stop=stop, seed=seed, n=choices)
-    done, guesser = 0, _draft(draft)
-    for done in open_model(run).answer_file(
+    done, guesser = 0, _draft(draft, mesh)
+    for done in open_model(run, mesh).answer_file(
         prompts, out, usual, rows=rows, backend=backend, speculate=speculate, draft=guesser
     ):
-        write(f"\r{done} texts")
-    write(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")
+        _speak(f"\r{done} texts")
+    _speak(f"\r{out}: {done} texts\n" if done else f"{out}: nothing left to do\n")
 
 
 def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, verbose: bool, wanted: _Wanted) -> None:
     """Print the completions of one prompt; a single one appears as it is made."""
     streaming = not as_json and wanted.num_samples == 1
     shown: list[str] = []
-    model = open_model(run)
+    model = open_model(run, wanted.mesh)
     echo, prompt = ("", _as_chat(model, prompt)) if chat else (prompt, prompt)
 
     def stream(_: int, text: str) -> None:
-        write(text if shown else echo + text)
+        _speak(text if shown else echo + text)
         shown.append(text)
 
     completions = model.generate(
@@ -144,18 +159,27 @@ def _answer_prompt(run: Path, prompt: str, as_json: bool, chat: bool, verbose: b
         stream=stream if streaming else None,
         backend=wanted.backend,
         speculate=wanted.speculate,
-        draft=_draft(wanted.draft),
+        draft=_draft(wanted.draft, wanted.mesh),
     )
     if streaming:
-        write("\n" if shown else echo + "\n")
+        _speak("\n" if shown else echo + "\n")
     for completion in completions if not streaming else ():
-        print(json.dumps(_fields(completion)) if as_json else echo + completion.text + "\n")
+        text = json.dumps(_fields(completion)) if as_json else f"{echo}{completion.text}\n"
+        _speak(f"{text}\n")
     if verbose:
         _tell_guesses(completions)
 
 
-def _draft(path: Path | None) -> Any:
-    return None if path is None else open_model(path)
+def _speak(text: str) -> None:
+    """Print as `write` does; of several processes the first one speaks."""
+    from jaxlm.processes import meet
+
+    if meet.is_first():
+        write(text)
+
+
+def _draft(path: Path | None, mesh: str | None) -> Any:
+    return None if path is None else open_model(path, mesh)
 
 
 def _fields(completion: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,19 +120,47 @@ def from_canonical(tensors: Mapping[str, Any], cfg: config.Model, where: str = "
         if name in tensors and (found := fault(np.asarray(tensors[name]), leaf.shape)):
             problems.add(found[0], [f"{name} {found[1]}".rstrip()])
     problems.refuse(where)
-    return fill(tensors, cfg, where)
+    return fill(tensors, cfg)
 
 
-def fill(tensors: Mapping[str, Any], cfg: config.Model, where: str) -> Params:
+def fill(
+    tensors: Mapping[str, Any],
+    cfg: config.Model,
+    lay: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, leaf: leaf,
+) -> Params:
     """A live tree of sound tensors by canonical names, each read once.
+
+    Args:
+        lay: takes each leaf, with its path, before the next one is read; what it returns is in the tree. Default: the
+            arrays themselves.
 
     Raises:
         UserError: a tensor turns out to be damaged.
     """
-    params: Params = {}
+    names: dict[tuple[str, ...], list[str]] = {}  # of the tensors of each leaf, in the order of their layers
     for name in leaves(cfg):
-        _insert(params, name, np.asarray(tensors[name]), cfg)
+        names.setdefault(locate(name, cfg)[0], []).append(name)
+    params: Params = {}
+    for path, several in names.items():
+        place = params
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = lay(path, _leaf(tensors, several, stacked=locate(several[0], cfg)[1] is not None))
     return params
+
+
+def _leaf(tensors: Mapping[str, Any], names: Sequence[str], stacked: bool) -> np.ndarray:
+    """A tensor, or those of all layers as one stack: where they differ in dtype, in one that holds all exactly."""
+    if not stacked:
+        return np.require(np.asarray(tensors[names[0]]), requirements=["C", "W"])  # nothing that a file is mapped to
+    first = np.asarray(tensors[names[0]])
+    stack = np.empty((len(names), *first.shape), first.dtype)
+    for index, name in enumerate(names):
+        tensor = first if index == 0 else np.asarray(tensors[name])
+        if stack.dtype != tensor.dtype:
+            stack = stack.astype(_wider(stack.dtype, tensor.dtype), copy=False)
+        stack[index] = tensor
+    return stack
 
 
 DEQUANTISE = "dequantise them first: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained(...)"
@@ -184,21 +212,6 @@ def locate(name: str, cfg: config.Model) -> tuple[tuple[str, ...], int | None]:
         return (f"layers_{number}", *inside), None
     repeat, slot = divmod(int(number), len(cfg.pattern))
     return ("layers", f"slot_{slot}", *inside), repeat
-
-
-def _insert(params: Params, name: str, tensor: np.ndarray, cfg: config.Model) -> None:
-    """Put a tensor into its place; a stack whose layers differ in dtype takes one that holds all of them exactly."""
-    (*parents, last), index = locate(name, cfg)
-    for key in parents:
-        params = params.setdefault(key, {})
-    if index is None:
-        params[last] = np.require(tensor, requirements=["C", "W"])  # nothing that a file is mapped to
-        return
-    if last not in params:
-        params[last] = np.empty((cfg.repeats, *tensor.shape), tensor.dtype)
-    if params[last].dtype != tensor.dtype:
-        params[last] = params[last].astype(_wider(params[last].dtype, tensor.dtype), copy=False)
-    params[last][index] = tensor
 
 
 def _wider(one: np.dtype, other: np.dtype) -> np.dtype:

@@ -69,7 +69,7 @@ class Opened:
 
     def read(self) -> Model:
         """The whole model in memory."""
-        params = fill(self.parameters, self.config.model, str(self.path))
+        params = fill(self.parameters, self.config.model)
         return Model(self.config, params, self.tokenizer_path, self.kind)
 
 
@@ -171,7 +171,7 @@ def _open_with_adapters(path: Path, settings: config.Config, step: int | None) -
     dtype = np.dtype(settings.numerics.params)
     with jax.enable_x64(True):  # float64 parameters stay so; the others have their own dtype
         parameters = base.with_head(below.parameters, settings.model, below.config.model, settings.seed)
-        params = base.cast(fill(parameters, settings.model, str(below.path)), dtype)
+        params = base.cast(fill(parameters, settings.model), dtype)
         params = base.whole_model(path, settings, params, _trained(path, settings, step))
     train = dataclasses.replace(settings.train, init_from="")
     merged = dataclasses.replace(settings, lora=config.LoRA(), train=train)
@@ -211,7 +211,7 @@ def _open_peft(path: Path) -> Opened:
         raise UserError(f"{path}: an adapter of {where}, which cannot be opened: {error.message}", hint) from None
     if below is None:
         raise UserError(f"{path / adapters.CONFIG} names itself as the base", "name the folder of the base")
-    params = fill(below.parameters, below.config.model, str(below.path))
+    params = fill(below.parameters, below.config.model)
     merged = base.merged_peft(path, params, below.config)
     own = {"tokenizer": below.tokenizer_path}
     return dataclasses.replace(below, parameters=canonical(merged, below.config.model), **own)

@@ -292,7 +292,7 @@ def from_layout(
     Raises:
         UserError: see `Parameters`; or a stack of layers in two dtypes.
     """
-    return fill(Parameters(tensors, cfg, rows, where), cfg, where)
+    return fill(Parameters(tensors, cfg, rows, where), cfg)
 
 
 def expand(rows: Sequence[Row], cfg: config.Model) -> list[Row]:

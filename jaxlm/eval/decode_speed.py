@@ -26,7 +26,7 @@ def decode_speed(run: Path) -> dict[str, Any]:
     """
     from jaxlm.counts.parameters import account
     from jaxlm.infer.generate import generate, unrolled_for_decoding
-    from jaxlm.infer.model import load
+    from jaxlm.infer.load import load
     from jaxlm.processes.compile_cache import enable_compilation_cache
     from jaxlm.text.sampling import GREEDY
 

@@ -29,7 +29,7 @@ from jaxlm.convert.files.side_files import no_tokenizer
 from jaxlm.data.pipeline import prepare
 from jaxlm.errors import UserError
 from jaxlm.infer.generate import unrolled_for_decoding
-from jaxlm.infer.model import load
+from jaxlm.infer.load import load
 from jaxlm.models.decoder import Decoder, Params, init_cache
 from jaxlm.numerics import Policy, precision
 from jaxlm.processes.compile_cache import enable_compilation_cache

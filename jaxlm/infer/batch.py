@@ -11,12 +11,14 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.infer.engine import Engine, Grammar, Reply, Request, Result
+from jaxlm.processes import meet
 from jaxlm.text.sampling import preset
 
 AHEAD = 4
@@ -26,21 +28,24 @@ AHEAD = 4
 def answer_file(engine: Engine, prompts: Path, out: Path, defaults: Request, name: str) -> Iterator[int]:
     """Answer every line of `prompts` in `out`, in order; yields the number of lines done after each.
 
-    A line that cannot be answered has an `error` in its place.
+    A line that cannot be answered has an `error` in its place. Of several processes the first writes, and says to the
+    others how many lines stood there.
 
     Args:
         defaults: options of lines that do not have their own.
         name: of the model, so that an output of another one is not gone on with.
 
     Raises:
-        UserError: `prompts` cannot be read, or `out` holds the answers of something else.
+        UserError: `prompts` cannot be read, `out` holds the answers of something else, or the processes differ.
     """
     lines = _lines(prompts)
     keys = [hashlib.sha256(f"{name}\0{defaults}\0{line}".encode()).hexdigest()[:16] for line in lines]
-    done = _answered(out, keys)
+    if meet.several():
+        meet.agree({"the prompts": hashlib.sha256("".join(keys).encode()).hexdigest()[:12]})
+    done = int(meet.from_first(str(_answered(out, keys) if meet.is_first() else 0)))
     under_way: collections.deque[tuple[int, Reply | str]] = collections.deque()
     following = iter(range(done, len(lines)))
-    with out.open("a", encoding="utf-8") as file:
+    with (out if meet.is_first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
         while True:
             while len(under_way) < AHEAD * engine.runner.rows and (index := next(following, None)) is not None:
                 under_way.append((index, _submit(engine, lines[index], defaults)))

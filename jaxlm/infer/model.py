@@ -17,26 +17,25 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm import config
-from jaxlm.config import registry, toml
 from jaxlm.convert import native, open_model
 from jaxlm.convert.canonical import canonical
 from jaxlm.convert.files.side_files import carried, no_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.infer import tree
 from jaxlm.infer.batch import answer_file
-from jaxlm.infer.engine import Request
+from jaxlm.infer.engine import Engine, Request
 from jaxlm.infer.forwards import compiled_forwards
 from jaxlm.infer.generate import bucket
 from jaxlm.infer.text import Generator, end_ids, slots_for
 from jaxlm.mesh import Layout
-from jaxlm.models.decoder import Decoder, Params, abstract_params
+from jaxlm.models.decoder import Decoder, Params
 from jaxlm.numerics import Policy, precision
 from jaxlm.text.completion import Completion, check_prompts, encode_prompts, right_padded
 from jaxlm.text.sampling import GREEDY, Sampling
@@ -47,56 +46,6 @@ if TYPE_CHECKING:
 
 Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Int[Array, "..."]
 """A text, ids [T], or rows of ids [B, T]."""
-Dtype = Literal["float32", "bfloat16", "float64"]
-
-
-def load(
-    path: str | Path,
-    *,
-    dtype: Dtype | None = None,
-    mesh: str | config.Mesh | None = None,
-    step: int | None = None,
-) -> Model:
-    """Open a model and lay it on this process's devices.
-
-    Args:
-        path: a run, a torch_ref or Hugging Face folder, a `model.bin` of llama2.c, or `org/name` on the hub.
-        dtype: in which it computes; None: as its config says. `float64` widens the parameters too.
-        mesh: devices over which to split it, a `config.Mesh` or the name of a preset such as `zero3`; None: the first.
-        step: which checkpoint of a run; None: the newest.
-
-    Raises:
-        UserError: `path` holds no model (the message says what was looked for), or a damaged one; `dtype` or `mesh` is
-            unknown or does not fit.
-    """
-    stored = open_model.load(path, step=step)
-    settings = stored.config
-    if dtype is not None:
-        numerics = {"params": "float64" if dtype == "float64" else "float32", "compute": dtype}
-        numerics |= {"matmul": settings.numerics.matmul}
-        settings = dataclasses.replace(settings, numerics=toml.from_dict({"numerics": numerics}, "dtype").numerics)
-    if isinstance(mesh, str):
-        mesh = toml.from_dict({"mesh": registry.mesh(mesh)}, "mesh").mesh
-    with precision(settings.numerics):
-        wanted = np.dtype(settings.numerics.params) if dtype else None
-        params = jax.tree.map(lambda leaf: np.asarray(leaf, wanted), stored.params)
-        decoder = Decoder(settings.model.portable, Policy.from_config(settings.numerics))
-        layout = Layout.from_config(mesh) if mesh is not None else None
-        if layout is None:
-            params = jax.device_put(params)
-        else:
-            shapes, axes = abstract_params(decoder)
-            params = jax.device_put(params, layout.shardings(axes, shapes))
-    own = stored.tokenizer_path
-    return Model(
-        settings,
-        params,
-        tokenizer=Tokenizer.from_file(own) if own else None,
-        path=Path(path),
-        kind=stored.kind,
-        tokenizer_path=own,
-        layout=layout,
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -262,9 +211,7 @@ class Model:
         check_prompts(self.config.model, [ids], max_new_tokens)
         slots = slots_for(self.config.model, len(ids) + max_new_tokens)
         request = Request(ids, sampling=sampling, max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
-        with precision(self.config.numerics):
-            engine = self.generator.engine(rows=1, context=slots, threaded=False, warm_up=False)
-        with engine:
+        with self.engine(rows=1, context=slots, threaded=False, warm_up=False) as engine:
             parts = iter(engine.submit(request))
             while True:
                 with precision(self.config.numerics):  # not while the caller has its turn
@@ -273,6 +220,21 @@ class Model:
                     return
                 if part.text:
                     yield part.text
+
+    def engine(self, *, backend: config.Backend = "jax", draft: Model | None = None, **options: Any) -> Engine:
+        """What answers many requests at once, from any thread.
+
+        Args:
+            backend: `torch` computes by torch_ref.
+            draft: a smaller model with the same tokenizer that guesses tokens.
+            options: `rows`, `cache_memory`, `prefix_memory` and the others of `infer.text.Generator.engine`.
+
+        Raises:
+            UserError: as `Generator.engine`; or the model has no tokenizer.
+        """
+        with precision(self.config.numerics):
+            guesser = None if draft is None else draft._generator_of(backend)
+            return self._generator_of(backend).engine(draft=guesser, **options)
 
     def answer_file(
         self,
@@ -287,12 +249,9 @@ class Model:
         draft: Model | None = None,
     ) -> Iterator[int]:
         """Answer a file of prompts; see `batch.answer_file`, also for errors. Yields the lines done."""
-        with precision(self.config.numerics):
-            guesser, make = None if draft is None else draft._generator_of(backend), self._generator_of(backend).engine
-            make = functools.partial(make, prefix_memory="256M", threaded=False, warm_up=False)
-            engine = make(rows=rows, context=context, speculate=speculate, draft=guesser)
-        name = f"{(self.path or Path()).resolve()}\0{engine.prefixes.fingerprint}"
-        with engine:
+        sizes: dict[str, Any] = {"rows": rows, "context": context, "prefix_memory": "256M", "speculate": speculate}
+        with self.engine(backend=backend, draft=draft, threaded=False, warm_up=False, **sizes) as engine:
+            name = f"{(self.path or Path()).resolve()}\0{engine.prefixes.fingerprint}"
             yield from answer_file(engine, Path(prompts), Path(out), defaults, name)
 
     @functools.cached_property

@@ -21,7 +21,8 @@ from jaxtyping import Float
 
 from jaxlm.errors import UserError
 from jaxlm.infer.generate import bucket
-from jaxlm.infer.model import Model, load
+from jaxlm.infer.load import load
+from jaxlm.infer.model import Model
 from jaxlm.numerics import precision
 from jaxlm.text.chat import Chat, encode
 from jaxlm.text.completion import right_padded

@@ -19,7 +19,8 @@ from jaxlm.run.checkpoints import checkpoint_steps
 from jaxlm.run.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from jaxlm.infer.model import Dtype, Model
+    from jaxlm.infer.load import Dtype
+    from jaxlm.infer.model import Model
 
 _SHOWN = ("step", "loss", "validation_loss", "tokens_per_second", "learning_rate")
 
@@ -78,7 +79,7 @@ class Run:
         Raises:
             UserError: as `jaxlm.load`.
         """
-        from jaxlm.infer.model import load
+        from jaxlm.infer.load import load
 
         return load(self.path, dtype=dtype, mesh=mesh, step=step)
 

@@ -37,7 +37,7 @@ _DAY = 24 * 3600 * 1000  # milliseconds: one may prepare the corpus while the ot
 _FAREWELL = 10_000  # milliseconds
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 _joined = False  # whether `initialize` has met others
-_meetings = 0  # calls of `agree`, the same on every process
+_meetings = 0  # calls of `agree` and `from_first`, the same on every process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,17 @@ def initialize(options: config.Distributed) -> Place | None:
     _joined = True
     _leave_after_exceptions()
     return place
+
+
+def several() -> bool:
+    """True if this process is one of several that run the same program."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """True if this process is the first of several, or alone: it alone writes files and speaks."""
+    return not several() or sys.modules["jax"].process_index() == 0
 
 
 def find_place(options: config.Distributed, environment: Mapping[str, str]) -> Place | None:
@@ -166,6 +177,27 @@ def agree(facts: Mapping[str, Any]) -> None:
         with contextlib.suppress(Exception):  # the first process, whom the others ask, must not leave before them
             service.wait_at_barrier(f"{place}/read", _FAREWELL)
         raise UserError(verdict, "all processes must run the same program on the same data, with one run directory")
+
+
+def from_first(value: str) -> str:
+    """What the first process has; the others wait for it. One process alone has its own.
+
+    Raises:
+        MissingPeersError: the first process ended before it said so.
+    """
+    service = client() if several() else None
+    if service is None:
+        return value
+    global _meetings
+    _meetings += 1
+    place = f"jaxlm/first/{_meetings}"
+    if is_first():
+        service.key_value_set(place, value)
+        return value
+    try:
+        return service.blocking_key_value_get(place, _DAY)
+    except sys.modules["jax"].errors.JaxRuntimeError as error:
+        raise MissingPeersError("process 0 ended before the others began", "see its log") from error
 
 
 def difference(all_facts: Sequence[Mapping[str, Any]]) -> str:

@@ -48,7 +48,7 @@ def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: c
         hint = f"tokenizer.kind=file tokenizer.path={opened.tokenizer_path}"
         raise UserError(f"{where}: its tokenizer is another than that of [tokenizer]", hint)
     parameters = with_head(opened.parameters, model, opened.config.model, cfg.seed)
-    params = fill(parameters, model, str(opened.path))
+    params = fill(parameters, model)
     return cast(params, np.dtype(cfg.numerics.params))
 
 
@@ -60,7 +60,7 @@ def read_params(path: str, model: config.Model, dtype: str) -> Params:
     """
     opened = open_model(path)
     _require_same_function(model, opened, path)
-    return cast(fill(opened.parameters, model, str(opened.path)), np.dtype(dtype))
+    return cast(fill(opened.parameters, model), np.dtype(dtype))
 
 
 def function_digest(*models: config.Model) -> str:

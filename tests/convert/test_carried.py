@@ -11,7 +11,7 @@ import pytest
 from jaxlm.convert.files import side_files
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
-from jaxlm.infer.model import load
+from jaxlm.infer.load import load
 
 FILES = {
     "tokenizer_config.json": b'{"tokenizer_class":  "LlamaTokenizerFast", "chat_template": "{{ messages }}"}',

@@ -69,7 +69,7 @@ class ModelCompleter:
     def __init__(self, path: Path | str, how: Generation, stops: Sequence[str] = ()) -> None:
         """Open a model. Raises: UserError."""
         from jaxlm.convert.files.side_files import no_tokenizer
-        from jaxlm.infer.model import load
+        from jaxlm.infer.load import load
         from jaxlm.processes.compile_cache import enable_compilation_cache
 
         self.model = load(path)

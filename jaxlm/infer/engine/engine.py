@@ -28,6 +28,7 @@ from jaxlm.infer.engine.runner import Runner
 from jaxlm.infer.engine.scheduler import Scheduler
 from jaxlm.infer.engine.speculative import Speculation
 from jaxlm.infer.engine.steps import Steps
+from jaxlm.processes import meet
 from jaxlm.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class Engine:
         most_waiting: texts in the queue.
         speculate: tokens that are guessed and checked in one call, up to 7; 0: none.
         draft: rows of a smaller model that makes the guesses; None: what followed the newest tokens before is guessed.
-        threaded: steps run in a thread of the engine; otherwise whoever waits for a reply makes them.
+        threaded: steps run in a thread of the engine; otherwise whoever waits for a reply makes them. Of several
+            processes each submits the same requests in the same order and makes the same steps, without threads.
     """
 
     def __init__(
@@ -69,6 +71,10 @@ class Engine:
         self._steps = Steps(runner, self.prefixes, scheduler, speculation)
         if speculate and not runner.speculates:
             raise UserError("this runner has no room for speculation", "make it with speculates=True")
+        if threaded and meet.several():
+            raise UserError(
+                "one of several processes, which make the same steps", "make the engine with threaded=False"
+            )
         self._inbox: collections.deque[tuple[int, Reply, Growing, int | None]] = collections.deque()
         self._keys = itertools.count()
         self._work, self._lock = threading.Condition(), threading.RLock()

@@ -40,11 +40,16 @@ class Placed:
         return contextlib.nullcontext() if self.layout is None else self.layout.active()
 
     def held(self, state: State) -> State:
-        """The state where it lies between calls: split by kv heads, inner channels or heads, whole otherwise."""
+        """The state where it lies between calls: caches by kv heads, inner channels or heads, the rest whole."""
         if self.layout is None:
             return state
         places = self.layout.shardings(row_ops.row_axes(self.decoder, state.cache), state.cache)
-        return state._replace(cache=jax.lax.with_sharding_constraint(state.cache, places))
+        whole: Any = self.layout.replicated
+        return jax.lax.with_sharding_constraint(state, State(places, whole, whole, whole))
+
+    def read(self, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        """What the host reads, whole on every device: each process reads its own."""
+        return found if self.layout is None else jax.lax.with_sharding_constraint(found, self.layout.replicated)
 
 
 def make_state(placed: Placed, rows: int, slots: int, room: int = 0) -> State:
@@ -78,7 +83,7 @@ def score(
 ) -> tuple[State, tuple[Array, ...]]:
     state, hidden_1CD = _run_chunk(placed, params, state, chunk)
     logits_CV: Array = _unembed(placed, params, hidden_1CD)[0]
-    return state, log_probs(logits_CV, targets_1C[0])
+    return state, placed.read(log_probs(logits_CV, targets_1C[0]))
 
 
 def _run_chunk(placed: Placed, params: Params, state: State, chunk: Chunk) -> tuple[State, Array]:
@@ -137,7 +142,7 @@ def decode(placed: Placed, params: Params, state: State, orders: Orders) -> tupl
     drawn = _nothing_drawn(placed, r)
     loop = _Loop(jnp.int32(0), jnp.zeros(r, bool), jnp.asarray(orders.token), state, drawn)
     loop = lax.while_loop(goes_on, body, loop)
-    return placed.held(loop.state), loop.drawn
+    return placed.held(loop.state), placed.read(loop.drawn)
 
 
 def _nothing_drawn(placed: Placed, rows: int) -> tuple[Array, ...]:
@@ -194,7 +199,7 @@ def verify(
         right = jnp.all(~active_R | (taken_R == guesses_R + 1))
         again = lambda new: feed(row_ops.before_states(state.cache, new), taken_R)[1]  # noqa: E731
         after = lax.cond(right, lambda new: new, again, after)
-    return placed.held(loop.state._replace(cache=after)), loop.drawn
+    return placed.held(loop.state._replace(cache=after)), placed.read(loop.drawn)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -1,0 +1,82 @@
+"""Open a model and lay it on the devices of this process, or on those of a mesh: `jaxlm.load`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from jaxlm import config
+from jaxlm.config import registry, toml
+from jaxlm.convert import open_model
+from jaxlm.convert.canonical import fill
+from jaxlm.infer.model import Model
+from jaxlm.mesh import Layout
+from jaxlm.models.decoder import Decoder, Params, abstract_params
+from jaxlm.numerics import precision
+from jaxlm.processes.compiled_together import connect
+from jaxlm.text.tokenizer import Tokenizer
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    mesh: str | config.Mesh | None = None,
+    step: int | None = None,
+) -> Model:
+    """Open a model and lay it on this process's devices.
+
+    Args:
+        path: a run, a torch_ref or Hugging Face folder, a `model.bin` of llama2.c, or `org/name` on the hub.
+        dtype: in which it computes; None: as its config says. `float64` widens the parameters too.
+        mesh: devices over which to split it, those of all processes, a `config.Mesh` or the name of a preset such as
+            `zero3`; None: the first. Each parameter is read when it is its turn, and the host holds one at a time.
+        step: which checkpoint of a run; None: the newest, on one device the newest intact one.
+
+    Raises:
+        UserError: `path` holds no model (the message says what was looked for), or a damaged one; `dtype` or `mesh` is
+            unknown or does not fit.
+    """
+    if isinstance(mesh, str):
+        mesh = toml.from_dict({"mesh": registry.mesh(mesh)}, "mesh").mesh
+    stored = open_model.load(path, step=step) if mesh is None else open_model.open_model(path, step=step)
+    settings, layout = _computing_in(stored.config, dtype), None
+    wanted = np.dtype(settings.numerics.params) if dtype else None
+    with precision(settings.numerics):
+        if isinstance(stored, open_model.Model):
+            params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, wanted), stored.params))
+        else:
+            layout = Layout.from_config(mesh or config.Mesh())
+            params = _on_mesh(stored, layout, wanted)
+    own = stored.tokenizer_path
+    tokenizer = Tokenizer.from_file(own) if own else None
+    found = {"kind": stored.kind, "tokenizer_path": own, "layout": layout}
+    return Model(settings, params, tokenizer=tokenizer, path=Path(path), **found)
+
+
+def _computing_in(settings: config.Config, dtype: Dtype | None) -> config.Config:
+    if dtype is None:
+        return settings
+    numerics: dict[str, Any] = {"params": "float64" if dtype == "float64" else "float32", "compute": dtype}
+    numerics |= {"matmul": settings.numerics.matmul}
+    return dataclasses.replace(settings, numerics=toml.from_dict({"numerics": numerics}, "dtype").numerics)
+
+
+def _on_mesh(opened: open_model.Opened, layout: Layout, dtype: np.dtype | None) -> Params:
+    """The parameters where the mesh wants them, each laid there before the next one is read."""
+    connect(layout.mesh)
+    shapes, axes = abstract_params(Decoder(opened.config.model))
+    places: Any = flax.traverse_util.flatten_dict(layout.shardings(axes, shapes))
+
+    def lay(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        leaf = np.asarray(leaf, dtype)
+        return jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
+
+    return fill(opened.parameters, opened.config.model, lay)
