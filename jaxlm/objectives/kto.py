@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.objectives.preference import pair_sums, preference_loss
+
 
 class KTODivergence(NamedTuple):
     """The mean log ratio of mismatched pairs is `total / weight`; both are sums, so parts of a batch add up."""
@@ -76,6 +78,46 @@ def kto_loss(
     rewards = (_masked_sum(beta * ratio_BP, side_BP) for side_BP in (good_BP, bad_BP))
     counts = (jnp.sum(side_BP, dtype=ratio_BP.dtype) for side_BP in (good_BP, labels_BP != 0))
     return KTOLoss(_masked_sum(loss_BP, labels_BP != 0), *rewards, *counts)
+
+
+def labelled_sums(
+    logps_BM: Float[Array, "b m"],
+    counts_BM: Float[Array, "b m"],
+    reference_BM: Float[Array, "b m"],
+    labels_BP: Int[Array, "b p"],
+    divergence: KTODivergence | None = None,
+    *,
+    judged: bool,
+    beta: float,
+    **weights: float,
+) -> dict[str, Float[Array, ""]]:
+    """The sums over labelled answers by their names in `metrics.jsonl`.
+
+    `accuracy` is how often an answer moved to its side of the divergence.
+
+    Args:
+        counts_BM: lengths of the answers.
+        divergence: that of the whole batch; None: these rows are all of it.
+        judged: report the order of pairs too, which have the label 0: they are held out, never trained on.
+        weights: `desirable_weight` and `undesirable_weight` of `kto_loss`.
+    """
+    labelled_BM = of_labelled(counts_BM, labels_BP)
+    z = (divergence or kto_divergence(logps_BM, labelled_BM, reference_BM)).value
+    terms = kto_loss(logps_BM, reference_BM, labels_BP, z, beta=beta, **weights)
+    moved_BP = (logps_BM - reference_BM)[:, 0::2] - z
+    found: dict[str, Float[Array, ""]] = {**terms._asdict(), "divergence": z * terms.weight}
+    found["accuracy"] = jnp.sum(labels_BP * moved_BP > 0, dtype=logps_BM.dtype)
+    if judged:
+        pairs_BM = counts_BM - labelled_BM
+        ordered = pair_sums(preference_loss(logps_BM, pairs_BM, reference_BM, kind="dpo", beta=beta))
+        found["pairs"] = ordered.pop("weight")
+        found |= {f"pair_{name}": total for name, total in ordered.items() if name != "loss"}
+    return found
+
+
+def of_labelled(counts_BM: Float[Array, "b m"], labels_BP: Int[Array, "b p"]) -> Float[Array, "b m"]:
+    """The lengths of labelled answers and of their mismatched ones; 0 for those of pairs."""
+    return jnp.where(jnp.repeat(labels_BP != 0, 2, axis=1), counts_BM, 0)
 
 
 def _masked_sum(x_BP: Array, mask_BP: Bool[Array, "b p"]) -> Float[Array, ""]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlm import config
-from jaxlm.data.preferences.rows import REFERENCE_LOGPS
+from jaxlm.data.preferences.rows import DIVERGENCE, REFERENCE_LOGPS
 from jaxlm.data.preferences.source import PreferenceSource
 from jaxlm.errors import UserError
 from jaxlm.recipes.forward import forward, with_routing
@@ -115,7 +115,8 @@ def described(values: Mapping[str, float]) -> str:
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """`(params, frozen, batch, key) -> (sum, sums)`; `frozen` holds the reference where the loss has one."""
-    from jaxlm.objectives.preference import preference_loss
+    from jaxlm.objectives.kto import KTODivergence, labelled_sums
+    from jaxlm.objectives.preference import pair_sums, preference_loss
 
     decoder, options, reference = modules[MODEL], cfg.preference, _reference_of(modules, cfg)
 
@@ -125,7 +126,9 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
         if options.needs_reference:
             reference_BM = reference(params, frozen, batch)
         if options.loss == "kto":
-            found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=key is None)
+            whole = [KTODivergence(*(batch[name] for name in DIVERGENCE))] if DIVERGENCE[0] in batch else []
+            answers = logps_BM, counts_BM, reference_BM, batch["labels"]
+            found = labelled_sums(*answers, *whole, judged=key is None, **options.loss_options)
         else:
             found = pair_sums(preference_loss(logps_BM, counts_BM, reference_BM, **options.loss_options))
         found = with_routing(found, routed)
@@ -136,15 +139,15 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 
 def whole_divergence(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., dict[str, Any]]:
     """`(params, frozen, batch) -> sums` of KTO's divergence, for batches that are cut into microbatches."""
-    from jaxlm.objectives.kto import kto_divergence
+    from jaxlm.objectives.kto import kto_divergence, of_labelled
 
     reference = _reference_of(modules, cfg)
 
     def compute(params: Any, frozen: Mapping[str, Any], batch: Any) -> dict[str, Any]:
         logps_BM, counts_BM, _ = answer_sums(modules[MODEL], params, batch, None, cfg)
         reference_BM = reference(params, frozen, batch)
-        sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch), reference_BM)
-        return {f"divergence_{name}": value for name, value in sums._asdict().items()}
+        sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch["labels"]), reference_BM)
+        return dict(zip(DIVERGENCE, sums, strict=True))
 
     return compute
 
@@ -183,50 +186,3 @@ def answer_sums(
     logps_BT = token_logps(hidden_BTD, kernel_DV, bias_V, batch["targets"], block=cfg.train.loss_block).logps
     where = batch["weights"].astype(logps_BT.dtype), batch["segments"], 2 * batch["labels"].shape[1]
     return segment_sums(logps_BT, *where), segment_sums(jnp.ones_like(logps_BT), *where), routed
-
-
-def pair_sums(terms: Any) -> dict[str, Any]:
-    """The sums over pairs by their names in `metrics.jsonl`."""
-    found = dict(terms._asdict())
-    return found | {"accuracy": found.pop("correct"), "margin": terms.chosen_reward - terms.rejected_reward}
-
-
-def labelled_sums(
-    logps_BM: Any,
-    counts_BM: Any,
-    reference_BM: Any,
-    batch: Mapping[str, Any],
-    options: config.Preference,
-    *,
-    judged: bool,
-) -> dict[str, Any]:
-    """The sums over labelled answers; `accuracy` is how often one moved to its side of the divergence.
-
-    Args:
-        judged: report the order of pairs too, which have the label 0: they are held out, never trained on.
-    """
-    import jax.numpy as jnp
-
-    from jaxlm.objectives.kto import KTODivergence, kto_divergence, kto_loss
-    from jaxlm.objectives.preference import preference_loss
-
-    labels_BP, labelled_BM = batch["labels"], of_labelled(counts_BM, batch)
-    if "divergence_total" in batch:
-        z = KTODivergence(batch["divergence_total"], batch["divergence_weight"]).value
-    else:
-        z = kto_divergence(logps_BM, labelled_BM, reference_BM).value
-    terms = kto_loss(logps_BM, reference_BM, labels_BP, z, **options.loss_options)
-    moved_BP = (logps_BM - reference_BM)[:, 0::2] - z
-    found = {**terms._asdict(), "divergence": z * terms.weight, "accuracy": jnp.sum(labels_BP * moved_BP > 0) * 1.0}
-    if judged:
-        pairs_BM = counts_BM - labelled_BM
-        ordered = pair_sums(preference_loss(logps_BM, pairs_BM, reference_BM, kind="dpo", beta=options.beta))
-        found |= {"pairs": ordered.pop("weight")} | {f"pair_{name}": x for name, x in ordered.items() if name != "loss"}
-    return found
-
-
-def of_labelled(counts_BM: Any, batch: Mapping[str, Any]) -> Any:
-    """The lengths of labelled answers and of their mismatched ones; 0 for those of pairs."""
-    import jax.numpy as jnp
-
-    return jnp.where(jnp.repeat(batch["labels"] != 0, 2, axis=1), counts_BM, 0)

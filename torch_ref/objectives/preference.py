@@ -106,6 +106,12 @@ def preference_loss(
     return PreferenceLoss(*(_masked_sum(term, present_BP) for term in (*terms, torch.ones_like(loss_BP))))
 
 
+def pair_sums(terms: PreferenceLoss) -> dict[str, Float[Tensor, ""]]:
+    """The sums over pairs by their names in `metrics.jsonl`."""
+    found: dict[str, Float[Tensor, ""]] = terms._asdict()
+    return found | {"accuracy": found.pop("correct"), "margin": terms.chosen_reward - terms.rejected_reward}
+
+
 def _side(
     logps_BM: Float[Tensor, "b m"],
     ratio_BM: Float[Tensor, "b m"],

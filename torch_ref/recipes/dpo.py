@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from jaxlm import config
-from jaxlm.data.preferences.rows import REFERENCE_LOGPS
+from jaxlm.data.preferences.rows import DIVERGENCE, REFERENCE_LOGPS
 from torch_ref.models.attach_lora import base_of
 from torch_ref.models.decoder import Decoder
-from torch_ref.objectives.kto import KTODivergence, kto_divergence, kto_loss
+from torch_ref.objectives.kto import KTODivergence, kto_divergence, labelled_sums, of_labelled
 from torch_ref.objectives.logprobs import segment_sums, token_logps
-from torch_ref.objectives.preference import preference_loss
+from torch_ref.objectives.preference import pair_sums, preference_loss
 from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
@@ -37,7 +37,9 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
         if options.needs_reference:
             reference_BM = reference(batch)
         if options.loss == "kto":
-            found = labelled_sums(logps_BM, counts_BM, reference_BM, batch, options, judged=not training)
+            whole = [KTODivergence(*(batch[name] for name in DIVERGENCE))] if DIVERGENCE[0] in batch else []
+            answers = logps_BM, counts_BM, reference_BM, batch["labels"]
+            found = labelled_sums(*answers, *whole, judged=not training, **options.loss_options)
         else:
             found = pair_sums(preference_loss(logps_BM, counts_BM, reference_BM, **options.loss_options))
         found = with_routing(found, routed)
@@ -56,8 +58,8 @@ def whole_divergence(modules: Mapping[str, Any], cfg: config.Config) -> Callable
         logps_BM, counts_BM = answer_sums(decoder.eval(), batch, cfg)
         decoder.train(training)
         reference_BM = reference(batch)
-        sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch), reference_BM)
-        return {f"divergence_{name}": value for name, value in sums._asdict().items()}
+        sums = kto_divergence(logps_BM, of_labelled(counts_BM, batch["labels"]), reference_BM)
+        return dict(zip(DIVERGENCE, sums, strict=True))
 
     return compute
 
@@ -93,44 +95,3 @@ def answer_sums(decoder: Decoder, batch: Batch, cfg: config.Config) -> tuple[Ten
     logps_BT = token_logps(hidden_BTD, *decoder.unembedding(), batch["targets"], block=cfg.train.loss_block).logps
     where = batch["weights"].to(logps_BT.dtype), batch["segments"], 2 * batch["labels"].shape[1]
     return segment_sums(logps_BT, *where), segment_sums(torch.ones_like(logps_BT), *where)
-
-
-def pair_sums(terms: Any) -> Sums:
-    """The sums over pairs by their names in `metrics.jsonl`."""
-    found = dict(terms._asdict())
-    return found | {"accuracy": found.pop("correct"), "margin": terms.chosen_reward - terms.rejected_reward}
-
-
-def labelled_sums(
-    logps_BM: Tensor,
-    counts_BM: Tensor,
-    reference_BM: Tensor,
-    batch: Batch,
-    options: config.Preference,
-    *,
-    judged: bool,
-) -> Sums:
-    """The sums over labelled answers; `accuracy` is how often one moved to its side of the divergence.
-
-    Args:
-        judged: report the order of pairs too, which have the label 0: they are held out, never trained on.
-    """
-    labels_BP, labelled_BM = batch["labels"], of_labelled(counts_BM, batch)
-    if "divergence_total" in batch:
-        z = KTODivergence(batch["divergence_total"], batch["divergence_weight"]).value
-    else:
-        z = kto_divergence(logps_BM, labelled_BM, reference_BM).value
-    terms = kto_loss(logps_BM, reference_BM, labels_BP, z, **options.loss_options)
-    moved_BP = (logps_BM - reference_BM)[:, 0::2].detach() - z
-    accuracy = (labels_BP * moved_BP > 0).sum().to(logps_BM.dtype)
-    found: Sums = {**terms._asdict(), "divergence": z * terms.weight, "accuracy": accuracy}
-    if judged:
-        pairs_BM = counts_BM - labelled_BM
-        ordered = pair_sums(preference_loss(logps_BM, pairs_BM, reference_BM, kind="dpo", beta=options.beta))
-        found |= {"pairs": ordered.pop("weight")} | {f"pair_{name}": x for name, x in ordered.items() if name != "loss"}
-    return found
-
-
-def of_labelled(counts_BM: Tensor, batch: Batch) -> Tensor:
-    """The lengths of labelled answers and of their mismatched ones; 0 for those of pairs."""
-    return counts_BM.masked_fill((batch["labels"] == 0).repeat_interleave(2, dim=1), 0)

@@ -17,6 +17,8 @@ from jaxlm.data.rows.epochs import Batch, EpochRows, lay_examples
 
 REFERENCE_LOGPS = "reference_logps"
 """The column of what a reference thinks of each answer, where that was computed before training."""
+DIVERGENCE = ("divergence_total", "divergence_weight")
+"""The columns of a microbatch with the sums of KTO's divergence over the whole batch."""
 
 
 class PairRows(EpochRows):
