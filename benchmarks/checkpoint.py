@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.asked import positive
 
 EVERY = 200  # steps between two checkpoints by default
 MINUTES = 10.0
@@ -138,10 +139,10 @@ def main() -> None:
     parser.add_argument("--model", default="dense-110m", help="a name of configs/models")
     parser.add_argument("--only", choices=("saving", "resume"), help="one of the two parts")
     parser.add_argument("--folder", help="where to write; default: a temporary folder")
-    parser.add_argument("--rows", type=int, default=1, help="of a batch")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--steps", type=int, default=8, help="of a block")
-    parser.add_argument("--rounds", type=int, default=5, help="blocks of each kind")
+    parser.add_argument("--rows", type=positive, default=1, help="of a batch")
+    parser.add_argument("--length", type=positive, default=256, help="tokens of a row")
+    parser.add_argument("--steps", type=positive, default=8, help="of a block")
+    parser.add_argument("--rounds", type=positive, default=5, help="blocks of each kind")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.asked import positive
 
 PATTERNS = {
     "dense": ("attention+mlp",),
@@ -85,7 +86,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/compile_time.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)

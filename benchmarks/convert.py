@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.asked import positive
 from jaxlm import config
 from jaxlm.convert.canonical import leaves
 from jaxlm.convert.families import FAMILIES
@@ -160,7 +161,7 @@ def run(shape: str, folder: Path, rounds: int, out: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
     parser.add_argument("--small", action="store_true", help="1.1 billion parameters instead of 6.7")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each conversion is measured")
+    parser.add_argument("--rounds", type=positive, default=3, help="times that each conversion is measured")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/convert.json")
     arguments = parser.parse_args()

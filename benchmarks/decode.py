@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decode_peers, peers
+from benchmarks.asked import listed, positive
 from benchmarks.peers import Peer
 from benchmarks.train_step import jaxlm_model, tokens, transformers_model
 
@@ -119,21 +120,20 @@ def _common(ids: Sequence[int], other: Sequence[int]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="completions of each peer")
+    parser.add_argument("--rounds", type=positive, default=7, help="completions of each peer")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/decode.json")
-    parser.add_argument("--only", default="", help="peers besides jaxlm and stock transformers, with semicolons")
+    names = [peer.name for peer in PEERS]
+    help_only = "peers besides jaxlm and stock transformers, with semicolons"
+    parser.add_argument("--only", type=listed(names, ";"), default=[], help=help_only)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.batch)
         return
-    only = [one.strip() for one in arguments.only.split(";") if one]
-    if unknown := {*only} - {peer.name for peer in PEERS}:
-        parser.error(f"--only: no peer {', '.join(sorted(unknown))}; there are: {'; '.join(p.name for p in PEERS)}")
-    if only and arguments.out is None:
+    if arguments.only and arguments.out is None:
         parser.error("--only needs --out FILE: the result that is kept holds all peers")
-    run(arguments.rounds, arguments.out, only)
+    run(arguments.rounds, arguments.out, arguments.only)
 
 
 if __name__ == "__main__":

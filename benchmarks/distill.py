@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.fim import left_to_right
-from benchmarks.small_runs import Sequences, compared, kept, printed, scored, trained
+from benchmarks.small_runs import Sequences, by_arm, compared, kept, parser, printed, scored, shape_of_runs, trained
 from jaxlm.config import toml
 from jaxlm.data.pipeline import prepare
 from jaxlm.data.sources import Documents
@@ -62,29 +62,17 @@ def scores(tree: Mapping[str, Any], run: Path, of: Sequences) -> dict[str, np.nd
 
 def main() -> None:
     """Train what is missing, and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/distill"))
-    parser.add_argument("--teacher-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--width", type=int, default=80)
-    parser.add_argument("--hard-weight", type=float, default=0.5)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/distill.json")
-    options = parser.parse_args()
-    own = {key: value for key, value in vars(options).items() if key not in ("folder", "seeds", "out")}
-    teacher = settings(options, "teacher", 0)
+    made = parser("distill", __doc__, teacher_steps=600, steps=400, width=80)
+    made.add_argument("--hard-weight", type=float, default=0.5)
+    options = made.parse_args()
+    own, teacher = shape_of_runs(options), settings(options, "teacher", 0)
     cfg = toml.from_dict(teacher)
     texts = [document.text for side, document in Documents(cfg.data) if side == "validation"]
     of, files = left_to_right(prepare(cfg).tokenizer, texts, cfg.data.seq_len, PIECES)
     taught = kept(options.folder / "teacher", own, functools.partial(scores, teacher, options.folder / "teacher", of))
     print(f"teacher: {taught['nll'].mean():.4f} nats a token, {taught['cpu_seconds']:.0f} processor s", flush=True)
-    found: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in ARMS}
-    for seed in range(options.seeds):
-        for arm in ARMS:
-            run = options.folder / f"{arm}-{seed}"
-            one = kept(run, own, functools.partial(scores, settings(options, arm, seed), run, of))
-            found[arm].append(one)
-            print(f"{run}: {one['nll'].mean():.4f} nats a token, {one['cpu_seconds']:.0f} processor s", flush=True)
+    made_by = lambda arm, seed, run: scores(settings(options, arm, seed), run, of)  # noqa: E731
+    found = by_arm(options, ARMS, made_by, "nll")
     ours, theirs = ([one["nll"] for one in found[arm]] for arm in ARMS)
     figure = compared(ours, theirs, np.asarray(files))
     printed("student, with its teacher against without", figure)

@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 from benchmarks import peers
+from benchmarks.asked import listed, minutes, positive
 from benchmarks.engine_costs import PATTERNS, bandwidth, capacity, in_turns, prefill_memory, ratio, runner, sampler
 from benchmarks.kept import merged, now, this_command
 from benchmarks.train_step import jaxlm_model
@@ -283,10 +284,12 @@ def earlier(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=96, help="of figures 2 and 7; figure 16 has ten times as many")
-    parser.add_argument("--only", default="", help="figures, as 1,5")
-    parser.add_argument("--minutes", type=float, default=10, help="after which no further figure is begun")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument(
+        "--requests", type=positive, default=96, help="of figures 2 and 7; figure 16 has ten times as many"
+    )
+    parser.add_argument("--only", type=listed(FIGURES), default=[], help="figures, as 1,5; default: all")
+    parser.add_argument("--minutes", type=minutes, default=10, help="after which no further figure is begun")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/engine.json")
     parser.add_argument(WARM_UP, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -297,7 +300,7 @@ def main() -> None:
         return
     path = arguments.out or peers.RESULTS / "engine.json"
     left_out = {f"figure_{number}": why for number, why in NOT_HERE.items()}
-    wanted = [int(one) for one in arguments.only.split(",") if one] or [*FIGURES]
+    wanted = [int(one) for one in arguments.only] or [*FIGURES]
     before = earlier(path) if arguments.only else {}
     left_out |= {f"figure_{number}": "the command was ended before" for number in wanted}
     left_out = {figure: why for figure, why in left_out.items() if figure not in before}

@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import peers
+from benchmarks.asked import positive
 from jaxlm.ops.moe import exchange
 from jaxlm.ops.moe import experts as moe
 from jaxlm.plan.hlo.collectives import collectives
@@ -116,7 +117,7 @@ def run(steps: int, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.expert_exchange", description=__doc__)
-    parser.add_argument("--steps", type=int, default=12, help="of each exchange")
+    parser.add_argument("--steps", type=positive, default=12, help="of each exchange")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/expert_exchange.json")
     arguments = parser.parse_args()
     run(arguments.steps, arguments.out)

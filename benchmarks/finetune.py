@@ -29,6 +29,7 @@ import psutil
 
 import jaxlm
 from benchmarks import peers
+from benchmarks.asked import listed, minutes
 from benchmarks.kept import Kept
 from benchmarks.small_runs import own_words
 from benchmarks.sst2 import LABELS, bag_of_words, chat_prompts, predictions, sentences, wilson
@@ -76,8 +77,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/sst2"))
     parser.add_argument("--base", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
-    parser.add_argument("--only", default=",".join(FIGURES), help="which figures")
-    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--only", type=listed(FIGURES), default=[*FIGURES], help="which figures")
+    parser.add_argument("--minutes", type=minutes, default=45.0)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/finetune.json")
     options = parser.parse_args()
     test, labels = sentences(options.data / "test.tsv")
@@ -109,7 +110,7 @@ def main() -> None:
         "small": lambda: templated(small),
     }
     old: list[str] = []
-    for name in (name for name in FIGURES if name in options.only.split(",")):
+    for name in (name for name in FIGURES if name in options.only):
         figure, own = kept.get(name, options_of(name)), options_of(name)
         if figure is None or (name.endswith("training") and figure["steps"] < figure["of"]):
             if left() <= 0:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.asked import positive
 from jaxlm import config
 from jaxlm.recipes import make_recipe
 from jaxlm.train.engine import JaxEngine
@@ -62,8 +63,8 @@ def peak_flops(size: int = 8192, tries: int = 10) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--rows", type=int, default=4, help="rows of 4096 tokens in a step")
-    parser.add_argument("--steps", type=int, default=12, help="steps to time")
+    parser.add_argument("--rows", type=positive, default=4, help="rows of 4096 tokens in a step")
+    parser.add_argument("--steps", type=positive, default=12, help="steps to time")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/gpu.json")
     arguments = parser.parse_args()
     device = jax.devices()[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, train_step
+from benchmarks.asked import positive
 
 PATTERNS = {"mamba": ("mamba",), "mamba2": ("mamba2",), "attention": ("attention+mlp",)}
 LENGTHS = (100, 100_000)
@@ -52,7 +53,7 @@ def stepper(pattern: tuple[str, ...], length: int) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mamba_decode", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=50, help="steps of each model")
+    parser.add_argument("--rounds", type=positive, default=50, help="steps of each model")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     steps = {(name, n): stepper(pattern, n) for name, pattern in PATTERNS.items() for n in LENGTHS}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, train_step
+from benchmarks.asked import positive
 from benchmarks.peers import Peer
 
 PATTERNS = {
@@ -105,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mamba_step", description=__doc__)
     parser.add_argument("--hybrid", action="store_true", help="the hybrid instead of Mamba and Mamba-2")
     parser.add_argument("--compiled", action="store_true", help="time transformers' compiled step as well")
-    parser.add_argument("--rounds", type=int, default=6, help="steps of each peer")
+    parser.add_argument("--rounds", type=positive, default=6, help="steps of each peer")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

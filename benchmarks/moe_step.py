@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, train_step
+from benchmarks.asked import positive
 from benchmarks.peers import Peer
 from benchmarks.train_step import FFN, HEADS, KV_HEADS, LAYERS, LENGTH, ROWS, VOCAB, WIDTH
 
@@ -89,7 +90,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_step", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12, help="steps of each peer")
+    parser.add_argument("--rounds", type=positive, default=12, help="steps of each peer")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/moe_step.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -30,6 +30,7 @@ import psutil
 
 import jaxlm
 from benchmarks import peers, rl_step
+from benchmarks.asked import listed, minutes, seeds
 from benchmarks.kept import Kept
 from benchmarks.sst2 import wilson
 from jaxlm.infer.trained_run import Run
@@ -197,16 +198,16 @@ def shown(one: dict[str, Any]) -> str:
 def main() -> None:
     """Measure what is missing, and print a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default=",".join(FIGURES), help="which figures")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", type=listed(FIGURES), default=[*FIGURES], help="which figures")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], help="options of the config, such as train.steps=80")
     parser.add_argument("--runs", type=Path, default=Path("runs/rl"))
-    parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument("--minutes", type=minutes, default=120.0)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/rl.json")
     options = parser.parse_args()
     benchmark, began = Benchmark(options.runs, options.set), time.perf_counter()
-    for name in options.only.split(","):
-        for seed in [0] if name in rl_step.FIGURES else map(int, options.seeds.split(",")):
+    for name in options.only:
+        for seed in [0] if name in rl_step.FIGURES else options.seeds:
             if time.perf_counter() - began > 60 * options.minutes:
                 print(f"{name}: not begun, {options.minutes:g} minutes are over; the same command goes on", flush=True)
                 continue

@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxlm
 from benchmarks import peers
+from benchmarks.asked import positive
 from benchmarks.kept import Kept
 from jaxlm.config import toml
 from jaxlm.recipes import grpo
@@ -101,7 +102,7 @@ def main() -> None:
     """Measure what is missing, and print a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("start", type=Path, help="a run of configs/rl/answers-add.toml")
-    parser.add_argument("--phases", type=int, default=4)
+    parser.add_argument("--phases", type=positive, default=4)
     parser.add_argument("--kept", type=Path, default=Path("runs/rl-gradients.json"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/rl_gradients.json")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.asked import positive
 from jaxlm.sandbox import Limits, Sandbox, Tests, choose, grade, grade_many, run
 from jaxlm.sandbox.choose import BACKENDS
 
@@ -79,8 +80,8 @@ def measure(rounds: int, programs: int, out: Path | None = None) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sandbox", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40, help="calls of each kind")
-    parser.add_argument("--programs", type=int, default=200, help="programs for the throughput of each sandbox")
+    parser.add_argument("--rounds", type=positive, default=40, help="calls of each kind")
+    parser.add_argument("--programs", type=positive, default=200, help="programs for the throughput of each sandbox")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/sandbox.json")
     arguments = parser.parse_args()
     measure(arguments.rounds, arguments.programs, arguments.out)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.asked import positive
 
 ROWS, LENGTH = 8, 256
 """Of each device."""
@@ -196,8 +197,8 @@ def plot(rows: list[dict[str, Any]], moved: list[dict[str, Any]], path: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--steps", type=int, default=12, help="of each run")
-    parser.add_argument("--rounds", type=int, default=3, help="of all runs")
+    parser.add_argument("--steps", type=positive, default=12, help="of each run")
+    parser.add_argument("--rounds", type=positive, default=3, help="of all runs")
     parser.add_argument("--gpus", type=int, default=0, help="use so many GPUs instead of virtual devices")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--traffic", help=argparse.SUPPRESS)

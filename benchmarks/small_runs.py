@@ -21,6 +21,7 @@ import numpy as np
 
 import jaxlm
 from benchmarks import peers
+from benchmarks.asked import positive
 from benchmarks.kept import Kept
 from jaxlm.config import toml
 from jaxlm.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def parser(name: str, text: str | None, **defaults: int) -> argparse.ArgumentPar
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(text or "").partition("\n")[0])
     made.add_argument("--folder", type=Path, default=Path("runs") / name)
     for option, value in {**defaults, "seeds": 3}.items():
-        made.add_argument(f"--{option.replace('_', '-')}", type=int, default=value)
+        made.add_argument(f"--{option.replace('_', '-')}", type=positive, default=value)
     made.add_argument("--out", type=Path, help=f"default: benchmarks/results/{name}.json")
     return made
 

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 import jaxlm
+from benchmarks.asked import listed
 from jaxlm.text.chat import Chat
 
 LABELS = (" negative", " positive")
 BATCH = 32
+FIGURES = ("words", "tuned", "base", "template")
 
 
 def sentences(path: Path) -> tuple[list[str], np.ndarray]:
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--base", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
-    parser.add_argument("--only", default="words,tuned,base,template", help="which of these")
+    parser.add_argument("--only", type=listed(FIGURES), default=[*FIGURES], help="which of these")
     parser.add_argument("--sentences", type=int, default=0, help="only so many, drawn by chance; 0: all")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -108,14 +110,13 @@ def main() -> None:
         began = time.perf_counter()
         prompt = chat_prompts(options.run)
         report("fine-tuned", predictions(jaxlm.load(options.run), [prompt(text) for text in test]), began)
-    asked = options.only.split(",")
-    if {"base", "template"} & set(asked):
+    if {"base", "template"} & set(options.only):
         base = jaxlm.load(options.base)
-    if "base" in asked:
+    if "base" in options.only:
         began = time.perf_counter()
         plain = [base.encode(f"Review: {text}\nSentiment:") for text in test]
         report("zero-shot, plain text", predictions(base, plain), began)
-    if "template" in asked:
+    if "template" in options.only:
         began = time.perf_counter()
         prompt = chat_prompts(options.base)
         report("zero-shot, its template", predictions(base, [prompt(text) for text in test]), began)

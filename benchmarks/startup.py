@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, train_step
+from benchmarks.asked import positive
 from benchmarks.peers import Child, Peer
 
 OVERRIDES = (
@@ -87,7 +88,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="starts of each kind")
+    parser.add_argument("--rounds", type=positive, default=5, help="starts of each kind")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/startup.json")
     arguments = parser.parse_args()
     run(arguments.rounds, arguments.out)

@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="ask this model too, as it is")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/stopping.json")
     options = parser.parse_args()
+    if options.config.resolve().parent != Path("configs/finetune").resolve():
+        parser.error(f"--config {options.config}: name a file of configs/finetune")
     source, trained_on, asked = split(options.data, options.runs)
     name = options.config.stem
     run, kept = options.runs / name, Kept(options.runs / "figures.json")
@@ -86,8 +88,6 @@ def main() -> None:
         cost = train(f"finetune/{name}", run, f'data.source="{source}"', *own, *options.set)
         return cost | answers(run, asked)
 
-    if options.config.resolve().parent != Path("configs/finetune").resolve():
-        parser.error(f"--config {options.config}: name a file of configs/finetune")
     figures = {name: measure} | ({str(options.base): lambda: answers(options.base, asked)} if options.base else {})
     for figure, make in figures.items():
         found = kept.measured(figure, {"set": options.set, "data": str(options.data), "config": digest}, make)

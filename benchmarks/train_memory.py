@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, startup
+from benchmarks.asked import positive
 from benchmarks.peers import Child, Peer
 
 
@@ -60,7 +61,7 @@ def run(steps: int, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_memory", description=__doc__)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=positive, default=500)
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/train_memory.json")
     arguments = parser.parse_args()
     run(arguments.steps, arguments.out)

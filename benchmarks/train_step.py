@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.asked import positive
 from benchmarks.peers import Peer
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 8192, 384, 6, 6, 2, 1024
@@ -161,7 +162,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12, help="steps of each peer")
+    parser.add_argument("--rounds", type=positive, default=12, help="steps of each peer")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/train_step.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
