@@ -31,6 +31,7 @@ from jaxlm.errors import UserError
 from jaxlm.infer import tree
 from jaxlm.infer.batch import answer_file
 from jaxlm.infer.engine import Engine, Request
+from jaxlm.infer.engine.on_jax.joined import tell_second_copy
 from jaxlm.infer.forwards import compiled_forwards
 from jaxlm.infer.generate import bucket
 from jaxlm.infer.text import Generator, end_ids, slots_for
@@ -263,6 +264,7 @@ class Model:
         """
         with precision(self.config.numerics):
             ends = end_ids(self.path) if self.path else ()
+            tell_second_copy(self.decoder, self.layout)
             return Generator(self.decoder, self.params, self._tokenizer, ends, self.layout)
 
     def to_torch(self) -> Any:

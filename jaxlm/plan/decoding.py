@@ -18,6 +18,7 @@ from jaxlm.counts.flops import forward_flops
 from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
 from jaxlm.infer.engine.on_jax import programs
+from jaxlm.infer.engine.on_jax.joined import second_copy
 from jaxlm.infer.engine.on_jax.rows import row_axes
 from jaxlm.infer.engine.on_jax.runner import WIDTHS, rounded_slots, whole_rows
 from jaxlm.infer.memory import context_of
@@ -47,6 +48,8 @@ class Decoding:
     context: int
     weights: int
     """Parameters that a device holds."""
+    copied: int
+    """Of them, what it holds a second time for decoding, as long as the model that was loaded stays."""
     cache: int
     """Its part of the rows."""
     counters: int
@@ -61,7 +64,7 @@ class Decoding:
     @property
     def bytes(self) -> int:
         """Bytes held between two steps."""
-        return self.weights + self.cache + self.counters
+        return self.weights + self.copied + self.cache + self.counters
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,6 +90,7 @@ class Decoding:
 
         table = Table("of a device", "held, GiB", "read in a step, GiB")
         table.add_row("weights", gib(self.weights), gib(self.weights_read))
+        table.add_row("their second copy", gib(self.copied), "")
         table.add_row("cache", gib(self.cache), gib(self.cache_read))
         table.add_row("counters", gib(self.counters), "")
         table.add_row("together", gib(self.bytes), gib(self.weights_read + self.cache_read), style="bold")
@@ -134,6 +138,7 @@ def plan_decoding(cfg: config.Config, topology: Topology, load: Load, name: str)
         rows=load.rows,
         context=context,
         weights=weights,
+        copied=second_copy(decoder, layout if topology.devices > 1 else None),
         cache=cache,
         counters=counters,
         weights_read=weights_read,

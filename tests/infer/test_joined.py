@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxlm import config
 from jaxlm.infer.engine.on_jax import joined as module
 from jaxlm.infer.engine.on_jax import programs
-from jaxlm.infer.engine.on_jax.joined import joined, joined_for_decoding
+from jaxlm.infer.engine.on_jax.joined import joined, joined_for_decoding, second_copy, tell_second_copy
 from jaxlm.infer.engine.on_jax.runner import JaxRunner
 from jaxlm.infer.engine.runner import Orders
 from jaxlm.infer.generate import unrolled_for_decoding
@@ -103,3 +103,24 @@ def test_a_step_makes_four_products_a_layer_and_the_logits() -> None:
     text = lowered.compile().as_text() or ""
     widths = [int(width) for width in re.findall(r"= f32\[2,(\d+)\]\S* dot\(", text)]
     assert sorted(width for width in widths if width < 128) == sorted([32, 16, 48, 16] * cfg.n_layers + [40])
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": ("attention+moe", "mamba")}, {"layer_loop": "scan"}], ids=str)
+def test_the_second_copy_is_counted(options: dict[str, Any]) -> None:
+    """Bytes of the buffers that decoding has and the model has not."""
+    decoder, params = made("float32", **{"moe": config.MoE(n_experts=2, top_k=1), "n_layers": 2, **options})
+    before = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+    after = jax.tree.leaves(joined_for_decoding(decoder, params)[1])
+    assert second_copy(decoder) == sum(leaf.nbytes for leaf in after if leaf.unsafe_buffer_pointer() not in before) > 0
+
+
+def test_a_large_second_copy_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _ = made("float32")
+    caplog.set_level("INFO", "jaxlm")
+    tell_second_copy(decoder, None)
+    assert not caplog.messages
+    monkeypatch.setattr(module, "TOLD_FROM", 1)
+    tell_second_copy(decoder, None)
+    assert caplog.messages == [
+        "decoding takes 0.00 GiB of weights a second time: joined queries, keys and values, gate and up"
+    ]

@@ -54,7 +54,8 @@ def test_bytes_are_those_of_the_engine(mesh: dict[str, int]) -> None:
     plan = planned(cfg, count)
     assert plan.weights == held(runner.params)
     assert plan.cache == held(runner.state.cache)
-    assert plan.bytes == held(runner.params) + held(runner.state)
+    assert plan.bytes - plan.copied == held(runner.params) + held(runner.state)
+    assert (plan.copied > 0) == (count == 1), "maps of a mesh stay apart"
 
 
 def test_what_a_step_reads() -> None:
@@ -63,6 +64,7 @@ def test_what_a_step_reads() -> None:
     tied = planned(cfg, 1)
     plan = planned(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, tie_embeddings=False)), 1)
     kernels = 2 * d * 64 + 2 * d * 32 + 3 * d * 128 + 256 * d
+    assert plan.copied == 4 * (d * 64 + 2 * d * 32 + 2 * d * 128), "queries, keys and values; gate and up"
     norms = 3 * d
     assert plan.weights_read == 4 * (kernels + norms) and plan.weights == 4 * (kernels + norms + 256 * d)
     assert plan.cache_read == pytest.approx(4 * ROWS * CONTEXT * 2 * 2 * 16, rel=1e-4)

@@ -7,16 +7,23 @@ trained, saved or converted stay apart.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.infer.generate import unrolled_for_decoding
+from jaxlm.infer.generate import MAX_UNROLLED, unrolled_for_decoding
+from jaxlm.mesh import Layout
 from jaxlm.models.attention import QKV
-from jaxlm.models.decoder import Decoder, Params
+from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.models.ffn import GATE_UP
+
+_log = logging.getLogger(__name__)
+TOLD_FROM = 64 << 20
+"""Bytes of a second copy of weights that are worth a line."""
 
 
 class _Join(NamedTuple):
@@ -38,6 +45,43 @@ def joined_for_decoding(decoder: Decoder, params: Params) -> tuple[Decoder, Para
     """`unrolled_for_decoding` with joined maps; what it has copied goes layer by layer, as their maps are joined."""
     made, own = unrolled_for_decoding(decoder, params)
     return made, joined(dict(params) if own is params else own)
+
+
+def second_copy(decoder: Decoder, layout: Layout | None = None) -> int:
+    """Bytes of weights that decoding holds on a device beside the model's own: all stacked layers, else joined maps.
+
+    Args:
+        layout: devices over which the model is split, if there are several; None: it lies on one.
+    """
+    model, (shapes, axes) = decoder.config, abstract_params(decoder)
+    copied: list[tuple[Any, Any]] = []
+    if model.scanned and model.n_layers <= MAX_UNROLLED:
+        copied = [(shapes["layers"], axes["layers"])]
+    elif not model.scanned and layout is None:
+        places = [
+            (name, half, part)
+            for name, layer in shapes.items()
+            for half, join in JOINS.items()
+            if name.startswith("layers_") and _fits(layer, half)
+            for part in join.parts
+        ]
+        copied = [(shapes[name][half][part], axes[name][half][part]) for name, half, part in places]
+    return sum(_held(leaves, names, layout) for leaves, names in copied)
+
+
+def _held(shapes: Any, axes: Any, layout: Layout | None) -> int:
+    """Bytes that a device holds of a tree of shapes."""
+    flat, tree = jax.tree.flatten(shapes)
+    parts = [math.prod(map(layout.parts, names)) if layout else 1 for names in tree.flatten_up_to(axes)]
+    return sum(leaf.size * leaf.dtype.itemsize // split for leaf, split in zip(flat, parts, strict=True))
+
+
+def tell_second_copy(decoder: Decoder, layout: Layout | None) -> None:
+    """One line about `second_copy`, where it is large, before it is made."""
+    size = second_copy(decoder, layout)
+    if size >= TOLD_FROM:
+        how = "its layers one by one" if decoder.config.scanned else "joined queries, keys and values, gate and up"
+        _log.info("decoding takes %.2f GiB of weights a second time: %s", size / 2**30, how)
 
 
 def joined(params: Params) -> Params:
