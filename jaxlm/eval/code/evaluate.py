@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from jaxlm import config
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.eval.code import bugs, generation
 from jaxlm.eval.code.estimate import Estimate, check_counts
@@ -27,6 +29,7 @@ from jaxlm.eval.tasks import (
 )
 from jaxlm.sandbox import Sandbox, choose
 
+_log = logging.getLogger(__name__)
 TASKS = (
     "humaneval", "mbpp", "humaneval-infilling", "humaneval-sh", "humaneval-fix", "humaneval-explain", "bug-detection",
     "next-line",
@@ -298,6 +301,10 @@ def _texts(model: ModelCompleter | None, options: CodeOptions) -> tuple[str, Ite
         raise UserError(f"the recipe {cfg.recipe} reads no corpus of text", "next-line needs --data FILE_OR_FOLDER")
     from jaxlm.data.pipeline import corpora_of
 
+    path = model.model.path or Path()
+    if cfg.data.source == config.Data().source and not cfg.data.mixture and not (path / "metrics.jsonl").is_file():
+        untrained = "%s has no record of a training: its lines are those of the standard library"
+        _log.warning(f"warning: {untrained}, the default of data.source (--data names other text)", path)
     corpora = corpora_of(cfg.data)
 
     def held_out() -> Iterator[tuple[str, str]]:

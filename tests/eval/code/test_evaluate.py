@@ -118,9 +118,9 @@ def test_next_lines_of_the_run(model: Path, options: CodeOptions, tmp_path: Path
 class OfRun(evaluate.ModelCompleter):
     """What the choice of text asks of a model: its config, and whether it is a run."""
 
-    def __init__(self, settings: config.Config, kind: str = "run") -> None:
+    def __init__(self, settings: config.Config, kind: str = "run", path: Path | None = None) -> None:
         self.model = self
-        self.config, self.kind = settings, kind
+        self.config, self.kind, self.path = settings, kind, path
 
 
 def test_the_text_of_next_lines_is_the_runs_own(tmp_path: Path) -> None:
@@ -142,6 +142,20 @@ def test_the_text_of_next_lines_is_the_runs_own(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             evaluate._texts(OfRun(cfg, kind), CodeOptions())
         assert evaluate._texts(OfRun(cfg, kind), own)[0] == str(tmp_path / "one")
+
+
+def test_the_default_corpus_of_a_folder_without_training_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A converted folder says nothing of its text, so its config has the default: the standard library."""
+    evaluate._texts(OfRun(config.Config(), path=tmp_path), CodeOptions())
+    (line,) = caplog.messages
+    assert line.startswith(f"warning: {tmp_path} has no record of a training") and "--data" in line
+    (tmp_path / "metrics.jsonl").touch()
+    evaluate._texts(OfRun(config.Config(), path=tmp_path), CodeOptions())
+    elsewhere = config.Config(data=config.Data(source=str(tmp_path)))
+    evaluate._texts(OfRun(elsewhere, path=tmp_path / "other"), CodeOptions())
+    assert len(caplog.messages) == 1
 
 
 def test_what_cannot_be_measured_is_refused_first(
