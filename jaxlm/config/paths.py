@@ -16,10 +16,10 @@ from typing import Any, TypeGuard
 from jaxlm.config.run import Config
 from jaxlm.errors import UserError
 
-OUTPUTS = ("out_dir", "data.cache_dir")
+OUTPUTS = ("out_dir", "data.cache_dir", "distill.cache")
 INPUTS = (
     *("data.source", "data.validation_source", "data.curriculum.scores", "tokenizer.path"),
-    *("train.init_from", "rl.value_from"),
+    *("train.init_from", "rl.value_from", "preference.reference", "distill.teacher"),
 )
 """Options that name files to read; `data.source` and `train.init_from` may be the name of a data set or model."""
 

@@ -114,7 +114,7 @@ def _answer(result: Result) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}", "--prompts names a file of one JSON object a line") from None
 

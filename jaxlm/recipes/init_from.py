@@ -44,22 +44,23 @@ def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: c
     opened = open_model(path)
     where = f"train.init_from = {path!r}" if path == cfg.train.init_from else path
     _require_same_function(model, opened, where)
-    if opened.tokenizer_path and Tokenizer.from_file(opened.tokenizer_path).fingerprint() != tokenizer.fingerprint():
-        hint = f"tokenizer.kind=file tokenizer.path={opened.tokenizer_path}"
-        raise UserError(f"{where}: its tokenizer is another than that of [tokenizer]", hint)
+    _require_same_tokenizer(tokenizer, opened, where)
     parameters = with_head(opened.parameters, model, opened.config.model, cfg.seed)
     params = fill(parameters, model)
     return cast(params, np.dtype(cfg.numerics.params))
 
 
-def read_params(path: str, model: config.Model, dtype: str) -> Params:
+def read_params(path: str, model: config.Model, dtype: str, tokenizer: Tokenizer | None = None) -> Params:
     """The parameters of the model at `path`, as the live tree of `model` in numpy arrays.
 
     Raises:
-        UserError: there is no model, or it computes another function than `model`.
+        UserError: there is no model, it computes another function than `model`, or it was trained with another
+            tokenizer than `tokenizer`, if that is given.
     """
     opened = open_model(path)
     _require_same_function(model, opened, path)
+    if tokenizer is not None:
+        _require_same_tokenizer(tokenizer, opened, path)
     return cast(fill(opened.parameters, model), np.dtype(dtype))
 
 
@@ -111,6 +112,13 @@ def _options(tree: Trained) -> config.LoRA:
 LIVE = ParameterLayout(lambda params, model: params, _first_adapters)
 BY_NAME = ParameterLayout(lambda params, model: dict(native.to_torch(params, model)), _first_adapters_by_name)
 """By the names of torch_ref."""
+
+
+def _require_same_tokenizer(tokenizer: Tokenizer, opened: Opened, where: str) -> None:
+    theirs = opened.tokenizer_path
+    if theirs and Tokenizer.from_file(theirs).fingerprint() != tokenizer.fingerprint():
+        hint = f"tokenizer.kind=file tokenizer.path={theirs}"
+        raise UserError(f"{where}: its tokenizer is another than that of [tokenizer]", hint)
 
 
 def _require_same_function(model: config.Model, opened: Opened, where: str) -> None:

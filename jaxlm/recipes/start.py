@@ -154,7 +154,7 @@ def give_parameters(
     for name, tree in recipe.models.frozen.items():
         sha256 = f"seed {cfg.seed}"
         if tree.path:
-            params = init_from.read_params(tree.path, tree.model, tree.dtype)
+            params = init_from.read_params(tree.path, tree.model, tree.dtype, source.tokenizer)
             sha256 = digest_of(_named_leaves(params))
             engine.freeze(name, layout.parameters(params, tree.model))
         files[name] = FrozenFile(tree.path, sha256)
@@ -184,7 +184,7 @@ def _cache_numbers(
         return {}
     files, trees = dict[str, FrozenFile](), dict[str, Any]()
     for name, tree in function.frozen.items():
-        params = init_from.read_params(tree.path, tree.model, tree.dtype)
+        params = init_from.read_params(tree.path, tree.model, tree.dtype, source.tokenizer)
         files[name] = FrozenFile(tree.path, digest_of(_named_leaves(params)))
         trees[name] = layout.parameters(params, tree.model)
 

@@ -160,6 +160,11 @@ class _Run:
             self._alert(*self._fetch())
             self._save()
             self.display.say(f"{self.stop.signal_name}: saved step {self.progress.step}; continue with --resume")
+        except UserError:  # such as samples that nobody can grade: what was trained before is kept
+            if self.engine.process_count == 1 and self.progress.step:
+                self._save()
+                self.display.say(f"step {self.saved.step} is saved; continue with --resume")
+            raise
 
     def _steps(self) -> None:
         cfg, progress = self.cfg, self.progress
@@ -345,18 +350,15 @@ class _Run:
             record |= self.source.identity()
             if self.frozen:
                 record["frozen"] = {name: file._asdict() for name, file in self.frozen.items()}
-            evaluated = self.progress.evaluated == self.progress.step
-            self.engine.save(record, self.score if evaluated else None)
+            self.engine.save(record, self.score if self.progress.evaluated == self.progress.step else None)
         self.save_due = False
         self.saved, self.saved_at = dataclasses.replace(self.progress), time.monotonic()
 
 
 def _frozen_file(frozen: Mapping[str, FrozenFile]) -> dict[str, bytes]:
     """The file that says what the frozen trees of a run are, if it has some."""
-    if not frozen:
-        return {}
     content = {name: {**file._asdict(), "path": _absolute(file.path)} for name, file in frozen.items()}
-    return {FROZEN: json.dumps(content, indent=2).encode() + b"\n"}
+    return {FROZEN: json.dumps(content, indent=2).encode() + b"\n"} if frozen else {}
 
 
 def _absolute(path: str) -> str:

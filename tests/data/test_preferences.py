@@ -270,7 +270,10 @@ def test_the_source_of_a_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "q", "chosen": "a", "rejected": "a"}], "no pair is left to train on: 1 with equal answers"),
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "a"}],
+            r"\.jsonl: no pair is left to train on: 1 with equal answers",
+        ),
         ([{"prompt": "q", "chosen": "a" * 500, "rejected": "a"}], "no pair is left to train on: 1 too long"),
         ([{"chosen": [*USER, *GOOD], "rejected": [*TURNS, *BAD]}], "1 whose sides are not answers to one prompt"),
         ([{"prompt": "q", "completion": "a", "label": True}], "row 1: an answer with a label is no pair"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxlm.config import Config, paths, toml
 from jaxlm.errors import UserError
 
-KEYS = [*paths.OUTPUTS, "data.source", "data.validation_source", "tokenizer.path", "train.init_from"]
+KEYS = [*paths.OUTPUTS, *(key for key in paths.INPUTS if key != "data.curriculum.scores")]
 
 
 def value(config: Config, key: str) -> str:

@@ -18,6 +18,7 @@ from jaxlm.cli.app import app
 from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.recipes import answers, grpo, make_recipe, start  # two threads that import at once break Python's ast
+from jaxlm.recipes.rollouts.phases import Phases
 from jaxlm.report.plots import measures_of
 from jaxlm.run.progress import Display
 from jaxlm.run.rollouts import best_and_worst, read_rollouts
@@ -235,8 +236,65 @@ def test_groups_of_one_are_refused(tmp_path: Path) -> None:
         make_recipe(alone)
 
 
-def test_prompts_that_do_not_fit(begun: Path, tmp_path: Path) -> None:
-    cfg = load(tmp_path, "grpo", train=f'init_from = "{begun / "answers"}"')
-    cfg = toml.load(tmp_path / "grpo.toml", ["data.seq_len=4", f'out_dir="{tmp_path / "run"}"'])
-    with pytest.raises(UserError, match=r"do not fit into data.seq_len = 4 tokens \(data.seq_len=5\)|data.seq_len=5"):
-        start.run(cfg)
+def test_prompts_that_do_not_fit(tmp_path: Path) -> None:
+    """The longest is told before anything is drawn, wherever in the file it stands."""
+    load(tmp_path, "grpo")
+    cfg = toml.load(tmp_path / "grpo.toml", ["data.seq_len=4"])
+    with pytest.raises(UserError, match=r"the prompt '\d=' of 2 tokens .* data.seq_len = 4 \(data.seq_len=5\)"):
+        make_recipe(cfg).data(None)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "x" * n, "answer": "1"}) + "\n" for n in [*[1] * 60, 20, *range(30)]))
+    cfg = toml.load(tmp_path / "grpo.toml", [f'rl.task="{file}"'])
+    file.write_text(file.read_text().replace('"prompt": ""', '"prompt": "a"'))
+    with pytest.raises(UserError, match=r"prompts.jsonl': the prompt 'x+' of 29 tokens .*\(data.seq_len=32\)"):
+        make_recipe(cfg).data(None)
+
+
+OWN = """
+def raises(prompt, completion, row): return 1 / 0
+def says(prompt, completion, row): return "good"
+def nothing(prompt, completion, row): return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("own_rewards:raises", "the reward own_rewards:raises fails on right answers of the task: ZeroDivisionError"),
+        ("own_rewards:says", "fails on right answers of the task: it returned str"),
+        ("matches(pattern='(')", "the reward matches fails on right answers of the task: .*missing \\)"),
+        ("length(per_token='x')", "the reward length fails on right answers"),
+        ("own_broken:f", "the reward own_broken:f: its module fails: SyntaxError: "),
+    ],
+)
+def test_rewards_that_always_fail_are_told_before_anything_is_drawn(
+    tmp_path: Path, rewards: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    (tmp_path / "own_broken.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load(tmp_path, "grpo")
+    with pytest.raises(UserError, match=message):
+        make_recipe(toml.load(tmp_path / "grpo.toml", [f'rl.rewards=["{rewards}"]'])).data(None)
+    make_recipe(toml.load(tmp_path / "grpo.toml", ['rl.rewards=["own_rewards:nothing"]'])).data(None)
+
+
+def test_what_was_trained_is_saved_when_samples_cannot_be_graded(begun: Path, tmp_path: Path) -> None:
+    """All rewards become equal after two phases, and no refill helps: the run ends in one line, with a checkpoint."""
+    load(tmp_path, "grpo", train=f'init_from = "{begun / "answers"}"')
+    options = [f'out_dir="{tmp_path / "grpo"}"', "rl.refills=1", "checkpoint.every=0"]
+    phases, one = [], Phases._samples
+
+    def equal(self: Any, actor: Any, number: int, refill: int) -> Any:
+        phases.append(number)
+        return [
+            sample._replace(reward=1.0 if number > 1 else i % 2)
+            for i, sample in enumerate(one(self, actor, number, refill))
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Phases, "_samples", equal)
+        with pytest.raises(UserError, match="phase 2: the samples of every prompt had equal rewards, and 1 refills"):
+            start.run(toml.load(tmp_path / "grpo.toml", options), backend="torch")
+    assert phases[-2:] == [2, 2]
+    assert jaxlm.Run(tmp_path / "grpo").checkpoints == [2]

@@ -162,7 +162,10 @@ def labelled_pairs(read: Read) -> list[Sides]:
     labels = {one.label for one in found}
     if len(labels) == 1:
         missing = "not wanted (label false)" if labels == {1} else "wanted (label true)"
-        raise UserError("KTO needs answers that are wanted and answers that are not", f"no answer is {missing}")
+        where = found[0].where.rpartition(", row ")[0] or "the data"
+        raise UserError(
+            f"{where}: KTO needs answers that are wanted and answers that are not", f"no answer is {missing}"
+        )
     return found
 
 

@@ -80,7 +80,7 @@ class PreferenceSource:
             train, held_out = read, read_preferences(cfg.data.validation_source)
             warn_of_copies("preferences", *(map(_content, side.pairs + side.labelled) for side in (train, held_out)))
         trained = encode(labelled_pairs(train) if labelled else sides_of(train.pairs))
-        _tell(read, trained, cfg.data.seq_len)
+        _tell(cfg, read, trained)
         sets = [encode(sides_of(held_out.pairs))]
         if labelled and held_out.pairs + held_out.labelled:
             sets = [encode(labelled_pairs(held_out)), *sets]
@@ -157,7 +157,7 @@ def _content(preference: Pair | Labelled) -> bytes:
     return repr(preference._replace(where="")).encode("utf-8", "surrogatepass")
 
 
-def _tell(read: Read, pairs: Pairs, seq_len: int) -> None:
+def _tell(cfg: Config, read: Read, pairs: Pairs) -> None:
     """One line about what was left out of the training pairs.
 
     Raises:
@@ -166,7 +166,10 @@ def _tell(read: Read, pairs: Pairs, seq_len: int) -> None:
     other = [f"{read.other_prompt} whose sides are not answers to one prompt"] if read.other_prompt else []
     why = ", ".join([*other, *filter(None, [pairs.counts.left_out])])
     if not len(pairs):
-        hint = f'data.seq_len above {seq_len}, or preference.too_long="truncate"' if pairs.counts.too_long else ""
-        raise UserError(f"no pair is left to train on: {why or 'there is none'}", hint or "other data")
+        hint = (
+            f'data.seq_len above {cfg.data.seq_len}, or preference.too_long="truncate"' if pairs.counts.too_long else ""
+        )
+        where = cfg.data.source if isinstance(cfg.data.source, str) else ", ".join(cfg.data.source)
+        raise UserError(f"{where}: no pair is left to train on: {why or 'there is none'}", hint or "other data")
     if why:
         _log.warning("warning: %d pairs to train on; left out: %s", len(pairs), why)

@@ -75,8 +75,11 @@ class Examples:
         return Examples(ids, weights, np.cumsum([0, *sizes]).astype(np.int64), self.counts._replace(kept=len(parts)))
 
 
-def collect(examples: Iterable[Example], seq_len: int, too_long: TooLong) -> Examples:
+def collect(examples: Iterable[Example], seq_len: int, too_long: TooLong, where: str = "the data") -> Examples:
     """Lay examples end to end; those that do not fit into a row are left out or lose their end.
+
+    Args:
+        where: they come from, for messages.
 
     Raises:
         UserError: none is left; says why.
@@ -97,7 +100,9 @@ def collect(examples: Iterable[Example], seq_len: int, too_long: TooLong) -> Exa
     if not kept:
         why = f"{long} are longer than data.seq_len = {seq_len}, {untrained} have no trained token"
         hint = 'a larger data.seq_len, sft.too_long = "truncate", or another sft.train_on'
-        raise UserError(f"no example is left to train on: {why}", hint)
+        if not long + untrained:
+            why, hint = "there is none", "other data"
+        raise UserError(f"{where}: no example is left to train on: {why}", hint)
     # The first token of an example is nobody's target.
     weights = [np.concatenate([np.zeros(1, np.float32), one.weights[1:]]) for one in kept]
     offsets = np.cumsum([0, *(len(one.ids) for one in kept)]).astype(np.int64)

@@ -145,4 +145,4 @@ def _examples(cfg: Config, source: str | tuple[str, ...], chat: Chat) -> Example
             except UserError as error:
                 raise UserError(f"{talk.where}: {error.message}", error.hint) from None
 
-    return collect(encoded(), cfg.data.seq_len, sft.too_long)
+    return collect(encoded(), cfg.data.seq_len, sft.too_long, ", ".join(sources))

@@ -27,6 +27,8 @@ from jaxlm.recipes.rollouts.rewards import QUICK, TOGETHER, Reward
 
 MOST_LOST = 0.2
 """Of the grades of a step; if more are missing, the graders are broken."""
+NOTHING = "it returned None"
+"""The reason of a reward that says that there is nothing to judge."""
 MEMORY = 4 << 30
 """Bytes of address space that a worker may have."""
 _WORKER = "from jaxlm.recipes.rollouts.graders import serve; serve()"
@@ -81,6 +83,27 @@ class GraderPool:
             grades[job.number][job.place] = grade
         self._check(grades)
         return grades
+
+    def try_rewards(self, samples: Sequence[Sample]) -> None:
+        """Grade right answers, before anything is sampled.
+
+        Raises:
+            UserError: a reward raises, hangs or returns no number on all of them.
+        """
+        for reward in self.rewards:
+            if reward.name in TOGETHER:  # a model, which was opened before
+                continue
+            if reward.name in QUICK:
+                grades = judged_here(reward, samples)
+            else:
+                jobs = deque(_Job(number, 0, reward, sample) for number, sample in enumerate(samples))
+                grades = [grade for _, grade in self._in_workers(jobs)]
+            reasons = [grade.reason for grade in grades]
+            if all(reason not in ("", NOTHING) for reason in reasons):
+                raise UserError(
+                    f"the reward {reward.name} fails on right answers of the task: {reasons[0]}",
+                    "mend it, or let it return a number for every answer",
+                )
 
     def _check(self, grades: Sequence[Sequence[Grade]]) -> None:
         for place, reward in enumerate(self.rewards):
@@ -192,7 +215,7 @@ def judged(reward: Callable[..., Any], sample: Sample) -> Grade:
 
 def _grade(value: Any) -> Grade:
     if value is None:
-        return Grade(None, "it returned None")
+        return Grade(None, NOTHING)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Grade(float(value)) if isinstance(value, bool) else Grade(None, f"it returned {type(value).__name__}")
     return Grade(float(value)) if math.isfinite(value) else Grade(None, f"it returned {value}")

@@ -173,8 +173,7 @@ class Phases:
         rl = self.rl
         first = (number * (rl.refills + 1) + refill) * rl.prompts
         chosen = [self.task.train(self.config.seed, first + i) for i in range(rl.prompts)]
-        encoded = self.asking.encode([prompt.text for prompt in chosen])
-        self._check(encoded)
+        encoded = self._encoded(chosen)
         repeated = [ids for ids in encoded for _ in range(rl.group)]
         seed = int(np.random.SeedSequence((self.config.seed, number, refill)).generate_state(1)[0])
         drawn = actor.sample(repeated, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=seed)
@@ -184,14 +183,33 @@ class Phases:
         ]
         return self.graded(samples)
 
-    def _check(self, encoded: Sequence[Sequence[int]]) -> None:
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The ids of prompts.
+
+        Raises:
+            UserError: one does not fit into a row with a completion; the longest is named.
+        """
+        encoded = self.asking.encode([prompt.text for prompt in prompts])
         longest, width = max(map(len, encoded)), self.config.data.seq_len
         if longest + self.rl.max_new_tokens > width:
+            text = next(one.text for one, ids in zip(prompts, encoded, strict=True) if len(ids) == longest)
             raise UserError(
-                f"a prompt of {longest} and rl.max_new_tokens = {self.rl.max_new_tokens} do not fit into "
-                f"data.seq_len = {width} tokens",
+                f"rl.task = {self.task.name!r}: the prompt {text[:40]!r} of {longest} tokens and rl.max_new_tokens = "
+                f"{self.rl.max_new_tokens} do not fit into data.seq_len = {width}",
                 f"data.seq_len={longest + self.rl.max_new_tokens}",
             )
+        return encoded
+
+    def check(self) -> None:
+        """Find before anything is drawn what would end a run later.
+
+        Raises:
+            UserError: a prompt does not fit into a row, or a reward fails on right answers.
+        """
+        first = [self.task.train(self.config.seed, number) for number in range(self.rl.prompts)]
+        self._encoded([*(self.task.records or first), *self.task.held_out(self.rl.held_out)])
+        few = [self.cut(prompt, [], self.asking.answer(prompt.answer)) for prompt in first[:2]]
+        self.pool.try_rewards([Sample(one.prompt.text, one.text, _row(one)) for one in few])
 
     def cut(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> Drawn:
         """A sample up to the first end; its text is without the end."""

@@ -52,7 +52,7 @@ def find_rewards(specs: Sequence[str]) -> list[Reward]:
 
 
 def _parsed(spec: str) -> Reward:
-    match = re.fullmatch(r"\s*([\w.]+(?::\w+)?)\s*(?:\((.*)\))?\s*(?:\*\s*(-?[\d.]+))?\s*", spec)
+    match = re.fullmatch(r"\s*([\w.]+(?::\w+)?)\s*(?:\((.*)\))?\s*(?:\*\s*(-?\d*\.?\d+))?\s*", spec)
     if not match:
         raise UserError(f"rl.rewards: {spec!r} is no reward", "write name(option=value) * weight")
     name, inside, weight = match[1], match[2] or "", float(match[3] or 1)
@@ -88,6 +88,9 @@ def judge_of(name: str) -> Judge:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"the reward {name}: {error}", "run where the module is, or install it") from None
+    except Exception as error:  # the module is the user's own code
+        line = " ".join(str(error).split())
+        raise UserError(f"the reward {name}: its module fails: {type(error).__name__}: {line}", "mend it") from None
     function: Any = getattr(module, function_name, None)
     if callable(function):
         return cast(Judge, function)

@@ -59,6 +59,7 @@ class RolloutData:
         self.task = open_task(rl.task)
         self.pool = GraderPool(find_rewards(rl.rewards), limit_s=rl.grader_seconds)
         self.phases = stage.phases(cfg, self.task, self.tokenizer, self.pool)
+        self.phases.check()
         self.ends = sorted(self.phases.ends)
         self.phase: Phase | None = None
         self._held_out_reward = 0.0
