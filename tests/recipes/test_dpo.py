@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,11 @@ def test_references_that_do_not_fit(begun: Path, tmp_path: Path) -> None:
     other = {"preference": {"reference": str(begun / "start")}, "train": {"init_from": "", "steps": 1}}
     with pytest.raises(UserError, match="start: d_model is 32 there and 48 here"):
         start.run(dpo_run(begun, tmp_path, model={"d_model": 48}, **other))
+    shutil.copytree(begun / "start", tmp_path / "other")
+    words = tmp_path / "other" / "tokenizer.json"
+    words.write_text(words.read_text().replace('"!"', '"x?"').replace('"?"', '"!"').replace('"x?"', '"?"'))
+    with pytest.raises(UserError, match=r"other: its tokenizer is another than that of \[tokenizer\]"):
+        start.run(dpo_run(begun, tmp_path, preference={"reference": str(tmp_path / "other")}))
     start.run(dpo_run(begun, tmp_path, train={"steps": 1}, data=UNJUDGED))
     changed = {"reference": str(tmp_path / "run")}
     with pytest.raises(UserError, match=r"the frozen reference, .*run, is not the one of the checkpoint"):
