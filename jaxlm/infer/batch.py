@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.infer.engine import Engine, Grammar, Reply, Request, Result
 from jaxlm.processes import meet
-from jaxlm.text.sampling import preset
+from jaxlm.text.sampling import Sampling, preset
 
 AHEAD = 4
 """Requests under way for each row."""
@@ -64,26 +67,52 @@ def request_of(fields: Mapping[str, Any], defaults: Request) -> Request:
     Raises:
         UserError: an option is unknown or has a wrong value.
     """
-    names = [field.name for field in dataclasses.fields(Request)]
-    given = dict(fields)
-    if "prompt" not in given:
+    if "prompt" not in fields:
         raise UserError("there is no prompt")
-    for name in given:
-        if name not in names:
-            raise UserError(f"unknown option {name!r}", did_you_mean(name, names))
+    given = {name: _checked(name, value, Request) for name, value in fields.items()}
+    named, looks = given.get("sampling"), given.get("grammar")
+    if isinstance(named, str):
+        given["sampling"] = preset(named)
+    elif named is not None:
+        chosen = {name: _checked(name, value, Sampling) for name, value in named.items()}
+        given["sampling"] = dataclasses.replace(defaults.sampling, **chosen)
+    if looks is not None:
+        schema = looks.get("json_schema")
+        looks |= {"json_schema": json.dumps(schema)} if isinstance(schema, dict) else {}
+        given["grammar"] = Grammar(**{name: _checked(name, value, Grammar) for name, value in looks.items()})
+    return dataclasses.replace(defaults, **given)
+
+
+_WRITTEN: Mapping[str, Any] = {
+    "prompt": str | list[int],
+    "stop": str | list[str],
+    "sampling": str | dict[str, Any],
+    "grammar": dict[str, Any] | None,
+    "logit_bias": dict[int, float],
+}
+"""Options that a line writes in another form than `Request` has them."""
+
+
+@functools.cache
+def _kind(name: str, of: type) -> TypeAdapter[Any]:
+    return TypeAdapter(_WRITTEN[name] if of is Request and name in _WRITTEN else get_type_hints(of)[name])
+
+
+def _checked(name: str, value: Any, of: type) -> Any:
+    """The value of an option as JSON has it.
+
+    Raises:
+        UserError: there is no such option, or it is of another type.
+    """
+    names = [field.name for field in dataclasses.fields(of)]
+    if name not in names:
+        raise UserError(f"unknown option {name!r}", did_you_mean(name, names))
     try:
-        if "sampling" in given:
-            named = given["sampling"]
-            given["sampling"] = (
-                preset(named) if isinstance(named, str) else dataclasses.replace(defaults.sampling, **named)
-            )
-        if given.get("grammar") is not None:
-            given["grammar"] = Grammar(**given["grammar"])
-        if "logit_bias" in given:
-            given["logit_bias"] = {int(token): float(value) for token, value in given["logit_bias"].items()}
-        return dataclasses.replace(defaults, **given)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        return _kind(name, of).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        shown = json.dumps(value, ensure_ascii=False)
+        shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
+        raise UserError(f"{name} = {shown}: {error.errors()[0]['msg'].lower()}") from None
 
 
 def _submit(engine: Engine, line: str, defaults: Request) -> Reply | str:

@@ -389,6 +389,7 @@ def test_grammars_among_neighbours(engine: Engine) -> None:
         ({"deadline": -1.0}, "past"),
         ({"forced": [1] * 4096}, "4096 ids"),
         ({"logprobs": 21}, "logprobs = 21"),
+        ({"ignore_eos": True}, "nothing ends the text"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -35,8 +35,8 @@ class Intake:
         """The choices of a request, of which no token is drawn yet.
 
         Raises:
-            UserError: the prompt is empty, too long or has ids that the model does not know; or it or a grammar needs a
-                tokenizer, and there is none.
+            UserError: the prompt is empty, too long or has ids that the model does not know; nothing ends the text; or
+                it or a grammar needs a tokenizer, and there is none.
         """
         ids = self._prompt_ids(request)
         return [self._growing(request, index, ids) for index in range(request.choices)]
@@ -64,6 +64,8 @@ class Intake:
 
     def _growing(self, request: Request, index: int, ids: list[int]) -> Growing:
         ends = (*(() if request.ignore_eos else self.ends), *request.stop_ids)
+        if request.max_new_tokens is None and not (ends or request.stop or request.grammar):
+            raise UserError("nothing ends the text: no id does, and max_new_tokens is none", "max_new_tokens=256")
         guide = None if request.grammar is None else self._grammar_rules().follow(request.grammar)
         room, wanted = self._runner.length - len(ids), request.max_new_tokens
         full: Finish = "context" if wanted is None or wanted > room else "length"
