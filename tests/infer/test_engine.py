@@ -235,6 +235,9 @@ def test_ends(engine: Engine) -> None:
     assert longest.finish == "context" and len(longest.ids) == 96 - len(PROMPTS[2])
     forced = other(max_new_tokens=12, forced=(11, 12, 13), ignore_eos=True).ids
     assert forced[:3] == (11, 12, 13) and len(forced) == 12
+    engine.intake.ends = ()
+    with pytest.raises(UserError, match="nothing ends the text"):
+        other()
 
 
 def test_stop_strings_and_parts(engine: Engine) -> None:
@@ -389,7 +392,6 @@ def test_grammars_among_neighbours(engine: Engine) -> None:
         ({"deadline": -1.0}, "past"),
         ({"forced": [1] * 4096}, "4096 ids"),
         ({"logprobs": 21}, "logprobs = 21"),
-        ({"ignore_eos": True}, "nothing ends the text"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

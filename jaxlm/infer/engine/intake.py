@@ -64,7 +64,8 @@ class Intake:
 
     def _growing(self, request: Request, index: int, ids: list[int]) -> Growing:
         ends = (*(() if request.ignore_eos else self.ends), *request.stop_ids)
-        if request.max_new_tokens is None and not (ends or request.stop or request.grammar):
+        endless = not (ends or request.ignore_eos or request.stop or request.grammar)
+        if endless and request.max_new_tokens is None:
             raise UserError("nothing ends the text: no id does, and max_new_tokens is none", "max_new_tokens=256")
         guide = None if request.grammar is None else self._grammar_rules().follow(request.grammar)
         room, wanted = self._runner.length - len(ids), request.max_new_tokens
