@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Refuse what is no conversation.
 
     Raises:
-        UserError: no message, a message without role or content, an unknown role.
+        UserError: no message, a message without role or content, an unknown role, a weight that is none.
     """
     if not messages:
         raise UserError("a conversation without a message")
@@ -164,6 +165,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         content = message.get("content")
         if not isinstance(content, str) and not (role == "assistant" and message.get("tool_calls")):
             raise UserError(f"message {number} ({role}) has no text in `content`", "jaxlm reads text only")
+        weight = message.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise UserError(
+                f"message {number} ({role}) has the weight {weight!r}", "a number from 0 on; 0: not trained"
+            )
 
 
 def _spans(

@@ -169,6 +169,8 @@ def test_tool_calls_are_trained_and_their_results_are_not(tokenizer: Tokenizer) 
         ([{"role": "user", "content": "hi"}], "without an assistant's turn"),
         ([{"role": "assistent", "content": "hi"}], "role 'assistent'.*assistant"),
         ([{"role": "user", "content": 3}, TURNS[1]], "message 0 .user. has no text"),
+        ([TURNS[0], {**TURNS[1], "weight": "much"}], "message 1 .assistant. has the weight 'much'"),
+        ([TURNS[0], {**TURNS[1], "weight": -1}], "message 1 .assistant. has the weight -1"),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages: list, message: str, tokenizer: Tokenizer) -> None:

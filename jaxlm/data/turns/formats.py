@@ -113,7 +113,7 @@ def _sharegpt(record: Mapping[str, Any]) -> Messages:
         role = _SHAREGPT.get(str(turn.get("from")))
         if role is None:
             raise Unfit(f"a turn is from {turn.get('from')!r}; known are {', '.join(_SHAREGPT)}")
-        weight = {"weight": turn["weight"]} if "weight" in turn else {}
+        weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
         found.append({"role": role, "content": _text(turn, "value") if "value" in turn else None, **weight})
     return found
 
