@@ -247,7 +247,7 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
             f"{folder}: {unused[0]} fits nowhere",
             "jaxlm reads adapters of linear maps, and modules_to_save outside the layers",
         )
-    lora = dataclasses.replace(_options(stated, adapters), modules_to_save=tuple(saved))
+    lora = dataclasses.replace(_options(folder / CONFIG, stated, adapters), modules_to_save=tuple(saved))
     targets = [site for site in all_sites if any(name in adapters for name in site.names)]
     flat = {f"{name}.adapter.{key}": value for name, parts in adapters.items() for key, value in parts.items()}
     return from_torch(flat, targets, cfg) | saved, lora
@@ -280,6 +280,8 @@ def _holds(family: Family, cfg: config.Model, stored: Mapping[str, np.ndarray]) 
 
 def _from_row(row: Row, key: str, stored: Mapping[str, np.ndarray], site: Site) -> dict[str, np.ndarray]:
     """An adapter in torch_ref's layout: the row read backwards gives its outputs our order."""
+    if f"{key}.lora_B.weight" not in stored:
+        raise UserError(f"{key}.lora_B.weight: missing beside lora_A", "is the file whole?")
     a, b = stored[f"{key}.lora_A.weight"], stored[f"{key}.lora_B.weight"]
     rank, (ins, outs) = b.shape[1], (math.prod(site.ins), math.prod(site.outs))
     if a.shape != (rank, ins) or b.shape[0] != outs:
@@ -297,11 +299,16 @@ def _from_row(row: Row, key: str, stored: Mapping[str, np.ndarray], site: Site) 
     return parts
 
 
-def _options(stated: Mapping[str, Any], adapters: Mapping[str, Mapping[str, np.ndarray]]) -> config.LoRA:
+def _options(file: Path, stated: Mapping[str, Any], adapters: Mapping[str, Mapping[str, np.ndarray]]) -> config.LoRA:
     """`[lora]` with a rank and an alpha for each adapter that has its own."""
+    for key in ("r", "lora_alpha"):
+        if isinstance(stated.get(key), bool) or not isinstance(stated.get(key), int | float) or stated[key] <= 0:
+            raise UserError(f"{file}: {key} = {stated.get(key)!r} is no number above 0")
     rslora = bool(stated.get("use_rslora"))
     usual = int(stated["r"])
     ranks = {name: int(parts["b"].shape[1]) for name, parts in adapters.items()}
+    if (other := next((r for r in ranks.values() if r != usual), None)) and not stated.get("rank_pattern"):
+        raise UserError(f"{file}: r = {usual}, and there is an adapter of rank {other}", "are both of one folder?")
     alphas = {name: float(stated["lora_alpha"]) for name in adapters}
     for pattern, alpha in (stated.get("alpha_pattern") or {}).items():
         last = pattern.rsplit(".", 1)[-1]

@@ -20,10 +20,16 @@ UNITS = {
     "goodput": "of the time",
     "validation_bits_per_byte": "bits",
     "unigram_loss": "nats a token",
+    "validation_chosen_logp": "nats an answer",
+    "answer_nll": "nats a token of the right answers",
+    "entropy": "nats a token",
+    "length": "tokens a sample",
+    "ended": "of the samples ended by themselves",
 }
 SHOWN = ("step", "tokens", "loss", "tokens_per_second", "mfu", "goodput", "validation_loss", "validation_perplexity",
-         "validation_bits_per_byte", "validation_accuracy")  # fmt: skip
-SHARES = ("mfu", "goodput", "validation_accuracy")
+         "validation_bits_per_byte", "validation_accuracy", "validation_margin", "validation_chosen_logp",
+         "reward", "held_out_reward", "answer_nll", "entropy", "length", "ended")  # fmt: skip
+SHARES = ("mfu", "goodput", "validation_accuracy", "ended")
 
 
 def write_report(
