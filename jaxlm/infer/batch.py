@@ -94,7 +94,8 @@ _WRITTEN: Mapping[str, Any] = {
 
 
 @functools.cache
-def _kind(name: str, of: type) -> TypeAdapter[Any]:
+def _kind(name: str, of: type) -> Any:
+    """What checks the type of an option."""
     return TypeAdapter(_WRITTEN[name] if of is Request and name in _WRITTEN else get_type_hints(of)[name])
 
 

@@ -164,7 +164,8 @@ def unrolled_for_decoding(decoder: Decoder, params: Params) -> tuple[Decoder, Pa
     """The decoder with a cache of its own for each layer, which a step updates in place; do it once for many calls."""
     if not decoder.config.scanned or decoder.config.n_layers > MAX_UNROLLED:
         return decoder, params
-    return unrolled(decoder), _unstack(params, decoder.config)
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}  # a program would copy them too
+    return unrolled(decoder), rest | _unstack({"layers": params["layers"]}, decoder.config)
 
 
 _unstack = jax.jit(unstack_layers, static_argnums=1)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,20 +51,19 @@ class Grade(NamedTuple):
 
 
 class GraderPool:
-    """Workers that are started when they are first needed and end with the `with` block."""
+    """Workers that are started when they are first needed and end with the `with` block, or with the pool."""
 
     def __init__(self, rewards: Sequence[Reward], *, workers: int = 2, limit_s: float = 10.0) -> None:
         self.rewards, self.limit_s = list(rewards), limit_s
         self.idle: list[_Worker] = []
         self.workers = workers
+        weakref.finalize(self, _end, self.idle)
 
     def __enter__(self) -> GraderPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self.idle:
-            worker.kill()
-        self.idle = []
+        _end(self.idle)
 
     def grade(self, samples: Sequence[Sample]) -> list[list[Grade]]:
         """Each sample by each reward.
@@ -136,6 +136,11 @@ class GraderPool:
                 else:
                     self.idle.append(worker)
                 yield job, grade
+
+
+def _end(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().kill()
 
 
 START_SECONDS = 120.0
