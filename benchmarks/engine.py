@@ -27,7 +27,17 @@ import psutil
 
 from benchmarks import peers
 from benchmarks.asked import listed, minutes, positive
-from benchmarks.engine_costs import PATTERNS, bandwidth, capacity, in_turns, prefill_memory, ratio, runner, sampler
+from benchmarks.engine_costs import (
+    PATTERNS,
+    bandwidth,
+    capacity,
+    in_turns,
+    pages,
+    prefill_memory,
+    ratio,
+    runner,
+    sampler,
+)
 from benchmarks.kept import merged, now, this_command
 from benchmarks.train_step import jaxlm_model
 
@@ -272,6 +282,7 @@ FIGURES: dict[int, Callable[[int, int], dict[str, Any]]] = {
     2: arrivals,
     7: programs,
     16: leak,
+    17: pages,
 }
 
 

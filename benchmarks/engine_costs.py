@@ -138,3 +138,65 @@ def sampler(rounds: int, _: int) -> dict[str, Any]:
             works[f"{vocab} ids, {rows} rows"] = lambda arrays=arrays: draw(*arrays).block_until_ready()
     times = in_turns(works, 5 * rounds)
     return {name: {key.replace("_s", "_ms"): 1000 * value for key, value in one.items()} for name, one in times.items()}
+
+
+def attend_pages(q_RKGH: Any, key_pages: Any, value_pages: Any, table: Any, last: Any) -> Any:
+    """`attend_slots` of one query a row, where block i of row r is the page `table[r, i]`: [P, K, H, S] and [P, K, S, H]."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    size = key_pages.shape[-1]
+
+    def read(block: Any, sums: Any) -> Any:
+        top, total, out = sums
+        page_R = lax.dynamic_index_in_dim(table, block, 1, keepdims=False)
+        scores = jnp.matmul(q_RKGH, key_pages[page_R]) * q_RKGH.shape[-1] ** -0.5
+        scores = jnp.where(block * size + jnp.arange(size) <= last, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        out = out * shrink[..., None] + jnp.matmul(weights, value_pages[page_R])
+        return new_top, total * shrink + weights.sum(-1), out
+
+    zero = jnp.zeros(q_RKGH.shape[:3])
+    _, total, out = lax.fori_loop(0, last // size + 1, read, (zero - jnp.inf, zero, jnp.zeros_like(q_RKGH)))
+    return out / total[..., None]
+
+
+def pages(rounds: int, _: int) -> dict[str, Any]:
+    """17: attention of a step of eight rows over pages that a table names, over that of rows of one size."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.ops.attention.slots import attend_slots, block_of
+    from jaxlm.ops.attention.visible import Places
+
+    cfg, rows, rng = jaxlm_model(), 8, np.random.default_rng(0)
+    kv, size, found = cfg.n_kv_heads or cfg.n_heads, cfg.head_dim, {}
+    for tokens in (200, 4096):
+        page = block_of(tokens + 1)
+        count = -(-(tokens + 1) // page)
+        order = rng.permutation(rows * count)  # the pages of a row lie anywhere
+        table = jnp.asarray(np.argsort(order).reshape(rows, count))
+        key_pages, value_pages = (
+            jnp.asarray(rng.standard_normal(shape), jnp.float32)
+            for shape in ((rows * count, kv, size, page), (rows * count, kv, page, size))
+        )
+        keys, values = (
+            jnp.concatenate([pool[table[:, i]] for i in range(count)], axis)
+            for pool, axis in ((key_pages, -1), (value_pages, -2))
+        )
+        q = jnp.asarray(rng.standard_normal((rows, 1, cfg.n_heads, size)), jnp.float32)
+        last, places = jnp.int32(tokens), Places(jnp.full((rows, 1), tokens), jnp.ones((rows, 1), jnp.int32))
+        by_rows = jax.jit(lambda q, k, v, places=places: attend_slots(q, k, v, places, jnp.int32(0)).out)
+        q_RKGH = q.reshape(rows, kv, -1, size)
+        by_pages = jax.jit(attend_pages)
+        np.testing.assert_allclose(
+            by_rows(q, keys, values).ravel(), by_pages(q_RKGH, key_pages, value_pages, table, last).ravel(), atol=1e-5
+        )
+        works = {
+            "rows": lambda f=by_rows, a=(q, keys, values): f(*a).block_until_ready(),
+            "pages": lambda f=by_pages, a=(q_RKGH, key_pages, value_pages, table, last): f(*a).block_until_ready(),
+        }
+        times = in_turns(works, 30 * rounds)
+        found[f"{tokens} tokens"] = {"times": times, "pages_over_rows": ratio(times, "pages", "rows")}
+    return found
