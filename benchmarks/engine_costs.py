@@ -141,7 +141,7 @@ def sampler(rounds: int, _: int) -> dict[str, Any]:
 
 
 def attend_pages(q_RKGH: Any, key_pages: Any, value_pages: Any, table: Any, last: Any) -> Any:
-    """`attend_slots` of one query a row, where block i of row r is the page `table[r, i]`: [P, K, H, S] and [P, K, S, H]."""
+    """`attend_slots` of a query a row: block i of row r is page `table[r, i]` of [P, K, H, S] and [P, K, S, H]."""
     import jax.numpy as jnp
     from jax import lax
 

@@ -15,6 +15,7 @@ import torch
 from jaxlm.errors import UserError
 from jaxlm.infer.engine import Choice, Engine, Request, Result
 from jaxlm.infer.engine.on_jax.runner import JaxRunner
+from jaxlm.infer.engine.runner import Orders
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from parity_tests.options import small
@@ -111,6 +112,28 @@ def test_the_forward_without_a_cache(models: Callable[[str], Pair], name: str) -
         for one, row in zip(scored, rows[len(rows) - len(scored) :], strict=True):
             FLOAT64.check(abs(one.log_prob - row[one.token]), name)
             assert [token for token, _ in one.top] == np.argsort(-row, kind="stable")[:3].tolist()
+
+
+def test_vectors_in_place_of_embeddings(models: Callable[[str], Pair]) -> None:
+    """A prompt as the rows of the embedding, as an image would come, is the prompt as ids, bit for bit, in both."""
+    both = models("every mixer")
+    table = both.torch.embed.weight.detach().numpy()
+    orders = Orders.empty(SIZES["rows"], V)
+    orders.active[0], orders.token[0], orders.position[0], orders.scored[0] = 1, 9, 13, 1
+    orders = orders._replace(until=np.asarray(4, np.int32))
+    found = []
+    for runner in (JaxRunner(both.jax, both.params, **SIZES), TorchRunner(both.torch, **SIZES)):
+        drawn = []
+        for prompt in (PROMPTS[3][:13], table[PROMPTS[3][:13]], table[PROMPTS[4][:13]]):
+            runner.reset(0)
+            runner.prefill(0, prompt, 0, 16)
+            drawn.append(runner.decode(orders))
+        as_ids, as_vectors, others = ((one.tokens[:, 0].tolist(), one.log_probs[:, 0].tolist()) for one in drawn)
+        assert as_ids == as_vectors != others
+        found.append(as_vectors)
+    (ours, our_logps), (theirs, their_logps) = found
+    assert ours[:4] == theirs[:4]
+    FLOAT64.check(float(np.abs(np.subtract(our_logps[:4], their_logps[:4])).max()), "log-probabilities")
 
 
 def nearly(one: Choice, other: Choice) -> bool:

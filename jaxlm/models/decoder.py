@@ -35,6 +35,8 @@ from jaxlm.ops.rope import rope_table_of, sinusoidal_table
 
 Params = dict[str, Any]
 Cache = tuple[Any, ...]
+Tokens = Int[Array, "b t"] | Float[Array, "b t d"]
+"""Ids, or vectors in place of their embeddings."""
 
 
 class Decoder(nn.Module):
@@ -72,7 +74,7 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens_BT: Int[Array, "b t"],
+        tokens_BT: Tokens,
         positions_BT: Int[Array, "b t"],
         segments_BT: Int[Array, "b t"],
         cache: Cache | None = None,
@@ -82,6 +84,7 @@ class Decoder(nn.Module):
         Of another head its numbers for each token, 0 for padding.
 
         Args:
+            tokens_BT: ids, or vectors [B, T, D] in place of their embeddings, such as those of an image.
             positions_BT: place of each token within its document, from 0.
             segments_BT: document of each token within the row, from 1; 0 is padding.
             cache: of `init_cache`; a row is then one document.
@@ -109,7 +112,7 @@ class Decoder(nn.Module):
 
     def hidden(
         self,
-        tokens_BT: Int[Array, "b t"],
+        tokens_BT: Tokens,
         positions_BT: Int[Array, "b t"],
         segments_BT: Int[Array, "b t"],
         cache: Cache | None = None,
@@ -144,9 +147,9 @@ class Decoder(nn.Module):
             return self.embed.embedding.T.astype(self.policy.compute), None
         return self.head.kernel.astype(self.policy.compute), self.head.bias
 
-    def _embedded(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Tables]:
+    def _embedded(self, tokens_BT: Tokens, positions_BT: Array) -> tuple[Array, Tables]:
         cfg, compute = self.config, self.policy.compute
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT) if tokens_BT.ndim == 2 else tokens_BT.astype(compute)
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":

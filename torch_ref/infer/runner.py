@@ -65,8 +65,8 @@ class TorchRunner:
         except RuntimeError as error:
             raise UserError(f"the new weights are not those of the engine: {' '.join(str(error).split())}") from None
 
-    def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None:
-        """Put a piece of a prompt into a row, at `start`."""
+    def prefill(self, row: int, tokens: Sequence[int] | np.ndarray, start: int, width: int) -> None:
+        """Put a piece of a prompt into a row, at `start`: ids, or vectors [C, D] in place of their embeddings."""
         self._run_chunk(row, tokens, start)
 
     @torch.inference_mode()
@@ -155,9 +155,10 @@ class TorchRunner:
         return hidden_RND, after
 
     @torch.inference_mode()
-    def _run_chunk(self, row: int, tokens: Sequence[int], start: int) -> Tensor:
+    def _run_chunk(self, row: int, tokens: Sequence[int] | np.ndarray, start: int) -> Tensor:
         """A piece of one row's prompt; returns what the head would see [1, C, D]."""
-        tokens_1C = torch.tensor([list(tokens)], dtype=torch.int32, device=self._device)
+        vectors = isinstance(tokens, np.ndarray) and tokens.ndim == 2
+        tokens_1C = torch.as_tensor(tokens if vectors else np.asarray(tokens, np.int32), device=self._device)[None]
         positions_1C = torch.arange(start, start + len(tokens), dtype=torch.int32, device=self._device)[None]
         part = row_ops.one_row(self._cache, row)
         hidden_1CD, after = self.decoder.hidden(tokens_1C, positions_1C, torch.ones_like(positions_1C), part)

@@ -30,6 +30,8 @@ from torch_ref.ops.attention.attend import Places
 from torch_ref.ops.rope import sinusoidal_table
 
 Cache = tuple[Any, ...]
+Tokens = Int[Tensor, "b t"] | Float[Tensor, "b t d"]
+"""Ids, or vectors in place of their embeddings."""
 
 
 class Decoder(nn.Module):
@@ -58,7 +60,7 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        tokens_BT: Int[Tensor, "b t"],
+        tokens_BT: Tokens,
         positions_BT: Int[Tensor, "b t"],
         segments_BT: Int[Tensor, "b t"],
         cache: Cache | None = None,
@@ -68,6 +70,7 @@ class Decoder(nn.Module):
         Of another head its numbers for each token, 0 for padding.
 
         Args:
+            tokens_BT: ids, or vectors [B, T, D] in place of their embeddings, such as those of an image.
             positions_BT: place of each token within its document, from 0.
             segments_BT: document of each token within the row, from 1; 0 is padding.
             cache: of `init_cache`; a row is then one document.
@@ -95,7 +98,7 @@ class Decoder(nn.Module):
 
     def hidden(
         self,
-        tokens_BT: Int[Tensor, "b t"],
+        tokens_BT: Tokens,
         positions_BT: Int[Tensor, "b t"],
         segments_BT: Int[Tensor, "b t"],
         cache: Cache | None = None,
@@ -128,9 +131,9 @@ class Decoder(nn.Module):
             return self.embed.weight.T.to(self.policy.compute), None
         return self.head.weight.T.to(self.policy.compute), self.head.bias
 
-    def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tables]:
+    def _embedded(self, tokens_BT: Tokens, positions_BT: Tensor) -> tuple[Tensor, Tables]:
         cfg = self.config
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT) if tokens_BT.ndim == 2 else tokens_BT.to(self.policy.compute)
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embed(positions_BT)
         elif cfg.positions == "sinusoidal":

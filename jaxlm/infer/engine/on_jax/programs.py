@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.infer.engine.on_jax import rows as row_ops
 from jaxlm.infer.engine.on_jax.draw import State, draw_rows, log_probs, score_rows
@@ -67,7 +67,8 @@ class Chunk(NamedTuple):
     """A piece of a prompt for one row, of which `count` tokens are real; the others lie behind and change nothing."""
 
     row: Int[Array, ""] | int
-    tokens_1C: Int[Array | np.ndarray, "1 c"]
+    tokens_1C: Int[Array | np.ndarray, "1 c"] | Float[Array | np.ndarray, "1 c d"]
+    """Ids, or vectors in place of their embeddings."""
     start: Int[Array, ""] | int
     count: Int[Array, ""] | int
 

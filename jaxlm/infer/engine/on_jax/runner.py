@@ -93,8 +93,8 @@ class JaxRunner:
             raise UserError("the new weights have other names, shapes or dtypes than those of the engine")
         self.params = new
 
-    def prefill(self, row: int, tokens: Sequence[int], start: int, width: int) -> None:
-        """Put a piece of a prompt into a row, at `start`."""
+    def prefill(self, row: int, tokens: Sequence[int] | np.ndarray, start: int, width: int) -> None:
+        """Put a piece of a prompt into a row, at `start`: ids, or vectors [C, D] in place of their embeddings."""
         with self._numbers():
             chunk = programs.Chunk(row, _padded(tokens, width), start, len(tokens))
             self.state = programs.prefill(self._placed, self.params, self.state, chunk)
@@ -203,7 +203,9 @@ def row_bytes(decoder: Decoder, slots: int, chunk: int = WIDTHS[-1]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def _padded(tokens: Sequence[int], width: int) -> np.ndarray:
-    padded = np.zeros((1, width), np.int32)
+def _padded(tokens: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
+    """One row of ids, or of vectors, up to a width."""
+    vectors = isinstance(tokens, np.ndarray) and tokens.ndim == 2
+    padded = np.zeros((1, width, *tokens.shape[1:]), tokens.dtype) if vectors else np.zeros((1, width), np.int32)
     padded[0, : len(tokens)] = tokens
     return padded
