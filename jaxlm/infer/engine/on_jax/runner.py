@@ -205,7 +205,7 @@ def row_bytes(decoder: Decoder, slots: int, chunk: int = WIDTHS[-1]) -> int:
 
 def _padded(tokens: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
     """One row of ids, or of vectors, up to a width."""
-    vectors = isinstance(tokens, np.ndarray) and tokens.ndim == 2
-    padded = np.zeros((1, width, *tokens.shape[1:]), tokens.dtype) if vectors else np.zeros((1, width), np.int32)
-    padded[0, : len(tokens)] = tokens
+    given = tokens if isinstance(tokens, np.ndarray) and tokens.ndim == 2 else np.asarray(tokens, np.int32)
+    padded = np.zeros((1, width, *given.shape[1:]), given.dtype)
+    padded[0, : len(given)] = given
     return padded
