@@ -1,4 +1,4 @@
-"""A reward model in use: the score of an answer to a prompt.
+"""A reward model or a verifier in use: the score of an answer to a prompt.
 
     scorer = Scorer.open("runs/polite-reward")
     scorer.score([("Fix: freind", "The right spelling is friend.")])     # [N], higher is better
@@ -30,7 +30,7 @@ from jaxlm.text.completion import right_padded
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scorer:
-    """A model with the head `reward`, and the chat template of its training."""
+    """A model with the head `reward` or `verifier`, and the chat template of its training."""
 
     model: Model
     chat: Chat
@@ -43,7 +43,7 @@ class Scorer:
             UserError: there is no model, it has another head, or no tokenizer.
         """
         model = load(path)
-        if model.config.model.head != "reward":
+        if model.config.model.head not in ("reward", "verifier"):
             raise UserError(f"{path}: model.head = {model.config.model.head!r} is no reward model", "recipe=reward")
         if model.tokenizer is None:
             raise UserError(f"{path}: a reward model without a tokenizer", "jaxlm convert --tokenizer FILE")
@@ -51,6 +51,8 @@ class Scorer:
 
     def score(self, answers: Sequence[tuple[str, str]]) -> Float[np.ndarray, " n"]:
         """The score of each (prompt, answer), as its training saw it: the token that ends the turn is not read.
+
+        Of a verifier it is the probability that the answer is right.
 
         Raises:
             UserError: an answer is longer than the model has positions for.
@@ -62,7 +64,8 @@ class Scorer:
         places = right_padded(rows, min(bucket(longest), most or longest), 0)[:3]
         with precision(self.model.config.numerics):
             scores_NM1 = self._compiled(self.model.params, *(jnp.asarray(x) for x in places))
-            return np.asarray(scores_NM1)[:, 0, 0]
+            scores_N = scores_NM1[:, 0, 0]
+            return np.asarray(scores_N if self.model.config.model.head == "reward" else jax.nn.sigmoid(scores_N))
 
     def _ids(self, prompt: str, answer: str) -> list[int]:
         turns: Any = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

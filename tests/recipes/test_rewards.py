@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
+from jaxlm.infer.scores import Scorer
 from jaxlm.recipes.rollouts import graders, rewards
 from jaxlm.recipes.rollouts.graders import Grade, GraderPool, Sample
 from jaxlm.recipes.rollouts.rewards import REWARDS, find_rewards
+from jaxlm.sandbox import choose
+from tests.test_front_door import CFG, make
+
+
+def has_sandbox() -> bool:
+    try:
+        choose()
+    except UserError:
+        return False
+    return True
 
 
 def score(spec: str, completion: str, **row: object) -> float | None:
@@ -82,6 +95,41 @@ def test_the_others_by_hand() -> None:
     assert score("length(per_token=-0.5)", "") == -5
     assert [score("overlong(longest=12, buffer=4)", "", tokens=n) for n in (8, 10, 12, 13)] == [0, -0.5, -1, -1]
     assert score("repetition", "a b c a b c a b c") == pytest.approx(3 / 7 - 1) and score("repetition", "a b") == 0
+
+
+@pytest.mark.skipif(not has_sandbox(), reason="nothing isolates code here: `jaxlm sandbox` says why")
+def test_unit_tests_judge_a_program_in_the_sandbox(tmp_path: Path) -> None:
+    """An answer in fences, a bare body behind its prompt, a wrong one, one that equals everything, one that escapes."""
+    escaped = tmp_path / "escaped"
+    row = {"entry_point": "double", "tests": ["assert double(2) == 4", "assert candidate('a') == 'aa'"], "answer": ""}
+    equal = "class All:\n    def __eq__(self, other): return True\ndef double(x): return All()"
+    answers = {
+        "Here it is:\n```python\ndef double(x):\n    return x * 2\n```\nDone.": 1,
+        "def double(x): return x + 2": 0,
+        equal: 0,
+        f"def double(x):\n    open({str(escaped)!r}, 'w')\n    return x * 2": 0,
+        "no code at all": 0,
+    }
+    samples = [Sample("Write double.", answer, row) for answer in answers]
+    samples.append(Sample("def double(x):\n", "    return 2 * x\n", row))
+    with GraderPool(find_rewards(["unit_tests(cpu_seconds=3)"]), workers=1, limit_s=60.0) as pool:
+        grades = [grade for (grade,) in pool.grade(samples)]
+    assert grades == [*(Grade(float(value)) for value in answers.values()), Grade(1.0)]
+    assert not escaped.exists()
+
+
+def test_a_verifier_says_how_probable_it_is_that_an_answer_is_right(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(CFG, head="verifier")
+    model = make(cfg)
+    model.save(tmp_path / "verifier", "torch")
+    (reward,) = find_rewards([f"reward_model(path={str(tmp_path / 'verifier')!r})"])
+    scorer = Scorer.open(tmp_path / "verifier")
+    ids = scorer._ids("1 + 1 = ", "2")
+    (logit,) = np.asarray(model(ids))[-1]
+    assert reward("1 + 1 = ", "2", {}) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-12)
+    make().save(tmp_path / "words", "torch")
+    with pytest.raises(UserError, match=r"model.head = 'lm' is no reward model"):
+        find_rewards([f"reward_model(path={str(tmp_path / 'words')!r})"])
 
 
 def test_weights_and_mistakes() -> None:

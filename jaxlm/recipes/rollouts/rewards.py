@@ -71,6 +71,8 @@ def _parsed(spec: str) -> Reward:
                 raise UserError(f"the reward {name} has no option {key!r}", did_you_mean(key, known))
     if name == "reward_model":
         _scorer(str(options.get("path", "")))  # a model that is not there is known before anything is sampled
+    if name == "unit_tests":
+        importlib.import_module("jaxlm.sandbox").choose()  # and so is a machine on which nothing isolates
     judge_of(name)
     return Reward(name, options, weight)
 
@@ -187,8 +189,26 @@ def math_verify(prompt: str, completion: str, row: Row) -> float:
     return float(package.verify(gold, given))
 
 
+def unit_tests(prompt: str, completion: str, row: Row, *, cpu_seconds: float = 5.0) -> float:
+    """1 where a program passes the row's `tests`, which call its function `entry_point`, in two boxes of the sandbox.
+
+    Code comes out of the fences of an answer; a bare body stands behind a prompt that has the function's first line.
+    Tests are a program, or a list of its lines, and may also call the function `candidate`.
+    """
+    sandbox = importlib.import_module("jaxlm.sandbox")
+    from_chat = importlib.import_module("jaxlm.eval.code.programs").from_chat
+    name, tests = str(row["entry_point"]), row["tests"]
+    source = tests if isinstance(tests, str) else "\n".join(tests)
+    program = from_chat(completion, prompt if f"def {name}(" in prompt else "", name)
+    verdict = sandbox.grade(program, sandbox.Tests(source, names=(name,)), sandbox.Limits(cpu_seconds=cpu_seconds))
+    return float(verdict.passed)
+
+
 def reward_model(prompt: str, completion: str, row: Row, *, path: str = "") -> float:
-    """The score of a reward model, the run at `path`, for the completion as an answer to the prompt."""
+    """The score of a reward model, the run at `path`, for the completion as an answer to the prompt.
+
+    A verifier's is the probability that the answer is right.
+    """
     return scores([(prompt, completion)], path=path)[0]
 
 
@@ -212,10 +232,11 @@ REWARDS: dict[str, Judge] = {
     "overlong": overlong,
     "repetition": repetition,
     "math_verify": math_verify,
+    "unit_tests": unit_tests,
     "reward_model": reward_model,
 }
 """Rewards by name."""
 TOGETHER: dict[str, Callable[..., Sequence[float]]] = {"reward_model": scores}
 """Those that judge many answers at once, as `(prompt, completion)`."""
-QUICK = frozenset(REWARDS) - {"matches", "math_verify"}
+QUICK = frozenset(REWARDS) - {"matches", "math_verify", "unit_tests"}
 """Those that cannot hang: they run where they are called."""
