@@ -12,7 +12,8 @@ import pytest
 
 from jaxlm.cli import main
 from jaxlm.errors import UserError
-from jaxlm.sandbox import choose, escapes
+from jaxlm.sandbox import choose
+from jaxlm.sandbox.battery import escapes
 
 
 @pytest.fixture(autouse=True, scope="module")

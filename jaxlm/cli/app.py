@@ -52,8 +52,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 def main() -> int:
     """Run the command line; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="backslashreplace")  # a terminal of few characters shows \u00e9
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of few characters shows \u00e9; none has half a pair
+            stream.reconfigure(errors="backslashreplace")
     with speaking():
         code = _guarded(lambda: app(standalone_mode=True))
     if code and "jaxlm.processes.meet" in sys.modules:

@@ -16,8 +16,8 @@ from jaxlm.eval.code.generation import Generation
 def numbers(text: str) -> tuple[int, ...]:
     """Read `1,10`. Raises: UserError."""
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise UserError(f"--k {text} is no list of numbers", "such as 1,10")
+    if not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
+        raise UserError(f"--k {text[:80]} is no list of numbers", "such as 1,10")
     return tuple(sorted({int(part) for part in parts}))
 
 

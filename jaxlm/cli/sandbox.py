@@ -33,7 +33,7 @@ def sandbox(
     sandbox: SandboxName = "auto",
     python: Annotated[str, typer.Option(help="Python for the boxes; by default this one.")] = "",
     language: Annotated[Language | None, typer.Option(help="run: by default by the ending of the name.")] = None,
-    cpu_seconds: Annotated[float, typer.Option(min=0.1, help="run: processor time.")] = 10.0,
+    cpu_seconds: Annotated[float, typer.Option(help="run: processor time.")] = 10.0,
     memory: Annotated[str, typer.Option(help="run: memory of all its processes, such as 512M or 2G.")] = "512M",
     as_json: JsonFlag = False,
 ) -> None:
@@ -48,21 +48,23 @@ def sandbox(
     elif words[0] != "run" or len(words) != 2:
         raise UserError(f"jaxlm sandbox {' '.join(words)} means nothing", "jaxlm sandbox, or jaxlm sandbox run FILE")
     else:
+        if not 0.1 <= cpu_seconds <= 86_400:
+            raise UserError(f"--cpu-seconds {cpu_seconds:g} is out of range", "0.1 to 86400")
         limits = Limits(cpu_seconds=cpu_seconds, memory=_bytes(memory))
         _run(Path(words[1]), language, limits, choose(sandbox, python), as_json)
 
 
 def _table(chosen: Any, as_json: bool) -> None:
     """Try the whole battery in a sandbox. Exits with 1 if an escape succeeds."""
-    from jaxlm.sandbox import escapes
-    from jaxlm.sandbox.choose import BACKENDS, holds
+    from jaxlm.sandbox.battery import escapes
+    from jaxlm.sandbox.choose import BACKENDS, weakness
 
     if chosen.name == "none":
         raise UserError("the battery runs in isolation only, `none` has no table", "leave --sandbox out")
     backends = {}
     for name, backend in BACKENDS.items():
         reason = "isolates nothing; must be named" if name == "none" else backend.problem()
-        backends[name] = reason or ("holds" if holds(backend, chosen.interpreter) else "does not hold")
+        backends[name] = reason or weakness(backend, chosen.interpreter) or "holds"
     tried = []
     spoken = [escape for escape in escapes.battery() if escape.language in chosen.backend.languages]
     for result in escapes.attempt_all(spoken, chosen.backend, chosen.interpreter):
@@ -138,6 +140,7 @@ def _run(file: Path, language: Language | None, limits: Any, chosen: Any, as_jso
 def _bytes(text: str) -> int:
     factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 0)
     number = text[:-1] if factor else text
-    if not number.isdigit() or int(number) * (factor or 1) < 64 << 20:
-        raise UserError(f"--memory {text} is no size", "at least 64M, such as 512M or 2G")
-    return int(number) * (factor or 1)
+    size = int(number) * (factor or 1) if number.isdecimal() and len(number) < 16 else 0
+    if not 64 << 20 <= size <= 1 << 40:
+        raise UserError(f"--memory {text[:80]} is no size", "at least 64M and at most 1024G, such as 512M")
+    return size

@@ -35,7 +35,19 @@ class Leaf(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def leaves(cfg: config.Model) -> Mapping[str, Leaf]:
     """Every canonical name of a model, layer by layer; traces one repeat of the pattern whatever the depth."""
-    shapes, axes = abstract_params(Decoder(dataclasses.replace(cfg, layer_loop="scan")))
+    stacked, single = _one_repeat(dataclasses.replace(cfg, n_layers=len(cfg.pattern), layer_loop="scan"))
+    layers = {
+        f"layers.{r * len(cfg.pattern) + slot}.{name}": leaf
+        for r in range(cfg.repeats)
+        for (slot, name), leaf in stacked.items()
+    }
+    return dict(single) | layers
+
+
+@functools.lru_cache(maxsize=8)
+def _one_repeat(cfg: config.Model) -> tuple[Mapping[tuple[int, str], Leaf], Mapping[str, Leaf]]:
+    """The leaves of each block of a pattern by its place, and those of no block by name."""
+    shapes, axes = abstract_params(Decoder(cfg))
     stacked, single = {}, {}
     for (path, shape), names in zip(
         jax.tree_util.tree_leaves_with_path(shapes),
@@ -48,12 +60,7 @@ def leaves(cfg: config.Model) -> Mapping[str, Leaf]:
             stacked[int(inside[1]), inside[2]] = Leaf(shape.shape[1:], names[1:])
         else:
             single[name] = Leaf(shape.shape, names)
-    layers = {
-        f"layers.{r * len(cfg.pattern) + slot}.{name}": leaf
-        for r in range(cfg.repeats)
-        for (slot, name), leaf in stacked.items()
-    }
-    return single | layers
+    return stacked, single
 
 
 class Tree(Tensors):

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,20 +28,6 @@ class Job(NamedTuple):
     stdin: bytes = b""
 
 
-def memory_file(data: bytes) -> int:
-    """Make a file without a name that holds some bytes. Returns its descriptor, at the beginning."""
-    if hasattr(os, "memfd_create"):
-        number = os.memfd_create(leftovers.owner())
-    else:
-        with tempfile.TemporaryFile() as file:
-            number = os.dup(file.fileno())
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(number, rest) :]
-    os.lseek(number, 0, os.SEEK_SET)
-    return number
-
-
 def environment(work: str, language: str) -> dict[str, str]:
     """The whole environment of a box."""
     names = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": work}
@@ -62,6 +47,7 @@ class Box:
         self.first: int | None = None  # the first process inside, where the backend has own process numbers
         self.disk: int | None = None
         self.seen = processes.Usage(0.0, 0, 0, 0, True)
+        self.written = (0, 0)  # files and bytes, as the backend last reported
         leftovers.sweep()
         self._start(backend, interpreter, job)
 
@@ -70,14 +56,14 @@ class Box:
         self.info, info = os.pipe()
         readers = {"stdout": os.pipe(), "stderr": os.pipe()}
         # The job names its own descriptor's neighbours, so the file is made first and written when all is known.
-        job_file = memory_file(b"")
+        job_file = wire.memory_file(leftovers.owner(), b"")
         request = Request(
             interpreter, job.language, self.limits.disk_bytes, self.limits.memory, job_file, info, self.folder
         )
         launch = backend.launch(request)
         os.write(job_file, wire.encode(self._job(job, launch, theirs.fileno())))
         os.lseek(job_file, 0, os.SEEK_SET)
-        stdin = memory_file(job.stdin)
+        stdin = wire.memory_file("stdin", job.stdin)
         self.reports, self.measures, self.end = launch.reports, launch.measures, launch.end
         reporting = [info] if launch.reports or launch.measures else []
         kept = [job_file, theirs.fileno(), *job.pipes.values(), *launch.keep, *reporting]
@@ -150,8 +136,9 @@ class Box:
         if not self.measures:
             return processes.usage(self.first or self.process.pid)
         try:
-            line = os.read(self.info, 1 << 16).splitlines()[-1].split()
-            return processes.Usage(float(line[0]), int(line[1]), int(line[2]), int(line[3]), line[4] == b"1")
+            seconds, memory, number, threads, running, *written = os.read(self.info, 1 << 16).splitlines()[-1].split()
+            self.written = int(written[0]), int(written[1])
+            return processes.Usage(float(seconds), int(memory), int(number), int(threads), running == b"1")
         except (BlockingIOError, IndexError):
             return self.seen
 
@@ -192,7 +179,9 @@ class Box:
 
     def disk_excess(self) -> tuple[str, str] | None:
         """Look how many files and bytes the box has written."""
-        used, names = 0, 0
+        if self.measures:
+            self.usage()
+        names, used = self.written
         if self.disk is not None:
             state = os.statvfs(self.disk)
             names, used = state.f_files - state.f_ffree, (state.f_blocks - state.f_bfree) * state.f_frsize

@@ -6,6 +6,7 @@ The quick battery runs once for a kernel, user, backend and interpreter, and its
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlm.errors import UserError, did_you_mean
-from jaxlm.sandbox import escapes, interpreter
+from jaxlm.sandbox import interpreter
 from jaxlm.sandbox.backends import Backend, Interpreter, bare, bwrap, container, landlock, monty, seatbelt
+from jaxlm.sandbox.battery import escapes
+from jaxlm.sandbox.verdicts import HarnessError
 
 BACKENDS = {one.BACKEND.name: one.BACKEND for one in (bwrap, landlock, seatbelt, monty, bare)}
 """From the strongest to the weakest; `none` is never taken unless it is named, and a container has its image's name."""
@@ -45,26 +48,26 @@ def _key(backend: Backend, python: Interpreter) -> str:
     """Everything on which the result of the battery depends."""
     parts = [platform.release(), platform.machine(), str(os.getuid()), backend.name, bwrap.program(), *python.roots]
     parts += [python.executable, python.version, backend.version()]
-    folder = Path(__file__).parent
-    for path in sorted([*folder.glob("*.py"), *folder.glob("backends/*.py"), *folder.glob("inside/*.py")]):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def holds(backend: Backend, python: Interpreter) -> bool:
-    """Whether a backend stops the quick battery here. Tried at first use, then remembered."""
+def weakness(backend: Backend, python: Interpreter) -> str:
+    """Say why a backend does not stop the quick battery here, or nothing. Tried at first use, then remembered."""
     file = kept_results() / f"{_key(backend, python)}.json"
     try:
-        return bool(json.loads(file.read_text())["holds"])
+        escaped = list(json.loads(file.read_text())["escaped"])
     except (OSError, ValueError, KeyError):
-        held, tried = escapes.holds(backend, python)
-    record = {"backend": backend.name, "holds": held, "escaped": [one.escape.name for one in tried if one.succeeded]}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record) + "\n")
-    except OSError:
-        return held  # a machine without a writable home measures each time
-    return held
+        try:
+            tried = escapes.attempt_quick(backend, python)
+        except HarnessError as error:
+            return str(error)
+        escaped = [one.escape.name for one in tried if one.succeeded]
+        with contextlib.suppress(OSError):  # a machine without a writable home measures each time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"backend": backend.name, "escaped": escaped}) + "\n")
+    return f"does not hold: {', '.join(escaped)} succeed" if escaped else ""
 
 
 def choose(name: str = "auto", python: str = "") -> Sandbox:
@@ -80,18 +83,17 @@ def choose(name: str = "auto", python: str = "") -> Sandbox:
     found = interpreter.find(python)
     if name != "auto":
         backend, found = _named(name, found)
-        if reason := backend.problem():
+        if reason := backend.problem() or ("" if name == "none" else weakness(backend, found)):
             raise UserError(f"the sandbox {name} does not work here: {reason}")
-        if name != "none" and not holds(backend, found):
-            raise UserError(f"the sandbox {name} does not hold here", "see the table of `jaxlm sandbox`")
         return Sandbox(backend, found)
     reasons = []
     for backend in BACKENDS.values():
-        reason = "must be named" if backend.name == "none" else backend.problem()
-        if not reason and holds(backend, found):
+        if backend.name == "none":
+            continue
+        if not (reason := backend.problem() or weakness(backend, found)):
             return Sandbox(backend, found)
-        reasons.append(f"{backend.name}: {reason or 'does not hold, see `jaxlm sandbox`'}")
-    raise UserError(f"nothing isolates code here ({'; '.join(reasons[:-1])})", _way_out())
+        reasons.append(f"{backend.name}: {reason}")
+    raise UserError(f"nothing isolates code here ({'; '.join(reasons)})", _way_out())
 
 
 def _named(name: str, python: Interpreter) -> tuple[Backend, Interpreter]:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from jaxlm.sandbox.backends import Backend, Interpreter
@@ -130,12 +131,6 @@ class Watch:
             os.close(number)
 
 
-def _start(boxes: list[Box], backend: Backend, interpreter: Interpreter, job: Job, limits: Limits) -> Box:
-    box = Box(backend, interpreter, job, limits)
-    boxes.append(box)
-    return box
-
-
 def judge(
     program: str,
     tests: Tests,
@@ -155,36 +150,24 @@ def judge(
         return Verdict("syntax", f"a program of more than {MAX_PROGRAM >> 20} MB, or no text", {}, backend.name)
     if backend.judge:
         return backend.judge(program, tests, limits, cancel)
-    boxes: list[Box] = []
-    ask, ask_in = os.pipe()
-    reply, reply_in = os.pipe()
-    try:
+    with ExitStack() as stack:
+        ask, ask_in, reply, reply_in = pipes = [*os.pipe(), *os.pipe()]
         texts = {"program": program, "classes": list(tests.classes)}
-        first = Job("answer", tests.language, texts, {"requests": ask, "replies": reply_in})
         code = {"tests": tests.source, "prelude": tests.prelude, "names": list(tests.names)}
-        second = Job("tests", tests.language, code, {"requests": ask_in, "replies": reply})
-        _start(boxes, backend, interpreter, first, limits)
-        _start(boxes, backend, interpreter, second, limits)
-    finally:
-        for number in (ask, ask_in, reply, reply_in):
-            os.close(number)
-        if len(boxes) < 2:
-            close(boxes)
-    try:
+        jobs = [
+            Job("answer", tests.language, texts, {"requests": ask, "replies": reply_in}),
+            Job("tests", tests.language, code, {"requests": ask_in, "replies": reply}),
+        ]
+        try:
+            boxes = [stack.enter_context(closing(Box(backend, interpreter, job, limits))) for job in jobs]
+        finally:
+            for number in pipes:
+                os.close(number)
         return _verdict(boxes[0], boxes[1], limits, backend.name, cancel)
-    finally:
-        close(boxes)
-
-
-def close(boxes: Sequence[Box]) -> None:
-    """End boxes and remove what they wrote."""
-    for box in boxes:
-        box.close()
 
 
 def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: threading.Event | None) -> Verdict:
-    watch = Watch([program, tests], limits, cancel)
-    try:
+    with closing(Watch([program, tests], limits, cancel)) as watch:
         stop = watch.until(tests)
         while stop.kind == "ended" and stop.box is program:  # the tests still say what they waited for
             stop = watch.until(tests)
@@ -197,8 +180,6 @@ def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: thread
                 record = {"kind": disk[0], "text": disk[1], "tried": ["file"]}
         if record["kind"] == "gone":
             record = {**record, **_gone(program, watch)}
-    finally:
-        watch.close()
     return finish(record, name, round(program.seen.cpu_seconds, 2))
 
 
@@ -273,14 +254,10 @@ def run_program(
     """Run a whole program in a box. Raises: HarnessError, Cancelled."""
     if backend.run:
         return backend.run(program, stdin, limits, cancel)
-    boxes: list[Box] = []
-    try:
-        box = _start(boxes, backend, interpreter, Job("run", language, {"program": program}, {}, stdin), limits)
-        watch = Watch([box], limits, cancel)
-        try:
+    job = Job("run", language, {"program": program}, {}, stdin)
+    with closing(Box(backend, interpreter, job, limits)) as box:
+        with closing(Watch([box], limits, cancel)) as watch:
             stop = watch.until(None)
-        finally:
-            watch.close()
         disk = box.disk_excess() if stop.kind == "ended" else None
         status = box.kill()
         box.drain()
@@ -292,5 +269,3 @@ def run_program(
             kind, text = record["kind"], record["text"]
         output = {name: bytes(data) for name, data in box.output.items()}
         return Ran(kind, status, output["stdout"], output["stderr"], text, backend.name, round(box.seen.cpu_seconds, 2))
-    finally:
-        close(boxes)

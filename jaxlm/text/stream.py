@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxlm.text.tokenizer import Tokenizer
 
+_INCOMPLETE = 3
+"""Bytes at the end of a text that may be the beginning of a character, which has four at most."""
 _CONTEXT = 8
 """Ids before a new one that are decoded with it: how a piece is spelled depends on its neighbours, not on the text."""
 
@@ -25,7 +27,7 @@ class TextStream:
         self._skip = tokenizer.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids = [] if tokenizer.is_byte_level else [token for token in after if token not in self._skip]
-        self._shown = self._tokenizer.decode(self._ids)
+        self._shown = len(self._tokenizer.decode(self._ids))  # characters of `_ids` that are out
 
     def push(self, token: int) -> str:
         """Take one id; return the text that has become complete, perhaps empty."""
@@ -37,27 +39,29 @@ class TextStream:
         if token in self._tokenizer.fallback_ids:  # a run of bytes is decoded as a whole
             return ""
         text = self._tokenizer.decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._rest(text)
+        return self._rest(text, min(len(text) - len(text.rstrip("\ufffd")), _INCOMPLETE))
 
     def flush(self) -> str:
         """What is left when no more ids come; an incomplete character becomes U+FFFD."""
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(b"", final=True)
-        return self._rest(self._tokenizer.decode(self._ids))
+        return self._rest(self._tokenizer.decode(self._ids), 0)
 
-    def _rest(self, text: str) -> str:
-        part = text[len(self._shown) :]
-        self._shown = text if len(text) > len(self._shown) else self._shown
+    def _rest(self, text: str, held: int) -> str:
+        """What is new in `text`, except for its last `held` characters."""
+        part = text[self._shown : len(text) - held]
+        self._shown += len(part)
         if len(self._ids) > 2 * _CONTEXT:
-            self._forget()
+            self._forget(text)
         return part
 
-    def _forget(self) -> None:
+    def _forget(self, whole: str) -> None:
         """Keep the last ids alone, from an ordinary piece on: a run of bytes is not cut."""
         start = len(self._ids) - _CONTEXT
         while start and self._ids[start] in self._tokenizer.fallback_ids:
             start -= 1
         kept = self._ids[start:]
         text = self._tokenizer.decode(kept)
-        if start and text and self._shown.endswith(text.lstrip(" ")):
-            self._ids, self._shown = kept, text
+        shown = len(text) - (len(whole) - self._shown)
+        if start and shown > 0 and whole.endswith(text.lstrip(" ")):
+            self._ids, self._shown = kept, shown

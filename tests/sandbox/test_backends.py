@@ -22,8 +22,8 @@ import pytest
 from jaxlm.errors import UserError
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, leftovers, processes, run
 from jaxlm.sandbox.backends import Request, container, monty, seatbelt
+from jaxlm.sandbox.battery.escapes import processes_with
 from jaxlm.sandbox.choose import BACKENDS
-from jaxlm.sandbox.escapes import processes_with
 from jaxlm.sandbox.inside import frames
 
 ADD = Tests("assert candidate(1, 2) == 3\nassert candidate(5, b=6) == 11\n", names=("add",))
@@ -37,24 +37,28 @@ with open({log!r}, 'a') as log:
     log.write(json.dumps(words) + '\n')
 if os.environ.get('HOME') != {home!r}:
     sys.exit('the engine of another user: HOME is ' + os.environ.get('HOME', 'not set'))
-if words[0] == 'version':
+if words[0] == '--version':
+    print({version!r})
+elif words[0] == 'version':
     sys.exit('Cannot connect to the Docker daemon') if os.path.exists({down!r}) else print('28.0')
 elif words[:2] == ['image', 'inspect']:
     print('sha256:0123') if words[-1] == 'python:here' else sys.exit('No such image')
 elif words[0] == 'run':
     mounts = [words[n + 1] for n, word in enumerate(words) if word == '-v']
     box = os.path.dirname(mounts[0].split(':')[0])
-    rest = [word.replace('/box', box) for word in words[words.index('python:here') + 1:]]
+    # A folder whose disk is empty, as the box's own is.
+    rest = words[words.index('python:here') + 1:]
+    rest = [word.replace('/box', box).replace('/jaxlm-work', '/proc') for word in rest]
     os.execv({python!r}, [{python!r}, *rest, {log!r}])
 """
 
 
-@pytest.fixture
-def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> Path:
+@pytest.fixture(params=["Docker version 28.0, build 0"])
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox, request) -> Path:
     """Put a stand-in for docker on the path. Returns the file of its command lines."""
     log, program = tmp_path / "log.jsonl", tmp_path / "bin" / "docker"
     program.parent.mkdir()
-    places = {"log": str(log), "down": str(tmp_path / "down"), "home": str(tmp_path)}
+    places = {"log": str(log), "down": str(tmp_path / "down"), "home": str(tmp_path), "version": request.param}
     program.write_text(DOCKER.format(python=sandbox.interpreter.executable, **places))
     program.chmod(0o755)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -74,14 +78,10 @@ def test_a_box_in_a_container(docker: Path, tmp_path: Path) -> None:
     assert (verdict.kind, verdict.sandbox) == ("passed", "container:python:here")
     assert grade("def add(a, b): return a - b", ADD, SHORT, there).kind == "failed"
     assert grade("def add(a, b):\n    while True: pass", ADD, SHORT, there).kind == "cpu_time"
-    ran = run(
-        "import sys\nprint(input().upper())\nprint('no', file=sys.stderr)\nsys.exit(3)",
-        b"text\n",
-        "python",
-        SHORT,
-        there,
-    )
+    program = "import sys\nprint(input().upper())\nprint('no', file=sys.stderr)\nsys.exit(3)"
+    ran = run(program, b"text\n", "python", SHORT, there)
     assert (ran.kind, ran.status, ran.stdout, ran.stderr) == ("finished", 3, b"TEXT\n", b"no\n")
+    assert run("print(1, flush=True)\nprint(2)", b"", "python", SHORT, there).stdout == b"1\n2\n"
     assert run("import os\nos.abort()", b"", "python", SHORT, there).kind == "crashed"
     assert run("import time\ntime.sleep(60)", b"", "python", SHORT, there).kind == "wall_time"
 
@@ -90,16 +90,24 @@ def test_the_command_line_of_a_container(docker: Path, sandbox: Sandbox) -> None
     request = Request(sandbox.interpreter, "python", 32 << 20, 512 << 20, 3, 4)
     words = container.run_command("docker", "python:here", "name", request)
     wanted = ["--network none", "--read-only", "--cap-drop ALL", "--security-opt no-new-privileges", "--rm"]
-    wanted += ["--user 65534:65534", "--ipc none", "--pids-limit 12", "--pull never", f"--memory {1 << 30}"]
+    wanted += ["--ulimit nofile=256:256", "--ipc none", "--pids-limit 12", "--pull never", f"--memory {1 << 30}"]
     for option in wanted:
         assert f" {option} " in " ".join(words)
     assert not [word for word in words if word.startswith("--privileged") or "docker.sock" in word]
-    assert [word for word in words if word.endswith("/box/inside:ro")] and words.index("python:here") < words.index(
-        "-c"
-    )
+    assert [word for word in words if word.endswith("/box/inside:ro")]
+    assert words.index("python:here") < words.index("-c")
     run("pass", b"", "python", SHORT, Sandbox(*container.of("python:here")))
     asked = [json.loads(line) for line in docker.read_text().splitlines()]
-    assert [words[0] for words in asked] == ["version", "image", "run"]
+    assert [words[0] for words in asked[1:]] == ["version", "image", "--version", "run"]
+    assert "nr_inodes=1025" in " ".join(asked[-1]) and "--read-only-tmpfs=false" not in asked[-1]
+
+
+@pytest.mark.parametrize("docker", ["podman version 4.3.1"], indirect=True)
+def test_the_command_line_of_podman_by_the_name_of_docker(docker: Path) -> None:
+    """It refuses nr_inodes, fills a new disk with what the image has there, and leaves /tmp writable."""
+    run("pass", b"", "python", SHORT, Sandbox(*container.of("python:here")))
+    words = json.loads(docker.read_text().splitlines()[-1])
+    assert "--read-only-tmpfs=false" in words and "notmpcopyup" in " ".join(words) and "nr_inodes" not in str(words)
 
 
 def test_containers_that_are_refused(docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.sandbox import Sandbox, choose, escapes
-from jaxlm.sandbox.backends import bwrap, landlock
+from jaxlm.sandbox import HarnessError, Sandbox, choose
+from jaxlm.sandbox.backends import Backend, Interpreter, bwrap, landlock
+from jaxlm.sandbox.battery import escapes
 from jaxlm.sandbox.choose import BACKENDS
 
 SIGNS = {
@@ -28,8 +30,8 @@ def test_the_battery_is_data() -> None:
 
 
 def test_the_quick_battery_holds(each_sandbox: Sandbox) -> None:
-    held, tried = escapes.holds(each_sandbox.backend, each_sandbox.interpreter)
-    assert held and len(tried) >= 12
+    tried = escapes.attempt_quick(each_sandbox.backend, each_sandbox.interpreter)
+    assert len(tried) >= 12 and not [result.escape.name for result in tried if result.succeeded]
 
 
 @pytest.mark.soak
@@ -64,8 +66,8 @@ def test_the_quick_battery_finds_a_planted_hole(hole: str, seen: set[str], sandb
     if sandbox.name != "bwrap":
         pytest.skip("the hole is planted into bubblewrap")
     backend = dataclasses.replace(bwrap.BACKEND, launch=open_launch(hole))
-    held, tried = escapes.holds(backend, sandbox.interpreter)
-    assert not held and seen <= {result.escape.name for result in tried if result.succeeded}
+    tried = escapes.attempt_quick(backend, sandbox.interpreter)
+    assert seen <= {result.escape.name for result in tried if result.succeeded}
 
 
 def test_landlock_without_its_rules_is_noticed(sandbox: Sandbox) -> None:
@@ -94,15 +96,27 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("none").name == "none"
 
 
-def test_a_backend_that_does_not_hold_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys.modules["jaxlm.sandbox.choose"], "holds", lambda backend, python: backend.name == "landlock"
-    )
-    for name in ("bwrap", "landlock"):
+def test_a_backend_that_does_not_hold_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def quick(backend: Backend, python: Interpreter) -> list[escapes.Tried]:
+        asked.append(backend.name)
+        if backend.name == "seatbelt":
+            raise HarnessError("the box did not start: no such profile")
+        return [escapes.Tried(escape, backend.name == "bwrap", "") for escape in escapes.battery(quick=True)[:1]]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is known of this machine
+    monkeypatch.setattr(escapes, "attempt_quick", quick)
+    for name in ("bwrap", "landlock", "seatbelt"):
         monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], problem=lambda: ""))
-    assert choose().name == "landlock"
-    with pytest.raises(UserError, match="does not hold here"):
+    assert choose().name == choose("landlock").name == "landlock"
+    escape = escapes.battery(quick=True)[0].name
+    with pytest.raises(UserError, match=f"the sandbox bwrap does not work here: does not hold: {escape} succeed"):
         choose("bwrap")
+    for _ in range(2):
+        with pytest.raises(UserError, match="seatbelt does not work here: the box did not start: no such profile"):
+            choose("seatbelt")
+    assert asked == ["bwrap", "landlock", "seatbelt", "seatbelt"], "what was measured is kept, a failure is not"
 
 
 def test_the_interpreter(tmp_path) -> None:

@@ -52,6 +52,7 @@ VALUES = [
     datetime.datetime(2020, 1, 2, 3, 4, 5, 6),
     datetime.time(3, 4),
     datetime.timedelta(1, 2),
+    [datetime.date(2020, 1, 2), datetime.date(2021, 3, 4), Fraction(1, 2), Fraction(3, 4)],
 ]
 
 
@@ -62,7 +63,15 @@ def test_what_is_plain_comes_back_the_same(value: object) -> None:
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.dates()
+    | st.fractions()
+    | st.timedeltas(),
     lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
     max_leaves=20,
 )
@@ -72,6 +81,11 @@ plain = st.recursive(
 @given(plain)
 def test_any_plain_value(value: object) -> None:
     assert repr(decode(encode(value))) == repr(value)
+
+
+def test_builtins_that_an_answer_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.list", tuple)
+    assert decode(encode([1])) == [1]
 
 
 def test_nan_and_identity() -> None:
@@ -169,10 +183,11 @@ def test_crafted_bytes_give_plain_data_or_an_error(data: bytes) -> None:
         b"n\4\0\0\0eval",
         b"n\4\0\0\0exec",
         b"l\1\0\0\0" * 1000,
-        b"NN",
+        b"N\0\0\0\0N\0\0\0\0",
+        b"d\1\0\0\0\1",
         b"h\0\0\0\0",
         b"e\1\0\0\0l\0\0\0\0",
-        b"Ql\2\0\0\0i\1\0\0\0\1i\1\0\0\0\0",
+        b"Q\2\0\0\0i\1\0\0\0\1i\1\0\0\0\0",
         b"s\1\0\0\0\xff",
     ],
 )

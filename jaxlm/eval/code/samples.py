@@ -63,6 +63,10 @@ def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
         if len(completion) > MAX_COMPLETION:
             raise UserError(f"{path}, line {line}: a completion of {len(completion):,} characters", "at most 1,048,576")
         number = row.get("sample", counts.get(task_id, 0))
+        if not isinstance(number, int):
+            raise UserError(
+                f"{path}, line {line}: sample {number!r} is no number".encode(errors="replace").decode()[:300]
+            )
         counts[task_id] = counts.get(task_id, 0) + 1
         if (task_id, number) in numbers:
             raise UserError(f"{path}, line {line}: sample {number} of {task_id} is there twice", "remove one")

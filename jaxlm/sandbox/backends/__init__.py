@@ -51,7 +51,8 @@ class Launch:
     reports: bool = False
     """The backend writes the number of the first process inside to `Request.info`."""
     measures: bool = False
-    """The backend writes lines of `processes.Usage` to `Request.info`, for processes that are not ours to see."""
+    """The backend writes lines to `Request.info`: `processes.Usage`, files and bytes written, of a box that is not ours
+    to see."""
     end: tuple[str, ...] = ()
     """A command that ends a box whose processes are not children of its own."""
     keep: tuple[int, ...] = ()

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, python_command, seccomp
+from jaxlm.sandbox.inside import wire
 
 BOX, WORK = "/box", "/work"
 SYSTEM = ("lib", "lib32", "lib64", "libx32", "bin", "sbin")
@@ -77,9 +78,7 @@ def _mounts(roots: tuple[str, ...], disk_bytes: int) -> tuple[str, ...]:
 
 def launch(request: Request) -> Launch:
     """Describe a box of bubblewrap."""
-    rules = os.memfd_create("seccomp")
-    os.write(rules, seccomp.base_filter())
-    os.lseek(rules, 0, os.SEEK_SET)
+    rules = wire.memory_file("seccomp", seccomp.base_filter())
     namespaces = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command = [program(), *namespaces, "--unshare-cgroup-try", "--uid", "65534", "--gid", "65534", "--hostname", "box"]
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]

@@ -17,10 +17,11 @@ from pathlib import Path
 from jaxlm.sandbox.backends import INSIDE, Backend, Interpreter, Launch, Request, seccomp
 
 ENGINES = ("docker", "podman")
-BOX, WORK = "/box", "/work"
+BOX, WORK = "/box", "/jaxlm-work"
+"""An image has neither: runc gives a new disk the mode of a folder that lies there already."""
 CLIENT = Path(__file__).with_name("container_client.py")
 PROCESSES = INSIDE.parent / "processes.py"
-START = f"import sys; sys.path.insert(0, {BOX!r}); from inside import relay; relay.main()"
+START = f"import sys; sys.path.insert(0, {BOX!r}); from inside import relay; relay.main({WORK!r})"
 
 
 @functools.cache
@@ -44,6 +45,13 @@ def engine() -> tuple[str, str]:
     return "", "; ".join(reasons)
 
 
+@functools.cache
+def is_podman(program: str) -> bool:
+    """Whether an engine is podman, by whatever name: some systems call it docker."""
+    asked = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    return asked.stdout.lower().startswith("podman")
+
+
 def image_number(image: str) -> tuple[str, str]:
     """The id of an image that is here. Returns it, or nothing and the reason."""
     program, reason = engine()
@@ -59,11 +67,26 @@ def run_command(program: str, image: str, name: str, request: Request) -> list[s
     """The command line of a box."""
     processes = 40 if request.language == "bash" else 12
     limits = ["--memory", str(2 * request.memory), "--memory-swap", str(2 * request.memory)]
-    limits += ["--pids-limit", str(processes)]
+    # Engines raise these two beyond what they may where they lack the right; the worker lowers them further.
+    limits += ["--pids-limit", str(processes), "--ulimit", "nofile=256:256", "--ulimit", "nproc=256:256"]
     rights = ["--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
-    rights += ["--user", "65534:65534", "--ipc", "none", "--hostname", "box", "--pull", "never"]
-    files = ["--tmpfs", f"{WORK}:rw,nosuid,nodev,size={request.disk_bytes},nr_inodes=1025,mode=1777"]
-    files += ["-v", f"{INSIDE}:{BOX}/inside:ro", "-v", f"{PROCESSES}:{BOX}/processes.py:ro", "--workdir", WORK]
+    # The kernel counts processes by user, whatever their container: each box is one of its own.
+    rights += [
+        "--user",
+        f"{1_000 + secrets.randbelow(60_000)}:65534",
+        "--ipc",
+        "none",
+        "--hostname",
+        "box",
+        "--pull",
+        "never",
+    ]
+    # Podman knows no limit of files, and lays disks to write on /tmp and so on, however read-only the rest is.
+    podman = is_podman(program)
+    files = ["--tmpfs", f"{WORK}:rw,nosuid,nodev,size={request.disk_bytes},mode=1777,"]
+    files[-1] += "notmpcopyup" if podman else "nr_inodes=1025"
+    files += ["--read-only-tmpfs=false"] if podman else []
+    files += ["-v", f"{INSIDE}:{BOX}/inside:ro", "-v", f"{PROCESSES}:{BOX}/processes.py:ro", "--workdir", "/"]
     names = {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "LANG": "C.UTF-8",

@@ -21,13 +21,14 @@ def main() -> None:
     """Start the container, send the job, carry what is read until the program has ended."""
     job, info = int(sys.argv[1]), int(sys.argv[2])
     os.lseek(job, 0, os.SEEK_SET)
-    text = frames.read_all(job)
+    text = wire.read_all(job)
     names = wire.decode(text)
-    engine = subprocess.Popen(sys.argv[3:], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    said = wire.memory_file("engine", b"")  # engines warn of much; only what ends a box is of use
+    engine = subprocess.Popen(sys.argv[3:], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, bufsize=0)
     assert engine.stdin is not None and engine.stdout is not None
     far = frames.Ends(engine.stdout.fileno(), engine.stdin.fileno())
     far.send(frames.JOB, text)
-    far.send(frames.STDIN, frames.read_all(0))
+    far.send(frames.STDIN, wire.read_all(0))
     near = {frames.STDOUT: 1, frames.STDERR: 2, frames.STATUS: names["status"], frames.USAGE: info}
     readers = {names["status"]: frames.STATUS}
     for channel, name in ((frames.REQUESTS, "requests"), (frames.REPLIES, "replies")):
@@ -38,6 +39,9 @@ def main() -> None:
     status = frames.carry(far, readers, near, ends=frames.STATUS)
     engine.stdin.close()
     code = engine.wait()
+    if status is None:
+        os.lseek(said, 0, os.SEEK_SET)
+        wire.write_all(2, wire.read_all(said))
     os._exit(status if status is not None else code or 70)
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 
 from . import worker
-from .wire import NotPlain, decode, encode
+from .wire import Channel, NotPlain, decode, encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,12 +53,7 @@ def _text(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> int:
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == worker.ANSWER_FILE:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+    return worker.line_in(worker.ANSWER_FILE, error)
 
 
 def raised(error: BaseException, tried: list) -> bytes:
@@ -165,7 +160,7 @@ class Script:
 def main(job: dict) -> None:
     """Load the program, tell the tests how that went, then serve calls until the tests are gone."""
     os.close(job["status"])
-    channel = worker.Channel(job["requests"], job["replies"])
+    channel = Channel(job["requests"], job["replies"])
     program = Script(job) if job["language"] == "bash" else Program(job)
     worker.seed_random(job["program"] if job["language"] == "python" else "")
     channel.send(program.load(job["program"]))

@@ -3,6 +3,7 @@
 import os
 
 from .tests import Link, Verdict
+from .wire import write_all
 
 CANDIDATE = """candidate() {{
   local IFS= status= output=
@@ -34,11 +35,8 @@ def _serve(asks: int, answers: int, link: Link, name: str) -> None:
         if type(result) is not list or len(result) != 2 or type(result[0]) is not bytes or type(result[1]) is not int:
             raise link.end("not_plain", text="the program wrote into its channel")
         output, status = result
-        reply = memoryview(
-            output.replace(b"\0", b"") + b"\0" + str(status % 256 or 128 * (status < 0)).encode() + b"\0"
-        )
-        while reply:
-            reply = reply[os.write(answers, reply) :]
+        ended = str(status % 256 or 128 * (status < 0)).encode()
+        write_all(answers, output.replace(b"\0", b"") + b"\0" + ended + b"\0")
 
 
 def run(job: dict, link: Link) -> None:

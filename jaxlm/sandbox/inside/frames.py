@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 
+from . import wire
+
 JOB, STDIN, STDOUT, STDERR, STATUS, REQUESTS, REPLIES, USAGE, ENDED = range(9)
 LARGEST = 64 << 20
-
-
-def read_all(number: int) -> bytes:
-    """Read a descriptor to its end."""
-    parts = []
-    while part := os.read(number, 1 << 20):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def write_all(number: int, data: bytes) -> bool:
-    """Write everything. Returns whether the other side is still there."""
-    rest = memoryview(data)
-    try:
-        while rest:
-            rest = rest[os.write(number, rest) :]
-    except (BrokenPipeError, ConnectionError):
-        return False
-    return True
 
 
 class Ends:
@@ -40,7 +24,10 @@ class Ends:
     def send(self, channel: int, data: bytes) -> None:
         """Send data of a channel; none of it closes the channel."""
         head = bytes([channel]) + len(data).to_bytes(4, "little")
-        self.open = write_all(self.writes, head + data) and self.open
+        try:
+            wire.write_all(self.writes, head + data)
+        except ConnectionError:
+            self.open = False
 
     def first(self) -> tuple[int, bytes]:
         """Wait for one frame, and leave those behind it. Raises: EOFError."""
@@ -102,7 +89,8 @@ def carry(
                 status = int(data)
             elif channel in near:
                 if data:
-                    write_all(near[channel], data)
+                    with contextlib.suppress(ConnectionError):
+                        wire.write_all(near[channel], data)
                 elif channel == STATUS:  # it is read too
                     with socket.socket(fileno=os.dup(near[channel])) as both:
                         both.shutdown(socket.SHUT_WR)

@@ -19,32 +19,31 @@ PR_SET_DUMPABLE = 4
 LOOK = 0.05
 
 
-def _file(data: bytes) -> int:
-    number = os.memfd_create("job")
-    frames.write_all(number, data)
-    os.lseek(number, 0, os.SEEK_SET)
-    return number
-
-
-def main() -> None:
-    """Receive the job, start the worker, carry until it has ended, and end with its status."""
+def main(work: str) -> None:
+    """Receive the job, start the worker in the folder `work`, carry until it has ended, and end with its status."""
+    os.chdir(work)
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     import processes  # pyright: ignore[reportMissingImports]
 
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     far = frames.Ends(0, os.dup(1))
     come = dict([far.first(), far.first()])
-    child, readers, near = _start(wire.decode(come[frames.JOB]), come[frames.STDIN], far.writes)
+    job = wire.decode(come[frames.JOB])
+    child, readers, near = _start(job, come[frames.STDIN], far.writes)
     ended: list[int] = []
     looked = 0.0
+
+    def report() -> None:  # the folder to write in is a disk of its own
+        used, disk = processes.usage(child), os.statvfs(".")
+        written = disk.f_files - disk.f_ffree, (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        words = (used.cpu_seconds, used.memory, used.processes, used.threads, int(used.running), *written)
+        far.send(frames.USAGE, " ".join(map(str, words)).encode() + b"\n")
 
     def tick() -> bool:
         nonlocal looked
         if time.monotonic() - looked > LOOK:
             looked = time.monotonic()
-            used = processes.usage(child)
-            words = (used.cpu_seconds, used.memory, used.processes, used.threads, int(used.running))
-            far.send(frames.USAGE, " ".join(map(str, words)).encode() + b"\n")
+            report()
         while not ended:
             number, state = os.waitpid(-1, os.WNOHANG)
             if number == 0:
@@ -63,6 +62,7 @@ def main() -> None:
                 far.send(channel, part)
         except OSError:
             continue
+    report()
     status = ended[0] if ended else 70
     far.send(frames.ENDED, str(status if status >= 0 else 128 - status).encode())
     os._exit(0)
@@ -86,7 +86,7 @@ def _start(job: dict, stdin: bytes, writes: int) -> tuple[int, dict[int, int], d
                 readers[reads] = channel
             job[name] = inherited[-1]
     job["status"] = theirs
-    number, text = _file(wire.encode(job)), _file(stdin)
+    number, text = wire.memory_file("job", wire.encode(job)), wire.memory_file("stdin", stdin)
     child = os.fork()
     if child == 0:
         os.dup2(text, 0)
@@ -101,7 +101,7 @@ def _start(job: dict, stdin: bytes, writes: int) -> tuple[int, dict[int, int], d
         from . import worker
 
         worker.main(number)
-        os._exit(0)
+        sys.exit()  # as a program ends: what it printed is written out, and threads are waited for
     for descriptor in (number, text, out[1], err[1], *inherited):
         os.close(descriptor)
     return child, readers, near

@@ -8,7 +8,7 @@ import os
 import sys
 
 from . import worker
-from .wire import BadMessage, NotPlain, decode, encode
+from .wire import BadMessage, Channel, NotPlain, decode, encode
 
 TESTS_FILE = "<tests>"
 MAX_SHOWN = 300
@@ -53,7 +53,7 @@ def shown(value: object) -> str:
 class Link:
     """Calls to the program in the other box."""
 
-    def __init__(self, channel: worker.Channel) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.calls = 0
         self.verdict: Verdict | None = None
@@ -136,15 +136,6 @@ def _number(value: object) -> int | None:
     return vars(value)["_number"] if type(value) is Remote else None
 
 
-def _failing_line(error: BaseException) -> int:
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == TESTS_FILE:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
-
-
 def assertion(source: str, line: int) -> dict:
     """Describe the assertion at a line: its text and, for a comparison with a literal, the value wanted."""
     import ast
@@ -205,7 +196,7 @@ def from_exception(job: dict, link: Link, error: BaseException) -> dict:
         return link.verdict.record
     if error is link.raised:
         return {"kind": "exception", "call": link.last_call, **link.details}
-    line = _failing_line(error)
+    line = worker.line_in(TESTS_FILE, error)
     if type(error) is AssertionError and line:
         details = assertion(job["tests"], line)
         details |= {"call": link.last_call, "got": link.last_result, "tried": link.details.get("tried", [])}
@@ -227,6 +218,6 @@ def from_exception(job: dict, link: Link, error: BaseException) -> dict:
 
 def main(job: dict) -> None:
     """Judge, and send the verdict over the status pipe."""
-    record = judge(job, Link(worker.Channel(job["replies"], job["requests"])))
-    worker.Channel(-1, job["status"]).send(encode(record))
+    record = judge(job, Link(Channel(job["replies"], job["requests"])))
+    Channel(-1, job["status"]).send(encode(record))
     os._exit(0)

@@ -1,5 +1,5 @@
-"""Plain data as bytes, and back: the only thing that passes between the process of the answer and the process of the
-tests.
+"""Plain data as bytes, and back, and the channels that carry it: the only thing that passes between the process of the
+answer and the process of the tests.
 
 Only exact types are written. A subclass, a function of the answer or an object with methods of its own raises
 `NotPlain`, so an answer cannot send a value that compares as it likes. Reading makes nothing but these types, whatever
@@ -8,11 +8,12 @@ Standard library only, and `struct`, `collections`, `decimal` and so on are impo
 because a box starts for every answer. For the same reason the modules of a box import no `__future__`.
 """
 
+import os
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself would cost milliseconds in every box
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 else:
     Any = object
@@ -28,12 +29,6 @@ _NAMES = {
     if isinstance(value, type)
     or name in {"len", "sum", "min", "max", "abs", "sorted", "any", "all", "ord", "chr", "round", "repr"}
 }
-_LIBRARY = {
-    ("collections", "Counter"): b"C", ("collections", "defaultdict"): b"D", ("collections", "OrderedDict"): b"O",
-    ("collections", "deque"): b"q", ("decimal", "Decimal"): b"X", ("fractions", "Fraction"): b"Q", ("datetime", "date"):
-    b"y", ("datetime", "time"): b"H", ("datetime", "datetime"): b"Y", ("datetime", "timedelta"): b"I",
-}  # fmt: skip
-_REBUILT = {b"t": tuple, b"e": set, b"z": frozenset}
 
 
 class NotPlain(Exception):
@@ -68,9 +63,6 @@ class _OrderedFrozenset(_InOrder, frozenset):
     kind = frozenset
 
 
-_LISTS = {list: b"l", tuple: b"t", set: b"e", frozenset: b"z", _OrderedSet: b"e", _OrderedFrozenset: b"z"}
-
-
 def _same_order(kind: type, items: list) -> Any:
     """Rebuild a set whose order is that of `items`.
 
@@ -85,16 +77,104 @@ def _same_order(kind: type, items: list) -> Any:
     return made
 
 
-def _packed(*values: float) -> bytes:
+def _name(value: Any) -> bytes:
+    if value not in _NAMES:
+        raise NotPlain(_describe(value))
+    return _NAMES[value].encode()
+
+
+def _named(data: bytes) -> Any:
+    value = _BUILTINS[data.decode()]
+    if value not in _NAMES:
+        raise BadMessage("a name that may not cross")
+    return value
+
+
+def _pack(*values: float) -> bytes:
     import struct
 
-    return struct.pack(f"<{len(values)}d", *values)
+    return struct.pack(f"{len(values)}d", *values)
 
 
-def _unpacked(data: bytes) -> "tuple[float, ...]":
-    import struct
+def _unpack(data: bytes) -> Any:
+    return memoryview(data).cast("d")
 
-    return struct.unpack(f"<{len(data) // 8}d", data)
+
+def _pairs(value: dict) -> list:
+    return [part for pair in dict.items(value) for part in pair]
+
+
+def _clock(value: Any) -> list:
+    if value.tzinfo is not None:
+        raise NotPlain("a time with a time zone")
+    return [value.hour, value.minute, value.second, value.microsecond]
+
+
+def _factory(value: Any) -> Any:
+    made = value.default_factory
+    return made if type(made) is type and made in _NAMES else None
+
+
+_ATOMS = {
+    type(None): (b"N", lambda value: b"", lambda data: None),
+    bool: (b"B", lambda value: b"1" if value else b"", bool),
+    int: (
+        b"i",
+        lambda value: value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True),
+        lambda data: int.from_bytes(data, "little", signed=True),
+    ),
+    float: (b"d", _pack, lambda data: _unpack(data)[0]),
+    complex: (b"c", lambda value: _pack(value.real, value.imag), lambda data: complex(*_unpack(data))),
+    str: (
+        b"s",
+        lambda value: value.encode("utf-8", "surrogatepass"),
+        lambda data: data.decode("utf-8", "surrogatepass"),
+    ),
+    bytes: (b"b", bytes, bytes),
+    type: (b"n", _name, _named),
+    type(len): (b"n", _name, _named),
+}
+"""Kinds without parts: the tag, the value as bytes, and back."""
+_READ = {tag: read for tag, _, read in _ATOMS.values()}
+
+_COMPOUND = {
+    ("builtins", "list"): (b"l", list),
+    ("builtins", "tuple"): (b"t", list),
+    ("builtins", "set"): (b"e", list),
+    ("builtins", "frozenset"): (b"z", list),
+    ("builtins", "dict"): (b"m", _pairs),
+    ("builtins", "range"): (b"r", lambda value: [value.start, value.stop, value.step]),
+    ("collections", "Counter"): (b"C", _pairs),
+    ("collections", "OrderedDict"): (b"O", _pairs),
+    ("collections", "defaultdict"): (b"D", lambda value: [_factory(value), *_pairs(value)]),
+    ("collections", "deque"): (b"q", lambda value: [value.maxlen, *value]),
+    ("decimal", "Decimal"): (b"X", lambda value: [str(value)]),
+    ("fractions", "Fraction"): (b"Q", lambda value: [value.numerator, value.denominator]),
+    ("datetime", "date"): (b"y", lambda value: [value.year, value.month, value.day]),
+    ("datetime", "time"): (b"H", _clock),
+    ("datetime", "datetime"): (b"Y", lambda value: [value.year, value.month, value.day, *_clock(value)]),
+    ("datetime", "timedelta"): (b"I", lambda value: [value.days, value.seconds, value.microseconds]),
+}
+"""Kinds with parts, by module and name: the tag, and the parts of which the other side makes the value again."""
+_KIND_OF_TAG = {tag: kind for kind, (tag, _) in _COMPOUND.items()}
+_GROWING = b"lmCOD"
+"""Tags of what is made empty and then filled, so that it can contain itself."""
+
+
+def _describe(value: Any) -> str:
+    kind = type(value)
+    return f"{getattr(kind, '__module__', '?')}.{getattr(kind, '__qualname__', '?')}"[:200]
+
+
+def _kind(module: str, name: str) -> Any:
+    return _BUILTINS.get(name) if module == "builtins" else getattr(sys.modules.get(module), name, None)
+
+
+def _compound(kind: Any) -> "tuple[bytes, Callable[[Any], list]] | None":
+    """Find the tag and the parts of a kind; None where it is not exactly one of the table."""
+    kind = kind.kind if kind is _OrderedSet or kind is _OrderedFrozenset else kind
+    place = kind.__module__, kind.__qualname__
+    return _COMPOUND[place] if place in _COMPOUND and _kind(*place) is kind else None
 
 
 class _Writer:
@@ -103,129 +183,39 @@ class _Writer:
         self.parts: list[bytes] = []
         self.size = 0
         self.items = 0
-        self.numbers: dict[int, int] = {}  # id of a container -> its number in the message
+        self.numbers: dict[int, int] = {}  # id of a compound of the caller's -> its number in the message
 
-    def put(self, data: bytes) -> None:
-        self.size += len(data)
+    def put(self, tag: bytes, number: int, data: bytes = b"") -> None:
+        self.size += 5 + len(data)
         if self.size > MAX_BYTES:
             raise NotPlain(f"more than {MAX_BYTES >> 20} MB of data")
-        self.parts.append(data)
-
-    def count(self, tag: bytes, number: int) -> None:
-        self.put(tag + number.to_bytes(4, "little"))
-
-    def block(self, tag: bytes, data: bytes) -> None:
-        self.count(tag, len(data))
-        self.put(data)
+        self.parts.append(tag + number.to_bytes(4, "little") + data)
 
     def value(self, value: Any, depth: int = 0) -> None:
-        if depth > MAX_DEPTH:
-            raise NotPlain(f"data nested more than {MAX_DEPTH} deep")
         self.items += 1
-        if self.items > MAX_ITEMS:
-            raise NotPlain(f"more than {MAX_ITEMS} values")
-        if self.simple(value) or self.container(value, depth):
-            return
-        number = self.handles(value) if self.handles else None
-        if number is None:
+        if depth > MAX_DEPTH or self.items > MAX_ITEMS:
+            raise NotPlain(f"data nested more than {MAX_DEPTH} deep, or more than {MAX_ITEMS} values")
+        if type(value) in _ATOMS:
+            tag, write, _ = _ATOMS[type(value)]
+            data = write(value)
+            self.put(tag, len(data), data)
+        elif id(value) in self.numbers:
+            self.put(b"R", self.numbers[id(value)])
+        elif entry := _compound(type(value)):
+            self.compound(value, *entry, depth)
+        elif self.handles and (number := self.handles(value)) is not None:
+            self.put(b"h", number)
+        else:
             raise NotPlain(_describe(value))
-        self.count(b"h", number)
 
-    def simple(self, value: Any) -> bool:
-        kind = type(value)
-        if value is None or kind is bool:
-            self.put(b"N" if value is None else b"T" if value else b"F")
-        elif kind is int:
-            self.block(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
-        elif kind is float:
-            self.put(b"d" + _packed(value))
-        elif kind is complex:
-            self.put(b"c" + _packed(value.real, value.imag))
-        elif kind is str:
-            self.block(b"s", value.encode("utf-8", "surrogatepass"))
-        elif kind is bytes:
-            self.block(b"b", value)
-        elif kind in _NAMES_TYPES and value in _NAMES:
-            self.block(b"n", _NAMES[value].encode())
-        else:
-            return False
-        return True
-
-    def container(self, value: Any, depth: int) -> bool:
-        if id(value) in self.numbers:
-            self.count(b"R", self.numbers[id(value)])
-            return True
-        kind = type(value)
-        tag = _LISTS.get(kind)
-        if kind is dict:
-            self.pairs(b"m", value, depth)
-        elif kind is range:
-            self.put(b"r")
-            for number in (value.start, value.stop, value.step):
-                self.value(number, depth + 1)
-        elif tag is not None:
-            # What can change has its number first, so that it can contain itself; what cannot has it when it is
-            # complete.
-            if kind is list:
-                self.numbers[id(value)] = len(self.numbers)
-            items = list(value)
-            self.count(tag, len(items))
-            for item in items:
-                self.value(item, depth + 1)
-            self.numbers.setdefault(id(value), len(self.numbers))
-        else:
-            return self.library(value, depth)
-        return True
-
-    def pairs(self, tag: bytes, value: dict, depth: int) -> None:
-        self.numbers[id(value)] = len(self.numbers)
-        items = list(dict.items(value))
-        self.count(tag, len(items))
-        for key, item in items:
-            self.value(key, depth + 1)
-            self.value(item, depth + 1)
-
-    def library(self, value: Any, depth: int) -> bool:
-        kind = type(value)
-        tag = _LIBRARY.get((kind.__module__, kind.__qualname__))
-        if tag is None or getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
-            return False
-        if tag in b"CO":
-            self.pairs(tag, value, depth)
-        elif tag == b"D":
-            factory = value.default_factory
-            self.block(tag, _NAMES[factory].encode() if type(factory) is type and factory in _NAMES else b"")
-            self.pairs(b"m", value, depth)
-        elif tag == b"q":
-            self.put(tag)
-            self.value([value.maxlen, *value], depth)
-        elif tag == b"X":
-            self.block(tag, str(value).encode())
-        else:
-            self.put(tag)
-            self.value(_fields(tag, value), depth)
-        return True
-
-
-_NAMES_TYPES = {type, type(len)}
-
-
-def _fields(tag: bytes, value: Any) -> list:
-    if tag == b"Q":
-        return [value.numerator, value.denominator]
-    if tag == b"I":
-        return [value.days, value.seconds, value.microseconds]
-    date = [value.year, value.month, value.day] if tag in b"yY" else []
-    if tag == b"y":
-        return date
-    if value.tzinfo is not None:
-        raise NotPlain("a time with a time zone")
-    return [*date, value.hour, value.minute, value.second, value.microsecond]
-
-
-def _describe(value: Any) -> str:
-    kind = type(value)
-    return f"{getattr(kind, '__module__', '?')}.{getattr(kind, '__qualname__', '?')}"[:200]
+    def compound(self, value: Any, tag: bytes, parts_of: "Callable[[Any], list]", depth: int) -> None:
+        if tag in _GROWING:
+            self.numbers[id(value)] = len(self.numbers)
+        parts = parts_of(value)
+        self.put(tag, len(parts))
+        for part in parts:
+            self.value(part, depth + 1)
+        self.numbers.setdefault(id(value), len(self.numbers))
 
 
 def encode(value: Any, handles: "Callable[[Any], int | None] | None" = None) -> bytes:
@@ -260,89 +250,43 @@ class _Reader:
         self.at += size
         return self.data[self.at - size : self.at]
 
-    def number(self) -> int:
-        return int.from_bytes(self.take(4), "little")
-
-    def block(self) -> bytes:
-        return self.take(self.number())
-
     def value(self, depth: int = 0) -> Any:
         self.items += 1
         if depth > MAX_DEPTH + 2 or self.items > MAX_ITEMS + 2:
             raise BadMessage("too deep or too long")
-        tag = self.take(1)
-        if tag in b"NTF":
-            return {b"N": None, b"T": True, b"F": False}[tag]
-        if tag == b"i":
-            return int.from_bytes(self.block(), "little", signed=True)
-        if tag == b"d":
-            return _unpacked(self.take(8))[0]
-        if tag == b"c":
-            return complex(*_unpacked(self.take(16)))
-        if tag == b"s":
-            return self.block().decode("utf-8", "surrogatepass")
-        if tag == b"b":
-            return self.block()
-        if tag == b"n":
-            return self.named(self.block())
+        tag, number = self.take(1), int.from_bytes(self.take(4), "little")
+        if tag in _READ:
+            return _READ[tag](self.take(number))
         if tag == b"R":
-            return self.seen[self.number()]
+            return self.seen[number]
         if tag == b"h" and self.handles:
-            return self.handles(self.number())
-        return self.container(tag, depth)
+            return self.handles(number)
+        if tag not in _KIND_OF_TAG:
+            raise BadMessage(f"tag {tag!r}")
+        __import__(_KIND_OF_TAG[tag][0])
+        kind = _kind(*_KIND_OF_TAG[tag])
+        parts = (self.value(depth + 1) for _ in range(number))
+        return self.grown(tag, kind, parts) if tag in _GROWING else self.built(tag, kind, list(parts))
 
-    def named(self, name: bytes) -> Any:
-        value = _BUILTINS[name.decode()]
-        if value not in _NAMES:
-            raise BadMessage("a name that may not cross")
-        return value
-
-    def container(self, tag: bytes, depth: int) -> Any:
-        if tag == b"r":
-            return range(*(self.value(depth + 1) for _ in range(3)))
-        if tag == b"l":
-            made: list = []
-            self.seen.append(made)
-            for _ in range(self.number()):
-                made.append(self.value(depth + 1))
-            return made
-        if tag in _REBUILT:
-            items = [self.value(depth + 1) for _ in range(self.number())]
-            kind = _REBUILT[tag]
-            self.seen.append(
-                rebuilt := _same_order(kind, items) if self.in_order and kind is not tuple else kind(items)
-            )
-            return rebuilt
-        if tag == b"m":
-            return self.pairs({}, depth)
-        return self.library(tag, depth)
-
-    def pairs(self, made: dict, depth: int) -> dict:
+    def grown(self, tag: bytes, kind: Any, parts: "Iterator[Any]") -> Any:
+        made = kind(next(parts, None)) if tag == b"D" else kind()
         self.seen.append(made)
-        for _ in range(self.number()):
-            key = self.value(depth + 1)
-            made[key] = self.value(depth + 1)
+        if tag == b"l":
+            made.extend(parts)
+        else:
+            for key in parts:
+                made[key] = next(parts, None)
         return made
 
-    def library(self, tag: bytes, depth: int) -> Any:
-        module, name = next((key for key, value in _LIBRARY.items() if value == tag), ("", ""))
-        if not module:
-            raise BadMessage(f"tag {tag!r}")
-        kind = getattr(__import__(module), name)
-        if tag in b"CO":
-            return self.pairs(kind(), depth)
-        if tag == b"D":
-            factory = self.block()
-            made = kind(self.named(factory) if factory else None)
-            if self.take(1) != b"m":
-                raise BadMessage("a defaultdict without its pairs")
-            return self.pairs(made, depth)
-        if tag == b"X":
-            return kind(self.block().decode())
-        fields = self.value(depth)
-        if type(fields) is not list:
-            raise BadMessage("no fields")
-        return kind(fields[1:], fields[0]) if tag == b"q" else kind(*fields)
+    def built(self, tag: bytes, kind: Any, parts: list) -> Any:
+        if tag in b"ez" and self.in_order:
+            made = _same_order(kind, parts)
+        elif tag in b"tez":
+            made = kind(parts)
+        else:
+            made = kind(parts[1:], parts[0]) if tag == b"q" else kind(*parts)
+        self.seen.append(made)
+        return made
 
 
 def decode(data: bytes, in_order: bool = False, handles: "Callable[[int], Any] | None" = None) -> Any:
@@ -363,3 +307,66 @@ def decode(data: bytes, in_order: bool = False, handles: "Callable[[int], Any] |
     if reader.at != len(data):
         raise BadMessage("bytes behind the end")
     return value
+
+
+def read_all(number: int) -> bytes:
+    """Read a descriptor to its end and close it."""
+    parts = []
+    while part := os.read(number, 1 << 20):
+        parts.append(part)
+    os.close(number)
+    return b"".join(parts)
+
+
+def write_all(number: int, data: bytes | bytearray) -> None:
+    """Write everything. Raises: OSError, when the other side is gone."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(number, rest) :]
+
+
+def memory_file(name: str, data: bytes) -> int:
+    """Make a file outside of all folders that holds some bytes. Returns its descriptor, at the beginning."""
+    if hasattr(os, "memfd_create"):
+        number = os.memfd_create(name)
+    else:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            number = os.dup(file.fileno())
+    write_all(number, data)
+    os.lseek(number, 0, os.SEEK_SET)
+    return number
+
+
+class Channel:
+    """Messages over two pipes: four bytes of length, then an encoded message."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        self.reads, self.writes = reads, writes
+
+    def send(self, payload: bytes) -> None:
+        """Send an encoded message."""
+        write_all(self.writes, len(payload).to_bytes(4, "little") + payload)
+
+    def receive(self) -> bytes | None:
+        """Receive an encoded message, or None when the other side is gone. Raises: BadMessage."""
+        head = self._exactly(4)
+        if head is None:
+            return None
+        size = int.from_bytes(head, "little")
+        if size > MAX_BYTES + 1024:
+            raise BadMessage("a message longer than allowed")
+        return self._exactly(size)
+
+    def _exactly(self, size: int) -> bytes | None:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                part = os.read(self.reads, min(size - len(data), 1 << 20))
+            except ConnectionError:
+                return None
+            if not part:
+                return None
+            data += part
+        return bytes(data)

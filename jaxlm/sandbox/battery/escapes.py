@@ -1,8 +1,8 @@
 """The battery: programs that try to escape or to cheat, and whether they succeed here, seen from outside.
 
-Each is one small file in `battery/`. Its head says what it tries, by which sign success is seen, and how dangerous it
-is. All are written so that success harms nothing: they ask with signal 0, mount on a folder of their own, stop a bomb
-after seconds. Still they run in boxes only; `--sandbox none` has no table.
+Each is one small file in a folder beside this one. Its head says what it tries, by which sign success is seen, and how
+dangerous it is. All are written so that success harms nothing: they ask with signal 0, mount on a folder of their own,
+stop a bomb after seconds. Still they run in boxes only; `--sandbox none` has no table.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from jaxlm.sandbox.backends import Backend, Interpreter
 from jaxlm.sandbox.judge import judge, run_program
-from jaxlm.sandbox.verdicts import HarnessError, Limits, Ran, Tests
+from jaxlm.sandbox.verdicts import Limits, Ran, Tests
 
-BATTERY = Path(__file__).parent / "battery"
+BATTERY = Path(__file__).parent
 LIMITS = Limits(cpu_seconds=1.0, idle_seconds=1.0, memory=128 << 20)
 CHEATED = Tests(
     source="""def check(candidate):
@@ -214,12 +214,8 @@ def attempt_all(
         yield attempt(escape, backend, interpreter, limits)
 
 
-def holds(backend: Backend, interpreter: Interpreter) -> tuple[bool, list[Tried]]:
-    """Try the quick battery. Returns whether a backend holds, and what was tried."""
+def attempt_quick(backend: Backend, interpreter: Interpreter) -> list[Tried]:
+    """Try the quick battery. Raises: HarnessError, where boxes do not start."""
     limits = replace(LIMITS, memory=64 << 20)
     escapes = [escape for escape in battery(quick=True) if escape.language in backend.languages]
-    try:
-        tried = list(attempt_all(escapes, backend, interpreter, limits, workers=4))
-    except HarnessError:
-        return False, []
-    return not any(result.succeeded for result in tried), tried
+    return list(attempt_all(escapes, backend, interpreter, limits, workers=4))

@@ -1,0 +1,52 @@
+"""What is printed: any text on any terminal, and figures that a reader can take in."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from unittest import mock
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.cli import app
+from jaxlm.convert.write_model import MEASURABLE, Summary
+
+any_text = st.text(st.characters()) | st.binary().map(os.fsdecode)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=any_text,
+    encoding=st.sampled_from(["utf-8", "ascii", "latin-1", "cp1252", "cp437", "koi8-r", "shift_jis", "utf-16"]),
+    errors=st.sampled_from(["strict", "surrogateescape"]),
+)
+def test_any_text_reaches_any_terminal(text: str, encoding: str, errors: str) -> None:
+    """On stdout, and as a note on stderr; what the terminal has no sign for is written out, and the rest as it is."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, newline="") for _ in range(2)]
+
+    def command(**_: object) -> None:
+        print(f"<{text}>")
+        logging.getLogger("jaxlm").warning("<%s>", text)
+
+    with mock.patch.multiple(sys, stdout=streams[0], stderr=streams[1]), mock.patch.object(app, "app", command):
+        assert app.main() == 0
+    for stream in streams:
+        stream.flush()
+        shown = stream.buffer.getvalue()  # type: ignore[attr-defined]
+        assert shown == f"<{text}>\n".encode(encoding, "backslashreplace")
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 10**15), st.floats(1e-6, 1e6))
+def test_a_conversion_has_a_figure_that_can_be_read(size: int, seconds: float) -> None:
+    line = str(Summary(Path("x"), "llama", 3, size, seconds))
+    assert "e-" not in line and "e+" not in line
+    match = re.fullmatch(r"x: llama, 3 tensors, ([\d,]+\.\d) MB in (\d+\.\d) s(?:, (\d+\.\d\d) GB/s)?", line)
+    assert match and (match[3] is None) == (size <= MEASURABLE)
+    assert math.isclose(float(match[1].replace(",", "")), size / 1e6, abs_tol=0.051)
