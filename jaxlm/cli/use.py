@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -106,9 +107,10 @@ def _join(backend: Backend, mesh: str | None) -> str | None:
     from jaxlm import config
     from jaxlm.processes import meet
 
-    several = meet.initialize(config.Distributed()) is not None
+    several = meet.find_place(config.Distributed(), os.environ) is not None
     if backend is Backend.torch and (several or mesh):
         raise UserError("--backend torch computes in one process on one device", "use --backend jax")
+    meet.initialize(config.Distributed())
     return mesh or ("fsdp" if several else None)
 
 
