@@ -3,6 +3,8 @@
     make pretrained && python -m benchmarks.finetune            # 20 to 40 minutes on two idle cores
     python -m benchmarks.finetune --only words,zero-shot        # without training
     python -m benchmarks.finetune --only small-training,small   # 3M parameters that begin with nothing
+    python -m benchmarks.finetune --only probe                  # logistic regression on the frozen model, 700 labels
+    python -m benchmarks.finetune --only qlora-training,qlora   # the same adapters on a base in four bits
 
 It trains `configs/finetune/sst2.toml` (or goes on with runs/sst2) and asks all 1,821 test sentences. Every figure is
 kept as soon as it is known, with its interval (Wilson 1927, 95 %), in a file beside the run, and a figure that is there
@@ -20,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,13 @@ from benchmarks import peers
 from benchmarks.asked import listed, minutes
 from benchmarks.kept import Kept
 from benchmarks.small_runs import own_words
-from benchmarks.sst2 import LABELS, bag_of_words, chat_prompts, predictions, sentences, wilson
+from benchmarks.sst2 import LABELS, bag_of_words, chat_prompts, linear_probe, predictions, sentences, wilson
 from jaxlm.config import toml
 
-CONFIG, SMALL = Path("configs/finetune/sst2.toml"), Path("configs/finetune/sst2-small.toml")
-FIGURES = ("words", "zero-shot", "template", "training", "tuned", "small-training", "small")
+CONFIGS = {name: Path(f"configs/finetune/{name}.toml") for name in ("sst2", "sst2-small", "sst2-qlora")}
+JUDGED = {"training": "tuned", "small-training": "small", "qlora-training": "qlora"}
+"""The figure of the run of each training."""
+FIGURES = ("words", "zero-shot", "template", "probe", *(name for pair in JUDGED.items() for name in pair))
 
 
 def share(found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -71,6 +75,40 @@ def phrase_words(data: Path, run: Path) -> tuple[str, str]:
     return own_words(asked, 4096, run.with_name(f"{run.name}-words"))
 
 
+class Measure:
+    """Measures figures by name that are not kept yet, until the time is over.
+
+    Args:
+        file: where they are kept.
+        judged: the figure of the run of each training, which no longer holds when that training goes on.
+    """
+
+    def __init__(self, file: Path, minutes: float, judged: Mapping[str, str]) -> None:
+        self.kept, self.judged, self.old = Kept(file), judged, list[str]()
+        self._began, self._minutes = time.perf_counter(), minutes
+
+    def left(self) -> float:
+        """Minutes that are left."""
+        return self._minutes - (time.perf_counter() - self._began) / 60
+
+    def figure(self, name: str, options: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> None:
+        """Print a figure, measured now if it is not there or if its training is not at its end."""
+        figure = self.kept.get(name, options)
+        if figure is None or (name in self.judged and figure["steps"] < figure["of"]):
+            if self.left() <= 0:
+                minutes = f"{self._minutes:g} minutes are over; the same command goes on"
+                print(f"{name}: not begun, {minutes}", flush=True)
+                return
+            start = time.perf_counter()
+            figure = make() | {"load": psutil.getloadavg()[0]}
+            figure.setdefault("seconds", time.perf_counter() - start)
+            if name in self.judged:
+                self.old.append(self.judged[name])  # of fewer steps
+                self.kept.remove(self.old[-1])
+            self.kept.put(name, options, figure)
+        print(f"{name:10} {json.dumps(figure)}", flush=True)
+
+
 def main() -> None:
     """Measure what is missing, and print a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,9 +117,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
     parser.add_argument("--only", type=listed(FIGURES), default=[*FIGURES], help="which figures")
     parser.add_argument("--minutes", type=minutes, default=45.0)
+    parser.add_argument("--sentences", type=int, default=0, help="ask only the first so many, to try; 0: all")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/finetune.json")
     options = parser.parse_args()
     test, labels = sentences(options.data / "test.tsv")
+    if options.sentences:
+        test, labels = test[: options.sentences], labels[: options.sentences]
 
     def plain() -> dict[str, Any]:
         base = jaxlm.load(options.base)
@@ -91,40 +132,33 @@ def main() -> None:
         prompt = chat_prompts(run)
         return share(predictions(jaxlm.load(run), [prompt(text) for text in test]), labels)
 
-    began, kept = time.perf_counter(), Kept(options.run.with_name(f"{options.run.name}-figures.json"))
-    small = options.run.with_name(f"{options.run.name}-small")
+    measure = Measure(options.run.with_name(f"{options.run.name}-figures.json"), options.minutes, JUDGED)
+    small, qlora = (options.run.with_name(f"{options.run.name}-{name}") for name in ("small", "qlora"))
+    base = f'train.init_from="{options.base}"'
 
-    def options_of(name: str) -> dict[str, str]:
-        config = SMALL if name.startswith("small") else CONFIG
-        shown = {"base": str(options.base), "data": str(options.data)}
+    def options_of(name: str) -> dict[str, Any]:
+        config = CONFIGS[f"sst2-{name.partition('-')[0]}" if name.startswith(("small", "qlora")) else "sst2"]
+        shown: dict[str, Any] = {"base": str(options.base), "data": str(options.data)}
+        shown |= {"sentences": options.sentences} if options.sentences else {}
         return {**shown, "config": hashlib.sha256(config.read_bytes()).hexdigest()}
 
-    left = lambda: options.minutes - (time.perf_counter() - began) / 60  # noqa: E731
     figures: dict[str, Callable[[], dict[str, Any]]] = {
         "words": lambda: share(bag_of_words(options.data, test), labels),
         "zero-shot": plain,
         "template": lambda: templated(options.base),
-        "training": lambda: trained(CONFIG, options.run, left()),
+        "probe": lambda: share(linear_probe(jaxlm.load(options.base), options.data, test), labels),
+        "training": lambda: trained(CONFIGS["sst2"], options.run, measure.left(), base),
         "tuned": lambda: templated(options.run),
-        "small-training": lambda: trained(SMALL, small, left(), *phrase_words(options.data, small)),
+        "small-training": lambda: trained(
+            CONFIGS["sst2-small"], small, measure.left(), *phrase_words(options.data, small)
+        ),
         "small": lambda: templated(small),
+        "qlora-training": lambda: trained(CONFIGS["sst2-qlora"], qlora, measure.left(), base),
+        "qlora": lambda: templated(qlora),
     }
-    old: list[str] = []
     for name in (name for name in FIGURES if name in options.only):
-        figure, own = kept.get(name, options_of(name)), options_of(name)
-        if figure is None or (name.endswith("training") and figure["steps"] < figure["of"]):
-            if left() <= 0:
-                print(f"{name}: not begun, {options.minutes:g} minutes are over; the same command goes on", flush=True)
-                continue
-            start = time.perf_counter()
-            figure = figures[name]() | {"load": psutil.getloadavg()[0]}
-            figure.setdefault("seconds", time.perf_counter() - start)
-            if name.endswith("training"):
-                old.append({"training": "tuned", "small-training": "small"}[name])  # of fewer steps
-                kept.remove(old[-1])
-            kept.put(name, own, figure)
-        print(f"{name:10} {json.dumps(figure)}", flush=True)
-    peers.save_figures("finetune", kept.figures, options.out, without=old)
+        measure.figure(name, options_of(name), figures[name])
+    peers.save_figures("finetune", measure.kept.figures, options.out, without=measure.old)
 
 
 if __name__ == "__main__":

@@ -50,23 +50,50 @@ def chat_prompts(run: Path) -> Callable[[str], list[int]]:
     return lambda text: chat.prompt([{"role": "user", "content": f"Review: {text}\nSentiment:"}])
 
 
-def predictions(model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """1 where " positive" is the likelier next token. Texts of like length share a batch; padding comes behind them."""
-    labels = [model.encode(word)[-1] for word in LABELS]
-    kernel_DV = model.decoder.apply({"params": model.params}, method="unembedding")[0]
-    kernel_D2 = np.asarray(kernel_DV[:, np.array(labels)], np.float32)
+def last_hidden(model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """The last hidden state at the end of each prompt [N, D]. Texts of like length share a batch; padding comes behind
+    them.
+    """
     order = np.argsort([len(ids) for ids in prompts], kind="stable")
     order = np.concatenate([order, np.repeat(order[-1:], -len(order) % BATCH)])
-    found = np.zeros(len(prompts), np.int64)
+    found_ND = np.zeros((len(prompts), model.config.model.d_model), np.float32)
     for rows in order.reshape(-1, BATCH):
         ends = np.array([len(prompts[row]) - 1 for row in rows])
         tokens_BT = np.zeros((BATCH, -(-(ends.max() + 1) // 16) * 16), np.int32)
         for tokens_T, row in zip(tokens_BT, rows, strict=True):
             tokens_T[: len(prompts[row])] = prompts[row]
-        hidden_BD = np.asarray(model.hidden(tokens_BT))[np.arange(BATCH), ends]
-        logits_B2 = hidden_BD.astype(np.float32) @ kernel_D2
-        found[rows] = logits_B2[:, 1] > logits_B2[:, 0]
-    return found
+        found_ND[rows] = np.asarray(model.hidden(tokens_BT))[np.arange(BATCH), ends]
+    return found_ND
+
+
+def predictions(model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """1 where " positive" is the likelier next token."""
+    labels = [model.encode(word)[-1] for word in LABELS]
+    kernel_DV = model.decoder.apply({"params": model.params}, method="unembedding")[0]
+    logits_N2 = last_hidden(model, prompts) @ np.asarray(kernel_DV[:, np.array(labels)], np.float32)
+    return (logits_N2[:, 1] > logits_N2[:, 0]).astype(np.int64)
+
+
+def linear_probe(model: Any, folder: Path, test: Sequence[str], count: int = 700, words: int = 8) -> np.ndarray:
+    """Logistic regression on the frozen model: the hidden state behind "Sentiment:", of `count` phrases and labels.
+
+    Args:
+        words: that a phrase has at least; most phrases of the training file are pieces of sentences.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    texts, labels = sentences(folder / "train.tsv")
+    long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= words]
+    chosen = np.random.default_rng(0).permutation(long_enough)[:count]
+    asked = [model.encode(f"Review: {text}\nSentiment:") for text in [*(texts[i] for i in chosen), *test]]
+    hidden_ND = last_hidden(model, asked)
+    # How much the weights are held down is chosen by five folds of the same labels.
+    held_down = {"logisticregression__C": np.logspace(-5, 0, 11)}
+    probe = GridSearchCV(make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)), held_down, cv=5)
+    return probe.fit(hidden_ND[: len(chosen)], labels[chosen]).predict(hidden_ND[len(chosen) :])
 
 
 def bag_of_words(folder: Path, test: Sequence[str]) -> np.ndarray:

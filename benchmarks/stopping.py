@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +44,33 @@ def split(source: Path, folder: Path) -> tuple[Path, list[dict[str, Any]], list[
     return path, records[ASKED:], records[:ASKED]
 
 
-def answers(path: Path, asked: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many greedy answers of a model end, how long they are, and how many of the references are short enough."""
+def greedy(path: Path, asked: Sequence[Sequence[Mapping[str, Any]]], longest: int) -> list[list[int]]:
+    """Ids of the likeliest answer of a model to each conversation: `longest`, or up to its first end, included."""
     model = jaxlm.load(path)
     tokenizer = Tokenizer.from_file(path / "tokenizer.json")
     chat = Chat.of(tokenizer, beside=path)
+    prompts = [chat.prompt(messages) for messages in asked]
+    options = {"max_new_tokens": longest, "eos_id": max(chat.ends), "pad_id": tokenizer.pad}
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist()
+    found: list[list[int]] = [[]] * len(prompts)
+    for first in range(0, len(order), ROWS):
+        rows = order[first : first + ROWS]
+        drawn = generate(model.decoder, model.params, [prompts[row] for row in rows], GREEDY, **options)
+        for row, ids in zip(rows, drawn, strict=True):
+            end = next((place + 1 for place, token in enumerate(ids) if token in chat.ends), len(ids))
+            found[row] = ids[:end]
+    return found
+
+
+def answers(path: Path, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many greedy answers of a model end, how long they are, and how many of the references are short enough."""
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json")
+    ends = Chat.of(tokenizer, beside=path).ends
     turns = [FORMATS["alpaca"].messages(record) for record in asked]
-    prompts = sorted((chat.prompt(messages[:-1]) for messages in turns), key=len)
-    ends = sorted(chat.ends)
-    lengths: list[float] = []
-    for first in range(0, len(prompts), ROWS):
-        options = {"max_new_tokens": LONGEST, "eos_id": ends[-1], "pad_id": tokenizer.pad}
-        for ids in generate(model.decoder, model.params, prompts[first : first + ROWS], GREEDY, **options):
-            lengths.append(next((place + 1 for place, token in enumerate(ids) if token in chat.ends), math.inf))
+    found = greedy(path, [messages[:-1] for messages in turns], LONGEST)
     short = [len(tokenizer.encode(messages[-1]["content"])) < LONGEST for messages in turns]
-    found = share(sum(length <= LONGEST for length in lengths), len(lengths))
-    return found | {
-        "mean_length": float(np.mean(np.minimum(lengths, LONGEST))),
+    return share(sum(ids[-1] in ends for ids in found), len(found)) | {
+        "mean_length": float(np.mean([len(ids) for ids in found])),
         "short_references": float(np.mean(short)),
     }
 
