@@ -65,7 +65,8 @@ def trained(config: Path, run: Path, minutes: float, *overrides: str) -> dict[st
     steps = max(row["step"] for row in rows)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"steps": steps, "of": toml.load(config).train.steps, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    of = toml.load(config, overrides).train.steps
+    return {"steps": steps, "of": of, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def phrase_words(data: Path, run: Path) -> tuple[str, str]:
