@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from benchmarks.fim import Order, gaps, named_places
+from benchmarks.fim import Order, Place, fits, gaps, named_places
 from benchmarks.summaries_and_sums import is_answer, last_number, most_frequent_operator, worked_out
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -21,6 +21,8 @@ def test_a_named_place_can_be_copied_from_below_alone() -> None:
     tokenizer, limit = Tokenizer.train(TEXTS, 320), 96
     places = named_places(tokenizer, TEXTS, limit, 9)
     assert len(places) == 9
+    assert not fits(tokenizer, places[0], 12), "a side would be cut"
+    assert not fits(tokenizer, Place("    return to", "tal", " + other\n", 0), limit), "`total` is one token"
     for place in places:
         name, text = place.middle.strip(), TEXTS[place.document]
         assert place.before + place.middle + place.after in text
