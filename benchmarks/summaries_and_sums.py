@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.asked import listed, minutes
 from benchmarks.finetune import Measure, trained
 from benchmarks.rl import share
 from benchmarks.stopping import greedy
@@ -159,8 +160,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/summaries-and-sums"))
     parser.add_argument("--base", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--only", default=",".join(FIGURES), help="which figures")
-    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--only", type=listed(FIGURES), default=[*FIGURES], help="which figures")
+    parser.add_argument("--minutes", type=minutes, default=45.0)
     parser.add_argument("--asked", type=int, default=0, help="ask only the first so many, to try; 0: all")
     parser.add_argument("--set", nargs="*", default=[], help="options of the configs, such as train.steps=2")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/summaries_and_sums.json")
@@ -197,7 +198,7 @@ def main() -> None:
         "mawps-training": lambda: train("mawps"),
         "mawps": lambda: equations_of(options.runs / "mawps", lenient=False),
     }
-    for name in (name for name in FIGURES if name in options.only.split(",")):
+    for name in (name for name in FIGURES if name in options.only):
         config = Path(f"configs/finetune/{name.partition('-')[0]}.toml").read_bytes()
         shown = {"base": str(options.base), "asked": options.asked, "set": options.set}
         measure.figure(name, {**shown, "config": hashlib.sha256(config).hexdigest()}, figures[name])
