@@ -162,7 +162,13 @@ def files_of_a_run(folder: Path) -> None:
     (run / "frozen.json").write_text(json.dumps({"base": {**stated["base"], "sha256": "0" * 64}}))
     with pytest.raises(UserError, match="its base is another model than the adapters were trained on"):
         open_model(run)
+    with pytest.raises(UserError, match="its base is another model than the adapters were trained on"):
+        jaxlm.convert(run, folder / "none", "peft")
     (run / "frozen.json").write_text(json.dumps(stated))
+    base.rename(folder / "moved")
+    with pytest.raises(UserError, match=r"lora: its base cannot be opened: .* no such folder .*frozen\.json"):
+        open_model(run)
+    (folder / "moved").rename(base)
 
 
 def embedding_of(path: Path) -> np.ndarray:

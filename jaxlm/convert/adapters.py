@@ -203,6 +203,8 @@ def _config(ranks: Mapping[str, tuple[int, float]], lora: config.LoRA, family: F
     }
 
 
+_MOVED = ("pissa", "olora", "corda", "loftq")
+"""Ways in which PEFT begins adapters that take what they hold out of the base."""
 _REFUSED = ("use_qalora", "use_bdlora", "lora_bias", "megatron_config", "layer_replication", "target_parameters")
 
 
@@ -217,6 +219,10 @@ def read_peft(folder: Path, cfg: config.Model, all_sites: Sequence[Site]) -> tup
         raise UserError(f"{folder / CONFIG}: peft_type {stated.get('peft_type')!r}: jaxlm reads LORA")
     if used := next((name for name in _REFUSED if stated.get(name)), None):
         raise UserError(f"{folder / CONFIG}: {used} = {stated[used]!r}: jaxlm has no such adapters")
+    began = stated.get("init_lora_weights")
+    if isinstance(began, str) and began.lower().startswith(_MOVED):
+        hint = "convert it in PEFT: save_pretrained(DIR, path_initial_model_for_weight_conversion=...)"
+        raise UserError(f"{folder / CONFIG}: init_lora_weights = {began!r} moves the base too", hint)
     file = MappedFile(folder / WEIGHTS)
     stored = {name: file.read(name) for name in file.entries}
     if cfg.tie_embeddings:

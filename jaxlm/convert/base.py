@@ -92,15 +92,24 @@ def whole_model(run_dir: Path, settings: config.Config, base: Params, trained: P
     Raises:
         UserError: the base is another one than the adapters were trained on.
     """
+    check_base(run_dir, settings, base)
+    decoder = _decoder(settings)
+    frozen = adapters.base_collections(decoder, settings.lora, base)
+    return adapters.whole(decoder, settings.lora, trained, frozen)
+
+
+def check_base(run_dir: Path, settings: config.Config, base: Params) -> None:
+    """Refuse another base than the adapters of a run were trained on.
+
+    Raises:
+        UserError: it is another one.
+    """
     before, now = _recorded(run_dir).get("sha256", ""), base_digest(base, settings.model)
     if before != now:
         raise UserError(
             f"{run_dir}: its base is another model than the adapters were trained on",
             f"they were trained on sha256 {before[:12]}..., {base_path(run_dir, settings)} has {now[:12]}...",
         )
-    decoder = _decoder(settings)
-    frozen = adapters.base_collections(decoder, settings.lora, base)
-    return adapters.whole(decoder, settings.lora, trained, frozen)
 
 
 def adapter_shapes(settings: config.Config) -> Params:

@@ -26,6 +26,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import Policy
 from jaxlm.run.checkpoints import checkpoint_folder
+from jaxlm.run.directory import FROZEN
 
 TOKENIZER = "tokenizer.json"
 
@@ -167,15 +168,22 @@ def _open_run(path: Path, step: int | None, orbax: _Reader) -> Opened:
 
 def _open_with_adapters(path: Path, settings: config.Config, step: int | None) -> Opened:
     """A run with adapters as a whole model: its base, with the adapters added."""
-    below = open_model(base.base_path(path, settings))
-    dtype = np.dtype(settings.numerics.params)
     with jax.enable_x64(True):  # float64 parameters stay so; the others have their own dtype
-        parameters = base.with_head(below.parameters, settings.model, below.config.model, settings.seed)
-        params = base.cast(fill(parameters, settings.model), dtype)
-        params = base.whole_model(path, settings, params, _trained(path, settings, step))
+        params = base.whole_model(path, settings, _base_params(path, settings), _trained(path, settings, step))
     train = dataclasses.replace(settings.train, init_from="")
     merged = dataclasses.replace(settings, lora=config.LoRA(), train=train)
     return Opened(path, merged, canonical(params, settings.model), "run")
+
+
+def _base_params(path: Path, settings: config.Config) -> Params:
+    """The live tree of the base of a run with adapters, in numpy arrays."""
+    try:
+        below = open_model(base.base_path(path, settings))
+    except UserError as error:
+        hint = f"put it back, or name its place in {path / FROZEN}"
+        raise UserError(f"{path}: its base cannot be opened: {error.message}", hint) from None
+    parameters = base.with_head(below.parameters, settings.model, below.config.model, settings.seed)
+    return base.cast(fill(parameters, settings.model), np.dtype(settings.numerics.params))
 
 
 def _trained(path: Path, settings: config.Config, step: int | None) -> Params:
@@ -190,12 +198,13 @@ def open_adapters(path: str | Path, step: int | None = None) -> tuple[config.Con
     """The config of a run with adapters, and their live tree.
 
     Raises:
-        UserError: it is no run, or has none.
+        UserError: it is no run, or has none; or its base is not there, or another than they were trained on.
     """
     path = Path(path)
     if not (path / "config.toml").is_file() or not (settings := _settings(path, str(path))).lora.rank:
         raise UserError(f"{path}: not a run with adapters", "a run has some when lora.rank is above 0")
     with jax.enable_x64(True):
+        base.check_base(path, settings, _base_params(path, settings))
         return settings, _trained(path, settings, step)
 
 

@@ -23,6 +23,7 @@ from jaxlm.processes import meet
 from jaxlm.processes.file_lock import only_trainer
 from jaxlm.processes.freed_memory import keep_freed_memory, one_step_at_a_time
 from jaxlm.recipes import make_recipe
+from jaxlm.run.checkpoints import checkpoint_steps
 from jaxlm.run.directory import compare_with_run, shared_facts, tokenizer_of_run, with_vocabulary
 from jaxlm.run.progress import counting, tell
 from jaxlm.text.sampling import Sampling
@@ -44,6 +45,7 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
     keep_freed_memory()
     cfg, first = join_processes(with_base(cfg), backend)
     recipe = make_recipe(cfg)  # what it imports is there before a second thread imports
+    require_models(cfg, recipe, resume)
     warm = threading.Thread(target=_import_ahead, args=(backend,))  # no daemon: ending within an import aborts
     warm.start()
     cfg, recipe, source = open_stage(cfg, recipe, resume=resume, tell=tell if first else lambda _: None)
@@ -52,6 +54,27 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
         one_step_at_a_time()
     with only_trainer(Path(cfg.out_dir)) if first else contextlib.nullcontext():
         return _train(cfg, recipe, source, resume, backend)
+
+
+def require_models(cfg: config.Config, recipe: Recipe, resume: bool) -> None:
+    """Open every model that the run begins with, before any data is read; no parameters are read.
+
+    Raises:
+        UserError: one is not there; says what of the run it is.
+    """
+    computed = {} if recipe.objective.cached is None else recipe.objective.cached.frozen
+    paths = {f"the frozen {name}": tree.path for name, tree in {**computed, **recipe.models.frozen}.items()}
+    if not (resume and checkpoint_steps(cfg.out_dir)):  # else the run has its own parameters
+        paths |= {f"the start of {name}": tree.path for name, tree in recipe.models.trained.items()}
+    if not any(paths.values()):
+        return
+    from jaxlm.convert.open_model import open_model
+
+    for what, path in paths.items():
+        try:
+            _ = path and open_model(path)
+        except UserError as error:
+            raise UserError(f"{what}: {error.message}", error.hint) from None
 
 
 def with_base(cfg: config.Config) -> config.Config:

@@ -14,6 +14,7 @@ from typing import Any
 from jaxlm import __version__, config
 from jaxlm.config import toml
 from jaxlm.errors import UserError
+from jaxlm.run.checkpoints import checkpoint_steps
 from jaxlm.text.tokenizer import Tokenizer, check_fits
 
 _SAME_ON_RESUME = (
@@ -47,6 +48,9 @@ def tokenizer_of_run(cfg: config.Config, *, resume: bool) -> Tokenizer | None:
     if not (run_dir / "config.toml").is_file():
         return None
     if not resume:
+        metrics = run_dir / "metrics.jsonl"
+        if not checkpoint_steps(run_dir) and not (metrics.is_file() and metrics.stat().st_size):
+            return None  # a start that ended by a mistake: nothing is lost
         raise UserError(f"{run_dir}: a run is already there", "continue it with --resume, or set another out_dir=")
     return Tokenizer.from_file(run_dir / "tokenizer.json")
 

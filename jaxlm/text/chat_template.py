@@ -230,7 +230,7 @@ def _small_numbers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse numbers that could only be widths or counts beyond all bounds."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, int) and abs(value) > MAX_SIZE:
-            raise TooLong(f"the number {value:,}")
+            raise TooLong(f"it calls a function with the number {value:,}, at most {MAX_SIZE:,} is possible")
 
 
 def _join_by_function(tree: nodes.Node) -> None:

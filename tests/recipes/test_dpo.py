@@ -342,6 +342,9 @@ def test_mistakes_of_labels(begun: Path, tmp_path: Path) -> None:
 
 def test_references_that_do_not_fit(begun: Path, tmp_path: Path) -> None:
     other = {"preference": {"reference": str(begun / "start")}, "train": {"init_from": "", "steps": 1}}
+    nowhere = {"data": {"source": "never read"}, "preference": {"reference": str(tmp_path / "nowhere")}}
+    with pytest.raises(UserError, match=r"the frozen reference: .*nowhere: no such folder"):
+        start.run(dpo_run(begun, tmp_path, **nowhere))
     with pytest.raises(UserError, match="start: d_model is 32 there and 48 here"):
         start.run(dpo_run(begun, tmp_path, model={"d_model": 48}, **other))
     shutil.copytree(begun / "start", tmp_path / "other")

@@ -80,6 +80,8 @@ class TeacherCache:
         for shard in (one for shards_of_set in shards.values() for one in shards_of_set):
             file = self.folder / shard["file"]
             size = file.stat().st_size if file.is_file() else 0
+            if not file.is_file():
+                raise UserError(f"{file}: missing", self._anew)
             if size != shard["bytes"]:
                 raise UserError(f"{file}: {size} bytes of {shard['bytes']}, it was cut short", self._anew)
             if _sha256(file) != shard["sha256"]:
