@@ -48,6 +48,8 @@ def read_rollouts(run_dir: Path, step: int = 0) -> Rollouts:
     Raises:
         UserError: there are none, or none so early.
     """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such folder", "name a run of reinforcement learning")
     steps = kept_steps(run_dir)
     if not steps:
         raise UserError(
@@ -56,8 +58,8 @@ def read_rollouts(run_dir: Path, step: int = 0) -> Rollouts:
     fitting = [first for first in steps if not step or first <= step]
     if not fitting:
         raise UserError(f"{run_dir}: no samples are kept of step {step}", f"the first are of step {steps[0]}")
-    lines = (run_dir / FOLDER / f"{fitting[-1]:08d}.jsonl").read_text(encoding="utf-8").splitlines()
-    return Rollouts(fitting[-1], [json.loads(line) for line in lines])
+    lines = (run_dir / FOLDER / f"{fitting[-1]:08d}.jsonl").read_text(encoding="utf-8").split("\n")
+    return Rollouts(fitting[-1], [json.loads(line) for line in lines if line])  # a text may hold other line ends
 
 
 def best_and_worst(rows: Sequence[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -141,6 +141,7 @@ def test_weights_and_mistakes() -> None:
         (["overlong(size=3)"], "has no option 'size'"),
         (["overlong(longest=)"], "is no reward"),
         (["length * 1.2.3"], "is no reward"),
+        (["reward_model"], "the reward reward_model has no path"),
         (["no_such_module:f"], "No module named 'no_such_module'"),
         (["json:no_such"], "json has no function 'no_such'"),
     ]:

@@ -21,7 +21,7 @@ from jaxlm.recipes import answers, grpo, make_recipe, start  # two threads that 
 from jaxlm.recipes.rollouts.phases import Phases
 from jaxlm.report.plots import measures_of
 from jaxlm.run.progress import Display
-from jaxlm.run.rollouts import best_and_worst, read_rollouts
+from jaxlm.run.rollouts import best_and_worst, read_rollouts, write_rollouts
 from jaxlm.train import engine
 
 IMPORTED = answers, grpo, engine
@@ -161,6 +161,10 @@ def test_the_samples_of_a_step_are_kept(begun: Path, tmp_path: Path) -> None:
     assert len(lines) == 16 and json.loads(lines[0])["step"] == 3
     with pytest.raises(UserError, match="no samples are kept here"):
         read_rollouts(begun / "answers")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        read_rollouts(begun / "nowhere")
+    write_rollouts(tmp_path, 7, [{"text": "one\u2028two\x85three"}, {"text": ""}])
+    assert [row["text"] for row in read_rollouts(tmp_path).rows] == ["one\u2028two\x85three", ""]
 
 
 def test_a_reward_for_length_is_seen(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ def _parsed(spec: str) -> Reward:
             if key not in known:
                 raise UserError(f"the reward {name} has no option {key!r}", did_you_mean(key, known))
     if name == "reward_model":
-        _scorer(str(options.get("path", "")))  # a model that is not there is known before anything is sampled
+        if not options.get("path"):
+            raise UserError("the reward reward_model has no path", "reward_model(path='runs/NAME')")
+        _scorer(str(options["path"]))  # a model that is not there is known before anything is sampled
     if name == "unit_tests":
         importlib.import_module("jaxlm.sandbox").choose()  # and so is a machine on which nothing isolates
     judge_of(name)
