@@ -98,6 +98,18 @@ def test_bad_rows_are_named(row: dict[str, Any], options: dict[str, Any], messag
     assert "\n" not in str(caught.value)
 
 
+def test_empty_rows_of_a_spreadsheet_are_left_out_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "sheet.csv"
+    file.write_text("prompt;completion\r\n\r\na;b\r\n;\r\n;;\r\nc;d\r\n", newline="")
+    assert [(one.where[-5:], one.messages[1]["content"]) for one in conversations(str(file))] == [
+        ("row 3", "b"),
+        ("row 6", "d"),
+    ]
+    file.write_text("prompt;completion\r\n\r\na;b;c\r\n", newline="")
+    with pytest.raises(UserError, match=r"sheet.csv, row 3: 3 fields, the header has 2"):
+        list(conversations(str(file)))
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r"a.jsonl, row 2: not JSON"):

@@ -110,12 +110,17 @@ def _separated(path: Path, text: str, separator: str) -> Iterator[Record]:
         separator = max(",;\t", key=header.count)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     quoted = csv.QUOTE_MINIMAL if separator != "\t" or '"' in header else csv.QUOTE_NONE
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoted, restkey="")
-    for row, fields in enumerate(reader, 2):
-        if "" in fields or None in fields.values():
-            given = sum(value is not None for key, value in fields.items() if key) + len(fields.get("") or [])
-            raise UserError(f"{path}, row {row}: {given} fields, the header has {len(reader.fieldnames or [])}")
-        yield Record(f"{path}, row {row}", dict(fields))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoted)
+    try:
+        names = next(reader, [])
+        for row, values in enumerate(reader, 2):
+            if not any(values):  # an empty row of a spreadsheet
+                continue
+            if len(values) != len(names):
+                raise UserError(f"{path}, row {row}: {len(values)} fields, the header has {len(names)}")
+            yield Record(f"{path}, row {row}", dict(zip(names, values, strict=True)))
+    except csv.Error as error:
+        raise UserError(f"{path}: no table: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
