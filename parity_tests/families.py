@@ -103,7 +103,7 @@ def our_logits(cfg: config.Model, params: Params, dtype: str) -> np.ndarray:
     """Of the prompt, in float64; needs `jax_enable_x64` for the dtype `float64`."""
     stored = "float64" if dtype == "float64" else "float32"
     numerics = config.Numerics(params=stored, compute=dtype, matmul="highest")  # pyright: ignore[reportArgumentType]
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, stored), params)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, jnp.dtype(stored))), params)
     tokens, places = prompt(cfg), np.arange(T, dtype=np.int32)[None]
     apply = jax.jit(Decoder(cfg, Policy.from_config(numerics)).apply)
     logits, _ = apply({"params": params}, tokens, places, np.ones_like(places))

@@ -69,7 +69,7 @@ class Result:
 def pair(cfg: config.Model, values: Params, params: str = "float64", compute: str = "float64") -> Pair:
     """Both decoders with these values."""
     numerics = config.Numerics(params=params, compute=compute, matmul="highest")
-    values = jax.tree.map(lambda leaf: jnp.asarray(leaf, params), values)
+    values = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, jnp.dtype(params))), values)
     mirror = torch_decoder.Decoder(cfg, TorchPolicy.from_config(numerics))
     mirror.load_state_dict(state_dict(values, cfg), strict=True)
     return Pair(jax_decoder.Decoder(cfg, JaxPolicy.from_config(numerics)), values, mirror.eval())

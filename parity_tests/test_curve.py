@@ -56,29 +56,30 @@ batches = 3
 """
 DTYPES = {"float64": ("float64", "float64"), "float32": ("float32", "float32"), "bfloat16": ("float32", "bfloat16")}
 SINGLE = pytest.param("float32", marks=pytest.mark.soak)  # bfloat16 goes the same way, and further
-STARTS = 8  # weights and orders of the rows; one curve alone is a matter of luck
+STARTS = 8  # weights and orders of the rows; one curve alone is a matter of luck where it is rounded
+FEW = 2  # where an error is exact, or far above rounding
+ROUNDED = 1e-5  # between the errors of losses in float32 and by autocast
 Curves = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Curves, Curves]]]:
-    """A function from a dtype, and an override for PyTorch alone, to what both engines report: jaxlm's, torch_ref's."""
+def curve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Curves]]:
+    """A function from a dtype, and an override for PyTorch or none for jaxlm, to what the engine reports."""
     folder = tmp_path_factory.mktemp("curve")
     write_corpus(folder / "corpus")
     (folder / "curve.toml").write_text(TOML.format(source=folder / "corpus", cache=folder / "cache"))
-    made: dict[tuple[str, str], Curves] = {}
+    made: dict[tuple[str, str, int], Curves] = {}
 
-    def make(dtype: str, torch_only: str = "torch.device=cpu") -> tuple[Curves, Curves]:
-        params, compute = DTYPES[dtype]
-        numerics = [f"numerics.params={params}", f"numerics.compute={compute}", 'numerics.matmul="highest"']
-        for override in ("", torch_only):
-            if (dtype, override) not in made:
-                overrides = [f'out_dir="{folder / "run"}"', *numerics, *([override] if override else [])]
-                cfg = toml.load(folder / "curve.toml", overrides)
-                cfg, recipe, source = open_stage(cfg, make_recipe(cfg), resume=False)
-                engine = TorchEngine(cfg, recipe) if override else JaxEngine(cfg, recipe, lambda *_: [])
-                made[dtype, override] = take(engine, cfg, source.corpus)
-        return made[dtype, ""], made[dtype, torch_only]
+    def make(dtype: str, torch_only: str = "", starts: int = STARTS) -> Curves:
+        if (dtype, torch_only, starts) not in made:
+            params, compute = DTYPES[dtype]
+            numerics = [f"numerics.params={params}", f"numerics.compute={compute}", 'numerics.matmul="highest"']
+            overrides = [f'out_dir="{folder / "run"}"', *numerics, *([torch_only] if torch_only else [])]
+            cfg = toml.load(folder / "curve.toml", overrides)
+            cfg, recipe, source = open_stage(cfg, make_recipe(cfg), resume=False)
+            engine = TorchEngine(cfg, recipe) if torch_only else JaxEngine(cfg, recipe, lambda *_: [])
+            made[dtype, torch_only, starts] = take(engine, cfg, source.corpus, starts)
+        return made[dtype, torch_only, starts]
 
     one = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
@@ -95,10 +96,10 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{i:02}.py").write_text(" ".join(random.choice(words, 300)) + "\n")
 
 
-def take(engine: JaxEngine | TorchEngine, cfg: config.Config, corpus: Corpus) -> Curves:
+def take(engine: JaxEngine | TorchEngine, cfg: config.Config, corpus: Corpus, starts: int) -> Curves:
     """All metrics of all steps, and the sums of a validation before and after; the runs from all starts in a row."""
     parts = []
-    for start in range(STARTS):
+    for start in range(starts):
         begin(engine, cfg, init_params(Decoder(cfg.model), start).state_dict())
         data = make_train_iterator(cfg.data, corpus, batch_size=cfg.train.batch_size, seed=start)
         before = validate(engine, cfg, corpus)
@@ -130,11 +131,15 @@ def validate(engine: Engine, cfg: config.Config, corpus: Corpus) -> dict[str, fl
     return engine.evaluate(batches)
 
 
-def test_float64(curves: Callable[..., tuple[Curves, Curves]]) -> None:
-    theirs, ours = curves("float64")
+TORCH = "torch.device=cpu"
+Make = Callable[..., Curves]
+
+
+def test_float64(curve: Make) -> None:
+    theirs, ours = curve("float64"), curve("float64", TORCH, FEW)
     assert ours.keys() == theirs.keys()
-    for name, curve in theirs.items():
-        FLOAT64.check(pairs.error(ours[name], curve), name)
+    for name, exact in theirs.items():
+        FLOAT64.check(pairs.error(ours[name], exact[:FEW]), name)
     assert theirs["loss"].shape == (STARTS, 20)
     assert (theirs["loss"][:, -1] < theirs["loss"][:, 0] - 1).all()
 
@@ -157,25 +162,23 @@ def median_error(curves: np.ndarray, golden: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, "bfloat16"])
-def test_narrow_errors_are_alike(dtype: str, curves: Callable[..., tuple[Curves, Curves]]) -> None:
-    golden, _ = curves("float64")
-    theirs, ours = curves(dtype)
-    check_alike(dtype, ours, theirs, golden)
+def test_narrow_errors_are_alike(dtype: str, curve: Make) -> None:
+    check_alike(dtype, curve(dtype, TORCH), curve(dtype), curve("float64"))
 
 
-def test_autocast_trains_as_well(curves: Callable[..., tuple[Curves, Curves]]) -> None:
+def test_autocast_trains_as_well(curve: Make) -> None:
     """PyTorch's own way to bfloat16 rounds at other places: wide in the residual stream, narrow in the logits."""
-    golden, _ = curves("float64")
-    _, ours = curves("bfloat16", "torch.autocast=true")
-    AUTOCAST_CURVE.check(pairs.error(ours["loss"], golden["loss"]), "loss")
-    assert (ours["loss"] != curves("float32")[1]["loss"]).any()
+    ours = curve("bfloat16", "torch.autocast=true", FEW)
+    error = pairs.error(ours["loss"], curve("float64")["loss"][:FEW])
+    AUTOCAST_CURVE.check(error, "loss")
+    assert error > ROUNDED, "float32 all the way would be nearer"
 
 
 @pytest.mark.parametrize("dtype", ["float64", SINGLE, "bfloat16"])
-def test_a_planted_fault_is_seen(dtype: str, curves: Callable[..., tuple[Curves, Curves]]) -> None:
+def test_a_planted_fault_is_seen(dtype: str, curve: Make) -> None:
     """A learning rate a fifth too high, in each dtype."""
-    golden, _ = curves("float64")
-    theirs, ours = curves(dtype, "train.learning_rate=12e-3")
+    ours = curve(dtype, "train.learning_rate=12e-3", FEW)
+    golden, theirs = ({name: side[name][:FEW] for name in ("loss", "nll")} for side in (curve("float64"), curve(dtype)))
     with pytest.raises(AssertionError, match=r"error .* exceeds"):
         if dtype == "float64":
             FLOAT64.check(pairs.error(ours["loss"], theirs["loss"]), "loss")

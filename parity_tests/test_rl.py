@@ -220,7 +220,7 @@ def compare_phases(ours: list[Phase], theirs: list[Phase]) -> None:
 def check_same(model: str, rl: dict[str, Any], kind: str, rng: np.random.Generator) -> list[Phase]:
     """Token for token, reward for reward, and every parameter at the end."""
     cfg = settings(model, rl)
-    widened = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), tree)  # noqa: E731
+    widened = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, "float64")), tree)  # noqa: E731
     trees = {"model": widened(pairs.random_params(cfg.model, rng))}
     if kind == "ppo":
         shapes = abstract_params(JaxDecoder(value_model(cfg), JaxPolicy.from_config(cfg.numerics)))[0]

@@ -46,14 +46,29 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def jaxlm(installed: Path, where: Path, *words: object) -> str:
-    """What a verb of the installed package prints, called from `where`."""
+VERBS = """
+import contextlib, io, json, sys
+folder, *commands = map(json.loads, sys.argv[1:])
+import jaxlm, jaxlm.cli
+assert jaxlm.__file__.startswith(folder)
+printed = []
+for command in commands:
+    sys.argv = ["jaxlm", *command]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        if jaxlm.cli.main():
+            sys.exit(1)
+    printed.append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
+def jaxlm(installed: Path, where: Path, *commands: list[str]) -> list[str]:
+    """What verbs of the installed package print, called one after the other from `where`, in one process."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": with_devices()}
-    code = "import sys, jaxlm, jaxlm.cli; assert jaxlm.__file__.startswith(sys.argv.pop(1)); sys.exit(jaxlm.cli.main())"
-    command = [sys.executable, "-c", code, str(installed), *map(str, words)]
-    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-c", VERBS, *map(json.dumps, [str(installed), *commands])]
+    done = subprocess.run(words, cwd=where, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 def test_every_config_and_script_is_in_the_wheel(wheel: Path) -> None:
@@ -68,14 +83,19 @@ def test_every_config_and_script_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_verbs_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    named = json.loads(jaxlm(installed, tmp_path, "info", "--json"))
-    assert len(named) == len(list((ROOT / "configs" / "models").glob("*.toml")))
-    split = json.loads(jaxlm(installed, tmp_path, "info", "dense-134m", "mesh=zero3", "mesh.fsdp=8", "--json"))
+    model, machine = ["dense-134m", "mesh=zero3"], ["--topology", "v5e:2x4"]
+    every, one, plan, _, _ = jaxlm(
+        installed,
+        tmp_path,
+        ["info", "--json"],
+        ["info", *model, "mesh.fsdp=8", "--json"],
+        ["plan", "quickstart", "mesh=zero3", *machine, "--no-compile"],
+        ["launch", "slurm", *model, "--out", "job.sbatch", "--nodes", "2"],
+        ["launch", "jobset", *model, "--out", "job.yaml", "--image", "registry/jaxlm:1", *machine],
+    )
+    assert len(json.loads(every)) == len(list((ROOT / "configs" / "models").glob("*.toml")))
+    split = json.loads(one)
     assert 130e6 < split["total"] < 138e6 and split["devices"] == 8
-    plan = jaxlm(installed, tmp_path, "plan", "quickstart", "mesh=zero3", "--topology", "v5e:2x4", "--no-compile")
     assert "v5e" in plan
-    jaxlm(installed, tmp_path, "launch", "slurm", "dense-134m", "mesh=zero3", "--out", "job.sbatch", "--nodes", 2)
     assert "dense-134m" in (tmp_path / "job.sbatch").read_text()
-    options = ("--image", "registry/jaxlm:1", "--topology", "v5e:2x4")
-    jaxlm(installed, tmp_path, "launch", "jobset", "dense-134m", "--out", "job.yaml", *options)
     assert "kind: JobSet" in (tmp_path / "job.yaml").read_text()

@@ -16,6 +16,7 @@ Shapes: B batch, T length, D width, V vocabulary (or numbers of the head), M doc
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -161,11 +162,19 @@ class Decoder(nn.Module):
 
 
 def abstract_params(decoder: Decoder) -> tuple[Params, Params]:
-    """Shapes and logical axes of every parameter, without allocating anything: the side table of the sharding."""
-    boxed = jax.eval_shape(lambda: _init(decoder, jax.random.key(0)))
+    """Shapes and logical axes of every parameter, without allocating anything: the side table of the sharding.
+
+    They are traced once for equal decoders; `trace_modules` traces each time.
+    """
+    boxed = _traced_init.eval_shape(decoder)
     is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
     axes: Any = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
     return nn.meta.unbox(boxed), axes
+
+
+def trace_modules(decoder: Decoder) -> None:
+    """Call every module once with shapes alone, for `flax.linen.intercept_methods` around it."""
+    jax.eval_shape(lambda: _init(decoder, jax.random.key(0)))
 
 
 def init_params(decoder: Decoder, key: jax.Array) -> Params:
@@ -215,6 +224,12 @@ def _init(decoder: Decoder, key: jax.Array) -> Any:
     return decoder.init(key, ids, ids, jnp.ones_like(ids))["params"]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_init(decoder: Decoder) -> Any:
+    """Never compiled: a start asks many times for the shapes of one decoder."""
+    return _init(decoder, jax.random.key(0))
+
+
 __all__ = [
     "Axes",
     "Cache",
@@ -223,6 +238,7 @@ __all__ = [
     "abstract_params",
     "init_cache",
     "init_params",
+    "trace_modules",
     "unrolled",
     "unstack_layers",
 ]

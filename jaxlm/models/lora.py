@@ -12,6 +12,7 @@ Shapes: r rank, R repeats of a scanned pattern, E experts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.mesh import Axes
-from jaxlm.models.decoder import Decoder, abstract_params
+from jaxlm.models.decoder import Decoder, abstract_params, trace_modules
 from jaxlm.models.layers import Linear
 from jaxlm.models.moe import ExpertLinear
 
@@ -87,6 +88,7 @@ def sites(decoder: Decoder) -> list[Site]:
     return found
 
 
+@functools.lru_cache(maxsize=64)
 def _inputs(decoder: Decoder) -> dict[str, int]:
     """Axes of the input of each linear map, by slot of the pattern and path within a block: one repeat is traced."""
     found: dict[str, int] = {}
@@ -101,7 +103,7 @@ def _inputs(decoder: Decoder) -> dict[str, int]:
 
     scanned = dataclasses.replace(decoder.config, layer_loop="scan")
     with nn.intercept_methods(look):
-        abstract_params(decoder.clone(config=scanned))
+        trace_modules(decoder.clone(config=scanned))
     return found
 
 

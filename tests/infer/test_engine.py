@@ -37,7 +37,7 @@ def random_params(decoder: Decoder, seed: int = 0) -> Params:
     """Large enough that the next token depends on the whole context."""
     shapes, _ = abstract_params(decoder)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 0.4, leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray((rng.standard_normal(leaf.shape) * 0.4).astype(leaf.dtype)), shapes)
 
 
 @pytest.fixture(scope="module", params=PATTERNS)

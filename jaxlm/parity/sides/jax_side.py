@@ -108,7 +108,8 @@ class JaxSide:
 
     def _decoder(self, dtype: str) -> tuple[Decoder, Params]:
         policy = Policy.from_config(numerics_of(dtype))
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, policy.params), self._params)
+        # By numpy: a program of JAX would be compiled for each shape.
+        params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, policy.params)), self._params)
         return Decoder(short_chunks(self._settings.model), policy), params
 
     def _compute(
