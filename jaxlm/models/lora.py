@@ -74,7 +74,7 @@ class Site(NamedTuple):
 
 def sites(decoder: Decoder) -> list[Site]:
     """Every linear map of a model, in the order of its live tree."""
-    cfg, inputs = decoder.config, _inputs(decoder)
+    cfg, inputs = decoder.config, _inputs(decoder)  # pyright: ignore[reportArgumentType]  (a module is hashable)
     shapes, axes = abstract_params(decoder)
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
