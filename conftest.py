@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import os
@@ -10,6 +11,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +47,54 @@ def speaking() -> Iterator[None]:
     from jaxlm.cli.app import speaking
 
     with speaking():
+        yield
+
+
+SMALL = ((16, 16, 16), (32, 16, 32))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_runs() -> Iterator[None]:
+    """Runs of this process draw no page (see `pages`), and time small products for their MFU: half a second each."""
+    from jaxlm.run import peak
+    from jaxlm.train import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peak, "SHAPES", SMALL)
+        patch.setattr(loop, "write_report", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of a test draw their pages: of each recipe some do."""
+    from jaxlm.report.run_page import write_report
+    from jaxlm.train import loop
+
+    monkeypatch.setattr(loop, "write_report", write_report)
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Runs of a module by one config share their programs, which each would trace and lower anew.
+
+    Not where a test plants a fault in what is traced.
+    """
+    import jax
+
+    from jaxlm.config import toml
+    from jaxlm.train.engine import JaxEngine
+
+    begin, shared, made = JaxEngine.__init__, ("program", "decoder", "_step", "_eval", "_init", "_whole"), {}
+
+    def begun(engine: Any, cfg: Any, recipe: Any, complete: Any) -> None:
+        begin(engine, cfg, recipe, complete)
+        devices = tuple(device.id for device in engine.layout.mesh.devices.flat)
+        key = toml.to_toml(dataclasses.replace(cfg, out_dir="")), devices, jax.config.read("jax_enable_x64")
+        vars(engine).update(made.setdefault(key, {name: vars(engine)[name] for name in shared}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JaxEngine, "__init__", begun)
         yield
 
 

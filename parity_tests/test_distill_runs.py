@@ -126,6 +126,7 @@ def run(cfg: config.Config, devices: int = 1, **options: Any) -> list[dict[str, 
     return [row for row in read_metrics(Path(cfg.out_dir) / "metrics.jsonl") if "loss" in row or "eval_loss" in row]
 
 
+@pytest.mark.usefixtures("pages")
 def test_whole_runs_are_the_same_and_go_on(folder: Path) -> None:
     """Metrics of 20 updates of both engines, all parameters, and the same bits after a stop."""
     begun = {"train": {"init_from": str(folder / "student")}}

@@ -97,6 +97,7 @@ def compare(folder: Path, name: str, **sections: Any) -> None:
         FLOAT64.check(distance, key)
 
 
+@pytest.mark.usefixtures("pages")
 def test_whole_runs_of_the_command(folder: Path) -> None:
     compare(folder, "whole", reward={"centring": 0.02, "label_smoothing": 0.1})
     rows = metrics(folder / "whole-jax")

@@ -286,7 +286,7 @@ def runs_of_the_command(
     return made, engines, cfg
 
 
-def test_whole_runs_of_the_command(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_whole_runs_of_the_command(tmp_path: Path, rng: np.random.Generator, pages: None) -> None:
     rl = {"iterations": 2, **REWARDED, "kl_target": 0.1, "stop_kl": 0.02, "evaluate_every": 5, "held_out": 4}
     made, engines, cfg = runs_of_the_command("ppo", rl, tmp_path, rng)
     weights = [phase.metrics["kl_weight"] for phase in made["jax"]]

@@ -11,6 +11,8 @@ import pytest
 
 from jaxlm.cli import main
 from jaxlm.convert.families import FAMILIES
+from jaxlm.report.run_page import write_report
+from jaxlm.train import loop
 
 CONFIG = """
 [model]
@@ -48,7 +50,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code = f"def add_{i}(a, b):\n    return a + b + {i}\n\n" * 4
         (folder / "corpus" / f"module_{i}.py").write_text(code)
     (folder / "tiny.toml").write_text(CONFIG.format(corpus=folder / "corpus", cache=folder / "cache"))
-    assert run("train", folder / "tiny.toml", f"out_dir={folder / 'run'}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_report", write_report)  # as the fixture `pages` does
+        assert run("train", folder / "tiny.toml", f"out_dir={folder / 'run'}") == 0
     return folder
 
 

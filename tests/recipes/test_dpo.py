@@ -27,6 +27,7 @@ from jaxlm.train.program import abstract_inputs, training_program
 from torch_ref.train.engine import TorchEngine
 
 IMPORTED = dpo, sft, engine
+pytestmark = pytest.mark.usefixtures("traced_once")
 SOAK = pytest.mark.soak
 WORDS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
 UNJUDGED = {"validation_fraction": 0.0}  # a run that nobody judges compiles one program less
@@ -281,6 +282,7 @@ def test_caches_of_others_are_refused(tmp_path: Path) -> None:
         file.read({"train": 4})
 
 
+@pytest.mark.usefixtures("pages")
 def test_kto_orders_held_out_pairs(begun: Path, tmp_path: Path) -> None:
     start.run(dpo_run(begun, tmp_path, loss="kto", train={"steps": 12}, preference={"beta": 0.5}))
     judged = [row for row in rows(tmp_path / "run") if "validation_loss" in row][-1]

@@ -167,6 +167,7 @@ def test_the_samples_of_a_step_are_kept(begun: Path, tmp_path: Path) -> None:
     assert [row["text"] for row in read_rollouts(tmp_path).rows] == ["one\u2028two\x85three", ""]
 
 
+@pytest.mark.usefixtures("pages")
 def test_a_reward_for_length_is_seen(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted reward, longer is better: samples grow, a line says so within 20 steps, and the page shows them."""
     lines: list[str] = []

@@ -81,7 +81,7 @@ def test_rows_are_functions_of_their_number(tmp_path: Path) -> None:
         np.testing.assert_array_equal(next(share)["tokens"], batch["tokens"][part])
 
 
-@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.usefixtures("on_one_device", "pages")
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_it_learns(tmp_path: Path, backend: config.Backend) -> None:
     start.run(sft(tmp_path), backend=backend)

@@ -56,6 +56,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state(runs, tmp_path,
     assert bad["optimizer['skipped']"] >= 3
 
 
+@pytest.mark.usefixtures("pages")
 def test_a_run_is_whole(runs, tmp_path, rows):
     runs.train(tmp_path, *OPTIONS)
     assert {path.name for path in tmp_path.iterdir()} >= {

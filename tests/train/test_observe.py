@@ -15,10 +15,11 @@ from jaxlm.run.clock import ASIDE, Clock
 from jaxlm.run.metrics import SECONDS, read_metrics
 from jaxlm.train.engine import JaxEngine
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "traced_once")
 OPTIONS = ("model.dropout=0.0", "train.microbatches=1", "model.layer_loop=unroll")
 
 
+@pytest.mark.usefixtures("pages")
 def test_rows_tell_where_time_went(runs: Any, tmp_path: Path) -> None:
     runs.train(tmp_path, *OPTIONS, "train.steps=6")
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]

@@ -16,6 +16,7 @@ from jaxlm.recipes.start import open_stage
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.engine import JaxEngine
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 OPTIONS = ("model.layer_loop=unroll", 'sample.prompts=["de"]', "sample.every=5", "sample.max_new_tokens=9")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm.train.engine import JaxEngine
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 BOUND = 1e-10
 
 
