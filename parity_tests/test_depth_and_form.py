@@ -29,7 +29,7 @@ from jaxlm.convert.open_model import load
 from jaxlm.convert.rows import Row, expand
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
-from jaxlm.infer import model as infer
+from jaxlm.infer import load as infer
 from jaxlm.parity.check import check
 from jaxlm.parity.subject import open_subject
 from jaxlm.text.tokenizer import Tokenizer

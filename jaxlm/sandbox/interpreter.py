@@ -29,7 +29,8 @@ def find(path: str = "") -> Interpreter:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(f"{path} does not run: {error}", "name a Python 3.11 or newer") from None
         if asked.returncode:
-            raise UserError(f"{path} is no Python for boxes: {asked.stderr.strip()[-200:]}", "3.11 or newer is needed")
+            reason = (asked.stderr.strip().splitlines() or ["no message"])[0][:200]
+            raise UserError(f"{path} is no Python for boxes: {reason}", "3.11 or newer is needed")
         executable, *prefixes, version = asked.stdout.split("\n")[:4]
     else:
         executable = os.path.realpath(sys.executable)

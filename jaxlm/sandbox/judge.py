@@ -106,7 +106,7 @@ class Watch:
             if box.ready and not box.ended:
                 if excess := box.excess():
                     return Stop(*excess, box)
-                running |= box.seen.running
+                running |= box.seen.running or not box.seen.processes  # none: its engine puts it up or takes it down
             running |= not box.ready
         # A tick counts as idle only if it was seen so: a judge that had to wait for the processor adds no time of its
         # own.

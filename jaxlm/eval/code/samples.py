@@ -55,9 +55,9 @@ def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
         task_id, completion = row["task_id"], row["completion"]
         task_id = str(task_id)
         if task_id not in known:
-            raise UserError(
-                f"{path}, line {line}: unknown task_id {task_id!r}", did_you_mean(task_id, list(known)[:2000])
-            )
+            hint = did_you_mean(task_id, list(known)[:2000])
+            hint = hint if len(hint) < 100 else f"such as {next(iter(known))}"
+            raise UserError(f"{path}, line {line}: unknown task_id {task_id[:100]!r}", hint)
         if not isinstance(completion, str):
             raise UserError(f"{path}, line {line}: the completion is no text but {type(completion).__name__}")
         if len(completion) > MAX_COMPLETION:
