@@ -189,7 +189,7 @@ class Data:
         for step in sorted({step for one in self.mixture for step, _ in one.points}):
             require(
                 any(one.weight_at(step) > 0 for one in self.mixture),
-                f"data.mixture: all weights are 0 from step {step} on",
+                f"data.mixture: all weights are 0 at step {step}",
             )
         require(
             not self.fim.rate or self.seq_len >= 2 * FEWEST_FOR_FIM,

@@ -69,11 +69,26 @@ def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
         )  # strict JSON: lists are tuples, nothing is coerced
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        key = _key_of(first["loc"], tree)
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, ValueError):
             raise UserError(f"{where}: {cause}") from None
         raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def _key_of(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
+    """The dotted key of a place in a tree: a table of a list by its name, as an override names it."""
+    names: list[str] = []
+    node: Any = tree
+    for part in location:
+        if isinstance(node, Mapping):
+            names.append(str(part))
+            node = node.get(part)
+        elif isinstance(node, list | tuple) and isinstance(part, int):
+            node = node[part]
+            names += [str(node["name"])] if isinstance(node, Mapping) and "name" in node else []
+        # else: the name of a type, one of several that the value may have
+    return ".".join(names)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

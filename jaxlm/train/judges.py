@@ -30,7 +30,8 @@ def language_judge(source: DataSource) -> Judge:
         if "validation_bits_per_byte" in row:
             words.append(f"{row['validation_bits_per_byte']:.3f} bits/byte")
         if baseline is not None:
-            words.append(f"{1 - row['validation_loss'] / baseline:.0%} below the unigram model")
+            gain = 1 - row["validation_loss"] / baseline
+            words.append(f"{abs(gain):.0%} {'below' if gain >= 0 else 'above'} the unigram model")
         return ", ".join(words)
 
     return Judge(figures, describe=describe, baseline=baseline, baseline_name="unigram baseline")

@@ -285,8 +285,8 @@ def test_bad_input_is_one_line(tmp_path, change, message):
     [
         (0, "is 0 throughout: remove the corpus"),
         (-1, r"weight = -1\.0 must be 0 or more"),
-        (float("nan"), "weight.float = nan: input should be a finite number"),
-        ([[0, 1], [10, 0]], "all weights are 0 from step 10 on"),
+        (float("nan"), r"data\.mixture\.a\.weight = nan: input should be a finite number"),
+        ([[0, 1], [10, 0]], "all weights are 0 at step 10"),
         ([[5, 1]], "the first step of a list must be 0"),
         ([[0, 1], [0, 2]], "the steps must rise"),
         ([[0, 1], [400, 2]], r"a weight from step 400 on, train\.steps = 400"),
