@@ -123,10 +123,10 @@ def _compare(run_dir: Path, before: config.Config, now: config.Config, tell: Cal
     for name, was, value in _differences(old, new):
         fixed = any(f"{name}.".startswith(f"{key}.") for key in _SAME_ON_RESUME)
         if name not in _FREE and fixed:
-            raise UserError(
-                f"{run_dir}: {name} is {value!r}, the run was made with {was!r}",
-                "resume with the run's own config.toml, or choose another out_dir",
-            )
+            hint = "resume with the run's own config.toml, or choose another out_dir"
+            if name.startswith("data."):
+                hint = f"text would be left out or read twice; of a mixture, weights and caps may change. {hint}"
+            raise UserError(f"{run_dir}: {name} is {value!r}, the run was made with {was!r}", hint)
         if name != "out_dir":
             tell(f"warning: resuming with {name} = {value!r}, was {was!r}")
 
