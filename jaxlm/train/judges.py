@@ -30,8 +30,13 @@ def language_judge(source: DataSource) -> Judge:
         if "validation_bits_per_byte" in row:
             words.append(f"{row['validation_bits_per_byte']:.3f} bits/byte")
         if baseline is not None:
-            gain = 1 - row["validation_loss"] / baseline
-            words.append(f"{abs(gain):.0%} {'below' if gain >= 0 else 'above'} the unigram model")
+            words.append(against_unigram(row["validation_loss"], baseline))
         return ", ".join(words)
 
     return Judge(figures, describe=describe, baseline=baseline, baseline_name="unigram baseline")
+
+
+def against_unigram(loss: float, baseline: float) -> str:
+    """How far a loss lies below, or above, that of the unigram model, in words."""
+    gain = 1 - loss / baseline
+    return f"{abs(gain):.0%} {'below' if gain >= 0 else 'above'} the unigram model"
