@@ -81,12 +81,13 @@ def _key_of(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
     names: list[str] = []
     node: Any = tree
     for part in location:
-        if isinstance(node, Mapping):
+        if isinstance(node, dict):
             names.append(str(part))
-            node = node.get(part)
+            node = cast(dict[str, Any], node).get(str(part))
         elif isinstance(node, list | tuple) and isinstance(part, int):
-            node = node[part]
-            names += [str(node["name"])] if isinstance(node, Mapping) and "name" in node else []
+            node = cast(Sequence[Any], node)[part]
+            name: Any = cast(dict[str, Any], node).get("name") if isinstance(node, dict) else None
+            names += [name] if isinstance(name, str) else []
         # else: the name of a type, one of several that the value may have
     return ".".join(names)
 
