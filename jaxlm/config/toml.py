@@ -16,7 +16,7 @@ import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
