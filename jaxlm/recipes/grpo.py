@@ -74,7 +74,7 @@ def references(cfg: config.Config) -> dict[str, Frozen]:
 def figures(sums: Mapping[str, float]) -> dict[str, float]:
     """How likely the model finds the right answers to held-out prompts."""
     nll = -sums["logp"] / max(sums["tokens"], 1)
-    return {"validation_loss": nll, "answer_nll": nll, "entropy": sums["entropy"] / max(sums["tokens"], 1)}
+    return {"validation_loss": nll, "answer_nll": nll, "validation_entropy": sums["entropy"] / max(sums["tokens"], 1)}
 
 
 def described(values: Mapping[str, float]) -> str:
