@@ -25,6 +25,7 @@ from jaxlm.run.rollouts import best_and_worst, read_rollouts, write_rollouts
 from jaxlm.train import engine
 
 IMPORTED = answers, grpo, engine
+pytestmark = pytest.mark.usefixtures("traced_once")
 CRITIC = ("value_loss", "value_clip_share", "value_grad_norm", "value_learning_rate", "explained_variance")
 
 TINY = """
