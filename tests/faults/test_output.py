@@ -28,13 +28,18 @@ any_text = st.text(st.characters()) | st.binary().map(os.fsdecode)
 )
 def test_any_text_reaches_any_terminal(text: str, encoding: str, errors: str) -> None:
     """On stdout, and as a note on stderr; what the terminal has no sign for is written out, and the rest as it is."""
+    notes = logging.getLogger("jaxlm")
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, newline="") for _ in range(2)]
 
     def command(**_: object) -> None:
         print(f"<{text}>")
-        logging.getLogger("jaxlm").warning("<%s>", text)
+        notes.warning("<%s>", text)
 
-    with mock.patch.multiple(sys, stdout=streams[0], stderr=streams[1]), mock.patch.object(app, "app", command):
+    with (
+        mock.patch.multiple(sys, stdout=streams[0], stderr=streams[1]),
+        mock.patch.object(app, "app", command),
+        mock.patch.object(notes, "propagate", False),  # a pytest worker cannot send half a surrogate that it has caught
+    ):
         assert app.main() == 0
     for stream in streams:
         stream.flush()
