@@ -67,7 +67,7 @@ def quick_runs() -> Iterator[None]:
 
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs of a test draw their pages: of each recipe some do."""
+    """The runs of a test draw their pages."""
     from jaxlm.report.run_page import write_report
     from jaxlm.train import loop
 
@@ -78,7 +78,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> None:
 def traced_once() -> Iterator[None]:
     """Runs of a module by one config share their programs, which each would trace and lower anew.
 
-    Not where a test plants a fault in what is traced.
+    Not where a test plants a fault in what is traced, nor where it compares a resumed run with a whole one.
     """
     import jax
 
@@ -90,7 +90,8 @@ def traced_once() -> Iterator[None]:
     def begun(engine: Any, cfg: Any, recipe: Any, complete: Any) -> None:
         begin(engine, cfg, recipe, complete)
         devices = tuple(device.id for device in engine.layout.mesh.devices.flat)
-        key = toml.to_toml(dataclasses.replace(cfg, out_dir="")), devices, jax.config.read("jax_enable_x64")
+        stage = toml.to_toml(dataclasses.replace(cfg, out_dir="")), getattr(recipe.objective.jax, "__qualname__", "")
+        key = stage, devices, jax.config.read("jax_enable_x64")
         vars(engine).update(made.setdefault(key, {name: vars(engine)[name] for name in shared}))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.asked import positive
 from benchmarks.peers import Peer
 from benchmarks.train_step import VOCAB, transformers_model
 
@@ -85,7 +86,7 @@ def run(rounds: int, out: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_long", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="completions of each peer")
+    parser.add_argument("--rounds", type=positive, default=5, help="completions of each peer")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/decode_long.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--new", type=int, help=argparse.SUPPRESS)

@@ -172,7 +172,7 @@ def known(rounds: int, _: int) -> dict[str, Any]:
 
 def guesses(rounds: int, _: int) -> dict[str, Any]:
     """10: tokens a second with guesses over without, one row: where a text repeats itself, where it does not, and with
-    the model as its own draft, which is always right and twice the work."""
+    the model as its own draft, which is twice the work."""
     from jaxlm.text.sampling import Sampling
 
     prompt, new = ids(np.random.default_rng(0), 64), 192
@@ -218,7 +218,7 @@ def grammar(rounds: int, _: int) -> dict[str, Any]:
 
 
 def longest_gap(rounds: int, _: int) -> dict[str, Any]:
-    """12: the longest wait of a running row while 4,096 tokens are prefilled, over its median wait without."""
+    """12: the longest wait of a running row while 4,096 tokens are prefilled, over the median wait."""
     from jaxlm.infer.engine import Request
     from jaxlm.text.sampling import GREEDY
 

@@ -1,6 +1,6 @@
 """Fill-in-the-middle, learned: names used below but not above, by models with and without it at equal tokens.
 
-    JAXLM_DATA=../shared/data python -m benchmarks.fim     goes on where it stopped; 5 to 8 minutes of a core a model
+    JAXLM_DATA=../shared/data python -m benchmarks.fim     goes on where it stopped; 4 to 8 minutes of a core a model
 
 A place is the first use of a name in a held-out file, where the text shown below has it again. The model with
 `[data.fim]` reads both sides, in both orders of training: PSM (the gap last) and SPM (the suffix first, so that what

@@ -37,7 +37,6 @@ from parity_tests.pairs import error
 from parity_tests.tolerances import FLOAT64
 from torch_ref.train.engine import TorchEngine
 
-pytestmark = pytest.mark.usefixtures("traced_once")
 TOML = """
 [model]
 d_model = 16

@@ -16,6 +16,7 @@ import pytest
         ("convert --rounds -1", "--rounds: '-1' is no whole number above 0"),
         ("decode --only llama", "--only: there is no 'llama'; there are: "),
         ("decode --only jaxlm", "--only needs --out FILE"),
+        ("decode_long --rounds 0", "--rounds: '0'"),
         ("distill --seeds 0", "--seeds: '0' is no whole number above 0"),
         ("engine --only 1,3", "--only: there is no '3'; there are: 1, 4, 5"),
         ("engine --requests 0", "--requests: '0'"),

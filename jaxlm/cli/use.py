@@ -107,7 +107,8 @@ def _join(backend: Backend, mesh: str | None) -> str | None:
     from jaxlm import config
     from jaxlm.processes import meet
 
-    several = meet.find_place(config.Distributed(), os.environ) is not None
+    place = meet.find_place(config.Distributed(), os.environ)
+    several = place is not None and place.processes > 1
     if backend is Backend.torch and (several or mesh):
         raise UserError("--backend torch computes in one process on one device", "use --backend jax")
     meet.initialize(config.Distributed())

@@ -203,7 +203,7 @@ def _config(ranks: Mapping[str, tuple[int, float]], lora: config.LoRA, family: F
     }
 
 
-_MOVED = ("pissa", "olora", "corda", "loftq")
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways in which PEFT begins adapters that take what they hold out of the base."""
 _REFUSED = ("use_qalora", "use_bdlora", "lora_bias", "megatron_config", "layer_replication", "target_parameters")
 

@@ -31,8 +31,8 @@ AHEAD = 4
 def answer_file(engine: Engine, prompts: Path, out: Path, defaults: Request, name: str) -> Iterator[int]:
     """Answer every line of `prompts` in `out`, in order; yields the number of lines done after each.
 
-    A line that cannot be answered has an `error` in its place. Of several processes the first writes, and says to the
-    others how many lines stood there.
+    A line that cannot be answered has an `error` in its place. Of processes that hold the model together the first
+    writes, and says to the others how many lines stood there.
 
     Args:
         defaults: options of lines that do not have their own.
@@ -43,12 +43,15 @@ def answer_file(engine: Engine, prompts: Path, out: Path, defaults: Request, nam
     """
     lines = _lines(prompts)
     keys = [hashlib.sha256(f"{name}\0{defaults}\0{line}".encode()).hexdigest()[:16] for line in lines]
-    if meet.several():
+    writes = not engine.runner.shared or meet.is_first()
+    done = _answered(out, keys) if writes else 0
+    if engine.runner.shared:
         meet.agree({"the prompts": hashlib.sha256("".join(keys).encode()).hexdigest()[:12]})
-    done = int(meet.from_first(str(_answered(out, keys) if meet.is_first() else 0)))
+        done = int(meet.from_first(str(done)))
     under_way: collections.deque[tuple[int, Reply | str]] = collections.deque()
     following = iter(range(done, len(lines)))
-    with (out if meet.is_first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
+    # Half a surrogate stands as `\ud800`, which JSON reads back as it was.
+    with (out if writes else Path(os.devnull)).open("a", encoding="utf-8", errors="backslashreplace") as file:
         while True:
             while len(under_way) < AHEAD * engine.runner.rows and (index := next(following, None)) is not None:
                 under_way.append((index, _submit(engine, lines[index], defaults)))
@@ -95,7 +98,7 @@ _WRITTEN: Mapping[str, Any] = {
 
 @functools.cache
 def _kind(name: str, of: type) -> Any:
-    """What checks the type of an option."""
+    """The validator of an option."""
     return TypeAdapter(_WRITTEN[name] if of is Request and name in _WRITTEN else get_type_hints(of)[name])
 
 

@@ -37,7 +37,8 @@ def load(
         path: a run, a torch_ref or Hugging Face folder, a `model.bin` of llama2.c, or `org/name` on the hub.
         dtype: in which it computes; None: as its config says. `float64` widens the parameters too.
         mesh: devices over which to split it, those of all processes, a `config.Mesh` or the name of a preset such as
-            `zero3`; None: the first. Each parameter is read when it is its turn, and the host holds one at a time.
+            `zero3`; None: the first. Each parameter, or stack of layers, goes there before the next is read; a run with
+            adapters is merged on the host first.
         step: which checkpoint of a run; None: the newest, on one device the newest intact one.
 
     Raises:

@@ -223,7 +223,7 @@ class Model:
                     yield part.text
 
     def engine(self, *, backend: config.Backend = "jax", draft: Model | None = None, **options: Any) -> Engine:
-        """What answers many requests at once, from any thread.
+        """An engine that answers many requests at once, from any thread.
 
         Args:
             backend: `torch` computes by torch_ref.

@@ -52,7 +52,7 @@ class Scorer:
     def score(self, answers: Sequence[tuple[str, str]]) -> Float[np.ndarray, " n"]:
         """The score of each (prompt, answer), as its training saw it: the token that ends the turn is not read.
 
-        Of a verifier it is the probability that the answer is right.
+        A verifier returns the probability that the answer is right.
 
         Raises:
             UserError: an answer is longer than the model has positions for.

@@ -49,7 +49,7 @@ class Decoding:
     weights: int
     """Parameters that a device holds."""
     copied: int
-    """Of them, what it holds a second time for decoding, as long as the model that was loaded stays."""
+    """Those that it holds a second time for decoding, as long as the model that was loaded stays."""
     cache: int
     """Its part of the rows."""
     counters: int

@@ -180,7 +180,7 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def from_first(value: str) -> str:
-    """What the first process has; the others wait for it. One process alone has its own.
+    """Return what the first process has; the others wait for it. One process alone has its own.
 
     Raises:
         MissingPeersError: the first process ended before it said so.
@@ -251,7 +251,7 @@ def _detected(options: config.Distributed, environment: Mapping[str, str]) -> Pl
     if options.cluster in ("auto", "slurm") and tasks == 1:
         if _number(environment, "SLURM_NTASKS", 1) > 1:
             print(
-                "training alone: SLURM_STEP_NUM_TASKS=1, though SLURM_NTASKS="
+                "alone: SLURM_STEP_NUM_TASKS=1, though SLURM_NTASKS="
                 f"{environment['SLURM_NTASKS']}; srun starts a process for each task",
                 file=sys.stderr,
             )

@@ -57,7 +57,9 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
 
 
 def require_models(cfg: config.Config, recipe: Recipe, resume: bool) -> None:
-    """Open every model that the run begins with, before any data is read; no parameters are read.
+    """Open every model that the run begins with, before any data is read.
+
+    Parameters are read of runs with adapters and of PEFT folders alone, which are merged as they are opened.
 
     Raises:
         UserError: one is not there; says what of the run it is.

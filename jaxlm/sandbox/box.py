@@ -139,7 +139,7 @@ class Box:
             seconds, memory, number, threads, running, *written = os.read(self.info, 1 << 16).splitlines()[-1].split()
             self.written = int(written[0]), int(written[1])
             return processes.Usage(float(seconds), int(memory), int(number), int(threads), running == b"1")
-        except (BlockingIOError, IndexError):
+        except (BlockingIOError, IndexError, ValueError):
             return self.seen
 
     def drain(self) -> bool:

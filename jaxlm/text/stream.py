@@ -48,7 +48,7 @@ class TextStream:
         return self._rest(self._tokenizer.decode(self._ids), 0)
 
     def _rest(self, text: str, held: int) -> str:
-        """What is new in `text`, except for its last `held` characters."""
+        """New text of `text`, except for its last `held` characters."""
         part = text[self._shown : len(text) - held]
         self._shown += len(part)
         if len(self._ids) > 2 * _CONTEXT:

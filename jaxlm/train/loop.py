@@ -162,8 +162,9 @@ class _Run:
             self.display.say(f"{self.stop.signal_name}: saved step {self.progress.step}; continue with --resume")
         except UserError:  # such as samples that nobody can grade: what was trained before is kept
             if self.engine.process_count == 1 and self.progress.step:
-                self._save()
-                self.display.say(f"step {self.saved.step} is saved; continue with --resume")
+                self._save()  # within a phase it does nothing
+                if self.saved.step:
+                    self.display.say(f"step {self.saved.step} is saved; continue with --resume")
             raise
 
     def _steps(self) -> None:

@@ -68,6 +68,7 @@ def test_a_folder_is_its_base_with_the_adapters_merged(tmp_path: Path) -> None:
         (pair(Q.replace("self_attn", "attn")), {}, False, "its modules are in no layout of this base"),
         (pair(Q), {"base_model_name_or_path": None}, False, "names no base"),
         (pair(Q), {"init_lora_weights": "pissa_niter_4"}, False, "'pissa_niter_4' moves the base too"),
+        (pair(Q), {"init_lora_weights": "lora_ga"}, False, "'lora_ga' moves the base too"),
         (pair(Q), {"r": 8}, False, "r = 8, and there is an adapter of rank 2"),
         (pair(Q), {"lora_alpha": "4"}, False, "lora_alpha = '4' is no number above 0"),
         ({f"{Q}.lora_A.weight": np.ones((2, 16), np.float32)}, {}, False, "q_proj.lora_B.weight: missing"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.infer.batch import request_of
-from jaxlm.infer.engine import Grammar, Request
+from jaxlm.infer.batch import answer_file, request_of
+from jaxlm.infer.engine import Engine, Grammar, Request
 from jaxlm.text.sampling import Sampling, preset
 
 USUAL = Request((), sampling=Sampling(temperature=0.5, top_k=3), max_new_tokens=9)
@@ -47,3 +50,14 @@ def test_a_line_has_the_options_of_a_request() -> None:
 def test_mistakes(line: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         request_of(line, USUAL)
+
+
+def test_half_a_surrogate_is_told_in_its_line(tmp_path: Path) -> None:
+    """JSON may hold one, UTF-8 cannot: the file of answers has it as JSON writes it."""
+    lines = ['{"prompt": "\\ud800"}', '{"prompt": "x", "see\\udc00d": 1}', '{"prompt": 5}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    engine: Any = object.__new__(Engine)  # no line of these reaches its queue
+    engine.runner = SimpleNamespace(rows=1, shared=False)
+    assert [*answer_file(engine, tmp_path / "in.jsonl", tmp_path / "out.jsonl", USUAL, "m")] == [1, 2, 3]
+    first, second, _ = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert "\ud800" in first["error"] and "see\\udc00d" in second["error"]

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm import config
 from jaxlm.convert import open_model
 from jaxlm.convert.canonical import fill
 from jaxlm.errors import UserError
 from jaxlm.infer.engine import Request
 from jaxlm.launch.local import launch
+from jaxlm.mesh import Layout
 from jaxlm.processes import meet
 from jaxlm.text.sampling import Sampling
 from tests.test_front_door import CFG, make
@@ -57,9 +59,12 @@ def test_two_processes_give_the_texts_of_one(folder: Path, capfd: pytest.Capture
 
 
 def test_threads_are_refused_where_processes_make_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each has a model of its own, threads are its own matter."""
     monkeypatch.setattr(meet, "several", lambda: True)
-    with pytest.raises(UserError, match="make the engine with threaded=False"):
-        make().engine(rows=1, warm_up=False)
+    make().engine(rows=1, warm_up=False).close()
+    layout = Layout.from_config(config.Mesh(data=1, fsdp=-1))
+    with pytest.raises(UserError, match=r"engine\(threaded=False\)"):
+        dataclasses.replace(make(), layout=layout).engine(rows=1, warm_up=False)
 
 
 def test_a_parameter_is_laid_down_before_the_next_is_read(folder: Path) -> None:

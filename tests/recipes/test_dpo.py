@@ -288,6 +288,7 @@ def test_kto_orders_held_out_pairs(begun: Path, tmp_path: Path) -> None:
     judged = [row for row in rows(tmp_path / "run") if "validation_loss" in row][-1]
     assert judged["validation_accuracy"] > 0.9 and "validation_chosen_logp" in judged
     assert judged["validation_desirable_reward"] > judged["validation_undesirable_reward"]
+    assert "nats an answer" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_config_of_the_repository_is_planned() -> None:

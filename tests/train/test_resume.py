@@ -13,7 +13,7 @@ from jaxlm.errors import UserError
 from jaxlm.train import loop
 from jaxlm.train.engine import JaxEngine
 
-pytestmark = pytest.mark.usefixtures("one_device", "traced_once")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="session")

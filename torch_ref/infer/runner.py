@@ -42,7 +42,7 @@ class TorchRunner:
     ) -> None:
         self.decoder = decoder.eval()
         self.rows, self.length, self.widths = rows, slots, tuple(widths)
-        self.vocab, self.speculates = decoder.config.vocab_size, speculates
+        self.vocab, self.speculates, self.shared = decoder.config.vocab_size, speculates, False
         self.programs: dict[str, str] = {}
         self._device = decoder.embed.weight.device
         self.clear()

@@ -303,8 +303,8 @@ def _texts(model: ModelCompleter | None, options: CodeOptions) -> tuple[str, Ite
 
     path = model.model.path or Path()
     if cfg.data.source == config.Data().source and not cfg.data.mixture and not (path / "metrics.jsonl").is_file():
-        untrained = "%s has no record of a training: its lines are those of the standard library"
-        _log.warning(f"warning: {untrained}, the default of data.source (--data names other text)", path)
+        untrained = "warning: %s has no record of a training: its lines are those of the standard library, %s"
+        _log.warning(untrained, path, "the default of data.source (--data names other text)")
     corpora = corpora_of(cfg.data)
 
     def held_out() -> Iterator[tuple[str, str]]:

@@ -28,7 +28,6 @@ from jaxlm.infer.engine.runner import Runner
 from jaxlm.infer.engine.scheduler import Scheduler
 from jaxlm.infer.engine.speculative import Speculation
 from jaxlm.infer.engine.steps import Steps
-from jaxlm.processes import meet
 from jaxlm.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -44,8 +43,8 @@ class Engine:
         most_waiting: texts in the queue.
         speculate: tokens that are guessed and checked in one call, up to 7; 0: none.
         draft: rows of a smaller model that makes the guesses; None: what followed the newest tokens before is guessed.
-        threaded: steps run in a thread of the engine; otherwise whoever waits for a reply makes them. Of several
-            processes each submits the same requests in the same order and makes the same steps, without threads.
+        threaded: steps run in a thread of the engine; otherwise whoever waits for a reply makes them. Processes
+            that hold a model together submit the same requests in the same order, without threads.
     """
 
     def __init__(
@@ -71,10 +70,8 @@ class Engine:
         self._steps = Steps(runner, self.prefixes, scheduler, speculation)
         if speculate and not runner.speculates:
             raise UserError("this runner has no room for speculation", "make it with speculates=True")
-        if threaded and meet.several():
-            raise UserError(
-                "one of several processes, which make the same steps", "make the engine with threaded=False"
-            )
+        if threaded and runner.shared:
+            raise UserError("several processes hold this model and make the same steps", "engine(threaded=False)")
         self._inbox: collections.deque[tuple[int, Reply, Growing, int | None]] = collections.deque()
         self._keys = itertools.count()
         self._work, self._lock = threading.Condition(), threading.RLock()

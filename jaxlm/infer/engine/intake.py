@@ -14,7 +14,6 @@ from jaxlm.infer.engine.growing import Growing
 from jaxlm.infer.engine.request import ENDS, Finish, Request
 from jaxlm.infer.engine.runner import Runner
 from jaxlm.infer.engine.structured import Grammars
-from jaxlm.processes import meet
 from jaxlm.text.completion import encode_prompts
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -56,7 +55,7 @@ class Intake:
                 raise UserError(f"{what} has ids from {min(some)} to {max(some)}, the model knows 0 to {vocab - 1}")
         if any(not 0 <= token < vocab for token in (*request.logit_bias, *request.stop_ids)):
             raise UserError(f"logit_bias or stop_ids has an id that is not between 0 and {vocab - 1}")
-        if request.deadline is not None and meet.several():
+        if request.deadline is not None and self._runner.shared:
             raise UserError("a deadline is of one process: the clocks of several differ", "leave it out")
         if len(ids) >= room:
             raise UserError(f"the prompt has {len(ids)} tokens, a row has room for {room} with the text")

@@ -61,7 +61,7 @@ class Request:
     """Text, in which special tokens may be spelled out; or ids, which are taken as they are."""
     sampling: Sampling = dataclasses.field(default_factory=Sampling, kw_only=True)
     max_new_tokens: int | None = dataclasses.field(default=None, kw_only=True)
-    """Tokens of a text; None: as many as the model has room for."""
+    """Tokens of a text; None: as many as the model has room for, if something can end it."""
     min_new_tokens: int = dataclasses.field(default=0, kw_only=True)
     """Before so many tokens no end is drawn."""
     seed: int = dataclasses.field(default=0, kw_only=True)

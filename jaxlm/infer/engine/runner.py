@@ -120,6 +120,8 @@ class Runner(Protocol):
     """Whether `verify` may be called: windows need room for it."""
     has_states: bool
     """Whether a layer has a state, which cannot be cut back."""
+    shared: bool
+    """Whether several processes hold the model together, and make the same calls in the same order."""
     vocab: int
     widths: tuple[int, ...]
     """Of the pieces of a prompt, rising; the last is the chunk that `keep` keeps."""

@@ -85,7 +85,7 @@ class GraderPool:
         return grades
 
     def try_rewards(self, samples: Sequence[Sample]) -> None:
-        """Grade right answers, before anything is sampled.
+        """Grade right answers by every reward but a model, before anything is sampled.
 
         Raises:
             UserError: a reward raises, hangs or returns no number on all of them.

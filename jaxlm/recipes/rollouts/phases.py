@@ -207,7 +207,7 @@ class Phases:
             UserError: a prompt does not fit into a row, or a reward fails on right answers.
         """
         first = [self.task.train(self.config.seed, number) for number in range(self.rl.prompts)]
-        self._encoded([*(self.task.records or first), *self.task.held_out(self.rl.held_out)])
+        self._encoded([*(self.task.kept or first), *self.task.held_out(self.rl.held_out)])
         few = [self.cut(prompt, [], self.asking.answer(prompt.answer)) for prompt in first[:2]]
         self.pool.try_rewards([Sample(one.prompt.text, one.text, _row(one)) for one in few])
 

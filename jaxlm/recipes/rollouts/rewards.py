@@ -52,7 +52,7 @@ def find_rewards(specs: Sequence[str]) -> list[Reward]:
 
 
 def _parsed(spec: str) -> Reward:
-    match = re.fullmatch(r"\s*([\w.]+(?::\w+)?)\s*(?:\((.*)\))?\s*(?:\*\s*(-?\d*\.?\d+))?\s*", spec)
+    match = re.fullmatch(r"\s*([\w.]+(?::\w+)?)\s*(?:\((.*)\))?\s*(?:\*\s*(-?(?:\d+\.?\d*|\.\d+)))?\s*", spec)
     if not match:
         raise UserError(f"rl.rewards: {spec!r} is no reward", "write name(option=value) * weight")
     name, inside, weight = match[1], match[2] or "", float(match[3] or 1)
@@ -74,7 +74,9 @@ def _parsed(spec: str) -> Reward:
             raise UserError("the reward reward_model has no path", "reward_model(path='runs/NAME')")
         _scorer(str(options["path"]))  # a model that is not there is known before anything is sampled
     if name == "unit_tests":
-        importlib.import_module("jaxlm.sandbox").choose()  # and so is a machine on which nothing isolates
+        from jaxlm import sandbox
+
+        sandbox.choose()  # and so is a machine on which nothing isolates
     judge_of(name)
     return Reward(name, options, weight)
 
@@ -191,14 +193,16 @@ def math_verify(prompt: str, completion: str, row: Row) -> float:
     return float(package.verify(gold, given))
 
 
-def unit_tests(prompt: str, completion: str, row: Row, *, cpu_seconds: float = 5.0) -> float:
+def unit_tests(prompt: str, completion: str, row: Row, *, cpu_seconds: float = 2.0) -> float:
     """1 where a program passes the row's `tests`, which call its function `entry_point`, in two boxes of the sandbox.
 
     Code comes out of the fences of an answer; a bare body stands behind a prompt that has the function's first line.
-    Tests are a program, or a list of its lines, and may also call the function `candidate`.
+    Tests are a program, or a list of its lines, and may also call the function `candidate`. Above a fifth of
+    `rl.grader_seconds`, `cpu_seconds` may leave a program that loops for ever without a grade.
     """
-    sandbox = importlib.import_module("jaxlm.sandbox")
-    from_chat = importlib.import_module("jaxlm.eval.code.programs").from_chat
+    from jaxlm import sandbox
+    from jaxlm.eval.code.programs import from_chat
+
     name, tests = str(row["entry_point"]), row["tests"]
     source = tests if isinstance(tests, str) else "\n".join(tests)
     program = from_chat(completion, prompt if f"def {name}(" in prompt else "", name)

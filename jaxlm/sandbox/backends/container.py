@@ -70,10 +70,10 @@ def run_command(program: str, image: str, name: str, request: Request) -> list[s
     # Engines raise these two beyond what they may where they lack the right; the worker lowers them further.
     limits += ["--pids-limit", str(processes), "--ulimit", "nofile=256:256", "--ulimit", "nproc=256:256"]
     rights = ["--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
-    # The kernel counts processes by user, whatever their container: each box is one of its own.
+    # The kernel counts processes by user, whatever their container: each box draws one, beyond those of people.
     rights += [
         "--user",
-        f"{1_000 + secrets.randbelow(60_000)}:65534",
+        f"{20_000 + secrets.randbelow(40_000)}:65534",
         "--ipc",
         "none",
         "--hostname",

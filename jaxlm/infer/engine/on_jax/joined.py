@@ -20,6 +20,7 @@ from jaxlm.mesh import Layout
 from jaxlm.models.attention import QKV
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.models.ffn import GATE_UP
+from jaxlm.processes import meet
 
 _log = logging.getLogger(__name__)
 TOLD_FROM = 64 << 20
@@ -79,7 +80,7 @@ def _held(shapes: Any, axes: Any, layout: Layout | None) -> int:
 def tell_second_copy(decoder: Decoder, layout: Layout | None) -> None:
     """One line about `second_copy`, where it is large, before it is made."""
     size = second_copy(decoder, layout)
-    if size >= TOLD_FROM:
+    if size >= TOLD_FROM and meet.is_first():
         how = "its layers one by one" if decoder.config.scanned else "joined queries, keys and values, gate and up"
         _log.info("decoding takes %.2f GiB of weights a second time: %s", size / 2**30, how)
 

@@ -48,7 +48,7 @@ class Placed:
         return jax.lax.with_sharding_constraint(state, State(places, whole, whole, whole))
 
     def read(self, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        """What the host reads, whole on every device: each process reads its own."""
+        """Outputs for the host, whole on every device: each process reads its own."""
         return found if self.layout is None else jax.lax.with_sharding_constraint(found, self.layout.replicated)
 
 

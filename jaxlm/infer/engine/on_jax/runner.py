@@ -32,6 +32,7 @@ from jaxlm.infer.generate import unrolled_for_decoding
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.ops.attention.slots import block_of
+from jaxlm.processes import meet
 
 WIDTHS = (16, 64, 256)
 """Tokens of the pieces of a prompt."""
@@ -71,6 +72,7 @@ class JaxRunner:
         self.rows, self.widths, self.length = rows, tuple(widths), slots
         self.slots = rounded_slots(slots, self.widths[-1])
         self.vocab, self.speculates = decoder.config.vocab_size, speculates
+        self.shared = layout is not None and meet.several()
         self.programs: dict[str, str] = {}
         self.clear()
 
