@@ -17,7 +17,7 @@ from jaxlm.convert.canonical import leaves
 from jaxlm.convert.native import to_torch
 from jaxlm.convert.open_model import load
 from jaxlm.convert.write_model import convert
-from jaxlm.infer import model as use
+from jaxlm.infer import load as use
 from jaxlm.text.tokenizer import Tokenizer
 from parity_tests.families import our_logits, prompt, strictly, their_logits, torch_folder
 from parity_tests.pairs import error, model, random_params

@@ -24,7 +24,9 @@ from jaxlm.convert.open_model import load
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.recipes import make_recipe, start
+from jaxlm.report.run_page import write_report
 from jaxlm.run.metrics import OF_THE_MACHINE
+from jaxlm.train import loop
 from parity_tests.tolerances import FLOAT64
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.recipes.pretrain import loss_fn
@@ -89,9 +91,11 @@ def train(toml: Path) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def whole(train: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbs."""
+    """The run that nobody disturbs; it draws its page."""
     out = tmp_path_factory.mktemp("whole")
-    train(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_report", write_report)
+        train(out)
     return out
 
 
@@ -268,6 +272,7 @@ def test_no_jax_is_imported(tmp_path: Path) -> None:
     code = """
 import sys
 from jaxlm.recipes import make_recipe, start
+from jaxlm.report.run_page import write_report
 import torch_ref.train.engine, torch_ref.infer.generate
 print(*sorted({"jax", "flax", "optax", "orbax"} & sys.modules.keys()))
 """
