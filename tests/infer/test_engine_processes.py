@@ -58,6 +58,16 @@ def test_two_processes_give_the_texts_of_one(folder: Path, capfd: pytest.Capture
     assert "3 texts" in shown and "[0]" in shown and "[1]" not in shown
 
 
+@pytest.mark.soak
+def test_one_prompt_is_continued_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    alone = jaxlm.load("model").generate("def f", max_new_tokens=6)
+    words = ["generate", "model", "def f", "--greedy", "--max-new-tokens", "6", "--json"]
+    assert launch(words, processes=2, devices=1, logs=folder / "logs") == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "text" in line]
+    found = json.loads(line.removeprefix("[0] "))
+    assert (found["text"], found["tokens"], found["finish"]) == (alone.text, alone.tokens, alone.finish)
+
+
 def test_threads_are_refused_where_processes_make_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each has a model of its own, threads are its own matter."""
     monkeypatch.setattr(meet, "several", lambda: True)
