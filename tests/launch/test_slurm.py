@@ -202,13 +202,14 @@ def test_a_job_of_two_tasks_is_requeued_and_resumes(cluster: Cluster, tmp_path: 
 
 def task(cluster: Cluster, job: str, number: str) -> int:
     """The process of one task of a job's training."""
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        environ = Path("/proc", pid, "environ")
         with contextlib.suppress(OSError):
             variables = environ.read_bytes().split(b"\0")
             mine = f"SLURM_CONF={cluster.folder}/slurm.conf".encode() in variables
             command = environ.with_name("cmdline").read_bytes().split(b"\0")
             if mine and f"SLURM_PROCID={number}".encode() in variables and b"train" in command:
-                return int(environ.parent.name)
+                return int(pid)
     raise AssertionError(f"no task {number} of job {job}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -132,3 +133,9 @@ def test_the_interpreter(tmp_path) -> None:
 def test_why_bubblewrap_was_refused() -> None:
     assert "(" in bwrap.explain("bwrap: setting up uid map: Permission denied")
     assert "no message" in bwrap.explain("")
+
+
+def test_a_process_that_has_ended_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: it ended between the look at /proc and the look at its command line."""
+    monkeypatch.setattr(os, "listdir", lambda _: ["999999999", str(os.getpid()), "self"])
+    assert escapes.processes_with("py") == [os.getpid()]

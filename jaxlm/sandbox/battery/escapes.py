@@ -149,11 +149,11 @@ def _knocked(listener: socket.socket) -> bool:
 def processes_with(mark: str) -> list[int]:
     """Find processes that have a text in their command line."""
     listed = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for number in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            if mark.encode() in path.read_bytes():
-                listed.append(int(path.parent.name))
-        except OSError:
+            if mark.encode() in Path("/proc", number, "cmdline").read_bytes():
+                listed.append(int(number))
+        except OSError:  # it has ended since
             continue
     return listed
 
