@@ -54,20 +54,20 @@ def engine_decode(batch: int) -> Callable[[], Any]:
     return lambda: [[*reply.ids] for reply in ask(made, prompts, [NEW] * batch, batch)]
 
 
-def transformers_decode(batch: int, compiled: bool) -> Callable[[], Any]:
+def transformers_decode(prompts: Sequence[Sequence[int]], new: int, compiled: bool) -> Callable[[], Any]:
     """`generate` with its growing cache, or compiled over a static one."""
     import torch
 
     model = transformers_model().eval()
     if compiled:
         model.forward = torch.compile(model.forward)
-    prompts = torch.from_numpy(tokens()[:batch, :PROMPT])
-    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    ids = torch.tensor(prompts)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if compiled else {}
 
     def decode() -> Any:
         with torch.inference_mode():
-            return model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
     return decode
 
@@ -83,7 +83,7 @@ def child(name: str, batch: int) -> None:
     elif name.startswith("litgpt"):
         peers.serve(lambda: decode_peers.litgpt_decode(prompts, NEW), peak_flops=peers.torch_peak, warm_up=1)
     else:
-        make = lambda: transformers_decode(batch, "compiled" in name)  # noqa: E731
+        make = lambda: transformers_decode(prompts, NEW, "compiled" in name)  # noqa: E731
         peers.serve(make, peak_flops=peers.torch_peak, warm_up=1)
 
 

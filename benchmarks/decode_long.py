@@ -17,8 +17,9 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.asked import positive
+from benchmarks.decode import transformers_decode
 from benchmarks.peers import Peer
-from benchmarks.train_step import VOCAB, transformers_model
+from benchmarks.train_step import VOCAB
 
 PROMPT, NEW = 4096, 64
 OURS = "jaxlm engine"
@@ -43,30 +44,12 @@ def engine_decode(new: int) -> Callable[[], Any]:
     return lambda: [[*reply.ids] for reply in ask(made, [prompt()], [new], 1)]
 
 
-def transformers_decode(new: int, compiled: bool) -> Callable[[], Any]:
-    """`generate` with its growing cache, or compiled over a static one, at once over the prompt."""
-    import torch
-
-    model = transformers_model().eval()
-    if compiled:
-        model.forward = torch.compile(model.forward)
-    ids = torch.tensor([prompt()])
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    options |= {"cache_implementation": "static"} if compiled else {}
-
-    def decode() -> Any:
-        with torch.inference_mode():
-            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-
-    return decode
-
-
 def child(name: str, new: int) -> None:
     """Be one of the peers."""
     if name == OURS:
         peers.serve(lambda: engine_decode(new), peak_flops=peers.jax_peak, warm_up=1)
     else:
-        make = lambda: transformers_decode(new, "compiled" in name)  # noqa: E731
+        make = lambda: transformers_decode([prompt()], new, "compiled" in name)  # noqa: E731
         peers.serve(make, peak_flops=peers.torch_peak, warm_up=1)
 
 
