@@ -4,6 +4,8 @@ import importlib.util
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxlm.data.fim import by_lines
 from jaxlm.data.rows.spans import GRAMMARS, LEAST, by_nodes, python_nodes
@@ -24,9 +26,29 @@ def test_a_piece_that_is_cut_at_both_ends_still_has_nodes():
     assert "return os.path.join(x, 'é' + y)" in found and not any("value" in text for text in found)
 
 
-@pytest.mark.parametrize("text", ["", "   ", "(((", "not python at all: {\n", "\x00"])
-def test_what_cannot_be_read_has_none(text):
-    assert by_nodes("python")(text, np.random.default_rng(0)) is None
+def test_a_piece_of_a_method_has_nodes_however_deep_it_lies():
+    """Rows of 64 tokens cut most pieces inside a method: its first line and its last are halves."""
+    piece = "ad(self, path):\n            with open(path) as file:\n                text = file.read()\n"
+    piece += "                if not text:\n                    return None\r\n            return self.parse(te"
+    found = {piece[begin:end] for begin, end in python_nodes(piece)}
+    assert {"text = file.read()", "file.read()", "return None"} <= found
+    assert "if not text:\n                    return None" in found
+    assert "with open(path) as file:\n" + piece[piece.index("                text") : -2].split("\r")[0] in found
+    assert not any("te" == text[-2:] or "self" in text for text in found)
+
+
+@given(st.text(st.sampled_from("ab =:()'\"#\n\r\t\x0cé,if"), max_size=60))
+def test_every_node_lies_in_its_text(text):
+    for begin, end in python_nodes(text):
+        assert 0 <= begin < end <= len(text) and not text[begin:end].isspace()
+
+
+@pytest.mark.parametrize("text", ["", "   ", "(((", "not python at all: {\n", "\x00", "'no node\nin two lines\n"])
+def test_what_cannot_be_read_has_no_node_and_goes_by_lines(text):
+    assert not list(python_nodes(text))
+    drawn = [by_nodes("python")(text, np.random.default_rng(seed)) for seed in range(9)]
+    assert drawn == [by_lines(text, np.random.default_rng(seed)) for seed in range(9)]
+    assert any(drawn) == bool(text)
 
 
 def test_a_span_is_a_node():

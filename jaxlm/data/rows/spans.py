@@ -1,7 +1,7 @@
 """Middles that are whole nodes of the syntax, for `data.fim.span = "syntax"` (AST-FIM, Gong et al. 2025).
 
-Python is read by `ast`, block by block, so that a piece that is cut at both ends still has nodes. Other languages are
-read by tree-sitter, of which each grammar is a package of its own (extra `syntax`).
+Python is read by `ast`, block by block and line by line where that fails, so that a piece that is cut at both ends
+still has nodes. Other languages are read by tree-sitter, of which each grammar is a package of its own (extra `syntax`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ GRAMMARS = {
 LEAST = 8
 """Characters of a node that may be a middle: less is a name or a number."""
 
-_BLOCK = re.compile(r"^(?=[^\s#)\]}'\"])", re.M)
+_BLOCK = re.compile(r"[^\s#)\]}'\"]")
+"""How a line goes on behind its blanks, where a block begins."""
 
 
 @functools.cache
 def by_nodes(language: str) -> Spans:
-    """Chooses a whole node of the text, each with the same chance; whole lines where the language has no grammar.
+    """Chooses a whole node of the text, each with the same chance; whole lines where a text has none to read.
 
     Raises:
         UserError: the package of the grammar is not installed.
@@ -51,27 +52,37 @@ def by_nodes(language: str) -> Spans:
 
     def spans(text: str, random: np.random.Generator) -> tuple[int, int] | None:
         found = sorted({span for span in nodes(text) if span[1] - span[0] >= LEAST})
-        return found[int(random.integers(len(found)))] if found else None
+        return found[int(random.integers(len(found)))] if found else by_lines(text, random)
 
     return spans
 
 
 def python_nodes(text: str) -> Iterator[tuple[int, int]]:
-    """Characters of each statement and expression of the blocks of a text that can be read."""
-    places = [match.start() for match in _BLOCK.finditer(text)]
-    for first, last in itertools.pairwise([*places, len(text)]):
-        block = text[first:last]
-        try:
-            tree = ast.parse(block)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+    """Characters of each statement and expression that can be read, however the text is cut at both ends."""
+    lines = text.replace("\r", " ").split("\n")  # to `ast` each is the end of a line
+    places = np.cumsum([0, *(len(line) + 1 for line in lines)]).tolist()
+    todo = [(0, len(lines))]
+    while todo:
+        first, last = todo.pop()
+        depths = [len(line) - len(line.lstrip(" \t")) for line in lines[first:last] if line.strip()]
+        if not depths:
             continue
-        lines = block.split("\n")
-        starts = np.cumsum([0, *(len(line) + 1 for line in lines)]).tolist()
+        depth = min(depths)
+        try:
+            tree = ast.parse("\n".join(line[depth:] for line in lines[first:last]))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            # What cannot be read as a whole is read block by block, and one block without its first line.
+            begins = [i for i in range(first, last) if _BLOCK.match(lines[i], depth) and not lines[i][:depth].strip()]
+            blocks = itertools.pairwise([*begins, last])
+            todo += [(first + 1, last)] if begins in ([], [first]) else blocks
+            continue
         for node in ast.walk(tree):
             if isinstance(node, ast.stmt | ast.expr) and node.end_lineno is not None:
-                begin = starts[node.lineno - 1] + _characters(lines[node.lineno - 1], node.col_offset)
-                end = starts[node.end_lineno - 1] + _characters(lines[node.end_lineno - 1], node.end_col_offset or 0)
-                yield first + begin, first + end
+                begin, end = first + node.lineno - 1, first + node.end_lineno - 1
+                yield (
+                    places[begin] + depth + _characters(lines[begin][depth:], node.col_offset),
+                    places[end] + depth + _characters(lines[end][depth:], node.end_col_offset or 0),
+                )
 
 
 def _characters(line: str, column: int) -> int:
