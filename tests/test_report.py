@@ -11,9 +11,10 @@ import pytest
 
 from jaxlm import config
 from jaxlm.report.page import render
-from jaxlm.report.plots import plot_measures
+from jaxlm.report.plots import plot_loss, plot_measures
 from jaxlm.report.printed_page import write_printed
 from jaxlm.report.run_page import whole_run, write_report
+from jaxlm.run.rollouts import write_rollouts
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -74,6 +75,40 @@ def test_a_loss_has_the_unit_of_its_stage(tmp_path: Path) -> None:
     assert "<td>validation loss</td><td>2.5</td>" in write_report(cfg, ROWS, loss_unit="").read_text()
 
 
+def drawn_by(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved from now on, in place of their files."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+@pytest.mark.parametrize(("unit", "panels"), [("nats a token", [2]), ("", [1, 1])])
+def test_losses_of_one_unit_share_a_scale_and_others_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str, panels: list[int]
+) -> None:
+    """A policy's loss lies near 0, and the nats of right answers at 5: on one scale the first is a flat line."""
+    drawn = drawn_by(monkeypatch)
+    plot_loss(ROWS, tmp_path / "loss.png", unit=unit)
+    assert [len(axes.lines) for axes in drawn[0].axes] == panels
+    plot_loss(ROWS[:2], tmp_path / "loss.png", unit=unit)
+    assert [len(axes.lines) for axes in drawn[1].axes] == [1], "no panel without a line"
+
+
+def test_on_a_narrow_page_each_part_of_a_sample_has_its_name(tmp_path: Path) -> None:
+    """There the table has no heading and a part a line, so that the page needs no scrolling sideways."""
+    row = {"reward": 1.0, "advantage": 0.5, "grades": {"exact": 1.0}, "tokens": 3, "ended": "end", "prompt": "1+1="}
+    write_rollouts(tmp_path, 1, [{**row, "text": "2" * 300}])
+    page = write_report(dataclasses.replace(config.Config(), out_dir=str(tmp_path)), ROWS).read_text()
+    table = re.search(r'<table class="samples">.*?</table>', page, re.DOTALL)
+    assert table is not None
+    headings = re.findall("<th>(.*?)</th>", table[0])
+    assert re.findall(r'<td[^>]*data-name="(.*?)"', table[0]) == headings and table[0].count("<td") == len(headings)
+    narrow = page.partition("@media(max-width:40rem){")[2]
+    assert ".samples thead{display:none}" in narrow and ".samples .text{display:block" in narrow
+
+
 def test_a_run_without_measures_has_no_plot_of_them(tmp_path: Path) -> None:
     plot_measures([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}], tmp_path / "measures.png")
     assert not (tmp_path / "measures.png").exists()
@@ -81,10 +116,7 @@ def test_a_run_without_measures_has_no_plot_of_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_each_measure_has_a_panel_and_no_panel_is_empty(tmp_path: Path, monkeypatch, count: int) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    drawn = drawn_by(monkeypatch)
     rows = [{"step": step, **{f"measure_{name}": float(step) for name in range(count)}} for step in (1, 2)]
     plot_measures(rows, tmp_path / "measures.png")
     shown = [axes for axes in drawn[0].axes if axes.axison]

@@ -6,9 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.run.metrics import OF_THE_MACHINE, SECONDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
 
@@ -21,28 +24,43 @@ def plot_loss(
     *,
     unit: str = "nats a token",
 ) -> None:
-    """Draw training and validation loss against the step into a PNG, with the baseline if there is one."""
+    """Draw training and validation loss against the step into a PNG, with the baseline if there is one.
+
+    Without a unit the two are different measures, as in reinforcement learning: each has a panel and a scale.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=144)
-    axes = figure.subplots()
-    for key, style in (("loss", {"lw": 1, "alpha": 0.7}), ("validation_loss", {"lw": 2, "marker": "o", "ms": 4})):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
+    apart = not unit and all(_points(rows, key) for key in LOSSES)
+    figure = Figure(figsize=(7, 5 if apart else 4), dpi=144)
+    panels: list[Axes] = list(figure.subplots(1 + apart, squeeze=False, sharex=True).flat)
+    judged = panels[-1]
+    for axes, (key, style) in zip((panels[0], judged), LOSSES.items(), strict=True):
+        if points := _points(rows, key):
             axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
-    parts = sorted({key for row in rows for key in row if key.startswith("validation_loss_")})
-    for key in parts:
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), lw=1, ls=":", marker=".", ms=4)
+    for key in sorted({key for row in rows for key in row if key.startswith("validation_loss_")}):
+        style = {"lw": 1, "ls": ":", "marker": ".", "ms": 4}
+        judged.plot(*zip(*_points(rows, key), strict=True), label=key.replace("_", " "), **style)
     if baseline is not None and math.isfinite(baseline):
-        axes.axhline(baseline, color="grey", ls="--", lw=1, label=baseline_name)
-    axes.set(xlabel="step", ylabel=f"loss, {unit}".removesuffix(", "))
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:  # a run that ends before its first report has nothing to show
-        axes.legend(frameon=False)
+        judged.axhline(baseline, color="grey", ls="--", lw=1, label=baseline_name)
+    judged.set(xlabel="step")
+    for axes, key in zip(panels, LOSSES, strict=False):
+        axes.set(ylabel=key.replace("_", " ") if apart else f"loss, {unit}".removesuffix(", "))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:  # a run that ends before its first report has nothing to show
+            axes.legend(frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "loss": {"lw": 1, "alpha": 0.7, "color": "C0"},
+    "validation_loss": {"lw": 2, "marker": "o", "ms": 4, "color": "C1"},
+}
+
+
+def _points(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
 ELSEWHERE = re.compile(r"step|tokens|weight|skipped|loss|(.+_)?learning_rate|validation_loss(_.+)?|share_.+")
@@ -79,6 +97,7 @@ def plot_measures(rows: Sequence[Row], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 20 else "")
         axes.set_title(name.replace("_", " "), fontsize=8)
         axes.tick_params(labelsize=7)
+        axes.yaxis.get_offset_text().set_fontsize(6)  # a power of ten, beside the title
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.axis("off")
