@@ -58,7 +58,8 @@ def data_inspect(
 ) -> None:
     """Show the corpus of CONFIG, the shares of its mixture, and the rows of any step of the run.
 
-    Of a stage of conversations: how many there are, what of them is trained, token by token, and the padding.
+    Of a stage of conversations or pairs: how many there are, what of them is trained, token by token, and the padding.
+    Of reinforcement learning: the prompts of the step with their ids and answers, and the sizes of both parts.
     """
     from jaxlm.config import toml
     from jaxlm.recipes.start import inspect_data

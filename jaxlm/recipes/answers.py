@@ -17,8 +17,10 @@ from jaxlm import config
 from jaxlm.data.prompts import Prompt, open_task
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
+from jaxlm.data.turns.inspect import rows_of_step
 from jaxlm.recipes import pretrain
 from jaxlm.recipes.rollouts.asking import Asking
+from jaxlm.recipes.rollouts.inspect import PromptReport, report_of
 from jaxlm.recipes.rollouts.phases import Batch, Drawn, lay
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Recipe, model_of_run, twin
@@ -67,6 +69,15 @@ class AnswerData:
         answers = [self.asking.answer(prompt.answer) for prompt in prompts]
         samples = [Drawn(*one, "end", "") for one in zip(prompts, ids, answers, strict=True)]
         return lay(samples, self.config.data.seq_len, self.tokenizer.pad)
+
+    def inspect(self, *, step: int = 1, rows: int = 1) -> PromptReport:
+        """The first prompts of a step, and the sizes of both parts.
+
+        Raises:
+            UserError: the step lies beyond the run.
+        """
+        numbers = rows_of_step(self.config.train, step, rows).tolist()
+        return report_of(self.config, self.task, self.asking, numbers)
 
     def batches(self, *, batch_size: int, rows: np.ndarray | None) -> AnswerBatches:
         return AnswerBatches(self, batch_size, rows)

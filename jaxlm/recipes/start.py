@@ -134,7 +134,9 @@ def inspect_data(cfg: config.Config, *, step: int = 1, rows: int = 1) -> Any:
     source = make_recipe(cfg).data(None)
     inspect: Any = getattr(source, "inspect", None)
     if inspect is None:
-        raise UserError(f"recipe = {cfg.recipe!r}: `jaxlm data inspect` shows corpora and conversations")
+        raise UserError(
+            f"recipe = {cfg.recipe!r}: `jaxlm data inspect` shows corpora, conversations, pairs and prompts"
+        )
     return inspect(step=step, rows=rows)
 
 

@@ -115,8 +115,8 @@ def test_conversations_can_be_looked_at(tmp_path: Path) -> None:
 
 
 def test_only_data_that_is_there_can_be_looked_at(tmp_path: Path) -> None:
-    cfg = sft(tmp_path, recipe="answers", rl={"task": "reverse(length=1)"})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UserError, match="shows corpora and conversations"):
+    cfg = sft(tmp_path, recipe="tests.toy_stage:recipe")
+    with pytest.raises(UserError, match="shows corpora, conversations, pairs and prompts"):
         start.inspect_data(cfg)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.data.preferences.formats import Labelled, Pair
+from jaxlm.data.preferences.inspect import PairReport, ShownPairs
 from jaxlm.data.preferences.pairs import (
     Pairs,
     Read,
@@ -29,6 +30,7 @@ from jaxlm.data.rows.copies import warn_of_copies
 from jaxlm.data.rows.epochs import Batch, NumberedBatches
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer, template_folder
+from jaxlm.data.turns.inspect import rows_of_step
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat
 from jaxlm.text.tokenizer import Tokenizer
@@ -50,6 +52,10 @@ class PreferenceSource:
     train: Pairs
     validation: tuple[Pairs, ...]
     updates_per_phase: int = 1
+    template: str = ""
+    """Where the template of the chat is from."""
+    other_prompt: int = 0
+    """Records left out: their sides are not answers to one prompt."""
     reference: dict[str, np.ndarray] = dataclasses.field(default_factory=dict[str, np.ndarray])
     """Of each set of `_sets` the log-probability of each answer under the reference, where that is cached."""
 
@@ -84,7 +90,8 @@ class PreferenceSource:
         sets = [encode(sides_of(held_out.pairs))]
         if labelled and held_out.pairs + held_out.labelled:
             sets = [encode(labelled_pairs(held_out)), *sets]
-        return cls(cfg, tokenizer, trained, tuple(one for one in sets if len(one)))
+        found: dict[str, Any] = {"template": chat.template.where, "other_prompt": read.other_prompt}
+        return cls(cfg, tokenizer, trained, tuple(one for one in sets if len(one)), **found)
 
     def identity(self) -> dict[str, str]:
         """Fingerprints of the tokenizer and of all pairs as they are laid out."""
@@ -109,6 +116,34 @@ class PreferenceSource:
 
     def begin_phase(self, number: int, engine: Any) -> None:
         """Nothing comes before an update."""
+
+    def inspect(self, *, step: int = 1, rows: int = 1) -> PairReport:
+        """What is trained, and the first rows of one step.
+
+        Raises:
+            UserError: the step lies beyond the run.
+        """
+        cfg, examples = self.cfg, self.train.examples
+        numbers = rows_of_step(cfg.train, step, rows)
+        packed = self._rows("train", self.train, cfg.seed)
+        laid = packed[numbers] if len(numbers) else {}
+        places = packed.rows_per_epoch * cfg.data.seq_len
+        return PairReport(
+            source=_where(cfg),
+            template=self.template,
+            counts=self.train.counts,
+            other_prompt=self.other_prompt,
+            held_out=sum(map(len, self.validation)),
+            trained=examples.trained / len(examples.ids),
+            seq_len=cfg.data.seq_len,
+            rows_per_epoch=packed.rows_per_epoch,
+            padding=1 - float((np.diff(examples.offsets) - 1).sum()) / places,
+            tokenizer=self.tokenizer,
+            rows=tuple(
+                ShownPairs(number, {name: x[i].tolist() for name, x in laid.items()})
+                for i, number in enumerate(numbers.tolist())
+            ),
+        )
 
     def cache(self, facts: Mapping[str, str], compute: Compute, engine: Any) -> None:
         """Give each answer its log-probability under the reference; see `train.recipe.CachingSource`.
@@ -157,6 +192,10 @@ def _content(preference: Pair | Labelled) -> bytes:
     return repr(preference._replace(where="")).encode("utf-8", "surrogatepass")
 
 
+def _where(cfg: Config) -> str:
+    return cfg.data.source if isinstance(cfg.data.source, str) else ", ".join(cfg.data.source)
+
+
 def _tell(cfg: Config, read: Read, pairs: Pairs) -> None:
     """One line about what was left out of the training pairs.
 
@@ -169,7 +208,6 @@ def _tell(cfg: Config, read: Read, pairs: Pairs) -> None:
         hint = (
             f'data.seq_len above {cfg.data.seq_len}, or preference.too_long="truncate"' if pairs.counts.too_long else ""
         )
-        where = cfg.data.source if isinstance(cfg.data.source, str) else ", ".join(cfg.data.source)
-        raise UserError(f"{where}: no pair is left to train on: {why or 'there is none'}", hint or "other data")
+        raise UserError(f"{_where(cfg)}: no pair is left to train on: {why or 'there is none'}", hint or "other data")
     if why:
         _log.warning("warning: %d pairs to train on; left out: %s", len(pairs), why)

@@ -1,14 +1,16 @@
-"""Conversations to look at: `jaxlm data inspect` of a stage that trains on them."""
+"""Conversations to look at: `jaxlm data inspect` of a stage that trains on them. Other stages show tokens alike."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxlm import config
 from jaxlm.data.turns.rows import Counts
+from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer
 
 
@@ -62,29 +64,54 @@ class ConversationReport:
         ]
         for row in self.rows:
             title = f"row {row.number}: {max(row.arrays['segments'])} conversations, {row.padding} places of padding"
-            shown += [Text(f"{title}; [id x weight], trained is green", style="bold"), self._coloured(row)]
+            shown += [
+                Text(f"{title}; [id x weight], trained is green", style="bold"),
+                coloured(self.tokenizer, row.arrays),
+            ]
         return Group(*shown)
 
-    def _coloured(self, row: ShownTurns) -> Any:
-        """The tokens of a row as they are targets, with their ids; the first of a conversation never is one."""
-        from rich.text import Text
 
-        shown, before = Text(), 0
-        keys = ("tokens", "targets", "segments", "weights")
-        for token, target, segment, weight in zip(*(row.arrays[key] for key in keys), strict=True):
-            if not segment:
-                break
-            if segment != before:
-                shown.append("\n" if before else "").append(*self._piece(token, 0.0))
-                before = segment
-            shown.append(*self._piece(target, weight))
-            label = f"{target}" if weight in (0, 1) else f"{target} x {weight:g}"
-            shown.append(f"[{label}] ", style="bright_black")
-        return shown
+def coloured(
+    tokenizer: Tokenizer, arrays: Mapping[str, list[Any]], heading: Callable[[int], str] = lambda segment: ""
+) -> Any:
+    """The tokens of a row as they are targets, with their ids; the first of a segment never is one.
 
-    def _piece(self, token: int, weight: float) -> tuple[str, str]:
-        text = self.tokenizer.token_bytes(token).decode(errors="replace").replace("\n", "\\n")
-        return text, "black on green" if weight else "dim"
+    Args:
+        arrays: `tokens`, `targets`, `segments` and `weights` of the row.
+        heading: stands before a segment, by its number.
+    """
+    from rich.text import Text
+
+    shown, before = Text(), 0
+    keys = ("tokens", "targets", "segments", "weights")
+    for token, target, segment, weight in zip(*(arrays[key] for key in keys), strict=True):
+        if not segment:
+            break
+        if segment != before:
+            shown.append("\n" if before else "").append(heading(segment), style="bold")
+            shown.append(*_piece(tokenizer, token, 0.0)).append(f"[{token}] ", style="bright_black")
+            before = segment
+        shown.append(*_piece(tokenizer, target, weight))
+        label = f"{target}" if weight in (0, 1) else f"{target} x {weight:g}"
+        shown.append(f"[{label}] ", style="bright_black")
+    return shown
+
+
+def _piece(tokenizer: Tokenizer, token: int, weight: float) -> tuple[str, str]:
+    text = tokenizer.token_bytes(token).decode(errors="replace").replace("\n", "\\n")
+    return text, "black on green" if weight else "dim"
+
+
+def rows_of_step(train: config.Train, step: int, rows: int) -> np.ndarray:
+    """The numbers of the first rows of a step, at most the rows of a batch.
+
+    Raises:
+        UserError: the step lies beyond the run.
+    """
+    if not 1 <= step <= train.steps:
+        raise UserError(f"--step {step}: the run has the steps 1 to {train.steps}")
+    first = (step - 1) * train.batch_size
+    return np.arange(first, first + min(rows, train.batch_size))
 
 
 def shown_rows(rows: Mapping[str, np.ndarray], numbers: np.ndarray) -> tuple[ShownTurns, ...]:

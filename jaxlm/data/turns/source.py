@@ -17,7 +17,7 @@ from jaxlm.data.rows.copies import warn_of_copies
 from jaxlm.data.rows.epochs import NumberedBatches
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.turns.formats import conversations
-from jaxlm.data.turns.inspect import ConversationReport, shown_rows
+from jaxlm.data.turns.inspect import ConversationReport, rows_of_step, shown_rows
 from jaxlm.data.turns.rows import ConversationRows, Examples, collect, split
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Chat, Example, encode
@@ -96,11 +96,8 @@ class ConversationSource:
             UserError: the step lies beyond the run.
         """
         cfg = self.cfg
-        if not 1 <= step <= cfg.train.steps:
-            raise UserError(f"--step {step}: the run has the steps 1 to {cfg.train.steps}")
+        numbers = rows_of_step(cfg.train, step, rows)
         packed = self._rows(self.train, cfg.seed)
-        first = (step - 1) * cfg.train.batch_size
-        numbers = np.arange(first, first + min(rows, cfg.train.batch_size))
         return ConversationReport(
             source=cfg.data.source if isinstance(cfg.data.source, str) else ", ".join(cfg.data.source),
             template=self.chat.template.where,

@@ -18,8 +18,10 @@ from jaxlm import config
 from jaxlm.data.prompts import open_task
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
+from jaxlm.data.turns.inspect import rows_of_step
 from jaxlm.errors import UserError
 from jaxlm.recipes.rollouts.graders import GraderPool
+from jaxlm.recipes.rollouts.inspect import PromptReport, report_of
 from jaxlm.recipes.rollouts.phases import Actor, Batch, Drawn, Phase, Phases, lay
 from jaxlm.recipes.rollouts.rewards import find_rewards
 from jaxlm.run.rollouts import write_rollouts
@@ -70,6 +72,17 @@ class RolloutData:
             "task": self.task.name,
             "rewards": " ".join(self.config.rl.rewards),
         }
+
+    def inspect(self, *, step: int = 1, rows: int = 1) -> PromptReport:
+        """The first prompts of the phase to which an update belongs, and the sizes of both parts.
+
+        Raises:
+            UserError: the step lies beyond the run.
+        """
+        cfg, rl = self.config, self.config.rl
+        count = len(rows_of_step(cfg.train, step, min(rows, rl.prompts)))
+        first = (step - 1) // self.updates_per_phase * (rl.refills + 1) * rl.prompts
+        return report_of(cfg, self.task, self.phases.asking, range(first, first + count))
 
     def batches(self, *, batch_size: int, rows: np.ndarray | None) -> RolloutBatches:
         if rows is not None and len(rows) != batch_size:

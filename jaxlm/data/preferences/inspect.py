@@ -1,0 +1,83 @@
+"""Pairs of answers to look at: `jaxlm data inspect` of a stage that trains on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxlm.data.preferences.pairs import Counts
+from jaxlm.data.turns.inspect import coloured
+from jaxlm.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownPairs:
+    """One row of pairs: its arrays, of which segment 2k-1 is the first answer of a pair and 2k the second."""
+
+    number: int
+    """Of the row in the run."""
+    arrays: dict[str, list[Any]]
+
+    @property
+    def pairs(self) -> int:
+        """How many lie in the row."""
+        return max(self.arrays["segments"]) // 2
+
+    @property
+    def padding(self) -> int:
+        """Places without a token."""
+        return self.arrays["segments"].count(0)
+
+    def name(self, segment: int) -> str:
+        """What the answer of a segment is: `chosen`, or of KTO `wanted`, and so on."""
+        pair, second = divmod(segment - 1, 2)
+        label = self.arrays["labels"][pair]
+        if label:
+            return "answer to another prompt" if second else "wanted" if label > 0 else "not wanted"
+        tie, margin = self.arrays["ties"][pair], self.arrays["margins"][pair]
+        beside = ", a tie" if tie else f", margin {margin:g}" if margin else ""
+        return ("rejected" if second else "chosen") + beside
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `answers` has a name for each segment."""
+        return {"row": self.number, "answers": [self.name(one + 1) for one in range(2 * self.pairs)], **self.arrays}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairReport:
+    """What a stage of pairs is trained on."""
+
+    source: str
+    template: str
+    counts: Counts
+    other_prompt: int
+    """Records left out: their sides are not answers to one prompt."""
+    held_out: int
+    trained: float
+    """Share of the tokens that count."""
+    seq_len: int
+    rows_per_epoch: int
+    padding: float
+    """Share of the places of an epoch without a token."""
+    tokenizer: Tokenizer
+    rows: tuple[ShownPairs, ...]
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        counts = self.counts
+        shown: list[Any] = [
+            Text(f"pairs {self.source}", style="bold"),
+            f"{counts.kept:,} pairs to train on, {counts.cut:,} of them cut; {self.held_out:,} held out",
+            f"left out: {counts.too_long:,} too long, {counts.equal:,} with equal answers, {counts.tied:,} ties, "
+            f"{counts.empty:,} without an answer, {self.other_prompt:,} whose sides are not answers to one prompt",
+            f"template: {self.template}",
+            f"{self.trained:.1%} of the tokens count",
+            f"{self.rows_per_epoch:,} rows of {self.seq_len} tokens an epoch, {self.padding:.1%} padding",
+        ]
+        for row in self.rows:
+            title = f"row {row.number}: {row.pairs} pairs, {row.padding} places of padding; [id], what counts is green"
+            heading = lambda segment, row=row: f"{row.name(segment)}: "  # noqa: E731
+            shown += [Text(title, style="bold"), coloured(self.tokenizer, row.arrays, heading)]
+        return Group(*shown)
