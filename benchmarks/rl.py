@@ -1,6 +1,7 @@
 """What reinforcement learning and learning from preferences come to on tasks with a known answer.
 
-    python -m benchmarks.rl                                    # all figures, about an hour on two idle cores
+    python -m benchmarks.rl                                    # all but those of SmolLM2, an hour on two idle cores
+    python -m benchmarks.rl --only smollm2-reward,smollm2-dpo  # after `make pretrained`: about eight minutes each
     python -m benchmarks.rl --only reverse-grpo --seeds 0      # one figure of one seed
     python -m benchmarks.rl --only cost,trl                    # what a step costs, beside TRL's GRPOTrainer
 
@@ -37,12 +38,20 @@ from jaxlm.infer.trained_run import Run
 
 PROMPTS = 1000
 CURVE = ("reward", "held_out_reward", "entropy", "length")
+NO_REFERENCE = "preference.cached_reference=false"
 LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
+OF_LOSS = {
+    "ipo": (),
+    "simpo": (NO_REFERENCE, "preference.beta=2.0"),
+    "orpo": (NO_REFERENCE,),
+    "kto": (),
+}
+"""What each loss changes of a config for `dpo`."""
 SIDES = ("accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
 
 
 class Experiment(NamedTuple):
-    """A config, where it starts, and what it changes."""
+    """A config, the config of its start (empty: the config names a start that is there), and what it changes."""
 
     start: str
     config: str
@@ -63,7 +72,21 @@ POLITE = {
         for loss in LOSSES
     },
 }
-FIGURES = (*EXPERIMENTS, *POLITE, *rl_step.FIGURES)
+SMOLLM2 = {
+    "smollm2-reward": Experiment("", "preference/smollm2-reward"),
+    "smollm2-dpo": Experiment("", "preference/smollm2-dpo"),
+    **{
+        f"smollm2-{loss}": Experiment("", "preference/smollm2-dpo", (f'preference.loss="{loss}"', *options))
+        for loss, options in OF_LOSS.items()
+    },
+    "hh-reward": Experiment("", "preference/hh-reward"),
+}
+"""SmolLM2-135M-Instruct with adapters: `make pretrained` first. About eight minutes each on two cores, HH twenty."""
+PREFERRED = POLITE | SMOLLM2
+ONE_SEED = (*rl_step.FIGURES, *SMOLLM2)
+UNAIDED = (*EXPERIMENTS, *POLITE, *rl_step.FIGURES)
+"""Figures that need no pretrained model."""
+FIGURES = (*UNAIDED, *SMOLLM2)
 
 
 def share(right: int, of: int) -> dict[str, Any]:
@@ -144,10 +167,11 @@ class Benchmark:
 
     def preferred(self, name: str, seed: int) -> dict[str, Any]:
         """A run on pairs, judged on those that are held out."""
-        experiment, run = POLITE[name], self.runs / f"{name}-{seed}"
-        start = self.start(experiment.start, seed)
+        experiment, run = PREFERRED[name], self.runs / f"{name}-{seed}"
         overrides = [*experiment.overrides, *self.extra]
-        options = (*overrides, f"seed={seed}", f'train.init_from="{start}"')
+        options = (*overrides, f"seed={seed}")
+        if experiment.start:
+            options = (*options, f'train.init_from="{self.start(experiment.start, seed)}"')
 
         def measure() -> dict[str, Any]:
             cost = train(experiment.config, run, *options)
@@ -156,8 +180,9 @@ class Benchmark:
             last = {key.removeprefix("validation_"): value for key, value in rows[-1].items()}
             chosen = {key: last[key] for key in SIDES if key in last}
             accuracies = [[row["step"], row["validation_accuracy"]] for row in rows]
-            found = share(round(last["accuracy"] * pairs["pairs"]), pairs["pairs"])
-            found |= {"longer": pairs["longer"], "curve": accuracies, "overrides": overrides}
+            judged = pairs["pairs"] - int(last.get("unscored", 0))
+            found = share(round(last["accuracy"] * judged), judged)
+            found |= {"longer": last.get("longer", pairs["longer"]), "curve": accuracies, "overrides": overrides}
             return {**chosen, **cost, **found}
 
         return self.keep(f"{name}/{seed}", measure, overrides)
@@ -198,7 +223,7 @@ def shown(one: dict[str, Any]) -> str:
 def main() -> None:
     """Measure what is missing, and print a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", type=listed(FIGURES), default=[*FIGURES], help="which figures")
+    parser.add_argument("--only", type=listed(FIGURES), default=[*UNAIDED], help="which figures")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], help="options of the config, such as train.steps=80")
     parser.add_argument("--runs", type=Path, default=Path("runs/rl"))
@@ -207,13 +232,13 @@ def main() -> None:
     options = parser.parse_args()
     benchmark, began = Benchmark(options.runs, options.set), time.perf_counter()
     for name in options.only:
-        for seed in [0] if name in rl_step.FIGURES else options.seeds:
+        for seed in options.seeds[:1] if name in ONE_SEED else options.seeds:
             if time.perf_counter() - began > 60 * options.minutes:
                 print(f"{name}: not begun, {options.minutes:g} minutes are over; the same command goes on", flush=True)
                 continue
             if name in EXPERIMENTS:
                 figure = benchmark.rewarded(name, seed)
-            elif name in POLITE:
+            elif name in PREFERRED:
                 figure = benchmark.preferred(name, seed)
             else:
                 start = benchmark.start("rl/answers-reverse", 0)

@@ -28,7 +28,9 @@ from jaxlm.train.adapters import new_adapters, targets
 from jaxlm.train.recipe import Trained
 
 FREE = ("dropout", "remat", "attention_impl", "layer_loop")
-"""Options of `[model]` that a run may set for itself when it takes the model of `train.init_from`."""
+"""Options of `[model]` that a run sets for itself when it takes the model of `train.init_from`."""
+HEAD = ("head", "classes", "pooling")
+"""Those that it may set: where it says nothing the head is that of `train.init_from`."""
 
 
 def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: config.Model) -> Params:
@@ -76,6 +78,7 @@ def with_base(cfg: config.Config) -> config.Config:
         UserError: there is no model.
     """
     own = {name: getattr(cfg.model, name) for name in FREE}
+    own |= {name: getattr(cfg.model, name) for name in HEAD if getattr(cfg.model, name) != getattr(config.Model(), name)}
     if dataclasses.replace(config.Model(max_seq_len=cfg.model.max_seq_len), **own) != cfg.model:
         return cfg
     opened = open_model(cfg.train.init_from)

@@ -336,7 +336,7 @@ def look_at_epoch(rows: FilledRows, tokenizer: Tokenizer) -> dict[str, int]:
             body = ids[first : len(ids) - (end == stop and ids[-1] == filler.marks.end)]
             back = text_back(tokenizer, filler, piece.filled[0])
             if spelled is None:
-                assert back == filler.text(body, starts=int(shard.offsets[document]) == begin)
+                assert back == filler.text(body, starts=int(shard.offsets[document]) == int(begin))
             else:
                 assert back.encode("utf-8", "surrogateescape") == b"".join(spelled[i] for i in body.tolist())
     assert np.all(taken == 1), "no token is missing or comes twice"

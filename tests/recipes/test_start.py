@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxlm.config import Config
-from jaxlm.recipes import start
+from jaxlm.config import Config, Model, Train
+from jaxlm.recipes import init_from, start
 from jaxlm.run import progress
 from jaxlm.train.backend import Engine
 from jaxlm.train.loop import FrozenFile
@@ -59,3 +59,16 @@ def test_a_bar_counts_and_a_library_is_quiet(monkeypatch: pytest.MonkeyPatch, sh
         for _ in range(3):
             advance(500)
     assert ("rows of x" in screen.getvalue() and "1,500" in screen.getvalue()) if shown else not screen.getvalue()
+
+
+@pytest.mark.parametrize("head", ["lm", "reward"])
+def test_the_model_of_the_start_is_taken_and_a_head_may_be_asked_for(monkeypatch: pytest.MonkeyPatch, head: Any) -> None:
+    base = Config(model=Model(d_model=24, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=40, head=head))
+    there, opened = base.model, Mock(config=base, tokenizer_path=None)
+    monkeypatch.setattr(init_from, "open_model", lambda path: opened)
+    begin = Train(init_from="there")
+    assert init_from.with_base(Config(train=begin)).model == there, "a config that says nothing has its head too"
+    taken = init_from.with_base(Config(train=begin, model=Model(head="reward"))).model
+    assert taken.d_model == 24 and taken.n_layers == 3 and taken.head == "reward"
+    other = Config(train=begin, model=Model(d_model=48, head="reward"))
+    assert init_from.with_base(other) is other, "a model of its own"
