@@ -41,9 +41,9 @@ CURVE = ("reward", "held_out_reward", "entropy", "length")
 NO_REFERENCE = "preference.cached_reference=false"
 LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
 OF_LOSS = {
-    "ipo": (),
+    "ipo": ("preference.beta=0.5",),
     "simpo": (NO_REFERENCE, "preference.beta=2.0"),
-    "orpo": (NO_REFERENCE,),
+    "orpo": (NO_REFERENCE, "preference.odds_weight=1.0"),
     "kto": (),
 }
 """What each loss changes of a config for `dpo`."""

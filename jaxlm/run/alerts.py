@@ -47,7 +47,8 @@ class Alerts:
                 continue
             if len(recent) >= ENOUGH:
                 usual = statistics.median(recent)
-                if value > factor * usual > 0 and self._is_news(name, step, value / usual):
+                scaled = min(recent) > 0  # the loss of a policy goes around 0: a ratio of it says nothing
+                if scaled and value > factor * usual and self._is_news(name, step, value / usual):
                     yield f"step {step}: {name} {value:.3g}, {value / usual:.1f} times the median of the last steps"
             recent.append(value)
         if "ended" in metrics and "length" in metrics:

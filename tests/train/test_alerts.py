@@ -31,6 +31,7 @@ def test_what_is_usual_is_not_told() -> None:
     assert told(falling) == []
     assert told([1.0] * 5 + [100.0] + [1.0] * 5) == [], "too early to know what is usual"
     assert told([-0.1] * 30 + [0.1] * 30) == [], "a loss around 0 has no factor"
+    assert told([0.002, 0.003, -0.001] * 20 + [0.02] * 3) == [], "nor has one whose median happens to be above 0"
     assert told([4.0] * 30 + [float("nan"), float("inf")]) == [], "the guard speaks of these"
 
 
