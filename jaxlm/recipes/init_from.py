@@ -77,8 +77,8 @@ def with_base(cfg: config.Config) -> config.Config:
     Raises:
         UserError: there is no model.
     """
-    own = {name: getattr(cfg.model, name) for name in FREE}
-    own |= {name: getattr(cfg.model, name) for name in HEAD if getattr(cfg.model, name) != getattr(config.Model(), name)}
+    asked = [name for name in HEAD if getattr(cfg.model, name) != getattr(config.Model(), name)]
+    own = {name: getattr(cfg.model, name) for name in (*FREE, *asked)}
     if dataclasses.replace(config.Model(max_seq_len=cfg.model.max_seq_len), **own) != cfg.model:
         return cfg
     opened = open_model(cfg.train.init_from)

@@ -1,7 +1,7 @@
 """Middles that are whole nodes of the syntax, for `data.fim.span = "syntax"` (AST-FIM, Gong et al. 2025).
 
 Python is read by `ast`, block by block and line by line where that fails, so that a piece that is cut at both ends
-still has nodes. Other languages are read by tree-sitter, of which each grammar is a package of its own (extra `syntax`).
+still has nodes. Other languages are read by tree-sitter; each grammar is a package of its own (extra `syntax`).
 """
 
 from __future__ import annotations
