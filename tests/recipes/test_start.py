@@ -62,7 +62,7 @@ def test_a_bar_counts_and_a_library_is_quiet(monkeypatch: pytest.MonkeyPatch, sh
 
 
 @pytest.mark.parametrize("head", ["lm", "reward"])
-def test_the_model_of_the_start_is_taken_and_a_head_may_be_asked_for(monkeypatch: pytest.MonkeyPatch, head: Any) -> None:
+def test_the_model_of_the_start_is_taken_and_a_head_may_be_asked(monkeypatch: pytest.MonkeyPatch, head: Any) -> None:
     base = Config(model=Model(d_model=24, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=40, head=head))
     there, opened = base.model, Mock(config=base, tokenizer_path=None)
     monkeypatch.setattr(init_from, "open_model", lambda path: opened)
