@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import torch
 
-from jaxlm import config
+from jaxlm import cli, config
 from jaxlm.config import toml
 from jaxlm.convert.open_model import open_model
 from jaxlm.errors import UserError
 from jaxlm.infer.model import Model
 from jaxlm.mesh import Layout
+from jaxlm.models.decoder import unrolled, unstack_layers
 from jaxlm.parity.inputs import random_params
 from jaxlm.parity.stage import compare_stage
+from jaxlm.plan.memory import estimate
 from jaxlm.recipes import distill, make_recipe, sft, start, teach  # two threads that import at once break Python's ast
+from jaxlm.recipes.forward import forward_with_layers
 from jaxlm.run.metrics import read_metrics
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine
@@ -75,6 +81,10 @@ def settings(folder: Path, name: str = "run", **sections: Any) -> config.Config:
     return toml.from_dict({"recipe": "distill", "out_dir": str(folder / name), **merged, **sections})
 
 
+HIDDEN: dict[str, Any] = {"divergence": "hidden", "temperature": 1.0, "layers": [[0, 1], [-1, -2]]}
+"""Crossed, so that a twin that takes the layers in order is seen."""
+TWO: dict[str, Any] = {"n_layers": 2}
+
 STAGES = [
     pytest.param({"divergence": "jsd", "beta": 0.3}, {}, id="jsd"),
     pytest.param({"divergence": "reverse"}, {"lora": {"rank": 2}}, id="reverse, adapters"),
@@ -86,12 +96,22 @@ STAGES = [
     ),
     pytest.param({}, {"model": {"vocab_size": BYTES.vocab_size + 3}}, id="filled vocabulary", marks=SOAK),
     pytest.param({"cache": "unread", "cache_size": 5, "divergence": "jsd"}, {}, id="cached"),
+    pytest.param(HIDDEN, {"model": TWO}, id="hidden states"),
+    pytest.param(
+        HIDDEN | {"teacher": "stacked"},
+        {"model": TWO | {"layer_loop": "scan"}, "lora": {"rank": 2}},
+        id="hidden states, adapters of stacked layers",
+        marks=SOAK,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("options", "sections"), STAGES)
 def test_both_frameworks_train_the_stage_alike(options: dict[str, Any], sections: Any, folder: Path) -> None:
     """Sums of the objective, and every parameter after 1 and 20 updates."""
+    if options.get("teacher"):
+        save(folder / options["teacher"], layer_loop="scan")
+        options = options | {"teacher": str(folder / options["teacher"])}
     cfg = settings(folder, distill=options, **{"train": {"init_from": "unread"}, **sections})
     findings = list(compare_stage(cfg, random_params(cfg.model)))
     assert {finding.level for finding in findings} == {"stage loss", "stage update 1", "stage update 20"}
@@ -116,6 +136,26 @@ def test_faults_of_the_twin_are_seen(fault: str, folder: Path, monkeypatch: pyte
     cfg = settings(folder)
     levels = {finding.level for finding in compare_stage(cfg, random_params(cfg.model)) if not finding.ok}
     assert {"stage loss", "stage update 1"} <= levels
+
+
+@pytest.mark.parametrize("fault", ["the projection has no gradient", pytest.param("layers in order", marks=SOAK)])
+def test_faults_of_hidden_states_are_seen(fault: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch_distill.states_loss
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        *before, states, targets, weights = args
+        if fault == "layers in order":
+            found = [one._replace(teacher_BTE=two.teacher_BTE) for one, two in zip(states, states[::-1], strict=True)]
+        else:
+            found = [one._replace(projection_DE=one.projection_DE.detach()) for one in states]
+        return original(*before, found, targets, weights, **options)
+
+    monkeypatch.setattr(torch_distill, "states_loss", wrong)
+    cfg = settings(folder, distill=HIDDEN, model=TWO)
+    wrongs = [finding for finding in compare_stage(cfg, random_params(cfg.model)) if not finding.ok]
+    assert ("stage loss" in {finding.level for finding in wrongs}) == (fault == "layers in order")
+    of_maps = {finding.name for finding in wrongs if finding.level == "stage update 1"}
+    assert {"projection: 0_to_1.weight", "projection: 1_to_0.weight"} <= of_maps
 
 
 def run(cfg: config.Config, devices: int = 1, **options: Any) -> list[dict[str, Any]]:
@@ -155,15 +195,67 @@ def test_whole_runs_are_the_same_and_go_on(folder: Path) -> None:
         run(changed, resume=True)
 
 
+@pytest.mark.usefixtures("pages")
+def test_runs_by_hidden_states_are_the_same_and_go_on(folder: Path) -> None:
+    """As above; and what is trained beside the student is drawn alike, saved, resumed, and left out of the model."""
+
+    def cfg(name: str, steps: int) -> config.Config:
+        return settings(folder, f"hidden-{name}", distill=HIDDEN, model=TWO, train={"steps": steps, "init_from": begun})
+
+    begun = str(folder / "two")
+    save(folder / "two", **STUDENT | TWO, tie_embeddings=True)
+    rows, ours = {}, {}
+    for name in ("jax", "torch"):
+        rows[name] = run(cfg(name, 20), backend=name)
+        ours[name] = open_model(str(folder / f"hidden-{name}")).parameters
+    assert len(rows["jax"]) == 20 and rows["jax"][-1]["divergence"] < rows["jax"][0]["divergence"]
+    for name in ("loss", "nll", "divergence", "grad_norm", "projection_grad_norm"):
+        curves = (np.array([row[name] for row in rows[backend]]) for backend in ("torch", "jax"))
+        FLOAT64.check(pairs.error(*curves), name)
+    assert ours["jax"].keys() == ours["torch"].keys() == open_model(begun).parameters.keys()
+    for name in ours["jax"]:
+        FLOAT64.check(pairs.error(np.asarray(ours["torch"][name]), np.asarray(ours["jax"][name])), name)
+    for name in ("jax", "torch"):
+        run(cfg(f"stopped-{name}", 10), backend=name)
+        again = run(cfg(f"stopped-{name}", 20), resume=True, backend=name)
+        assert [row["loss"] for row in again[-10:]] == [row["loss"] for row in rows[name][-10:]]
+        found = open_model(str(folder / f"hidden-stopped-{name}")).parameters
+        assert all(np.array_equal(np.asarray(found[leaf]), np.asarray(ours[name][leaf])) for leaf in found)
+
+
+def test_outputs_of_layers_are_those_of_any_form() -> None:
+    """Stacked, recomputed or unrolled, in both frameworks."""
+    model = toml.from_dict({"model": STUDENT | {"n_layers": 4, "pattern": ["attention+mlp", "attention"]}}).model
+    stacked = dataclasses.replace(model, layer_loop="scan")
+    both = pairs.pair(stacked, pairs.random_params(stacked, np.random.default_rng(3)))
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    rows = {"tokens": tokens, "positions": tokens % 12, "segments": np.ones_like(tokens)}
+    theirs: list[torch.Tensor] = []
+    both.torch.hidden(*map(torch.tensor, rows.values()), outputs=theirs)
+    recomputed = both.jax.clone(config=dataclasses.replace(stacked, remat="full"))
+    for decoder in (both.jax, recomputed, unrolled(both.jax)):
+        params = both.params if decoder.config.scanned else unstack_layers(both.params, stacked)
+        ours = forward_with_layers(decoder, params, jax.tree.map(jax.numpy.asarray, rows), None, (3, 0, 2))[3]
+        for layer, output in zip((3, 0, 2), ours, strict=True):
+            FLOAT64.check(pairs.error(theirs[layer].detach().numpy(), np.asarray(output)), f"layer {layer}")
+
+
 @pytest.mark.parametrize(
-    "mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"data": 1, "fsdp": 8}, marks=SOAK)], ids=str
+    ("mesh", "hidden"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, False),
+        pytest.param({"data": 1, "fsdp": 8}, False, marks=SOAK),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, True, marks=SOAK),
+    ],
+    ids=str,
 )
-def test_eight_devices_are_one(mesh: dict[str, int], folder: Path, tmp_path: Path) -> None:
-    few: Any = {"train": {"steps": 2, "batch_size": 8}}
+def test_eight_devices_are_one(mesh: dict[str, int], hidden: bool, folder: Path, tmp_path: Path) -> None:
+    few: Any = {"train": {"steps": 2, "batch_size": 8}} | ({"distill": HIDDEN, "model": TWO} if hidden else {})
+    names = ["loss", "grad_norm", "divergence"] + ["projection_grad_norm"] * hidden
     rows = []
     for devices, sizes in ((1, {}), (8, mesh)):
         cfg = dataclasses.replace(settings(folder, mesh=sizes, **few), out_dir=str(tmp_path / str(devices)))
-        rows.append([[row[key] for key in ("loss", "grad_norm", "divergence")] for row in run(cfg, devices)])
+        rows.append([[row[key] for key in names] for row in run(cfg, devices)])
     np.testing.assert_allclose(rows[1], rows[0], rtol=1e-10, atol=1e-12)
 
 
@@ -176,15 +268,19 @@ def test_a_corpus_and_the_tokenizer_of_the_teacher(folder: Path) -> None:
     assert (next(source.batches(batch_size=2, rows=None))["weights"] == 1).any()
 
 
-def test_the_config_of_the_repository_is_planned(folder: Path) -> None:
-    """Its student and a teacher of another shape, split over a mesh."""
+@pytest.mark.parametrize("divergence", ["forward", "hidden"])
+def test_the_config_of_the_repository_is_planned(divergence: str, folder: Path) -> None:
+    """Its student, a teacher of another shape and the projection, split over a mesh: all that lies there is counted."""
     file = Path(__file__).parents[1] / "configs" / "finetune" / "distill.toml"
-    cfg = toml.load(file, [f'distill.teacher="{folder / "teacher"}"', f"model.vocab_size={BYTES.vocab_size}"])
-    layout = Layout.from_config(config.Mesh(data=2, fsdp=2, tensor=2))
-    state, frozen, _ = abstract_inputs(cfg, layout, training_program(cfg, layout, make_recipe(cfg)))
+    options = [f'distill.teacher="{folder / "teacher"}"', f"model.vocab_size={BYTES.vocab_size}"]
+    mesh = [f"mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    cfg = toml.load(file, [*options, *mesh, f"distill.divergence={divergence}"])
+    layout = Layout.from_config(cfg.mesh)
+    taken = state, frozen, _ = abstract_inputs(cfg, layout, training_program(cfg, layout, make_recipe(cfg)))
     assert frozen.keys() == {"teacher"}
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen)]
-    assert sizes[0] != sizes[1] > 0
+    assert ("projection" in state.params) == (divergence == "hidden")
+    wanted = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(taken))
+    assert estimate(cfg, 8).state == pytest.approx(wanted, abs=200), "but for a few counters"
 
 
 def test_teachers_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
@@ -216,6 +312,32 @@ def test_teachers_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for options, message in (({"hard_weight": 1.0}, "leaves the teacher no weight"), ({"beta": 1.0}, "below 1")):
         with pytest.raises(UserError, match=message):
             settings(folder, distill=options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["distill.layers=[[2,0]]"], "distill.layers: the student has no layer 2 (there are 0 to 1, or -1 to -2)"),
+        (["distill.layers=[[0,-3]]"], "distill.layers: the teacher has no layer -3 (there are 0 to 1, or -1 to -2)"),
+        (["distill.layers=[[0,0],[-2,0]]"], "distill.layers: [0, 0] is there twice"),
+        (["distill.layers=[]"], "distill.layers has no pair"),
+        (["distill.layers=[[0]]"], "distill.layers = [0]: "),
+        (["distill.cache=thoughts"], "with distill.cache: a cache has no hidden states"),
+        (["distill.temperature=2.0"], "hidden states have no logits to divide"),
+        (["distill.divergence=reverse"], "without hidden states"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_layers_that_do_not_fit(
+    overrides: list[str], line: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, exit code 2, and nothing is written."""
+    file = folder / "refused.toml"
+    file.write_text(toml.to_toml(settings(folder, "refused", distill=HIDDEN, model=TWO)))
+    monkeypatch.setattr(sys, "argv", ["jaxlm", "train", str(file), *overrides])
+    assert cli.main() == 2
+    error = capsys.readouterr().err.strip()
+    assert line in error and "\n" not in error and not (folder / "refused").exists()
 
 
 def test_a_cache_stands_for_its_teacher(folder: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ EXCEPTIONS = {
     "infer/generate.py: only torch_ref has open_folder": "jaxlm opens models in convert.open_model",
     "infer/generate.py: only torch_ref has main": "the command line of a machine without JAX",
     "models/layers.py: only torch_ref has normal_": "Flax has initialisers of its own",
+    "models/layers.py: only torch_ref has linear_maps": "in jaxlm maps are a tree, not modules: train.program",
     "ops/attention/attend.py: only torch_ref has default_impl": "jaxlm chooses kernels in ops.attention.kernels",
     "ops/attention/attend.py: only torch_ref has merge": "in jaxlm it stands in ops.attention.visible",
     "ops/attention/attend.py: only torch_ref has visible": "in jaxlm it stands in ops.attention.visible",

@@ -47,14 +47,18 @@ class Distill:
     """Any run, Hugging Face folder or GGUF file, with the same tokenizer."""
     rows: Literal["conversations", "corpus"] = "conversations"
     """What is trained on: conversations by the options of `[sft]`, or the corpus of `[data]` as in pretraining."""
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence by `beta`."""
+    divergence: Literal["forward", "reverse", "jsd", "hidden"] = "forward"
+    """KL(teacher || student), KL(student || teacher), the generalised Jensen-Shannon divergence by `beta`, or the mean
+    square distance of hidden states by `layers`."""
     beta: PositiveFloat = 0.5
     """Of `jsd`, between 0 (forward) and 1 (reverse)."""
     hard_weight: NonNegativeFloat = 0.5
     """Weight of the target itself; the teacher's distribution has the rest. 0: the teacher alone."""
     temperature: PositiveFloat = 1.0
     """Divides the logits of both in the divergence."""
+    layers: tuple[tuple[int, int], ...] = ((-1, -1),)
+    """Of `hidden`: pairs of a layer of the student and one of the teacher whose outputs are compared; 0 is the first
+    layer, -1 the last."""
     cache: str = ""
     """Folder of what `jaxlm data teach` wrote of the teacher, which then need not be in memory; empty: it is."""
     cache_size: PositiveInt = 64
@@ -63,6 +67,39 @@ class Distill:
     def __post_init__(self) -> None:
         require(self.hard_weight < 1, f"distill.hard_weight = {self.hard_weight} leaves the teacher no weight: below 1")
         require(self.beta < 1, f"distill.beta = {self.beta} must be below 1", 'distill.divergence = "reverse" is 1')
+        if not self.of_states:
+            given = f"distill.layers = {self.layers} without hidden states"
+            require(self.layers == ((-1, -1),), given, 'distill.divergence = "hidden"')
+            return
+        hidden = 'distill.divergence = "hidden"'
+        require(bool(self.layers), f"{hidden}: distill.layers has no pair", "distill.layers = [[-1, -1]]")
+        cached = f"{hidden} with distill.cache: a cache has no hidden states"
+        require(not self.cache, cached, 'distill.cache = "" keeps the teacher in memory')
+        hot = f"{hidden} with distill.temperature = {self.temperature}: hidden states have no logits to divide"
+        require(self.temperature == 1, hot, "distill.temperature = 1.0")
+
+    @property
+    def of_states(self) -> bool:
+        """Whether hidden states are compared, and not distributions."""
+        return self.divergence == "hidden"
+
+    def pairs(self, student: int, teacher: int) -> dict[str, tuple[int, int]]:
+        """The pairs of `layers` by name, counted from 0, for models of so many layers: `1_to_3`.
+
+        Raises:
+            UserError: a model has no such layer, or a pair stands there twice.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for pair in self.layers:
+            for layer, count, whose in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
+                if not -count <= layer < count:
+                    last = f"there are 0 to {count - 1}, or -1 to -{count}"
+                    raise UserError(f"distill.layers: the {whose} has no layer {layer}", last)
+            ours, theirs = pair[0] % student, pair[1] % teacher
+            if (name := f"{ours}_to_{theirs}") in found:
+                raise UserError(f"distill.layers: {[ours, theirs]} is there twice")
+            found[name] = ours, theirs
+        return found
 
     @property
     def loss_options(self) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _key_of(location: Sequence[str | int], tree: Mapping[str, Any]) -> str:
             names.append(str(part))
             node = cast(dict[str, Any], node).get(str(part))
         elif isinstance(node, list | tuple) and isinstance(part, int):
-            node = cast(Sequence[Any], node)[part]
+            items = cast(Sequence[Any], node)
+            node = items[part] if part < len(items) else None  # a place that is missing
             name: Any = cast(dict[str, Any], node).get("name") if isinstance(node, dict) else None
             names += [name] if isinstance(name, str) else []
         # else: the name of a type, one of several that the value may have

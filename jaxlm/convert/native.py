@@ -42,6 +42,12 @@ def to_torch(params: Params, cfg: config.Model) -> Iterator[tuple[str, np.ndarra
     return to_layout(params, cfg, rows(cfg))
 
 
+def maps_to_torch(maps: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The `state_dict` of linear maps that are no model: see `train.recipe.Maps`."""
+    for name, leaves_of_map in maps.items():
+        yield f"{name}.weight", np.ascontiguousarray(np.asarray(leaves_of_map["kernel"]).T)
+
+
 def from_torch(tensors: Mapping[str, np.ndarray], cfg: config.Model, where: str = "tensors") -> Params:
     """The live tree of `cfg` from a torch_ref `state_dict` of numpy arrays; the inverse of `to_torch`.
 

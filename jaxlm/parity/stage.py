@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.convert.adapters import to_torch as adapters_to_torch
-from jaxlm.convert.native import to_torch
+from jaxlm.convert.native import maps_to_torch, to_torch
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Params, init_params
 from jaxlm.parity.compare import Finding, relative
@@ -30,6 +31,7 @@ from jaxlm.train.recipe import MODEL, Recipe, Trained, base_name, parameter_name
 from jaxlm.train.step import init_states
 from torch_ref.models import attach_lora
 from torch_ref.models.decoder import Decoder as TorchDecoder
+from torch_ref.models.layers import linear_maps
 from torch_ref.numerics import Policy as TorchPolicy
 from torch_ref.train.optim import make_optimizer
 from torch_ref.train.step import Part, TrainState, make_steps
@@ -60,7 +62,7 @@ def compare_stage(settings: config.Config, params: Params) -> Iterator[Finding]:
     theirs = dict(_of_torch(cfg, program, trees, batch))
     # Updates are compared as differences to the start. The parameters themselves agree to many digits even if no update
     # were made.
-    begin = _named({name: trees[name] for name in recipe.models.trained}, program)
+    begin = _named({name: trees[name] for name in recipe.models.moving}, program)
     for level in ours:
         for name, value in ours[level].items():
             start = 0.0 if level == LOSS else begin[name]
@@ -92,6 +94,7 @@ def _trees(program: Program, params: Params, seed: int) -> dict[str, Params]:
     trees = {
         name: params if name == MODEL else init_params(module, draws[name]) for name, module in program.modules.items()
     }
+    trees |= {name: tree.draw(seed, "float64") for name, tree in program.recipe.models.maps.items()}
     trees = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trees)
     for name, tree in program.recipe.models.trained.items():
         if tree.adapters is None:
@@ -109,7 +112,7 @@ def _random(name: str, seed: int) -> np.random.Generator:
 
 def _of_jax(program: Program, trees: Mapping[str, Params], batch: Named) -> Iterator[tuple[str, Named]]:
     models = program.recipe.models
-    trained = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.trained}
+    trained = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.moving}
     frozen = {name: jax.tree.map(jax.numpy.asarray, trees[name]) for name in models.frozen}
     for name, tree in models.trained.items():
         if tree.adapters:
@@ -137,6 +140,8 @@ def _named(trees: Mapping[str, Params], program: Program) -> Named:
 
 
 def _by_torch_name(params: Params, program: Program, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    if name in program.recipe.models.maps:
+        return maps_to_torch(params)
     tree = program.recipe.models.trained[name]
     if tree.adapters is None:
         return to_torch(params, tree.model)
@@ -156,7 +161,7 @@ def _of_torch(
 ) -> Iterator[tuple[str, Named]]:
     recipe = program.recipe
     policy, models = TorchPolicy.from_config(cfg.numerics), {**recipe.models.trained, **recipe.models.frozen}
-    modules = {}
+    modules: dict[str, Any] = {}
     for name, tree in models.items():
         modules[name] = TorchDecoder(_reference(tree.model), policy).eval()
         below = base_name(name) if isinstance(tree, Trained) and tree.adapters else name
@@ -173,6 +178,10 @@ def _of_torch(
         for path, parameter in modules[name].named_parameters():
             parameter.requires_grad_(tree.moves is None or tree.moves(parameter_name(path)))
         parts.append(Part(name, tree.train, make_optimizer(modules[name], tree.train, tree.moves), modules[name]))
+    for name, tree in recipe.models.maps.items():
+        modules[name] = linear_maps(tree.shapes, policy)
+        modules[name].load_state_dict({key: torch.tensor(array) for key, array in maps_to_torch(trees[name])})
+        parts.append(Part(name, tree.train, make_optimizer(modules[name], tree.train), modules[name]))
     loss_fn = recipe.objective.torch(modules, cfg)
     tensors = {name: torch.tensor(array) for name, array in batch.items()}
     sums = loss_fn(tensors)[1]

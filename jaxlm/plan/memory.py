@@ -21,7 +21,7 @@ from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy, wide
 from jaxlm.recipes import make_recipe
 from jaxlm.train import adapters
-from jaxlm.train.program import stored_policy
+from jaxlm.train.program import abstract_maps, stored_policy
 from jaxlm.train.recipe import Models, Recipe, parameter_name
 
 Leaves = tuple[tuple[str, jax.ShapeDtypeStruct, Axes], ...]
@@ -117,6 +117,7 @@ def stage_trees(models: Models, policy: Policy) -> tuple[list[Leaves], list[Leav
         decoder = Decoder(tree.model, policy)
         trained.append(_flat(*adapters.abstract_trained(decoder, tree.adapters)))
         frozen.append(_flat(*adapters.abstract_base(decoder, tree.adapters)))
+    trained += [_flat(*abstract_maps(tree, policy)) for tree in models.maps.values()]
     for tree in models.frozen.values():
         model = dataclasses.replace(tree.model, layer_loop="scan")
         frozen.append(_leaves(model, stored_policy(policy, tree.dtype)))

@@ -4,7 +4,8 @@
 
 The teacher is any model with the same tokenizer, of any shape. Its parameters are read from `distill.teacher`; a
 checkpoint holds their path and sha256, and a resumed run with another teacher is refused. With `distill.cache` it is
-not in memory: its likeliest tokens come from files, as columns of the batch (`recipes/teach.py`).
+not in memory: its likeliest tokens come from files, as columns of the batch (`recipes/teach.py`). With `distill.layers`
+hidden states are compared, through projections that are trained beside the student.
 
 Shapes: B rows, T tokens, D width of the student, E of the teacher, V vocabulary.
 """
@@ -25,7 +26,7 @@ from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.data.turns.source import ConversationSource
 from jaxlm.errors import UserError
 from jaxlm.recipes import teach
-from jaxlm.recipes.forward import forward, with_routing
+from jaxlm.recipes.forward import forward, forward_with_layers, with_routing
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.judges import language_judge
 from jaxlm.train.recipe import (
@@ -34,6 +35,7 @@ from jaxlm.train.recipe import (
     DataSource,
     Frozen,
     Judge,
+    Maps,
     Models,
     Objective,
     Recipe,
@@ -41,7 +43,7 @@ from jaxlm.train.recipe import (
     twin,
 )
 
-TEACHER = "teacher"
+TEACHER, PROJECTION = "teacher", "projection"
 _log = logging.getLogger(__name__)
 
 
@@ -75,12 +77,16 @@ def recipe(cfg: config.Config) -> Recipe:
         return teach.with_cache(cfg, source, teacher) if cached else source
 
     frozen = {} if cached else {TEACHER: Frozen(teacher, path, cfg.numerics.params)}
+    maps = {}
+    if cfg.distill.of_states:
+        width, pairs = (cfg.model.d_model, teacher.d_model), cfg.distill.pairs(cfg.model.n_layers, teacher.n_layers)
+        maps = {PROJECTION: Maps(dict.fromkeys(pairs, width), cfg.train)}
     return Recipe(
         columns={**LM_COLUMNS, **(teach.columns(cfg, teacher) if cached else {})},
-        models=Models({MODEL: model_of_run(cfg)}, frozen),
+        models=Models({MODEL: model_of_run(cfg)}, frozen, maps),
         objective=Objective(objective, twin("torch_ref.recipes.distill")),
         data=data,
-        judge=judge,
+        judge=functools.partial(judge, states=cfg.distill.of_states),
     )
 
 
@@ -106,13 +112,13 @@ def _require_same_vocabulary(cfg: config.Config, ours: Tokenizer, theirs: Tokeni
         raise UserError(f"distill.teacher = {path!r}: {ids}")
     if theirs is None and taught != size:
         raise UserError(f"distill.teacher = {path!r}: its vocabulary has {taught} tokens, the student's {size}")
-    if taught != size:
+    if taught != size and not cfg.distill.of_states:
         common = min(taught, size)
         text = "warning: vocabularies of %d (teacher) and %d (student) tokens: the first %d of both are compared"
         _log.warning(text, taught, size, common)
 
 
-def judge(source: DataSource) -> Judge:
+def judge(source: DataSource, *, states: bool = False) -> Judge:
     """That of a language model, and the divergence beside it.
 
     Runs with and without a teacher compare, unless the student has more ids than its teacher: then the first ids, which
@@ -124,13 +130,47 @@ def judge(source: DataSource) -> Judge:
         return language.figures(sums) | {"validation_divergence": sums["divergence"] / sums["weight"]}
 
     def describe(row: Mapping[str, float]) -> str:
-        return f"{language.describe(row)}, divergence from the teacher {row['validation_divergence']:.4f} nats/token"
+        apart = f"{row['validation_divergence']:.4f}"
+        what, unit = ("square distance", "") if states else ("divergence", " nats/token")
+        return f"{language.describe(row)}, {what} from the teacher {apart}{unit}"
 
     return language._replace(figures=figures, describe=describe)
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """`(params, frozen, batch, key) -> (sum, sums)`: see `objectives.distill.distill_loss`."""
+    """`(params, frozen, batch, key) -> (sum, sums)`: see `objectives.distill`."""
+    return _of_states(modules, cfg) if cfg.distill.of_states else _of_distributions(modules, cfg)
+
+
+def _of_states(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    from jax.lax import stop_gradient
+
+    from jaxlm.mesh import over_rows
+    from jaxlm.objectives.distill import States, states_loss
+
+    student, teacher = modules[MODEL], modules[TEACHER]
+    pairs = cfg.distill.pairs(student.config.n_layers, teacher.config.n_layers)
+    ours, theirs = zip(*pairs.values(), strict=True)
+    loss_of = functools.partial(states_loss, hard_weight=cfg.distill.hard_weight, block=cfg.train.loss_block)
+
+    def loss(whole: Any, rows: Any) -> Any:
+        head, maps = whole
+        hidden_BTD, student_states, teacher_states, targets_BT, weights_BT = rows
+        states = [States(*pair) for pair in zip(student_states, teacher_states, maps, strict=True)]
+        return loss_of(hidden_BTD, *head, states, targets_BT, weights_BT)
+
+    def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        hidden_BTD, head, routed, student_states = forward_with_layers(student, trained[MODEL], batch, key, ours)
+        teacher_states = stop_gradient(forward_with_layers(teacher, frozen[TEACHER], batch, None, theirs)[3])
+        maps = [trained[PROJECTION][name]["kernel"].astype(student.policy.compute) for name in pairs]
+        rows = (hidden_BTD, student_states, teacher_states, batch["targets"], batch["weights"])
+        found = with_routing(sums_of(over_rows(loss, (head, maps), rows)), routed)
+        return found["loss"], found
+
+    return compute
+
+
+def _of_distributions(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
     from jax.lax import stop_gradient
 
     from jaxlm.mesh import over_rows

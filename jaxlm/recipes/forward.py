@@ -5,8 +5,10 @@ Shapes: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jaxlm import config
 
 
 def forward(decoder: Any, params: Any, batch: Mapping[str, Any], key: Any) -> tuple[Any, tuple[Any, Any], Any]:
@@ -19,15 +21,36 @@ def forward(decoder: Any, params: Any, batch: Mapping[str, Any], key: Any) -> tu
     Returns:
         Last is `train.expert_balance.Routed`; None where the model has no experts.
     """
+    return forward_with_layers(decoder, params, batch, key, ())[:3]
+
+
+def forward_with_layers(
+    decoder: Any, params: Any, batch: Mapping[str, Any], key: Any, layers: Sequence[int]
+) -> tuple[Any, tuple[Any, Any], Any, tuple[Any, ...]]:
+    """As `forward`, and last the outputs [B, T, D] of these layers. Of stacked layers all outputs are kept at first."""
     from jaxlm.models import adapted
+    from jaxlm.models.block import Block
     from jaxlm.train.expert_balance import collect
 
     variables, rows = adapted.variables(params), (batch["tokens"], batch["positions"], batch["segments"])
     random = decoder.config.random or isinstance(params, adapted.Adapted)
     rngs = {} if key is None or not random else {"dropout": key}
-    (hidden_BTD, _), collections = decoder.apply(variables, *rows, method="hidden", rngs=rngs, mutable=["routing"])
+    options: dict[str, Any] = {"method": "hidden", "rngs": rngs, "mutable": ["routing"]}
+    if layers:
+        kept = lambda module, method: isinstance(module, Block) and method == "__call__"  # noqa: E731
+        options |= {"capture_intermediates": kept, "mutable": ["routing", "intermediates"]}
+    (hidden_BTD, _), collections = decoder.apply(variables, *rows, **options)
     routed = collect(collections["routing"], decoder.config) if decoder.config.moes else None
-    return hidden_BTD, decoder.apply(variables, method="unembedding"), routed
+    outputs = tuple(_output(collections["intermediates"], layer, decoder.config) for layer in layers)
+    return hidden_BTD, decoder.apply(variables, method="unembedding"), routed, outputs
+
+
+def _output(captured: Mapping[str, Any], layer: int, model: config.Model) -> Any:
+    """What a block returned, without its cache: stacked layers have their repeats along a leading axis."""
+    if not model.scanned:
+        return captured[f"layers_{layer}"]["__call__"][0][0]
+    repeat, slot = divmod(layer, len(model.pattern))
+    return captured["layers"][f"slot_{slot}"]["__call__"][0][0][repeat]
 
 
 def with_routing(sums: Mapping[str, Any], routed: Any) -> dict[str, Any]:

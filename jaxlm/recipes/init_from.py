@@ -95,6 +95,8 @@ class ParameterLayout(NamedTuple):
     """Of the live tree of a model."""
     adapters: Callable[[Params, Trained, config.Config], Any]
     """The first adapters of a tree, for its base."""
+    maps: Callable[[Params], Any]
+    """Of linear maps that are no model."""
 
 
 def _first_adapters(base: Params, tree: Trained, cfg: config.Config) -> Params:
@@ -112,8 +114,12 @@ def _options(tree: Trained) -> config.LoRA:
     return tree.adapters
 
 
-LIVE = ParameterLayout(lambda params, model: params, _first_adapters)
-BY_NAME = ParameterLayout(lambda params, model: dict(native.to_torch(params, model)), _first_adapters_by_name)
+LIVE = ParameterLayout(lambda params, model: params, _first_adapters, lambda maps: maps)
+BY_NAME = ParameterLayout(
+    lambda params, model: dict(native.to_torch(params, model)),
+    _first_adapters_by_name,
+    lambda maps: dict(native.maps_to_torch(maps)),
+)
 """By the names of torch_ref."""
 
 

@@ -178,6 +178,9 @@ def give_parameters(
             model = recipe.models.trained[name].model
             params = init_from.initial_params(cfg, source.tokenizer, path, model)
             engine.adopt(layout.parameters(params, model), name)
+    for name, tree in recipe.models.maps.items():
+        if anew:
+            engine.adopt(layout.maps(tree.draw(cfg.seed, cfg.numerics.params)), name)
     for name, tree in recipe.models.frozen.items():
         sha256 = f"seed {cfg.seed}"
         if tree.path:

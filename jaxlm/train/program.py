@@ -20,7 +20,7 @@ from jaxlm.models.decoder import Decoder, Params, abstract_params, init_params
 from jaxlm.numerics import Policy
 from jaxlm.train import adapters
 from jaxlm.train.optim import make_optimizer
-from jaxlm.train.recipe import BASE, MODEL, Models, Recipe, RowFunction, Trained, base_name
+from jaxlm.train.recipe import BASE, MODEL, Maps, Models, Recipe, RowFunction, Trained, base_name
 from jaxlm.train.step import LossFn, Part, TrainState, init_states, make_steps, moving, within
 
 
@@ -29,9 +29,11 @@ class Program(NamedTuple):
 
     recipe: Recipe
     modules: Mapping[str, Decoder]
-    """The Flax modules of all trees by name, trained and frozen."""
+    """The Flax modules of all models by name, trained and frozen."""
     loss_fn: LossFn
     parts: tuple[Part, ...]
+    maps_shapes: Mapping[str, Params]
+    """Of the trained trees that are no models."""
     shardings: TrainState
     """Where each leaf of the state lies."""
     frozen_shapes: dict[str, Any]
@@ -45,10 +47,14 @@ class Program(NamedTuple):
         return self.modules[MODEL]
 
     def init(self, key: jax.Array) -> TrainState:
-        """The state before the first update, from random parameters. The model takes `key` itself."""
+        """The state before the first update, from random parameters. The model takes `key` itself.
+
+        Adapters and maps, whose first values are drawn outside of JAX, are zero until they are given.
+        """
         others = [name for name in self.recipe.models.trained if name != MODEL]
         keys = {MODEL: key} | {name: jax.random.fold_in(key, number) for number, name in enumerate(others, 1)}
         trees = {name: self._drawn(name, keys[name]) for name in self.recipe.models.trained}
+        trees |= {name: _zeros(shapes) for name, shapes in self.maps_shapes.items()}
         return init_states(trees if self.recipe.models.several else trees[MODEL], self.parts)
 
     def whole(self, params: Params, frozen: Params) -> Params:
@@ -63,11 +69,9 @@ class Program(NamedTuple):
         return Adapted(own, frozen[base_name(name)]) if self.recipe.models.trained[name].adapters else own
 
     def _drawn(self, name: str, key: jax.Array) -> Params:
-        """Random parameters; adapters, whose first values depend on their base, are zero until they are given."""
         if (options := self.recipe.models.trained[name].adapters) is None:
             return init_params(self.modules[name], key)
-        shapes, _ = adapters.abstract_trained(self.modules[name], options)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return _zeros(adapters.abstract_trained(self.modules[name], options)[0])
 
 
 def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Program:
@@ -83,7 +87,9 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
     modules |= {name: Decoder(tree.model, stored_policy(policy, tree.dtype)) for name, tree in models.frozen.items()}
     loss_fn = _beside_base(recipe.objective.jax(modules, cfg), models)
     parts = tuple(_part(name, tree) for name, tree in models.trained.items())
-    trained = {name: _abstract(modules[name], tree) for name, tree in models.trained.items()}
+    parts += tuple(Part(name, tree.train, make_optimizer(tree.train)) for name, tree in models.maps.items())
+    maps = {name: abstract_maps(tree, policy) for name, tree in models.maps.items()}
+    trained = {name: _abstract(modules[name], tree) for name, tree in models.trained.items()} | maps
     shardings = _state_shardings(trained, parts, layout)
     below = {name: abstract_params(modules[name]) for name in models.frozen}
     for name, tree in models.trained.items():
@@ -105,7 +111,8 @@ def training_program(cfg: config.Config, layout: Layout, recipe: Recipe) -> Prog
         divisors=recipe.objective.divisors,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-    return Program(recipe, modules, loss_fn, parts, shardings, shapes, frozen, jitted)
+    of_maps = {name: tree for name, (tree, _) in maps.items()}
+    return Program(recipe, modules, loss_fn, parts, of_maps, shardings, shapes, frozen, jitted)
 
 
 class RowProgram(NamedTuple):
@@ -128,7 +135,7 @@ def row_program(cfg: config.Config, layout: Layout, program: Program, function: 
     compute = _beside_base(function.jax({**program.modules, **beside}, cfg), models)
     jitted = jax.jit(within(layout, cfg.numerics.matmul, compute), out_shardings=layout.replicated)
     places = {name: layout.shardings(axes, shapes) for name, (shapes, axes) in below.items()}
-    untrained: Params = {name: {} for name in models.trained} if models.several else {}
+    untrained: Params = {name: {} for name in models.moving} if models.several else {}
     return RowProgram(jitted, {name: shapes for name, (shapes, _) in below.items()}, places, untrained)
 
 
@@ -176,6 +183,16 @@ def stored_policy(policy: Policy, dtype: str) -> Policy:
     """The policy of a tree whose parameters are kept in another dtype."""
     wide = policy.params.itemsize > jnp.dtype("float32").itemsize  # float64 is asked for to compare, all of it
     return policy if wide else dataclasses.replace(policy, params=jnp.dtype(dtype))
+
+
+def abstract_maps(tree: Maps, policy: Policy) -> adapters.Shapes:
+    """Shapes and logical axes of a trained tree that is no model."""
+    shapes = {name: {"kernel": jax.ShapeDtypeStruct(shape, policy.params)} for name, shape in tree.shapes.items()}
+    return shapes, {name: {"kernel": ("embed", None)} for name in shapes}
+
+
+def _zeros(shapes: Params) -> Params:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _abstract(module: Decoder, tree: Trained) -> adapters.Shapes:

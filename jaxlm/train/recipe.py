@@ -99,16 +99,40 @@ class Frozen(NamedTuple):
     dtype: str = "float32"
 
 
+class Maps(NamedTuple):
+    """A trained tree that is no model: linear maps which only the loss needs, such as projections.
+
+    Checkpoints hold it, and what is exported does not. In JAX it is `{name: {"kernel": [in, out]}}`, in PyTorch a
+    `ModuleDict` with the weights `NAME.weight` [out, in].
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    """Inputs and outputs of each; the inputs lie along the axis `embed`."""
+    train: config.Train
+
+    def draw(self, seed: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
+        """The tree with which a run begins, the same in both frameworks: normal kernels of variance 1 / inputs."""
+        rng = np.random.default_rng([seed, len(self.shapes)])
+        drawn = {name: rng.standard_normal(shape) * shape[0] ** -0.5 for name, shape in self.shapes.items()}
+        return {name: {"kernel": kernel.astype(dtype)} for name, kernel in drawn.items()}
+
+
 class Models(NamedTuple):
     """The trees of a stage by name; one of the trained ones is `MODEL`."""
 
     trained: Mapping[str, Trained]
     frozen: Mapping[str, Frozen] = {}
+    maps: Mapping[str, Maps] = {}
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """The names of all that is trained."""
+        return (*self.trained, *self.maps)
 
     @property
     def several(self) -> bool:
         """Whether parameters are a dict of trees; the only trained tree stands for itself."""
-        return len(self.trained) > 1
+        return len(self.moving) > 1
 
 
 class RowFunction(NamedTuple):
@@ -273,7 +297,8 @@ class Recipe(NamedTuple):
         objective = self.objective
         if objective.cached is not None:
             objective = objective._replace(cached=objective.cached._replace(frozen=sized(objective.cached.frozen)))
-        return self._replace(models=Models(*map(sized, self.models)), objective=objective)
+        models = self.models._replace(trained=sized(self.models.trained), frozen=sized(self.models.frozen))
+        return self._replace(models=models, objective=objective)
 
 
 def digest_of(leaves: Mapping[str, Any]) -> str:

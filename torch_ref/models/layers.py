@@ -9,6 +9,7 @@ Shapes: B batch, T length, D width, V vocabulary; `in` and `out` stand for one o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,14 @@ class Rotation(nn.Module):
     def table(self, positions_BT: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b t p"], Float[Tensor, "b t p"]]:
         """Sine and cosine for these positions."""
         return rope_table(positions_BT, self.frequencies_P, self.compute, self.temperature)
+
+
+def linear_maps(shapes: Mapping[str, tuple[int, int]], policy: Policy) -> nn.ModuleDict:
+    """Linear maps [inputs, outputs] by name that are no part of a decoder; all are zero."""
+    maps = nn.ModuleDict({name: Linear((ins,), (outs,), 0.0, policy) for name, (ins, outs) in shapes.items()})
+    for weight in maps.parameters():
+        nn.init.zeros_(weight)
+    return maps
 
 
 def normal_(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:

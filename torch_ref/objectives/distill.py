@@ -3,6 +3,8 @@
     p, q = distributions of student and teacher at temperature tau        w = weight of a token
     loss = a * nll + (1 - a) * tau^2 * D        a is the weight of the hard term: the target itself, at temperature 1
 
+`states_loss` compares hidden states instead: D is a mean square distance, without a temperature.
+
 As in `lm_loss`, the gradient of a block is known as soon as its logits are: the forward pass keeps it. No [B, T, V] of
 either model exists. Everything is shifted once, in the data.
 
@@ -11,6 +13,7 @@ Shapes: B batch, T length, D width of the student, E of the teacher, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from torch_ref.numerics import wide, wide_matmul
 from torch_ref.objectives.blocks import block_count, join, split
+from torch_ref.objectives.lm import lm_loss
 from torch_ref.objectives.teacher import LikeliestTokens, Teacher, divergence, outcomes, wide_logits
 
 Options = tuple[float, float, float, int]
@@ -155,3 +159,39 @@ def hidden_loss(
     width = wide(student_BTD.dtype)
     distance_BTE = wide_matmul(student_BTD, projection_DE) - teacher_BTE.detach().to(width)
     return torch.sum(torch.mean(distance_BTE**2, dim=-1) * weights_BT)
+
+
+class States(NamedTuple):
+    """Outputs of a layer of the student and of one of the teacher, and the map by which they are compared."""
+
+    student_BTD: Float[Tensor, "b t d"]
+    teacher_BTE: Float[Tensor, "b t e"]
+    projection_DE: Float[Tensor, "d e"]
+
+
+def states_loss(
+    hidden_BTD: Float[Tensor, "b t d"],
+    kernel_DV: Float[Tensor, "d v"],
+    bias_V: Float[Tensor, " v"] | None,
+    states: Sequence[States],
+    targets_BT: Int[Tensor, "b t"],
+    weights_BT: Float[Tensor, "b t"],
+    *,
+    hard_weight: float = 0.5,
+    block: int = 1024,
+) -> DistillLoss:
+    """Weighted sums of `a * nll + (1 - a) * D`, where D is the mean of `hidden_loss` over pairs of layers.
+
+    Differentiable in `loss`, by the student and the projections. The states of chosen layers exist whole, logits block
+    by block.
+
+    Args:
+        hard_weight: a.
+        block: tokens whose logits exist at one time.
+    """
+    weights_BT = weights_BT.to(wide(hidden_BTD.dtype))
+    hard = lm_loss(hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT, block=block)
+    distances = [hidden_loss(*pair, weights_BT) for pair in states]
+    apart = torch.mean(torch.stack(distances))
+    loss = hard_weight * hard.loss + (1 - hard_weight) * apart
+    return DistillLoss(loss, hard.nll, apart, hard.correct, hard.weight)

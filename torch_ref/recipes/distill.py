@@ -15,15 +15,42 @@ from torch import Tensor
 from jaxlm import config
 from jaxlm.data.rows.teacher_cache import COLUMNS
 from torch_ref.models.decoder import Decoder
-from torch_ref.objectives.distill import distill_loss
+from torch_ref.objectives.distill import States, distill_loss, states_loss
 from torch_ref.objectives.teacher import LikeliestTokens, Teacher
 from torch_ref.recipes.forward import with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
 
-def objective(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
+def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     """`batch -> (sum, sums)` of the decoder `model`, beside the frozen one `teacher`."""
+    return _of_states(modules, cfg) if cfg.distill.of_states else _of_distributions(modules, cfg)
+
+
+def _of_states(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
+    student, teacher, maps = modules["model"], modules["teacher"], modules["projection"]
+    pairs = cfg.distill.pairs(student.config.n_layers, teacher.config.n_layers)
+    loss_of = functools.partial(states_loss, hard_weight=cfg.distill.hard_weight, block=cfg.train.loss_block)
+
+    def compute(batch: Batch) -> tuple[Tensor, Sums]:
+        rows = (batch["tokens"], batch["positions"], batch["segments"])
+        student_states: list[Tensor] = []
+        teacher_states: list[Tensor] = []
+        hidden_BTD, _ = student.hidden(*rows, outputs=student_states)
+        with torch.no_grad():
+            teacher.eval().hidden(*rows, outputs=teacher_states)
+        states = [
+            States(student_states[ours], teacher_states[theirs], maps[name].weight.T.to(student.policy.compute))
+            for name, (ours, theirs) in pairs.items()
+        ]
+        found = sums_of(loss_of(hidden_BTD, *student.unembedding(), states, batch["targets"], batch["weights"]))
+        found = with_routing(found, collect(student) if student.config.moes else None)
+        return found["loss"], found
+
+    return compute
+
+
+def _of_distributions(modules: Mapping[str, Decoder], cfg: config.Config) -> LossFn:
     student, teacher = modules["model"], modules.get("teacher")
     common = min(tree.config.vocab_size for tree in (student, teacher) if tree is not None)
     loss_of = functools.partial(distill_loss, block=cfg.train.loss_block, **cfg.distill.loss_options)

@@ -25,6 +25,7 @@ from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.recipe import MODEL, Recipe, RowFunction, Trained, base_name, parameter_name
 from torch_ref.models import attach_lora
 from torch_ref.models.decoder import Decoder, init_params
+from torch_ref.models.layers import linear_maps
 from torch_ref.numerics import Policy
 from torch_ref.train.checkpoint import Checkpointer
 from torch_ref.train.optim import make_optimizer
@@ -50,7 +51,7 @@ class TorchEngine:
             policy = dataclasses.replace(policy, compute=policy.params)
         self._policy, self._narrow = policy, narrow
         models, self.recipe = recipe.models, recipe
-        self.modules = {
+        self.modules: dict[str, Any] = {
             name: init_params(Decoder(tree.model, policy), cfg.seed + number).to(self.device)
             for number, (name, tree) in enumerate({**models.trained, **models.frozen}.items())
         }
@@ -58,6 +59,9 @@ class TorchEngine:
             self.modules[name].requires_grad_(False).eval()
         self.decoder = self.modules[MODEL]
         self.parts = [_part(name, tree, self.modules[name]) for name, tree in models.trained.items()]
+        for name, tree in models.maps.items():  # their first values are given
+            self.modules[name] = module = linear_maps(tree.shapes, policy).to(self.device)
+            self.parts.append(Part(name, tree.train, make_optimizer(module, tree.train), module))
 
         objective = recipe.objective.torch(self.modules, cfg)
         if narrow:
@@ -94,7 +98,8 @@ class TorchEngine:
     def adopt(self, tensors: Mapping[str, np.ndarray], name: str = MODEL) -> None:
         """Let a trained module begin with these parameters, or adapters, by the names of its `state_dict`."""
         values = {key: torch.tensor(np.array(array)) for key, array in tensors.items()}
-        if self.recipe.models.trained[name].adapters:
+        tree = self.recipe.models.trained.get(name)
+        if tree is not None and tree.adapters:
             attach_lora.load(self.modules[name], values)
         else:
             self.modules[name].load_state_dict(values, strict=True)

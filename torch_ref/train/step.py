@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jaxlm import config
 from torch_ref.models.decoder import Decoder
@@ -45,8 +45,8 @@ class Part(NamedTuple):
     name: str
     train: config.Train
     optimizer: torch.optim.Optimizer
-    module: Decoder | None = None
-    """If it has experts, their selection biases are moved after the update by the load of the whole batch."""
+    module: nn.Module | None = None
+    """Of a decoder with experts, their selection biases are moved after the update by the load of the whole batch."""
     adapters: bool = False
     """Only the adapters of the module move and are saved; its routers are frozen too."""
 
@@ -57,7 +57,8 @@ class Part(NamedTuple):
     @property
     def balanced(self) -> Decoder | None:
         """The module, if it has experts that are trained."""
-        return self.module if self.module is not None and self.module.config.moes and not self.adapters else None
+        module = self.module
+        return module if isinstance(module, Decoder) and module.config.moes and not self.adapters else None
 
 
 def make_step(
