@@ -143,12 +143,12 @@ def test_faults_of_hidden_states_are_seen(fault: str, folder: Path, monkeypatch:
     original = torch_distill.states_loss
 
     def wrong(*args: Any, **options: Any) -> Any:
-        *before, states, targets, weights = args
+        hidden, kernel, bias, states, targets, weights = args
         if fault == "layers in order":
             found = [one._replace(teacher_BTE=two.teacher_BTE) for one, two in zip(states, states[::-1], strict=True)]
         else:
             found = [one._replace(projection_DE=one.projection_DE.detach()) for one in states]
-        return original(*before, found, targets, weights, **options)
+        return original(hidden, kernel, bias, found, targets, weights, **options)
 
     monkeypatch.setattr(torch_distill, "states_loss", wrong)
     cfg = settings(folder, distill=HIDDEN, model=TWO)
@@ -210,8 +210,8 @@ def test_runs_by_hidden_states_are_the_same_and_go_on(folder: Path) -> None:
         ours[name] = open_model(str(folder / f"hidden-{name}")).parameters
     assert len(rows["jax"]) == 20 and rows["jax"][-1]["divergence"] < rows["jax"][0]["divergence"]
     for name in ("loss", "nll", "divergence", "grad_norm", "projection_grad_norm"):
-        curves = (np.array([row[name] for row in rows[backend]]) for backend in ("torch", "jax"))
-        FLOAT64.check(pairs.error(*curves), name)
+        mine, other = (np.array([row[name] for row in rows[backend]]) for backend in ("jax", "torch"))
+        FLOAT64.check(pairs.error(other, mine), name)
     assert ours["jax"].keys() == ours["torch"].keys() == open_model(begun).parameters.keys()
     for name in ours["jax"]:
         FLOAT64.check(pairs.error(np.asarray(ours["torch"][name]), np.asarray(ours["jax"][name])), name)
@@ -231,7 +231,8 @@ def test_outputs_of_layers_are_those_of_any_form() -> None:
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     rows = {"tokens": tokens, "positions": tokens % 12, "segments": np.ones_like(tokens)}
     theirs: list[torch.Tensor] = []
-    both.torch.hidden(*map(torch.tensor, rows.values()), outputs=theirs)
+    at, documents = torch.tensor(rows["positions"]), torch.tensor(rows["segments"])
+    both.torch.hidden(torch.tensor(tokens), at, documents, outputs=theirs)
     recomputed = both.jax.clone(config=dataclasses.replace(stacked, remat="full"))
     for decoder in (both.jax, recomputed, unrolled(both.jax)):
         params = both.params if decoder.config.scanned else unstack_layers(both.params, stacked)
@@ -250,7 +251,7 @@ def test_outputs_of_layers_are_those_of_any_form() -> None:
     ids=str,
 )
 def test_eight_devices_are_one(mesh: dict[str, int], hidden: bool, folder: Path, tmp_path: Path) -> None:
-    few: Any = {"train": {"steps": 2, "batch_size": 8}} | ({"distill": HIDDEN, "model": TWO} if hidden else {})
+    few: Any = {"train": {"steps": 2, "batch_size": 8}, **({"distill": HIDDEN, "model": TWO} if hidden else {})}
     names = ["loss", "grad_norm", "divergence"] + ["projection_grad_norm"] * hidden
     rows = []
     for devices, sizes in ((1, {}), (8, mesh)):
@@ -342,7 +343,7 @@ def test_layers_that_do_not_fit(
 
 def test_a_cache_stands_for_its_teacher(folder: Path, tmp_path: Path) -> None:
     """All tokens kept: the losses of the teacher itself to 1e-12; few of them: both frameworks and a stop agree."""
-    begun = {"train": {"init_from": str(folder / "student"), "steps": 6}}
+    begun: dict[str, Any] = {"train": {"init_from": str(folder / "student"), "steps": 6}}
     whole = {"cache": str(tmp_path / "whole"), "cache_size": BYTES.vocab_size}
     few = {"cache": str(tmp_path / "few"), "cache_size": 7}
     for options in (whole, few):

@@ -154,10 +154,10 @@ def _of_states(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., 
     loss_of = functools.partial(states_loss, hard_weight=cfg.distill.hard_weight, block=cfg.train.loss_block)
 
     def loss(whole: Any, rows: Any) -> Any:
-        head, maps = whole
+        (kernel_DV, bias_V), maps = whole
         hidden_BTD, student_states, teacher_states, targets_BT, weights_BT = rows
         states = [States(*pair) for pair in zip(student_states, teacher_states, maps, strict=True)]
-        return loss_of(hidden_BTD, *head, states, targets_BT, weights_BT)
+        return loss_of(hidden_BTD, kernel_DV, bias_V, states, targets_BT, weights_BT)
 
     def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed, student_states = forward_with_layers(student, trained[MODEL], batch, key, ours)

@@ -43,7 +43,8 @@ def _of_states(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
             States(student_states[ours], teacher_states[theirs], maps[name].weight.T.to(student.policy.compute))
             for name, (ours, theirs) in pairs.items()
         ]
-        found = sums_of(loss_of(hidden_BTD, *student.unembedding(), states, batch["targets"], batch["weights"]))
+        kernel_DV, bias_V = student.unembedding()
+        found = sums_of(loss_of(hidden_BTD, kernel_DV, bias_V, states, batch["targets"], batch["weights"]))
         found = with_routing(found, collect(student) if student.config.moes else None)
         return found["loss"], found
 
