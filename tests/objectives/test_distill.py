@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.objectives.distill import distill_loss, hidden_loss
+from jaxlm.objectives.distill import States, distill_loss, hidden_loss, states_loss
 from jaxlm.objectives.teacher import LikeliestTokens, Teacher, divergence, likeliest_tokens
 
 B, T, D, E, V = 2, 12, 5, 4, 9
@@ -112,3 +112,25 @@ def test_hidden_states() -> None:
     distance = np.mean((np.asarray(student[0]) @ np.asarray(projection) - np.asarray(teacher.hidden_BTE)) ** 2, -1)
     result = hidden_loss(student[0], teacher.hidden_BTE, projection, weights)
     np.testing.assert_allclose(result, np.sum(distance * weights), rtol=1e-12)
+
+
+def test_pairs_of_hidden_states_beside_the_target() -> None:
+    """a * nll + (1 - a) * the mean over pairs, and its gradient by the student and both projections."""
+    student, teacher, targets, weights = inputs()
+    random = np.random.default_rng(3)
+    maps = tuple(jnp.asarray(random.standard_normal((D, E))) for _ in range(2))
+    goals = teacher.hidden_BTE, jnp.asarray(random.standard_normal((B, T, E)))
+
+    def ours(student, maps):
+        states = [States(student[0], goal, one) for goal, one in zip(goals, maps, strict=True)]
+        return states_loss(*student, states, targets, weights, hard_weight=0.3, block=8).loss
+
+    def formula(student, maps):
+        logp = jax.nn.log_softmax(student[0] @ student[1] + student[2])
+        nll = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+        apart = [jnp.mean((student[0] @ one - goal) ** 2, -1) for goal, one in zip(goals, maps, strict=True)]
+        return jnp.sum((0.3 * nll + 0.7 * (apart[0] + apart[1]) / 2) * weights)
+
+    both = (jax.tree.leaves(jax.value_and_grad(f, (0, 1))(student, maps)) for f in (ours, formula))
+    for a, b in zip(*both, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
