@@ -86,6 +86,7 @@ def test_eval_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["some/run", "humaneval", "--samples", "5"], "temperature 0 makes 5 equal samples"),
         (["some/run", "humaneval", "--samples", "5", "--temperature", "0.2", "--k", "10"], "pass@10 needs at least 10"),
         (["some/run"], "no task is named"),
+        (["some/run", "humaneval", "--language", "perl"], "No such option: --language"),
         (["some/run", "humaneval", "--sandbox", "bwarp"], "no sandbox 'bwarp'"),
     ],
 )
@@ -94,4 +95,4 @@ def test_mistakes(
 ) -> None:
     assert called(monkeypatch, "eval", *words) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error and len(error.splitlines()) == 1

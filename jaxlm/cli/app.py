@@ -18,7 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -27,6 +27,8 @@ from jaxlm.cli import data, evaluate, launch, plan, rollouts, sandbox, train, us
 from jaxlm.errors import UserError
 from jaxlm.processes.orbax_silence import OrbaxSilence
 
+MISUSE = cast("type[Exception]", typer.BadParameter.__mro__[1])
+"""The parser's errors. They have no public name: typer has a copy of click of its own."""
 TRACEBACK = "JAXLM_TRACEBACK"
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can ever lie there: what the user wrote is wrong
 
@@ -55,7 +57,7 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal of few characters shows \u00e9; none has half a pair
             stream.reconfigure(errors="backslashreplace")
     with speaking():
-        code = _guarded(lambda: app(standalone_mode=True))
+        code = _guarded(lambda: app(standalone_mode=False))
     if code and "jaxlm.processes.meet" in sys.modules:
         sys.modules["jaxlm.processes.meet"].leave(code)
     return code
@@ -90,11 +92,17 @@ class _Lines(logging.Handler):
 
 
 def _guarded(command: Callable[[], Any]) -> int:
+    """Run a command; returns the exit code. `typer.Exit` comes as the number that the command returns."""
     try:
-        command()
+        code = command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except MISUSE as error:
+        return _misused(error)
+    except typer.Abort:
+        print("stopped", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         return 141
     except KeyboardInterrupt:
@@ -106,7 +114,16 @@ def _guarded(command: Callable[[], Any]) -> int:
         return _failed(error, mistake=error.errno in _NO_PATH)
     except Exception as error:  # the one boundary: whatever a library raises is printed in one line
         return _failed(error)
-    return 0
+    return code if isinstance(code, int) else 0
+
+
+def _misused(error: Any) -> int:
+    """Print a command line that the parser refuses in a line; it has printed its help where no verb is named."""
+    if type(error).__name__ != "NoArgsIsHelpError":
+        text = " ".join(error.format_message().split()).removesuffix(".")
+        hint = f" ({error.ctx.command_path} --help)" if error.ctx else ""
+        print(f"error: {text}{hint}", file=sys.stderr)
+    return error.exit_code
 
 
 def _failed(error: Exception, *, mistake: bool = False) -> int:

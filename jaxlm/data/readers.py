@@ -91,6 +91,11 @@ class Source:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     bad: dict[str, UserError] = dataclasses.field(default_factory=dict)
 
+    @property
+    def rows_only(self) -> bool:
+        """True if no document of it is a whole file."""
+        return self.dataset is not None or all(self._row_reader(file) is not None for file in self.files)
+
     def identity(self) -> list[Any]:
         """What must be equal for the content to be taken as unchanged, without reading it.
 

@@ -138,7 +138,8 @@ class Documents:
     """The corpus of `[data]`: an iterable of (side, document), the same on every run.
 
     Raises:
-        UserError: while iterating, when no document is left for training, or a source cannot be read.
+        UserError: repositories are asked for, and a source has rows alone; or see `open_source`. While iterating, when
+            no document is left for training, or a source cannot be read.
     """
 
     def __init__(self, data: Data) -> None:
@@ -147,6 +148,10 @@ class Documents:
         self.where = names
         self._main = [open_source(name, data) for name in names]
         self._held_out = [open_source(data.validation_source, data)] if data.validation_source else []
+        for source in self._sources if data.unit == "repository" else []:
+            if source.rows_only:
+                message = f'data.unit = "repository": {source.where} holds rows, and a repository is a folder of files'
+                raise UserError(message, 'name a folder, or set data.unit = "document"')
 
     @property
     def size(self) -> int:

@@ -45,7 +45,7 @@ def initial_params(cfg: config.Config, tokenizer: Tokenizer, path: str, model: c
     """
     opened = open_model(path)
     where = f"train.init_from = {path!r}" if path == cfg.train.init_from else path
-    _require_same_function(model, opened, where)
+    require_same_function(model, opened, where)
     _require_same_tokenizer(tokenizer, opened, where)
     parameters = with_head(opened.parameters, model, opened.config.model, cfg.seed)
     params = fill(parameters, model)
@@ -60,7 +60,7 @@ def read_params(path: str, model: config.Model, dtype: str, tokenizer: Tokenizer
             tokenizer than `tokenizer`, if that is given.
     """
     opened = open_model(path)
-    _require_same_function(model, opened, path)
+    require_same_function(model, opened, path)
     if tokenizer is not None:
         _require_same_tokenizer(tokenizer, opened, path)
     return cast(fill(opened.parameters, model), np.dtype(dtype))
@@ -130,7 +130,12 @@ def _require_same_tokenizer(tokenizer: Tokenizer, opened: Opened, where: str) ->
         raise UserError(f"{where}: its tokenizer is another than that of [tokenizer]", hint)
 
 
-def _require_same_function(model: config.Model, opened: Opened, where: str) -> None:
+def require_same_function(model: config.Model, opened: Opened, where: str) -> None:
+    """Refuse a model that computes another function than `model`; a head may be new, and RoPE stretched.
+
+    Raises:
+        UserError: names the first option that differs, with both values.
+    """
     before = opened.config.model
     if takes_the_trunk(model, before):
         before = dataclasses.replace(before, head=model.head, classes=model.classes, pooling=model.pooling)
@@ -152,5 +157,6 @@ __all__ = [
     "function_digest",
     "initial_params",
     "read_params",
+    "require_same_function",
     "with_base",
 ]

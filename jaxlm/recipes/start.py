@@ -29,7 +29,7 @@ from jaxlm.run.progress import counting, tell
 from jaxlm.text.sampling import Sampling
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.loop import Engine, FrozenFile, Progress, train
-from jaxlm.train.recipe import BASE, MODEL, Batch, CachingSource, DataSource, Recipe, base_name, digest_of
+from jaxlm.train.recipe import BASE, MODEL, Batch, CachingSource, DataSource, Recipe, Trained, base_name, digest_of
 
 if TYPE_CHECKING:
     from jaxlm.models.decoder import Decoder
@@ -57,26 +57,48 @@ def run(cfg: config.Config, *, resume: bool = False, backend: config.Backend = "
 
 
 def require_models(cfg: config.Config, recipe: Recipe, resume: bool) -> None:
-    """Open every model that the run begins with, before any data is read.
+    """Open every model that the run begins with and compare its function, before any data is read.
 
     Parameters are read of runs with adapters and of PEFT folders alone, which are merged as they are opened.
 
     Raises:
-        UserError: one is not there; says what of the run it is.
+        UserError: one is not there, or computes another function than the run; says what of the run it is.
     """
     computed = {} if recipe.objective.cached is None else recipe.objective.cached.frozen
-    paths = {f"the frozen {name}": tree.path for name, tree in {**computed, **recipe.models.frozen}.items()}
+    frozen = {**computed, **recipe.models.frozen}
+    trees = {f"the frozen {name}": (tree.path, tree.model) for name, tree in frozen.items() if tree.path}
     if not (resume and checkpoint_steps(cfg.out_dir)):  # else the run has its own parameters
-        paths |= {f"the start of {name}": tree.path for name, tree in recipe.models.trained.items()}
-    if not any(paths.values()):
+        begun = {name: tree._replace(path=_begins(cfg, name, tree)) for name, tree in recipe.models.trained.items()}
+        trees |= {f"the start of {name}": (tree.path, tree.model) for name, tree in begun.items() if tree.path}
+    if not trees:
         return
     from jaxlm.convert.open_model import open_model
+    from jaxlm.recipes import init_from
 
-    for what, path in paths.items():
+    for what, (path, model) in trees.items():
         try:
-            _ = path and open_model(path)
+            opened = open_model(path)
+            size = model.vocab_size or opened.config.model.vocab_size  # 0: the tokenizer says it, when it is read
+            model = dataclasses.replace(model, vocab_size=size)
+            init_from.require_same_function(model, opened, _key_of(cfg, path))
         except UserError as error:
             raise UserError(f"{what}: {error.message}", error.hint) from None
+
+
+def _begins(cfg: config.Config, name: str, tree: Trained) -> str:
+    """The path of the model with which a trained tree begins; empty: it is drawn from the seed."""
+    return tree.path or (cfg.train.init_from if name == MODEL else "")
+
+
+def _key_of(cfg: config.Config, path: str) -> str:
+    """The path of a model, with the key of the config that names it."""
+    keys = {
+        "preference.reference": cfg.preference.reference,
+        "rl.value_from": cfg.rl.value_from,
+        "distill.teacher": cfg.distill.teacher,
+        "train.init_from": cfg.train.init_from,
+    }
+    return next((f"{key} = {path!r}" for key, value in keys.items() if value == path), path)
 
 
 def with_base(cfg: config.Config) -> config.Config:
@@ -162,8 +184,7 @@ def give_parameters(
     anew = not (resume and engine.checkpoints())  # a run with a checkpoint has its own parameters
     files: dict[str, FrozenFile] = {}
     layout = init_from.BY_NAME if by_name else init_from.LIVE
-    begins = {name: tree.path for name, tree in recipe.models.trained.items()}
-    begins[MODEL] = begins[MODEL] or cfg.train.init_from
+    begins = {name: _begins(cfg, name, tree) for name, tree in recipe.models.trained.items()}
     for name, tree in recipe.models.trained.items():
         if tree.adapters:
             path = begins.pop(name)

@@ -1,5 +1,6 @@
 """Repositories: what is imported comes first, circles end, names and paths stand in every row."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -132,6 +133,20 @@ def make(tmp_path, **data):
         "train": {"batch_size": 2},
     }
     return toml.from_dict({**tree, "data": {**tree["data"], "validation_fraction": 0.0, "packing": "best_fit"}})
+
+
+def test_rows_are_no_repository(tmp_path):
+    """A file of rows, or a folder of such files alone; rows beside the files of a repository are left to it."""
+    cfg = make(tmp_path)
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "a.jsonl").write_text('{"text": "one"}\n')
+    for source in (rows / "a.jsonl", rows):
+        data = dataclasses.replace(cfg.data, source=str(source))
+        with pytest.raises(UserError, match=r'data\.unit = "repository": .* holds rows, .*data\.unit = "document"'):
+            prepare(dataclasses.replace(cfg, data=data))
+    (rows / "b.py").write_text("import a\n")
+    prepare(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=str(rows))))
 
 
 def test_a_repository_is_a_document(tmp_path):

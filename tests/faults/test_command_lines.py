@@ -53,8 +53,9 @@ def test_a_drawn_command_line_ends_in_a_line(tmp_path_factory, capfd, line):
         patch.delenv("UNSET", raising=False)
         patch.delenv(app.TRACEBACK, raising=False)
         with app.speaking():
-            code = app._guarded(lambda: PROGRAM(line, standalone_mode=True))
+            code = app._guarded(lambda: PROGRAM(line, standalone_mode=False))
     told = capfd.readouterr().err
     assert code in ((0, 2) if "--help" in line else (2,)), (line, code, told)
     assert "Traceback" not in told
     assert told.strip()
+    assert "--help" in line or told.splitlines()[-1].startswith("error: "), told

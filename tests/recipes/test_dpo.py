@@ -348,8 +348,13 @@ def test_references_that_do_not_fit(begun: Path, tmp_path: Path) -> None:
     nowhere = {"data": {"source": "never read"}, "preference": {"reference": str(tmp_path / "nowhere")}}
     with pytest.raises(UserError, match=r"the frozen reference: .*nowhere: no such folder"):
         start.run(dpo_run(begun, tmp_path, **nowhere))
-    with pytest.raises(UserError, match="start: d_model is 32 there and 48 here"):
-        start.run(dpo_run(begun, tmp_path, model={"d_model": 48}, **other))
+    unread = {"data": {"source": "never read"}, "model": {"d_model": 48}}
+    with pytest.raises(
+        UserError, match=r"frozen reference: preference\.reference = .*: d_model is 32 there and 48 here"
+    ):
+        start.run(dpo_run(begun, tmp_path, **unread, **other))
+    with pytest.raises(UserError, match=r"the start of model: train\.init_from = .*: d_model is 32 there and 48 here"):
+        start.run(dpo_run(begun, tmp_path, **unread, preference={"loss": "orpo"}))
     shutil.copytree(begun / "start", tmp_path / "other")
     words = tmp_path / "other" / "tokenizer.json"
     words.write_text(words.read_text().replace('"!"', '"x?"').replace('"?"', '"!"').replace('"x?"', '"?"'))

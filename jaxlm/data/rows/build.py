@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from jaxlm.data.shards import Part, Shard
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 _SAMPLED = 64
 """Rows by which the tokens that carry loss are estimated where a plan cannot tell them."""
 
@@ -40,6 +42,10 @@ def run_rows(
     """
     packed = [source_rows(data, part.shards.train, tokenizer, seed, long_enough(data, part)) for part in parts]
     if not data.mixture:
+        count = parts[0].shards.train.trained_tokens
+        if count < data.seq_len:
+            text = "warning: %d training tokens do not fill one row of %d (data.seq_len): the rest of it is padding"
+            _log.warning(text, count, data.seq_len)
         order = curriculum_of(data, parts[0].shards.train, packed[0], None, 0, batch_size, seed, tokenizer)
         return RunRows([Source("", packed[0], order)]), []
     if not history:
