@@ -120,7 +120,7 @@ def _guarded(command: Callable[[], Any]) -> int:
 def _misused(error: Any) -> int:
     """Print a command line that the parser refuses in a line; it has printed its help where no verb is named."""
     if type(error).__name__ != "NoArgsIsHelpError":
-        text = " ".join(error.format_message().split()).removesuffix(".")
+        text = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
         hint = f" ({error.ctx.command_path} --help)" if error.ctx else ""
         print(f"error: {text}{hint}", file=sys.stderr)
     return error.exit_code

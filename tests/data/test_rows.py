@@ -309,17 +309,6 @@ def test_two_corpora_of_one_name_and_a_corpus_smaller_than_a_row(tree, tmp_path)
         batches(changed(tree, mixture=[one, {"name": "tiny", "source": str(tmp_path / "tiny")}]))
 
 
-def test_one_source_smaller_than_a_row_is_told_in_numbers(tmp_path, caplog):
-    (tmp_path / "x.txt").write_text("few words\n")
-    data = {"source": str(tmp_path / "x.txt"), "seq_len": 96, "validation_fraction": 0.0, "cache_dir": str(tmp_path)}
-    cfg = toml.from_dict({"tokenizer": {"kind": "bytes"}, "data": data})
-    batches(cfg)
-    assert re.findall(r"warning: (\d+) training tokens do not fill one row of 96 ", caplog.text) == ["10"]
-    caplog.clear()
-    batches(toml.from_dict({"tokenizer": {"kind": "bytes"}, "data": {**data, "seq_len": 10}}))
-    assert "do not fill" not in caplog.text
-
-
 def test_a_weight_is_an_override(tree, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(toml.to_toml(toml.from_dict(tree)))

@@ -344,11 +344,11 @@ def test_mistakes_of_labels(begun: Path, tmp_path: Path) -> None:
 
 
 def test_references_that_do_not_fit(begun: Path, tmp_path: Path) -> None:
-    other = {"preference": {"reference": str(begun / "start")}, "train": {"init_from": "", "steps": 1}}
-    nowhere = {"data": {"source": "never read"}, "preference": {"reference": str(tmp_path / "nowhere")}}
+    other: Any = {"preference": {"reference": str(begun / "start")}, "train": {"init_from": "", "steps": 1}}
+    nowhere: Any = {"data": {"source": "never read"}, "preference": {"reference": str(tmp_path / "nowhere")}}
     with pytest.raises(UserError, match=r"the frozen reference: .*nowhere: no such folder"):
         start.run(dpo_run(begun, tmp_path, **nowhere))
-    unread = {"data": {"source": "never read"}, "model": {"d_model": 48}}
+    unread: Any = {"data": {"source": "never read"}, "model": {"d_model": 48}}
     with pytest.raises(
         UserError, match=r"frozen reference: preference\.reference = .*: d_model is 32 there and 48 here"
     ):

@@ -94,6 +94,15 @@ def test_labelled_answers_are_named(tmp_path: Path) -> None:
     assert {row.name(2) for row in report.rows} == {"answer to another prompt"}
 
 
+def test_one_source_smaller_than_a_row_is_told_in_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "x.txt").write_text("few words\n")
+    for seq_len, told in ((96, ["10"]), (10, [])):
+        data = {"source": str(tmp_path / "x.txt"), "seq_len": seq_len, "cache_dir": str(tmp_path / "cache")}
+        caplog.clear()
+        start.inspect_data(config_of(tmp_path, "pretrain", data=data))
+        assert re.findall(rf"warning: (\d+) training tokens do not fill one row of {seq_len} ", caplog.text) == told
+
+
 RL = {"task": "addition(digits=1)", "prompts": 2, "group": 4, "max_new_tokens": 4, "iterations": 2}
 
 
