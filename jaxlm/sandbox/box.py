@@ -175,22 +175,16 @@ class Box:
             return "violation", f"more than {limits.processes} processes"
         if now.threads > limits.threads + 1:
             return "violation", f"more than {limits.threads} threads"
-        return self.disk_excess()
-
-    def disk_excess(self) -> tuple[str, str] | None:
-        """Look how many files and bytes the box has written."""
-        if self.measures:
-            self.usage()
         names, used = self.written
         if self.disk is not None:
             state = os.statvfs(self.disk)
             names, used = state.f_files - state.f_ffree, (state.f_blocks - state.f_bfree) * state.f_frsize
         elif self.folder:
-            used, names = folder_use(self.folder, self.limits.names)
-        if names > self.limits.names:
-            return "violation", f"more than {self.limits.names} files"
-        if used > self.limits.disk_bytes:
-            return "violation", f"more than {self.limits.disk_bytes >> 20} MB in files"
+            used, names = folder_use(self.folder, limits.names)
+        if names > limits.names:
+            return "violation", f"more than {limits.names} files"
+        if used > limits.disk_bytes:
+            return "violation", f"more than {limits.disk_bytes >> 20} MB in files"
         return None
 
     def kill(self) -> int:

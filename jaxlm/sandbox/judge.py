@@ -175,9 +175,8 @@ def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: thread
         spoke = stop.kind == "verdict" or (stop.kind == "ended" and stop.box is tests)
         record = _message(tests) if spoke else {"kind": stop.kind, "text": stop.text}
         if record["kind"] == "passed" and program.ended is False:
-            program.excess()
-            if disk := program.disk_excess():
-                record = {"kind": disk[0], "text": disk[1], "tried": ["file"]}
+            if excess := program.excess():
+                record = {"kind": excess[0], "text": excess[1]}
         if record["kind"] == "gone":
             record = {**record, **_gone(program, watch)}
     return finish(record, name, round(program.seen.cpu_seconds, 2))
@@ -258,12 +257,12 @@ def run_program(
     with closing(Box(backend, interpreter, job, limits)) as box:
         with closing(Watch([box], limits, cancel)) as watch:
             stop = watch.until(None)
-        disk = box.disk_excess() if stop.kind == "ended" else None
+        excess = box.excess() if stop.kind == "ended" else None
         status = box.kill()
         box.drain()
         kind, text = (stop.kind, stop.text) if stop.kind != "ended" else ("finished", ending(status))
-        if disk:
-            kind, text = disk
+        if excess:
+            kind, text = excess
         elif kind == "finished" and status < 0:
             record = from_status(status, box)
             kind, text = record["kind"], record["text"]

@@ -112,7 +112,7 @@ def usage(root: int) -> Usage:
     """Add up a tree of processes."""
     listed = tree(root)
     return Usage(
-        sum(process.cpu_seconds for process in listed),
+        sum((process.cpu_seconds for process in listed), 0.0),
         sum(process.memory for process in listed),
         len(listed),
         max((process.threads for process in listed), default=0),

@@ -24,7 +24,7 @@ from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, l
 from jaxlm.sandbox.backends import Request, container, monty, seatbelt
 from jaxlm.sandbox.battery.escapes import processes_with
 from jaxlm.sandbox.choose import BACKENDS
-from jaxlm.sandbox.inside import frames
+from jaxlm.sandbox.inside import frames, relay
 
 ADD = Tests("assert candidate(1, 2) == 3\nassert candidate(5, b=6) == 11\n", names=("add",))
 SHORT = Limits(cpu_seconds=1.0, idle_seconds=1.0, memory=128 << 20)
@@ -90,7 +90,8 @@ def test_the_command_line_of_a_container(docker: Path, sandbox: Sandbox) -> None
     request = Request(sandbox.interpreter, "python", 32 << 20, 512 << 20, 3, 4)
     words = container.run_command("docker", "python:here", "name", request)
     wanted = ["--network none", "--read-only", "--cap-drop ALL", "--security-opt no-new-privileges", "--rm"]
-    wanted += ["--ulimit nofile=256:256", "--ipc none", "--pids-limit 12", "--pull never", f"--memory {1 << 30}"]
+    wanted += ["--ulimit nofile=256:256", "--ipc none", "--pids-limit 12", "--pull never"]
+    wanted += [f"--memory {576 << 20}", f"--memory-swap {576 << 20}"]
     for option in wanted:
         assert f" {option} " in " ".join(words)
     assert not [word for word in words if word.startswith("--privileged") or "docker.sock" in word]
@@ -147,6 +148,17 @@ def until(true, seconds: float = 60.0) -> bool:
     while not true() and time.monotonic() < end:
         time.sleep(0.02)
     return true()
+
+
+def test_what_the_kernel_ended_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container's control group of either version; elsewhere there is none."""
+    second, first = tmp_path / "memory.events", tmp_path / "memory.oom_control"
+    monkeypatch.setattr(relay, "EVENTS", (str(second), str(first)))
+    assert relay.killed_for_memory() == 0
+    first.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    assert relay.killed_for_memory() == 2
+    second.write_text("low 0\nhigh 0\nmax 7\noom 3\noom_kill 1\noom_group_kill 0\n")
+    assert relay.killed_for_memory() == 1
 
 
 def test_an_engine_that_fails_is_no_verdict(docker: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,47 @@ PROGRAMS = {
 def test_every_kind_of_verdict(kind: str, each_sandbox: Sandbox) -> None:
     verdict = grade(PROGRAMS[kind], ADD, SHORT, each_sandbox)
     assert (verdict.kind, verdict.sandbox) == (kind, each_sandbox.name)
+
+
+MAPPED = "import mmap\nmmap.mmap(-1, SIZE, mmap.MAP_{} | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()"
+INSTANTS = {
+    "copy": "b'x' * SIZE",
+    "private": MAPPED.format("PRIVATE"),
+    "shared": MAPPED.format("SHARED"),
+    "bash": "dd if=/dev/zero of=/dev/null bs=SIZE count=1 || echo refused",
+}
+
+
+@pytest.mark.parametrize("way", INSTANTS)
+def test_the_kernel_refuses_memory_for_an_instant(way: str, each_sandbox: Sandbox) -> None:
+    """One and a half times what is allowed, given back at once: a judge that looks now and then may miss it."""
+    limits = replace(SHORT, memory=64 << 20)
+    program, language = INSTANTS[way].replace("SIZE", str(96 << 20)), "bash" if way == "bash" else "python"
+    if language == "python":
+        program = f"import sys\nsys.excepthook = lambda *error: print('refused')\n{program}"
+    for _ in range(3):
+        ran = run(program, b"", language, limits, each_sandbox)
+        assert (ran.kind, ran.stdout) == ("finished", b"refused\n"), ran
+
+
+def test_threads_take_no_memory_of_a_program(each_sandbox: Sandbox) -> None:
+    """Each that allocates would have an arena of its own, of which 64 MB are reserved."""
+    program = (
+        "import threading\nbarrier = threading.Barrier(8)\n"
+        "def work():\n    barrier.wait()\n    bytes(1000).hex()\n    barrier.wait()\n"
+        "threads = [threading.Thread(target=work) for _ in range(8)]\n[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\nprint(len(b'x' * (300 << 20)))"
+    )
+    ran = run(program, b"", "python", replace(SHORT, cpu_seconds=3.0, memory=512 << 20), each_sandbox)
+    assert (ran.kind, ran.stdout) == ("finished", f"{300 << 20}\n".encode()), ran
+
+
+def test_processes_together_have_no_more_memory(each_sandbox: Sandbox) -> None:
+    """Of a container the kernel counts all; elsewhere they are looked at every 50 ms, so here they stay longer."""
+    program = "for n in 1 2 3; do { dd if=/dev/zero bs=80M count=1 | sleep SECONDS; } & done; wait; echo ESCAPED"
+    program = program.replace("SECONDS", "0" if each_sandbox.name.startswith("container") else "1")
+    ran = run(program, b"", "bash", replace(SHORT, cpu_seconds=3.0), each_sandbox)
+    assert ran.kind == "memory", ran
 
 
 def test_details(sandbox: Sandbox) -> None:

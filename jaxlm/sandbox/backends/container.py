@@ -19,6 +19,8 @@ from jaxlm.sandbox.backends import INSIDE, Backend, Interpreter, Launch, Request
 ENGINES = ("docker", "podman")
 BOX, WORK = "/box", "/jaxlm-work"
 """An image has neither: runc gives a new disk the mode of a folder that lies there already."""
+OWN_MEMORY = 32 << 20
+"""Bytes for the relay, the worker before its program begins, and what the kernel keeps for their processes."""
 CLIENT = Path(__file__).with_name("container_client.py")
 PROCESSES = INSIDE.parent / "processes.py"
 START = f"import sys; sys.path.insert(0, {BOX!r}); from inside import relay; relay.main({WORK!r})"
@@ -66,7 +68,9 @@ def image_number(image: str) -> tuple[str, str]:
 def run_command(program: str, image: str, name: str, request: Request) -> list[str]:
     """The command line of a box."""
     processes = 40 if request.language == "bash" else 12
-    limits = ["--memory", str(2 * request.memory), "--memory-swap", str(2 * request.memory)]
+    # The files of the box lie in memory too, and its first process is ours.
+    memory = str(request.memory + request.disk_bytes + OWN_MEMORY)
+    limits = ["--memory", memory, "--memory-swap", memory]
     # Engines raise these two beyond what they may where they lack the right; the worker lowers them further.
     limits += ["--pids-limit", str(processes), "--ulimit", "nofile=256:256", "--ulimit", "nproc=256:256"]
     rights = ["--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 38, 22, 36
 SECCOMP_MODE_FILTER = 2
+M_ARENA_MAX = -8
 CAPSET = {"x86_64": 126, "aarch64": 91}
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PLACE_OF_PROCESS = (0x7FFFFFFE).to_bytes(4, "little")
@@ -27,14 +28,27 @@ READ = READ_FILE | READ_DIR
 WORK = READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_FIFO | MAKE_SYM | REFER | TRUNCATE
 
 
+def _address_space() -> int:
+    """What a worker has reserved before the program begins, and room for the libraries that it may still load.
+
+    The kernel bounds memory at once, where a judge that looks now and then would miss an instant. It bounds what is
+    reserved, so one arena is made to serve all threads: each further one would reserve 64 MB.
+    """
+    try:
+        call("mallopt", M_ARENA_MAX, 1)
+    except OSError:
+        pass  # another libc, which has no arenas
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + (16 << 20)
+
+
 def limit(limits: dict) -> None:
     """Set the limits of the kernel for this process and its children. A hard limit that is already lower stays."""
     import resource
 
     wanted = {
         "RLIMIT_CPU": (limits["cpu"], limits["cpu"] + 1),
-        # Address space is reserved more than used: the stacks of threads, arenas. The judge watches what is used.
-        "RLIMIT_AS": (limits["memory"] * 2 + (256 << 20),) * 2,
+        "RLIMIT_AS": (_address_space() + limits["memory"],) * 2,
         "RLIMIT_FSIZE": (limits["file_bytes"],) * 2,
         "RLIMIT_NOFILE": (limits["files"],) * 2,
         "RLIMIT_NPROC": (limits["processes"] + limits["threads"] + 1,) * 2,

@@ -17,6 +17,8 @@ from .confine import call
 
 PR_SET_DUMPABLE = 4
 LOOK = 0.05
+EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+"""Of the container's own control group, in version 2 and in version 1."""
 
 
 def main(work: str) -> None:
@@ -31,12 +33,13 @@ def main(work: str) -> None:
     job = wire.decode(come[frames.JOB])
     child, readers, near = _start(job, come[frames.STDIN], far.writes)
     ended: list[int] = []
-    looked = 0.0
+    looked, killed = 0.0, killed_for_memory()
 
     def report() -> None:  # the folder to write in is a disk of its own
         used, disk = processes.usage(child), os.statvfs(".")
         written = disk.f_files - disk.f_ffree, (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-        words = (used.cpu_seconds, used.memory, used.processes, used.threads, int(used.running), *written)
+        memory = used.memory if killed_for_memory() == killed else sys.maxsize
+        words = (used.cpu_seconds, memory, used.processes, used.threads, int(used.running), *written)
         far.send(frames.USAGE, " ".join(map(str, words)).encode() + b"\n")
 
     def tick() -> bool:
@@ -66,6 +69,17 @@ def main(work: str) -> None:
     status = ended[0] if ended else 70
     far.send(frames.ENDED, str(status if status >= 0 else 128 - status).encode())
     os._exit(0)
+
+
+def killed_for_memory() -> int:
+    """Count processes that the kernel has ended because all together took more memory than the container may have."""
+    for file in EVENTS:
+        try:
+            with open(file) as lines:
+                return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        except OSError:
+            continue
+    return 0
 
 
 def _start(job: dict, stdin: bytes, writes: int) -> tuple[int, dict[int, int], dict[int, int]]:
