@@ -67,7 +67,7 @@ def _table(chosen: Any, as_json: bool) -> None:
         backends[name] = reason or weakness(backend, chosen.interpreter) or "holds"
     tried = []
     spoken = [escape for escape in escapes.battery() if escape.language in chosen.backend.languages]
-    for result in escapes.attempt_all(spoken, chosen.backend, chosen.interpreter):
+    for result in escapes.attempt_all(spoken, chosen):
         tried.append(result)
         if sys.stderr.isatty():
             print(f"\r\033[K{len(tried)} escapes tried", end="", file=sys.stderr, flush=True)

@@ -6,7 +6,8 @@ The program lives in one box and the tests in another; between them passes plain
 out. See docs/sandbox.md for what is promised, against whom, and what is not.
 """
 
-from jaxlm.sandbox.choose import Sandbox, choose
+from jaxlm.sandbox.backends import Sandbox
+from jaxlm.sandbox.choose import choose
 from jaxlm.sandbox.pool import grade, grade_many, run
 from jaxlm.sandbox.verdicts import HarnessError, Limits, Ran, Tests, Verdict
 

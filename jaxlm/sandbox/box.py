@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import select
 import signal
 import socket
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.sandbox import leftovers, processes
-from jaxlm.sandbox.backends import Backend, Interpreter, Launch, Request
-from jaxlm.sandbox.inside import wire
+from jaxlm.sandbox import leftovers
+from jaxlm.sandbox.backends import Launch, Request, Sandbox, environment
+from jaxlm.sandbox.inside import processes, wire
 from jaxlm.sandbox.verdicts import HarnessError, Limits
 
 SHELL = "/usr/bin/bash" if os.path.exists("/usr/bin/bash") else "/bin/bash"
@@ -28,19 +30,13 @@ class Job(NamedTuple):
     stdin: bytes = b""
 
 
-def environment(work: str, language: str) -> dict[str, str]:
-    """The whole environment of a box."""
-    names = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": work}
-    return {**names, "PYTHONHASHSEED": "0"} if language == "python" else names
-
-
 class Box:
     """A process that runs the worker in isolation, with pipes for what it prints and a socket for its state."""
 
-    def __init__(self, backend: Backend, interpreter: Interpreter, job: Job, limits: Limits) -> None:
+    def __init__(self, sandbox: Sandbox, job: Job, limits: Limits) -> None:
         """Start a box. Raises: HarnessError where the isolation does not start."""
         self.limits = limits.for_language(job.language)
-        self.folder = None if backend.owns_files else leftovers.own_folder()
+        self.folder = None if sandbox.backend.owns_files else leftovers.own_folder()
         self.output = {"stdout": bytearray(), "stderr": bytearray()}
         self.printed = 0
         self.ready = self.ended = False
@@ -49,18 +45,21 @@ class Box:
         self.seen = processes.Usage(0.0, 0, 0, 0, True)
         self.written = (0, 0)  # files and bytes, as the backend last reported
         leftovers.sweep()
-        self._start(backend, interpreter, job)
+        self._start(sandbox, job)
 
-    def _start(self, backend: Backend, interpreter: Interpreter, job: Job) -> None:
+    def _start(self, sandbox: Sandbox, job: Job) -> None:
         self.status, theirs = socket.socketpair()
         self.info, info = os.pipe()
-        readers = {"stdout": os.pipe(), "stderr": os.pipe()}
+        (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+        self.readers = {"stdout": out, "stderr": err}
+        for number in self.readers.values():
+            os.set_blocking(number, False)
         # The job names its own descriptor's neighbours, so the file is made first and written when all is known.
         job_file = wire.memory_file(leftovers.owner(), b"")
         request = Request(
-            interpreter, job.language, self.limits.disk_bytes, self.limits.memory, job_file, info, self.folder
+            sandbox.interpreter, job.language, self.limits.disk_bytes, self.limits.memory, job_file, info, self.folder
         )
-        launch = backend.launch(request)
+        launch = sandbox.backend.launch(request)
         os.write(job_file, wire.encode(self._job(job, launch, theirs.fileno())))
         os.lseek(job_file, 0, os.SEEK_SET)
         stdin = wire.memory_file("stdin", job.stdin)
@@ -71,45 +70,27 @@ class Box:
             self.process = subprocess.Popen(
                 launch.command,
                 stdin=stdin,
-                stdout=readers["stdout"][1],
-                stderr=readers["stderr"][1],
-                env=environment(launch.work, job.language) if launch.environment is None else launch.environment,
+                stdout=stdout,
+                stderr=stderr,
+                env=launch.environment or environment(launch.work, job.language),
                 pass_fds=kept,
                 start_new_session=True,
                 cwd="/",
             )
         except OSError as error:
-            for number in (self.info, *(ends[0] for ends in readers.values())):
-                os.close(number)
-            self.status.close()
+            self._release()
             raise HarnessError(f"the box does not start: {error}") from None
         finally:
             theirs.close()
-            for number in {job_file, stdin, info, readers["stdout"][1], readers["stderr"][1], *launch.keep}:
+            for number in {job_file, stdin, info, stdout, stderr, *launch.keep}:
                 os.close(number)
-        self.readers = {name: ends[0] for name, ends in readers.items()}
-        for number in self.readers.values():
-            os.set_blocking(number, False)
 
     def _job(self, job: Job, launch: Launch, status: int) -> dict:
         limits = {name: value for name, value in dataclasses.asdict(self.limits).items() if isinstance(value, int)}
         limits["cpu"] = max(1, -int(-self.limits.cpu_seconds // 1))
-        return {
-            **job.texts,
-            **job.pipes,
-            "role": job.role,
-            "language": job.language,
-            "status": status,
-            "limits": limits,
-            "work": launch.work,
-            "box": launch.box,
-            "readable": list(launch.readable),
-            "filters": list(launch.filters),
-            "landlock": dict(launch.landlock) if launch.landlock else None,
-            "supervise": launch.supervise,
-            "shell": SHELL,
-            "environment": environment(launch.work, "bash"),
-        }
+        own = {name: getattr(launch, name) for name in ("work", "box", "readable", "filters", "landlock", "supervise")}
+        own |= {"role": job.role, "language": job.language, "status": status, "limits": limits}
+        return {**job.texts, **job.pipes, **own, "shell": SHELL, "environment": environment(launch.work, "bash")}
 
     def greet(self) -> None:
         """Read the worker's first word and let it go. Raises: HarnessError if the box is not as it must be."""
@@ -203,6 +184,9 @@ class Box:
     def close(self) -> None:
         """Kill, and remove everything that the box wrote."""
         self.kill()
+        self._release()
+
+    def _release(self) -> None:
         self.status.close()
         for number in (self.info, *self.readers.values(), *([] if self.disk is None else [self.disk])):
             os.close(number)
@@ -216,21 +200,15 @@ def _kill_and_wait(number: int) -> None:
 
     Its descriptor reports when the kernel has ended all the others.
     """
-    import select
-
-    try:
+    with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(number)
-    except ProcessLookupError:
-        return
-    try:
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        poll.poll(10_000)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(handle)
+        try:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            poll.poll(10_000)
+        finally:
+            os.close(handle)
 
 
 def folder_use(folder: Path, enough: int) -> tuple[int, int]:

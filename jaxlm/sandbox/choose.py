@@ -12,30 +12,17 @@ import json
 import os
 import platform
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.sandbox import interpreter
-from jaxlm.sandbox.backends import Backend, Interpreter, bare, bwrap, container, landlock, monty, seatbelt
+from jaxlm.sandbox.backends import Backend, Interpreter, Sandbox, bare, bwrap, container, landlock, monty, seatbelt
 from jaxlm.sandbox.battery import escapes
 from jaxlm.sandbox.verdicts import HarnessError
 
 BACKENDS = {one.BACKEND.name: one.BACKEND for one in (bwrap, landlock, seatbelt, monty, bare)}
 """From the strongest to the weakest; `none` is never taken unless it is named, and a container has its image's name."""
 CONTAINER = "container:"
-
-
-@dataclass(frozen=True)
-class Sandbox:
-    """An isolation that holds here, with the Python for its boxes."""
-
-    backend: Backend
-    interpreter: Interpreter
-
-    @property
-    def name(self) -> str:
-        return self.backend.name
 
 
 def kept_results() -> Path:
@@ -60,7 +47,7 @@ def weakness(backend: Backend, python: Interpreter) -> str:
         escaped = list(json.loads(file.read_text())["escaped"])
     except (OSError, ValueError, KeyError):
         try:
-            tried = escapes.attempt_quick(backend, python)
+            tried = escapes.attempt_quick(Sandbox(backend, python))
         except HarnessError as error:
             return str(error)
         escaped = [one.escape.name for one in tried if one.succeeded]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
-from jaxlm.sandbox.backends import Backend, Interpreter
+from jaxlm.sandbox.backends import Sandbox
 from jaxlm.sandbox.box import Box, Job
 from jaxlm.sandbox.inside import answer, bash_tests, confine, wire, worker
 from jaxlm.sandbox.inside import tests as tests_role
@@ -132,12 +132,7 @@ class Watch:
 
 
 def judge(
-    program: str,
-    tests: Tests,
-    limits: Limits,
-    backend: Backend,
-    interpreter: Interpreter,
-    cancel: threading.Event | None = None,
+    program: str, tests: Tests, limits: Limits, sandbox: Sandbox, cancel: threading.Event | None = None
 ) -> Verdict:
     """Run tests against a program, each in a box of its own.
 
@@ -147,9 +142,9 @@ def judge(
     Raises: HarnessError where the isolation or the tests themselves fail; Cancelled.
     """
     if not isinstance(program, str) or len(program) > MAX_PROGRAM:
-        return Verdict("syntax", f"a program of more than {MAX_PROGRAM >> 20} MB, or no text", {}, backend.name)
-    if backend.judge:
-        return backend.judge(program, tests, limits, cancel)
+        return Verdict("syntax", f"a program of more than {MAX_PROGRAM >> 20} MB, or no text", {}, sandbox.name)
+    if sandbox.backend.judge:
+        return sandbox.backend.judge(program, tests, limits, cancel)
     with ExitStack() as stack:
         ask, ask_in, reply, reply_in = pipes = [*os.pipe(), *os.pipe()]
         texts = {"program": program, "classes": list(tests.classes)}
@@ -159,11 +154,11 @@ def judge(
             Job("tests", tests.language, code, {"requests": ask_in, "replies": reply}),
         ]
         try:
-            boxes = [stack.enter_context(closing(Box(backend, interpreter, job, limits))) for job in jobs]
+            boxes = [stack.enter_context(closing(Box(sandbox, job, limits))) for job in jobs]
         finally:
             for number in pipes:
                 os.close(number)
-        return _verdict(boxes[0], boxes[1], limits, backend.name, cancel)
+        return _verdict(boxes[0], boxes[1], limits, sandbox.name, cancel)
 
 
 def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: threading.Event | None) -> Verdict:
@@ -174,9 +169,8 @@ def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: thread
         # The tests' process ends right after its verdict, so its end may be seen first.
         spoke = stop.kind == "verdict" or (stop.kind == "ended" and stop.box is tests)
         record = _message(tests) if spoke else {"kind": stop.kind, "text": stop.text}
-        if record["kind"] == "passed" and program.ended is False:
-            if excess := program.excess():
-                record = {"kind": excess[0], "text": excess[1]}
+        if record["kind"] == "passed" and not program.ended and (excess := program.excess()):
+            record = {"kind": excess[0], "text": excess[1]}
         if record["kind"] == "gone":
             record = {**record, **_gone(program, watch)}
     return finish(record, name, round(program.seen.cpu_seconds, 2))
@@ -242,19 +236,13 @@ def finish(record: dict, name: str, cpu_seconds: float) -> Verdict:
 
 
 def run_program(
-    program: str,
-    stdin: bytes,
-    language: str,
-    limits: Limits,
-    backend: Backend,
-    interpreter: Interpreter,
-    cancel: threading.Event | None = None,
+    program: str, stdin: bytes, language: str, limits: Limits, sandbox: Sandbox, cancel: threading.Event | None = None
 ) -> Ran:
     """Run a whole program in a box. Raises: HarnessError, Cancelled."""
-    if backend.run:
-        return backend.run(program, stdin, limits, cancel)
+    if sandbox.backend.run:
+        return sandbox.backend.run(program, stdin, limits, cancel)
     job = Job("run", language, {"program": program}, {}, stdin)
-    with closing(Box(backend, interpreter, job, limits)) as box:
+    with closing(Box(sandbox, job, limits)) as box:
         with closing(Watch([box], limits, cancel)) as watch:
             stop = watch.until(None)
         excess = box.excess() if stop.kind == "ended" else None
@@ -267,4 +255,4 @@ def run_program(
             record = from_status(status, box)
             kind, text = record["kind"], record["text"]
         output = {name: bytes(data) for name, data in box.output.items()}
-        return Ran(kind, status, output["stdout"], output["stderr"], text, backend.name, round(box.seen.cpu_seconds, 2))
+        return Ran(kind, status, output["stdout"], output["stderr"], text, sandbox.name, round(box.seen.cpu_seconds, 2))

@@ -5,6 +5,7 @@ Both bear the number of their judge and its place, and the next judge of the sam
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -30,14 +31,10 @@ def _place() -> str:
     A process keeps its namespace as long as it lives.
     The first namespace has the same number on every Linux, and machines may share a folder for temporary files.
     """
-    try:
+    number, booted = 0, ""
+    with contextlib.suppress(OSError):  # a Mac has neither
         number = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        number = 0
-    try:
         booted = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        booted = ""
     return f"{number}.{hashlib.sha256(f'{platform.node()} {booted}'.encode()).hexdigest()[:16]}"
 
 

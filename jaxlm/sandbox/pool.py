@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from jaxlm.sandbox.choose import Sandbox, choose
+from jaxlm.sandbox.backends import Sandbox
+from jaxlm.sandbox.choose import choose
 from jaxlm.sandbox.judge import judge, run_program
 from jaxlm.sandbox.verdicts import Limits, Ran, Tests, Verdict
 
@@ -25,7 +26,7 @@ def grade(program: str, tests: Tests, limits: Limits | None = None, sandbox: San
     Raises: HarnessError where the judge itself fails; UserError where nothing isolates.
     """
     sandbox = sandbox or choose()
-    return judge(program, tests, limits or Limits(), sandbox.backend, sandbox.interpreter)
+    return judge(program, tests, limits or Limits(), sandbox)
 
 
 def run(
@@ -37,7 +38,7 @@ def run(
 ) -> Ran:
     """Run one whole program in a box. Raises: HarnessError, UserError."""
     sandbox = sandbox or choose()
-    return run_program(program, stdin, language, limits or Limits(), sandbox.backend, sandbox.interpreter)
+    return run_program(program, stdin, language, limits or Limits(), sandbox)
 
 
 Work = tuple[str, Tests, Limits]
@@ -56,15 +57,14 @@ def grade_many(work: Iterable[Work], sandbox: Sandbox | None = None, workers: in
     Raises: HarnessError, UserError.
     """
     sandbox = sandbox or choose()
-    workers = (
-        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
-    )
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or processors or 1
     cancel = threading.Event()
     waiting: deque[Future[Verdict]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
     try:
         for program, tests, limits in work:
-            waiting.append(pool.submit(judge, program, tests, limits, sandbox.backend, sandbox.interpreter, cancel))
+            waiting.append(pool.submit(judge, program, tests, limits, sandbox, cancel))
             while len(waiting) >= 4 * workers or (waiting and waiting[0].done()):
                 yield waiting.popleft().result()
         while waiting:

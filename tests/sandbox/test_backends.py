@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, leftovers, processes, run
+from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, leftovers, run
 from jaxlm.sandbox.backends import Request, container, monty, seatbelt
 from jaxlm.sandbox.battery.escapes import processes_with
 from jaxlm.sandbox.choose import BACKENDS
-from jaxlm.sandbox.inside import frames, relay
+from jaxlm.sandbox.inside import frames, processes, relay
 
 ADD = Tests("assert candidate(1, 2) == 3\nassert candidate(5, b=6) == 11\n", names=("add",))
 SHORT = Limits(cpu_seconds=1.0, idle_seconds=1.0, memory=128 << 20)

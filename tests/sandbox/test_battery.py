@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.sandbox import HarnessError, Sandbox, choose
-from jaxlm.sandbox.backends import Backend, Interpreter, bwrap, landlock
+from jaxlm.sandbox.backends import bwrap, landlock
 from jaxlm.sandbox.battery import escapes
 from jaxlm.sandbox.choose import BACKENDS
 
@@ -31,13 +31,13 @@ def test_the_battery_is_data() -> None:
 
 
 def test_the_quick_battery_holds(each_sandbox: Sandbox) -> None:
-    tried = escapes.attempt_quick(each_sandbox.backend, each_sandbox.interpreter)
+    tried = escapes.attempt_quick(each_sandbox)
     assert len(tried) >= 12 and not [result.escape.name for result in tried if result.succeeded]
 
 
 @pytest.mark.soak
 def test_the_whole_battery_holds(each_sandbox: Sandbox) -> None:
-    tried = list(escapes.attempt_all(escapes.battery(), each_sandbox.backend, each_sandbox.interpreter))
+    tried = list(escapes.attempt_all(escapes.battery(), each_sandbox))
     assert [result for result in tried if result.succeeded] == []
 
 
@@ -67,7 +67,7 @@ def test_the_quick_battery_finds_a_planted_hole(hole: str, seen: set[str], sandb
     if sandbox.name != "bwrap":
         pytest.skip("the hole is planted into bubblewrap")
     backend = dataclasses.replace(bwrap.BACKEND, launch=open_launch(hole))
-    tried = escapes.attempt_quick(backend, sandbox.interpreter)
+    tried = escapes.attempt_quick(Sandbox(backend, sandbox.interpreter))
     assert seen <= {result.escape.name for result in tried if result.succeeded}
 
 
@@ -81,7 +81,7 @@ def test_landlock_without_its_rules_is_noticed(sandbox: Sandbox) -> None:
 
     reads = next(escape for escape in escapes.battery() if escape.name == "file/secret.py")
     backend = dataclasses.replace(landlock.BACKEND, launch=launch)
-    assert escapes.attempt(reads, backend, sandbox.interpreter).succeeded
+    assert escapes.attempt(reads, Sandbox(backend, sandbox.interpreter)).succeeded
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +100,11 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_that_does_not_hold_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def quick(backend: Backend, python: Interpreter) -> list[escapes.Tried]:
-        asked.append(backend.name)
-        if backend.name == "seatbelt":
+    def quick(tried: Sandbox) -> list[escapes.Tried]:
+        asked.append(tried.name)
+        if tried.name == "seatbelt":
             raise HarnessError("the box did not start: no such profile")
-        return [escapes.Tried(escape, backend.name == "bwrap", "") for escape in escapes.battery(quick=True)[:1]]
+        return [escapes.Tried(escape, tried.name == "bwrap", "") for escape in escapes.battery(quick=True)[:1]]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is known of this machine
     monkeypatch.setattr(escapes, "attempt_quick", quick)

@@ -260,7 +260,7 @@ def test_a_machine_too_busy_is_no_verdict(sandbox: Sandbox, monkeypatch: pytest.
 def test_a_box_that_does_not_start_is_no_verdict(sandbox: Sandbox) -> None:
     broken = sandbox.interpreter._replace(executable="/usr/bin/false")
     with pytest.raises(HarnessError, match="did not start"):
-        judge.judge(PROGRAMS["passed"], ADD, SHORT, sandbox.backend, broken)
+        judge.judge(PROGRAMS["passed"], ADD, SHORT, Sandbox(sandbox.backend, broken))
 
 
 def test_none_must_be_named() -> None:

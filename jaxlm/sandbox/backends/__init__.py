@@ -46,7 +46,7 @@ class Launch:
     """The folder that holds the package `inside`, by its name inside."""
     readable: tuple[str, ...] = ()
     filters: tuple[bytes, ...] = ()
-    landlock: Mapping[str, object] | None = None
+    landlock: dict[str, object] | None = None
     supervise: bool = False
     reports: bool = False
     """The backend writes the number of the first process inside to `Request.info`."""
@@ -82,8 +82,26 @@ class Backend:
     """Which interpreter it brings of its own, for results that are kept."""
 
 
+@dataclass(frozen=True)
+class Sandbox:
+    """An isolation, with the Python for its boxes."""
+
+    backend: Backend
+    interpreter: Interpreter
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+
 INSIDE = Path(__file__).parents[1] / "inside"
 START = "import sys; sys.path.insert(0, {box!r}); from inside import worker; worker.main({job})"
+
+
+def environment(work: str, language: str) -> dict[str, str]:
+    """The whole environment of a box."""
+    names = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": work}
+    return {**names, "PYTHONHASHSEED": "0"} if language == "python" else names
 
 
 def python_command(interpreter: Interpreter, box: str, job: int) -> list[str]:

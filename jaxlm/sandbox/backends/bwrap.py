@@ -115,9 +115,8 @@ def explain(message: str) -> str:
     """Say what stands behind bubblewrap's own message, and what to do."""
     restricted = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
     if restricted.exists() and restricted.read_text().strip() == "1":
-        hint = (
-            "AppArmor refuses user namespaces: sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a profile"
-        )
+        switch = "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+        hint = f"AppArmor refuses user namespaces: {switch}, or a profile"
     elif Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         hint = "this container refuses namespaces: start it with --security-opt seccomp=unconfined, or use landlock"
     else:

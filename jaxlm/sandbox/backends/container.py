@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxlm.sandbox.backends import INSIDE, Backend, Interpreter, Launch, Request, seccomp
+from jaxlm.sandbox.backends import INSIDE, Backend, Interpreter, Launch, Request, environment, seccomp
 
 ENGINES = ("docker", "podman")
 BOX, WORK = "/box", "/jaxlm-work"
@@ -22,7 +22,6 @@ BOX, WORK = "/box", "/jaxlm-work"
 OWN_MEMORY = 32 << 20
 """Bytes for the relay, the worker before its program begins, and what the kernel keeps for their processes."""
 CLIENT = Path(__file__).with_name("container_client.py")
-PROCESSES = INSIDE.parent / "processes.py"
 START = f"import sys; sys.path.insert(0, {BOX!r}); from inside import relay; relay.main({WORK!r})"
 
 
@@ -67,40 +66,25 @@ def image_number(image: str) -> tuple[str, str]:
 
 def run_command(program: str, image: str, name: str, request: Request) -> list[str]:
     """The command line of a box."""
-    processes = 40 if request.language == "bash" else 12
     # The files of the box lie in memory too, and its first process is ours.
     memory = str(request.memory + request.disk_bytes + OWN_MEMORY)
-    limits = ["--memory", memory, "--memory-swap", memory]
+    limits = ["--memory", memory, "--memory-swap", memory, "--pids-limit", "40" if request.language == "bash" else "12"]
     # Engines raise these two beyond what they may where they lack the right; the worker lowers them further.
-    limits += ["--pids-limit", str(processes), "--ulimit", "nofile=256:256", "--ulimit", "nproc=256:256"]
-    rights = ["--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    limits += ["--ulimit", "nofile=256:256", "--ulimit", "nproc=256:256"]
     # The kernel counts processes by user, whatever their container: each box draws one, beyond those of people.
-    rights += [
-        "--user",
-        f"{20_000 + secrets.randbelow(40_000)}:65534",
-        "--ipc",
-        "none",
-        "--hostname",
-        "box",
-        "--pull",
-        "never",
-    ]
-    # Podman knows no limit of files, and lays disks to write on /tmp and so on, however read-only the rest is.
+    rights = ["--user", f"{20_000 + secrets.randbelow(40_000)}:65534", "--cap-drop", "ALL"]
+    rights += ["--security-opt", "no-new-privileges", "--network", "none", "--ipc", "none", "--hostname", "box"]
+    # Podman knows no limit of files, fills a new disk, and lays disks to write on /tmp and so on.
+    disk = f"{WORK}:rw,nosuid,nodev,size={request.disk_bytes},mode=1777,"
     podman = is_podman(program)
-    files = ["--tmpfs", f"{WORK}:rw,nosuid,nodev,size={request.disk_bytes},mode=1777,"]
-    files[-1] += "notmpcopyup" if podman else "nr_inodes=1025"
+    files = ["--tmpfs", disk + ("notmpcopyup" if podman else "nr_inodes=1025"), "--read-only"]
     files += ["--read-only-tmpfs=false"] if podman else []
-    files += ["-v", f"{INSIDE}:{BOX}/inside:ro", "-v", f"{PROCESSES}:{BOX}/processes.py:ro", "--workdir", "/"]
-    names = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "TZ": "UTC",
-        "HOME": WORK,
-        "PYTHONHASHSEED": "0",
-    }
+    files += ["-v", f"{INSIDE}:{BOX}/inside:ro", "--workdir", "/"]
+    names = {**environment(WORK, "python"), "PATH": "/usr/local/bin:/usr/bin:/bin"}
     given = [word for key, value in names.items() for word in ("--env", f"{key}={value}")]
     start = ["--entrypoint", "python3", image, "-s", "-S", "-P", "-B", "-c", START]
-    return [program, "run", "--rm", "--interactive", "--name", name, *limits, *rights, *files, *given, *start]
+    begin = [program, "run", "--rm", "--interactive", "--pull", "never", "--name", name]
+    return [*begin, *limits, *rights, *files, *given, *start]
 
 
 def of(image: str) -> tuple[Backend, Interpreter]:

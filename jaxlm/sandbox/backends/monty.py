@@ -164,11 +164,7 @@ def _failed(link: _Program, error: Any) -> Verdict:
     if link.ended:
         return link.ended.verdict
     kind, inner = _cause(error)
-    if (
-        inner is not None
-        and link.raised is not None
-        and (type(inner), str(inner)) == (type(link.raised), str(link.raised))
-    ):
+    if link.raised is not None and (type(inner), str(inner)) == (type(link.raised), str(link.raised)):
         return Verdict("exception", str(inner)[:300], {"call": link.last, "type": type(inner).__name__}, NAME)
     if isinstance(inner, AssertionError):
         return Verdict("failed", str(inner)[:300], {"call": link.last}, NAME)

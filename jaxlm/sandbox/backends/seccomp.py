@@ -83,18 +83,8 @@ Landlock does not cover them, so its boxes refuse them; a box with its own mount
 
 OWN_PROCESS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 PROGRAMS = ("fork", "vfork", "execve", "execveat")
-CONDITIONAL = (
-    *OWN_PROCESS,
-    *PROGRAMS,
-    *SHARED_ONLY,
-    "tkill",
-    "clone",
-    "clone3",
-    "prlimit64",
-    "prctl",
-    "ioctl",
-    "socketpair",
-)
+BY_ARGUMENT = ("tkill", "clone", "clone3", "prlimit64", "prctl", "ioctl", "socketpair")
+CONDITIONAL = {*OWN_PROCESS, *PROGRAMS, *SHARED_ONLY, *BY_ARGUMENT}
 
 PROCESS = 0x7FFFFFFE
 """Stands for the number of the box's own process; the worker puts the number in (`confine.PLACE_OF_PROCESS`)."""
@@ -122,9 +112,18 @@ def _argument(index: int, high: bool = False) -> bytes:
     return _step(_LOAD, _ARGUMENTS + 8 * index + 4 * high)
 
 
-def _when(number: int, body: bytes) -> bytes:
-    """Run `body`, which must return, if the call has this number. The number is in the accumulator before and after."""
-    return _step(_EQUAL, number, 0, len(body) // 8) + body
+def _start(machine: str) -> bytes:
+    """Kill a program of another architecture, whose numbers mean other calls, and load the number of the call."""
+    head = _step(_LOAD, _ARCHITECTURE) + _step(_EQUAL, ARCHITECTURES[machine], 1, 0) + _step(_RETURN, _KILL)
+    return head + _step(_LOAD, _NUMBER)
+
+
+def _calls(machine: str, bodies: dict[str, bytes]) -> bytes:
+    """Run the body of a call, which must return; the number of the call is in the accumulator before and after."""
+    numbers = {getattr(NUMBERS[name], machine): body for name, body in bodies.items()}
+    return b"".join(
+        _step(_EQUAL, number, 0, len(body) // 8) + body for number, body in numbers.items() if number is not None
+    )
 
 
 def base_filter(machine: str = "", shared: bool = False) -> bytes:
@@ -139,14 +138,11 @@ def base_filter(machine: str = "", shared: bool = False) -> bytes:
     """
     machine = machine or NAMES.get(platform.machine(), platform.machine())
     allow = _step(_RETURN, _ALLOW)
-    program = _step(_LOAD, _ARCHITECTURE) + _step(_EQUAL, ARCHITECTURES[machine], 1, 0) + _step(_RETURN, _KILL)
-    program += _step(_LOAD, _NUMBER) + _step(_AT_LEAST, FIRST_UNKNOWN, 0, 1) + _refuse(errno.ENOSYS)
+    program = _start(machine) + _step(_AT_LEAST, FIRST_UNKNOWN, 0, 1) + _refuse(errno.ENOSYS)
     refused = [name for name in NUMBERS if name not in CONDITIONAL or (shared and name in SHARED_ONLY)]
-    for number in _known(machine, refused):
-        program += _when(number, _refuse())
-    # glibc asks clone3 first; its flags lie in memory, where a filter cannot look. Without it glibc takes clone.
-    program += _when(NUMBERS["clone3"][_column(machine)] or 0, _refuse(errno.ENOSYS))
     rules = {
+        # glibc asks clone3 first; its flags lie in memory, where a filter cannot look. Without it glibc takes clone.
+        "clone3": _refuse(errno.ENOSYS),
         "clone": _argument(0) + _step(_ANY_BIT, CLONE_NAMESPACES, 0, 1) + _refuse() + allow,
         "prctl": _argument(0) + _step(_EQUAL, PR_SET_PDEATHSIG, 0, 1) + _refuse() + allow,
         "ioctl": _argument(1) + _step(_EQUAL, TIOCSTI, 1, 0) + _step(_EQUAL, TIOCLINUX, 0, 1) + _refuse() + allow,
@@ -155,29 +151,14 @@ def base_filter(machine: str = "", shared: bool = False) -> bytes:
     if shared:  # the worker has set its limits before; asking for them stays allowed
         asking = _argument(2, high=True) + _step(_EQUAL, 0, 0, 1) + allow + _refuse()
         rules["prlimit64"] = _argument(2) + _step(_EQUAL, 0, 1, 0) + _refuse() + asking
-    for name, body in rules.items():
-        program += _when(NUMBERS[name][_column(machine)] or 0, body)
-    return program + allow
+    return program + _calls(machine, {**dict.fromkeys(refused, _refuse()), **rules}) + allow
 
 
 def alone_filter(process: int, machine: str = "") -> bytes:
     """Make the filter of a Python answer: threads, but no process, no program, and no signal to any other process."""
     machine = machine or NAMES.get(platform.machine(), platform.machine())
     allow = _step(_RETURN, _ALLOW)
-    program = _step(_LOAD, _ARCHITECTURE) + _step(_EQUAL, ARCHITECTURES[machine], 1, 0) + _step(_RETURN, _KILL)
-    program += _step(_LOAD, _NUMBER)
-    for number in _known(machine, [*PROGRAMS, "tkill"]):
-        program += _when(number, _refuse())
-    clone = _argument(0) + _step(_ANY_BIT, CLONE_THREAD, 1, 0) + _refuse() + allow
-    program += _when(NUMBERS["clone"][_column(machine)] or 0, clone)
-    for number in _known(machine, OWN_PROCESS):
-        program += _when(number, _argument(0) + _step(_EQUAL, process, 1, 0) + _refuse() + allow)
-    return program + allow
-
-
-def _column(machine: str) -> int:
-    return 0 if machine == "x86_64" else 1
-
-
-def _known(machine: str, names: list[str] | tuple[str, ...]) -> list[int]:
-    return [number for name in names if (number := NUMBERS[name][_column(machine)]) is not None]
+    own = _argument(0) + _step(_EQUAL, process, 1, 0) + _refuse() + allow
+    bodies = {**dict.fromkeys([*PROGRAMS, "tkill"], _refuse()), **dict.fromkeys(OWN_PROCESS, own)}
+    bodies["clone"] = _argument(0) + _step(_ANY_BIT, CLONE_THREAD, 1, 0) + _refuse() + allow
+    return _start(machine) + _calls(machine, bodies) + allow

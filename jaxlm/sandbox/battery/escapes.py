@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.sandbox.backends import Backend, Interpreter
+from jaxlm.sandbox.backends import Sandbox
 from jaxlm.sandbox.judge import judge, run_program
 from jaxlm.sandbox.verdicts import Limits, Ran, Tests
 
@@ -158,21 +158,21 @@ def processes_with(mark: str) -> list[int]:
     return listed
 
 
-def attempt(escape: Escape, backend: Backend, interpreter: Interpreter, limits: Limits = LIMITS) -> Tried:
+def attempt(escape: Escape, sandbox: Sandbox, limits: Limits = LIMITS) -> Tried:
     """Run one escape in a box and look from outside whether it succeeded."""
     outside = Outside()
     source = outside.fill(escape.source, limits)
     try:
         if escape.sign == "verdict":
-            verdict = judge(source, CHEATED, limits, backend, interpreter)
+            verdict = judge(source, CHEATED, limits, sandbox)
             return Tried(escape, verdict.passed, f"{verdict.kind}: {verdict.text}")
-        ran = run_program(source, b"", escape.language, limits, backend, interpreter)
+        ran = run_program(source, b"", escape.language, limits, sandbox)
         if escape.sign == "twice":
-            ran = run_program(source, b"", escape.language, limits, backend, interpreter)
+            ran = run_program(source, b"", escape.language, limits, sandbox)
         if escape.sign == "survivor":
             time.sleep(0.05)
         # An interpreter without an operating system ends most programs by an exception instead of a limit.
-        ended = backend.lower_bound and (ran.kind != "finished" or ran.status != 0)
+        ended = sandbox.backend.lower_bound and (ran.kind != "finished" or ran.status != 0)
         succeeded = not (escape.sign.startswith("ends") and ended) and _succeeded(escape, ran, outside)
         return Tried(escape, succeeded, f"{ran.kind}: {_last_line(ran)}")
     finally:
@@ -201,8 +201,7 @@ def _last_line(ran: Ran) -> str:
 
 def attempt_all(
     escapes: list[Escape],
-    backend: Backend,
-    interpreter: Interpreter,
+    sandbox: Sandbox,
     limits: Limits = LIMITS,
     workers: int = 2,
     done: Callable[[Tried], None] | None = None,
@@ -211,13 +210,13 @@ def attempt_all(
     alone = [escape for escape in escapes if escape.sign == "leftover"]
     with ThreadPoolExecutor(workers) as pool:
         together = [escape for escape in escapes if escape not in alone]
-        yield from pool.map(lambda escape: attempt(escape, backend, interpreter, limits), together)
+        yield from pool.map(lambda escape: attempt(escape, sandbox, limits), together)
     for escape in alone:
-        yield attempt(escape, backend, interpreter, limits)
+        yield attempt(escape, sandbox, limits)
 
 
-def attempt_quick(backend: Backend, interpreter: Interpreter) -> list[Tried]:
+def attempt_quick(sandbox: Sandbox) -> list[Tried]:
     """Try the quick battery. Raises: HarnessError, where boxes do not start."""
     limits = replace(LIMITS, memory=64 << 20)
-    escapes = [escape for escape in battery(quick=True) if escape.language in backend.languages]
-    return list(attempt_all(escapes, backend, interpreter, limits, workers=4))
+    escapes = [escape for escape in battery(quick=True) if escape.language in sandbox.backend.languages]
+    return list(attempt_all(escapes, sandbox, limits, workers=4))

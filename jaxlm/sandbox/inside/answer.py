@@ -76,15 +76,11 @@ class Program:
         """Run the program's top level."""
         try:
             worker.execute(source, worker.ANSWER_FILE, self.namespace)
-        except SyntaxError as error:
-            if _line(error) == 0:  # no frame of the program, so it is the program itself that does not compile
-                return encode(("syntax", str(error.msg)[:MAX_TEXT], error.lineno or 0))
-            return raised(error, self.tried)
-        except ValueError as error:
-            if _line(error) == 0:  # NUL in the text
-                return encode(("syntax", _text(error), 0))
-            return raised(error, self.tried)
         except BaseException as error:
+            # Without a frame of the program it is the program itself that does not compile; a ValueError is for NUL.
+            if isinstance(error, SyntaxError | ValueError) and _line(error) == 0:
+                text, line = (error.msg, error.lineno) if isinstance(error, SyntaxError) else (_text(error), 0)
+                return encode(("syntax", str(text)[:MAX_TEXT], line or 0))
             return raised(error, self.tried)
         return encode(("loaded",))
 

@@ -34,7 +34,7 @@ def _address_space() -> int:
     The kernel bounds memory at once, where a judge that looks now and then would miss an instant. It bounds what is
     reserved, so one arena is made to serve all threads: each further one would reserve 64 MB.
     """
-    try:
+    try:  # noqa: SIM105 - contextlib would cost a box more than it saves here
         call("mallopt", M_ARENA_MAX, 1)
     except OSError:
         pass  # another libc, which has no arenas
@@ -48,23 +48,20 @@ def limit(limits: dict) -> None:
 
     wanted = {
         "RLIMIT_CPU": (limits["cpu"], limits["cpu"] + 1),
-        "RLIMIT_AS": (_address_space() + limits["memory"],) * 2,
         "RLIMIT_FSIZE": (limits["file_bytes"],) * 2,
         "RLIMIT_NOFILE": (limits["files"],) * 2,
-        "RLIMIT_NPROC": (limits["processes"] + limits["threads"] + 1,) * 2,
-        "RLIMIT_STACK": (8 << 20,) * 2,
-        "RLIMIT_CORE": (0, 0),
-        "RLIMIT_MEMLOCK": (0, 0),
-        "RLIMIT_MSGQUEUE": (0, 0),
+        **dict.fromkeys(["RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE"], (0, 0)),
     }
+    if sys.platform != "darwin":
+        wanted["RLIMIT_AS"] = (_address_space() + limits["memory"],) * 2
+        wanted["RLIMIT_NPROC"] = (limits["processes"] + limits["threads"] + 1,) * 2
+        wanted["RLIMIT_STACK"] = (8 << 20,) * 2
     for name, (soft, hard) in wanted.items():
-        number = getattr(resource, name, None)
-        if number is None or (sys.platform == "darwin" and name in {"RLIMIT_AS", "RLIMIT_STACK", "RLIMIT_NPROC"}):
-            continue
-        ceiling = resource.getrlimit(number)[1]
-        if ceiling != resource.RLIM_INFINITY:
-            soft, hard = min(soft, ceiling), min(hard, ceiling)
-        resource.setrlimit(number, (soft, hard))
+        if (number := getattr(resource, name, None)) is not None:
+            ceiling = resource.getrlimit(number)[1]
+            if ceiling != resource.RLIM_INFINITY:
+                soft, hard = min(soft, ceiling), min(hard, ceiling)
+            resource.setrlimit(number, (soft, hard))
 
 
 def call(name: str, *arguments: int | bytes) -> int:
@@ -136,26 +133,17 @@ def _supervise(status: int) -> None:
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         return
     kept = os.dup(status)
-    for number in range(3, 1024):
-        if number != kept:
-            try:
-                os.close(number)
-            except OSError:
-                continue
+    os.closerange(3, kept)
+    os.closerange(kept + 1, 1024)
     judge, code = select.poll(), 70
     judge.register(kept, select.POLLHUP)
     os.dup2(os.open("/dev/null", os.O_RDWR), 1)
     os.dup2(1, 2)
     ended = False
-    while not ended:
-        ended = bool(judge.poll(20))
-        while True:
-            process, state = os.waitpid(-1, os.WNOHANG)
-            if process == child:
-                code = os.waitstatus_to_exitcode(state)
-                ended = True
-            if process == 0 or ended:
-                break
+    while not ended and not judge.poll(20):
+        while not ended and (waited := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended := waited[0] == child:
+                code = os.waitstatus_to_exitcode(waited[1])
     _kill_children(signal.SIGKILL)
     os._exit(code if code >= 0 else 128 - code)
 

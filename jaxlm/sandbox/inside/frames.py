@@ -31,17 +31,8 @@ class Ends:
 
     def first(self) -> tuple[int, bytes]:
         """Wait for one frame, and leave those behind it. Raises: EOFError."""
-        head = self._exactly(5)
-        return head[0], self._exactly(int.from_bytes(head[1:], "little"))
-
-    def _exactly(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            part = os.read(self.reads, size - len(data))
-            if not part:
-                raise EOFError("the other side is gone")
-            data += part
-        return bytes(data)
+        head = wire.read_exactly(self.reads, 5)
+        return head[0], wire.read_exactly(self.reads, int.from_bytes(head[1:], "little"))
 
     def receive(self) -> list[tuple[int, bytes]]:
         """Read what is there. Returns the frames that are whole; `open` is false at the end."""

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 
-from . import frames, wire
+from . import frames, processes, wire
 from .confine import call
 
 PR_SET_DUMPABLE = 4
@@ -24,9 +24,6 @@ EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_cont
 def main(work: str) -> None:
     """Receive the job, start the worker in the folder `work`, carry until it has ended, and end with its status."""
     os.chdir(work)
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    import processes  # pyright: ignore[reportMissingImports]
-
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     far = frames.Ends(0, os.dup(1))
     come = dict([far.first(), far.first()])
@@ -106,12 +103,8 @@ def _start(job: dict, stdin: bytes, writes: int) -> tuple[int, dict[int, int], d
         os.dup2(text, 0)
         os.dup2(out[1], 1)
         os.dup2(err[1], 2)
-        for descriptor in (text, out[1], err[1], writes, *readers, *near.values()):
-            if descriptor not in (0, 1, 2, *inherited, number):
-                try:
-                    os.close(descriptor)
-                except OSError:
-                    continue  # closed before: the status is both read and written
+        for descriptor in {text, out[1], err[1], writes, *readers, *near.values()} - {0, 1, 2, number, *inherited}:
+            os.close(descriptor)
         from . import worker
 
         worker.main(number)

@@ -87,14 +87,12 @@ class Link:
         self.last_call, self.last_result = f"{name}({', '.join(words)})"[: 2 * MAX_SHOWN], ""
         try:
             request = encode((operation, name, list(arguments), named), _number)
-        except NotPlain as error:
-            raise self.end(
-                "harness_error", text=f"the tests pass an argument that is not plain data: {error}"
-            ) from None
-        self.calls += 1
-        try:
+            self.calls += 1
             self.channel.send(request)
-        except (BrokenPipeError, ConnectionError):
+        except NotPlain as error:
+            text = f"the tests pass an argument that is not plain data: {error}"
+            raise self.end("harness_error", text=text) from None
+        except ConnectionError:
             raise self.end("gone") from None
         kind, *rest = self.reply()
         if kind == "returned" and len(rest) in (1, 2):
@@ -205,15 +203,8 @@ def from_exception(job: dict, link: Link, error: BaseException) -> dict:
         return {"kind": "memory", "call": link.last_call, "text": "in the tests"}
     if link.calls == 0:
         return {"kind": "harness_error", "text": f"the tests raised {type(error).__name__}: {shown(str(error))}"}
-    text = f"in the tests: {shown(str(error))}"
-    return {
-        "kind": "exception",
-        "call": link.last_call,
-        "type": type(error).__name__,
-        "text": text,
-        "line": 0,
-        "tried": [],
-    }
+    details = {"call": link.last_call, "type": type(error).__name__, "text": f"in the tests: {shown(str(error))}"}
+    return {"kind": "exception", **details}
 
 
 def main(job: dict) -> None:

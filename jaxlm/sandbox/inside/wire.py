@@ -318,6 +318,17 @@ def read_all(number: int) -> bytes:
     return b"".join(parts)
 
 
+def read_exactly(number: int, size: int) -> bytes:
+    """Read so many bytes of a descriptor. Raises: EOFError, when the other side is gone."""
+    data = bytearray()
+    while len(data) < size:
+        part = os.read(number, min(size - len(data), 1 << 20))
+        if not part:
+            raise EOFError("the other side is gone")
+        data += part
+    return bytes(data)
+
+
 def write_all(number: int, data: bytes | bytearray) -> None:
     """Write everything. Raises: OSError, when the other side is gone."""
     rest = memoryview(data)
@@ -351,22 +362,10 @@ class Channel:
 
     def receive(self) -> bytes | None:
         """Receive an encoded message, or None when the other side is gone. Raises: BadMessage."""
-        head = self._exactly(4)
-        if head is None:
+        try:
+            size = int.from_bytes(read_exactly(self.reads, 4), "little")
+            if size > MAX_BYTES + 1024:
+                raise BadMessage("a message longer than allowed")
+            return read_exactly(self.reads, size)
+        except (ConnectionError, EOFError):
             return None
-        size = int.from_bytes(head, "little")
-        if size > MAX_BYTES + 1024:
-            raise BadMessage("a message longer than allowed")
-        return self._exactly(size)
-
-    def _exactly(self, size: int) -> bytes | None:
-        data = bytearray()
-        while len(data) < size:
-            try:
-                part = os.read(self.reads, min(size - len(data), 1 << 20))
-            except ConnectionError:
-                return None
-            if not part:
-                return None
-            data += part
-        return bytes(data)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.sandbox import Sandbox, processes
+from jaxlm.sandbox import Sandbox
+from jaxlm.sandbox.inside import processes
 
 TESTS = "def check(candidate):\n    assert candidate(2.5) == 2\n    assert candidate(-0.5) == -1\n"
 ROW = {"prompt": "from math import floor\n\n\ndef down(x):\n", "entry_point": "down", "test": TESTS}
