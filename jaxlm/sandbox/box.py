@@ -56,9 +56,7 @@ class Box:
             os.set_blocking(number, False)
         # The job names its own descriptor's neighbours, so the file is made first and written when all is known.
         job_file = wire.memory_file(leftovers.owner(), b"")
-        request = Request(
-            sandbox.interpreter, job.language, self.limits.disk_bytes, self.limits.memory, job_file, info, self.folder
-        )
+        request = Request(sandbox.interpreter, job.language, self.limits, job_file, info, self.folder)
         launch = sandbox.backend.launch(request)
         os.write(job_file, wire.encode(self._job(job, launch, theirs.fileno())))
         os.lseek(job_file, 0, os.SEEK_SET)

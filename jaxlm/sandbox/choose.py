@@ -92,8 +92,7 @@ def _named(name: str, python: Interpreter) -> tuple[Backend, Interpreter]:
 
 
 def _way_out() -> str:
+    here = "--sandbox container:python:3.12-slim, with docker or podman"
     if sys.platform == "linux":
-        return (
-            "pip install 'jaxlm[sandbox]', allow user namespaces, or use a container; `--sandbox none` isolates nothing"
-        )
-    return "--sandbox container:python:3.12-slim, with docker or podman; `--sandbox none` isolates nothing"
+        here = "pip install 'jaxlm[sandbox]', allow user namespaces, or use a container"
+    return f"{here}; `--sandbox none` isolates nothing"

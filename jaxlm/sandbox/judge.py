@@ -143,6 +143,7 @@ def judge(
     """
     if not isinstance(program, str) or len(program) > MAX_PROGRAM:
         return Verdict("syntax", f"a program of more than {MAX_PROGRAM >> 20} MB, or no text", {}, sandbox.name)
+    sandbox.must_speak(tests.language)
     if sandbox.backend.judge:
         return sandbox.backend.judge(program, tests, limits, cancel)
     with ExitStack() as stack:
@@ -239,6 +240,7 @@ def run_program(
     program: str, stdin: bytes, language: str, limits: Limits, sandbox: Sandbox, cancel: threading.Event | None = None
 ) -> Ran:
     """Run a whole program in a box. Raises: HarnessError, Cancelled."""
+    sandbox.must_speak(language)
     if sandbox.backend.run:
         return sandbox.backend.run(program, stdin, limits, cancel)
     job = Job("run", language, {"program": program}, {}, stdin)

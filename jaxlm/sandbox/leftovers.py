@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
+import secrets
 import signal
 import stat
 import tempfile
@@ -94,20 +94,19 @@ def end_orphans() -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder whatever its permissions and depth: every subfolder is first moved to the top."""
-    moved = 0
-    while True:
-        subfolders = [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
-        if not subfolders:
-            break
-        for path in subfolders:
-            os.chmod(path, stat.S_IRWXU)
-            for entry in list(os.scandir(path)):
-                if entry.is_dir(follow_symlinks=False):
-                    moved += 1
-                    os.chmod(entry.path, stat.S_IRWXU)
-                    os.rename(entry.path, folder / f"moved-{moved}-{os.getpid()}")
-                else:
-                    os.unlink(entry.path)
+    """Remove a folder whatever its permissions and depth: every subfolder is moved to the top before it is emptied."""
+    waiting, moved = [str(folder)], 0
+    name = secrets.token_hex(8)  # a program may know our process number, but not this
+    while waiting:
+        path = waiting.pop()
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                moved += 1
+                waiting.append(f"{folder}/{name}-{moved}")
+                os.chmod(entry.path, stat.S_IRWXU)
+                os.rename(entry.path, waiting[-1])
+            else:
+                os.unlink(entry.path)
+        if path != str(folder):
             os.rmdir(path)
-    shutil.rmtree(folder)
+    os.rmdir(folder)

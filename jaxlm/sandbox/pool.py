@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from jaxlm.sandbox.backends import Sandbox
@@ -44,7 +44,9 @@ def run(
 Work = tuple[str, Tests, Limits]
 
 
-def grade_many(work: Iterable[Work], sandbox: Sandbox | None = None, workers: int = 0) -> Iterator[Verdict]:
+def grade_many(
+    work: Iterable[Work], sandbox: Sandbox | None = None, workers: int = 0
+) -> Generator[Verdict, None, None]:
     """Judge many programs, several at a time.
 
     Verdicts come in the order of the work. Whoever stops asking (an exception, Ctrl-C) ends all boxes within a moment.

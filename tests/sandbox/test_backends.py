@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,7 +55,7 @@ elif words[0] == 'run':
 
 
 @pytest.fixture(params=["Docker version 28.0, build 0"])
-def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox, request) -> Path:
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox, request) -> Iterator[Path]:
     """Put a stand-in for docker on the path. Returns the file of its command lines."""
     log, program = tmp_path / "log.jsonl", tmp_path / "bin" / "docker"
     program.parent.mkdir()
@@ -87,7 +88,7 @@ def test_a_box_in_a_container(docker: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line_of_a_container(docker: Path, sandbox: Sandbox) -> None:
-    request = Request(sandbox.interpreter, "python", 32 << 20, 512 << 20, 3, 4)
+    request = Request(sandbox.interpreter, "python", Limits(), 3, 4)
     words = container.run_command("docker", "python:here", "name", request)
     wanted = ["--network none", "--read-only", "--cap-drop ALL", "--security-opt no-new-privileges", "--rm"]
     wanted += ["--ulimit nofile=256:256", "--ipc none", "--pids-limit 12", "--pull never"]
@@ -202,7 +203,7 @@ def test_the_profile_of_seatbelt(sandbox: Sandbox, tmp_path: Path) -> None:
     """Text only: everything is refused first, brackets close, every parameter is given, nothing wide is allowed."""
     roots = ("/opt/python", "/opt/library")
     python = sandbox.interpreter._replace(roots=roots)
-    made = seatbelt.launch(Request(python, "python", 1, 1, 3, 4, tmp_path))
+    made = seatbelt.launch(Request(python, "python", Limits(), 3, 4, tmp_path))
     text = made.command[2]
     rules = "\n".join(line.partition(";")[0] for line in text.splitlines())
     assert rules.split("\n")[0] == "(version 1)" and rules.index("(deny default)") < rules.index("(allow")
@@ -294,6 +295,8 @@ def test_monty_gives_lower_bounds() -> None:
     assert there.backend.lower_bound
     with pytest.raises(HarnessError, match="runs no bash"):
         grade(":", Tests("candidate", ("f",), language="bash"), SHORT, there)
+    with pytest.raises(HarnessError, match="monty runs no bash"):
+        run("x=1", b"", "bash", SHORT, there)
     with pytest.raises(HarnessError, match="never called"):
         grade(kinds["passed"], Tests("assert True", ("add",)), SHORT, there)
 

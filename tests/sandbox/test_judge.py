@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -78,6 +79,15 @@ def test_processes_together_have_no_more_memory(each_sandbox: Sandbox) -> None:
     program = program.replace("SECONDS", "0" if each_sandbox.name.startswith("container") else "1")
     ran = run(program, b"", "bash", replace(SHORT, cpu_seconds=3.0), each_sandbox)
     assert ran.kind == "memory", ran
+
+
+def test_folders_by_the_names_of_the_judge(each_sandbox: Sandbox) -> None:
+    """A program made the folders to which the judge moved others before it removed them: the judge raised."""
+    names = "[os.makedirs(f'{name}/x/y') for n in range(1, 40) for name in (f'moved-{n}-{os.getppid()}', f'a{n}')]"
+    before = set(Path(tempfile.gettempdir()).glob(f"jaxlm-box-{os.getpid()}-*"))
+    ran = run(f"import os\n{names}\nprint('made')", b"", "python", SHORT, each_sandbox)
+    assert (ran.kind, ran.stdout) == ("finished", b"made\n"), ran
+    assert set(Path(tempfile.gettempdir()).glob(f"jaxlm-box-{os.getpid()}-*")) == before
 
 
 def test_details(sandbox: Sandbox) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.sandbox.verdicts import Limits, Ran, Tests, Verdict
+from jaxlm.sandbox.verdicts import HarnessError, Limits, Ran, Tests, Verdict
 
 
 class Interpreter(NamedTuple):
@@ -25,8 +25,7 @@ class Request:
 
     interpreter: Interpreter
     language: str
-    disk_bytes: int
-    memory: int
+    limits: Limits
     job: int
     """Descriptor that holds the job."""
     info: int
@@ -92,6 +91,11 @@ class Sandbox:
     @property
     def name(self) -> str:
         return self.backend.name
+
+    def must_speak(self, language: str) -> None:
+        """Refuse a language that cannot run here. Raises: HarnessError."""
+        if language not in self.backend.languages:
+            raise HarnessError(f"{self.name} runs no {language}")
 
 
 INSIDE = Path(__file__).parents[1] / "inside"

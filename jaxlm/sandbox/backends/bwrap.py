@@ -83,7 +83,7 @@ def launch(request: Request) -> Launch:
     command = [program(), *namespaces, "--unshare-cgroup-try", "--uid", "65534", "--gid", "65534", "--hostname", "box"]
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     command += ["--disable-userns"] if "--disable-userns" in _options() else []
-    command += _mounts(request.interpreter.roots, request.disk_bytes)
+    command += _mounts(request.interpreter.roots, request.limits.disk_bytes)
     command += ["--seccomp", str(rules), "--info-fd", str(request.info)]
     return Launch(
         command=(*command, "--", *python_command(request.interpreter, BOX, request.job)),

@@ -67,7 +67,7 @@ def image_number(image: str) -> tuple[str, str]:
 def run_command(program: str, image: str, name: str, request: Request) -> list[str]:
     """The command line of a box."""
     # The files of the box lie in memory too, and its first process is ours.
-    memory = str(request.memory + request.disk_bytes + OWN_MEMORY)
+    memory = str(request.limits.memory + request.limits.disk_bytes + OWN_MEMORY)
     limits = ["--memory", memory, "--memory-swap", memory, "--pids-limit", "40" if request.language == "bash" else "12"]
     # Engines raise these two beyond what they may where they lack the right; the worker lowers them further.
     limits += ["--ulimit", "nofile=256:256", "--ulimit", "nproc=256:256"]
@@ -75,7 +75,7 @@ def run_command(program: str, image: str, name: str, request: Request) -> list[s
     rights = ["--user", f"{20_000 + secrets.randbelow(40_000)}:65534", "--cap-drop", "ALL"]
     rights += ["--security-opt", "no-new-privileges", "--network", "none", "--ipc", "none", "--hostname", "box"]
     # Podman knows no limit of files, fills a new disk, and lays disks to write on /tmp and so on.
-    disk = f"{WORK}:rw,nosuid,nodev,size={request.disk_bytes},mode=1777,"
+    disk = f"{WORK}:rw,nosuid,nodev,size={request.limits.disk_bytes},mode=1777,"
     podman = is_podman(program)
     files = ["--tmpfs", disk + ("notmpcopyup" if podman else "nr_inodes=1025"), "--read-only"]
     files += ["--read-only-tmpfs=false"] if podman else []

@@ -18,9 +18,8 @@ PROFILE = Path(__file__).with_name("seatbelt.sb")
 
 def profile(roots: tuple[str, ...]) -> str:
     """The profile, with leave to read the folders of the interpreter."""
-    rules = [
-        f'(allow file-read* file-map-executable (subpath (param "ROOT_{number}")))' for number in range(len(roots))
-    ]
+    allow = '(allow file-read* file-map-executable (subpath (param "ROOT_{}")))'
+    rules = [allow.format(number) for number in range(len(roots))]
     return "\n".join([PROFILE.read_text(encoding="utf-8"), *rules])
 
 

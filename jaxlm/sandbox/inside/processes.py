@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,24 +88,15 @@ def listed_by_ps() -> dict[int, Process]:
     return found
 
 
-def _tree_by_ps(root: int) -> list[Process]:
-    known = listed_by_ps()
-    numbers = [root] if root in known else []
-    for number in numbers:  # grows as it is walked
-        numbers += [one.number for one in known.values() if one.parent == number]
-    return [known[number] for number in numbers]
-
-
 def tree(root: int) -> list[Process]:
     """A process and all that descend from it."""
-    if not os.path.exists("/proc/self/stat"):
-        return _tree_by_ps(root)
+    known = None if os.path.exists("/proc/self/stat") else listed_by_ps()
     listed, waiting = [], [root]
     while waiting:
         number = waiting.pop()
-        if process := read_process(number):
+        if process := read_process(number) if known is None else known.get(number):
             listed.append(process)
-            waiting += children(number)
+            waiting += children(number) if known is None else [n for n, one in known.items() if one.parent == number]
     return listed
 
 
@@ -127,8 +119,6 @@ def kill_descendants(root: int, seconds: float = 5.0) -> None:
     while (listed := [process.number for process in tree(root) if process.number != root]) and time.monotonic() < end:
         for wanted in (signal.SIGSTOP, signal.SIGKILL):
             for number in listed:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(number, wanted)
-                except ProcessLookupError:
-                    continue
         time.sleep(0.005)

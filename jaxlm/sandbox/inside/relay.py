@@ -29,7 +29,7 @@ def main(work: str) -> None:
     come = dict([far.first(), far.first()])
     job = wire.decode(come[frames.JOB])
     child, readers, near = _start(job, come[frames.STDIN], far.writes)
-    ended: list[int] = []
+    ended: int | None = None
     looked, killed = 0.0, killed_for_memory()
 
     def report() -> None:  # the folder to write in is a disk of its own
@@ -40,20 +40,17 @@ def main(work: str) -> None:
         far.send(frames.USAGE, " ".join(map(str, words)).encode() + b"\n")
 
     def tick() -> bool:
-        nonlocal looked
+        nonlocal ended, looked
         if time.monotonic() - looked > LOOK:
             looked = time.monotonic()
             report()
-        while not ended:
-            number, state = os.waitpid(-1, os.WNOHANG)
-            if number == 0:
-                return False
-            if number == child:
-                ended.append(os.waitstatus_to_exitcode(state))
-        return True
+        while ended is None and (waited := os.waitpid(-1, os.WNOHANG))[0]:
+            if waited[0] == child:
+                ended = os.waitstatus_to_exitcode(waited[1])
+        return ended is not None
 
     frames.carry(far, readers, near, tick=tick, wait=0.01)
-    if not ended:
+    if ended is None:
         os.kill(child, signal.SIGKILL)
     for number, channel in readers.items():  # what the worker wrote before it ended
         os.set_blocking(number, False)
@@ -63,7 +60,7 @@ def main(work: str) -> None:
         except OSError:
             continue
     report()
-    status = ended[0] if ended else 70
+    status = 70 if ended is None else ended
     far.send(frames.ENDED, str(status if status >= 0 else 128 - status).encode())
     os._exit(0)
 
