@@ -101,10 +101,8 @@ class Box:
         if self.reports:
             text = os.read(self.info, 4096).decode()
             self.first = int(text.partition('"child-pid":')[2].strip().split(",")[0].split("\n")[0])
-            try:
+            with contextlib.suppress(OSError):
                 self.disk = os.open(f"/proc/{self.first}/root/work", os.O_PATH | os.O_DIRECTORY)
-            except OSError:
-                self.disk = None
         if self.measures:
             os.set_blocking(self.info, False)
         self.ready = True
@@ -124,18 +122,13 @@ class Box:
     def drain(self) -> bool:
         """Read what was printed. Returns whether it is too much."""
         for name, number in list(self.readers.items()):
-            while True:
-                try:
-                    part = os.read(number, 1 << 16)
-                except BlockingIOError:
-                    break
-                if not part:
-                    os.close(self.readers.pop(name))
-                    break
-                self.printed += len(part)
-                self.output[name] += part[: max(0, self.limits.output - len(self.output[name]))]
-                if self.printed > self.limits.output:
-                    return True
+            with contextlib.suppress(BlockingIOError):
+                while part := os.read(number, 1 << 16):
+                    self.printed += len(part)
+                    self.output[name] += part[: max(0, self.limits.output - len(self.output[name]))]
+                    if self.printed > self.limits.output:
+                        return True
+                os.close(self.readers.pop(name))
         return False
 
     def excess(self) -> tuple[str, str] | None:
@@ -146,24 +139,22 @@ class Box:
         self.seen = now._replace(cpu_seconds=max(now.cpu_seconds, before.cpu_seconds))
         self.seen = self.seen._replace(running=now.running or now.cpu_seconds > before.cpu_seconds)
         limits, own = self.limits, 2 if self.first or self.folder else 1
-        if now.cpu_seconds > limits.cpu_seconds:
-            return "cpu_time", f"more than {limits.cpu_seconds:g} s of processor time"
-        if now.memory > limits.memory:
-            return "memory", f"more than {limits.memory >> 20} MB in use"
-        if now.processes > limits.processes + own:
-            return "violation", f"more than {limits.processes} processes"
-        if now.threads > limits.threads + 1:
-            return "violation", f"more than {limits.threads} threads"
         names, used = self.written
         if self.disk is not None:
             state = os.statvfs(self.disk)
             names, used = state.f_files - state.f_ffree, (state.f_blocks - state.f_bfree) * state.f_frsize
         elif self.folder:
             used, names = folder_use(self.folder, limits.names)
-        if names > limits.names:
-            return "violation", f"more than {limits.names} files"
-        if used > limits.disk_bytes:
-            return "violation", f"more than {limits.disk_bytes >> 20} MB in files"
+        for kind, value, bound, text in (
+            ("cpu_time", now.cpu_seconds, limits.cpu_seconds, f"{limits.cpu_seconds:g} s of processor time"),
+            ("memory", now.memory, limits.memory, f"{limits.memory >> 20} MB in use"),
+            ("violation", now.processes - own, limits.processes, f"{limits.processes} processes"),
+            ("violation", now.threads - 1, limits.threads, f"{limits.threads} threads"),
+            ("violation", names, limits.names, f"{limits.names} files"),
+            ("violation", used, limits.disk_bytes, f"{limits.disk_bytes >> 20} MB in files"),
+        ):
+            if value > bound:
+                return kind, f"more than {text}"
         return None
 
     def kill(self) -> int:

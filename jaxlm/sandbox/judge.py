@@ -117,13 +117,11 @@ class Watch:
             raise HarnessError(f"no end after {self.limits.wall_seconds:g} s: this machine is too busy to judge")
         return None
 
-    def until(self, messages: Box | None, seconds: float = float("inf")) -> Stop:
+    def until(self, messages: Box | None) -> Stop:
         """Watch until there is a reason to stop."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if stop := self.step(messages):
-                return stop
-        return Stop("silent")
+        while not (stop := self.step(messages)):
+            continue
+        return stop
 
     def close(self) -> None:
         self.selector.close()
@@ -178,14 +176,13 @@ def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: thread
 
 
 def _message(box: Box) -> dict:
-    parts = []
-    while part := box.status.recv(1 << 16):
-        parts.append(part)
-    if not parts:
+    with box.status.makefile("rb") as file:
+        message = file.read()
+    if not message:
         status = box.kill()
         return {**from_status(status, box), "text": f"in the tests: {ending(status)}"}
     try:
-        record = wire.decode(b"".join(parts)[4:])
+        record = wire.decode(message[4:])
     except wire.BadMessage as error:
         raise HarnessError(f"the tests' process ended without a verdict: {error}") from None
     if type(record) is not dict or record.get("kind") not in (*KINDS, "gone", "harness_error"):
@@ -207,6 +204,8 @@ def _gone(box: Box, watch: Watch) -> dict:
 
 def from_status(status: int, box: Box) -> dict:
     """Turn the way a box ended into a verdict."""
+    if excess := box.excess():
+        return {"kind": excess[0], "text": excess[1]}
     if status == -signal.SIGXCPU or (status == -signal.SIGKILL and box.seen.cpu_seconds > 0.5 * box.limits.cpu_seconds):
         return {"kind": "cpu_time", "text": f"more than {box.limits.cpu_seconds:g} s of processor time"}
     if status == -signal.SIGSYS:
@@ -247,14 +246,12 @@ def run_program(
     with closing(Box(sandbox, job, limits)) as box:
         with closing(Watch([box], limits, cancel)) as watch:
             stop = watch.until(None)
-        excess = box.excess() if stop.kind == "ended" else None
         status = box.kill()
         box.drain()
-        kind, text = (stop.kind, stop.text) if stop.kind != "ended" else ("finished", ending(status))
-        if excess:
-            kind, text = excess
-        elif kind == "finished" and status < 0:
+        kind, text = stop.kind, stop.text
+        if kind == "ended":
             record = from_status(status, box)
-            kind, text = record["kind"], record["text"]
-        output = {name: bytes(data) for name, data in box.output.items()}
-        return Ran(kind, status, output["stdout"], output["stderr"], text, sandbox.name, round(box.seen.cpu_seconds, 2))
+            kind = "finished" if record["kind"] == "crashed" and status >= 0 else record["kind"]
+            text = record["text"]
+        out, err = bytes(box.output["stdout"]), bytes(box.output["stderr"])
+        return Ran(kind, status, out, err, text, sandbox.name, round(box.seen.cpu_seconds, 2))

@@ -60,8 +60,8 @@ def image_number(image: str) -> tuple[str, str]:
         return "", reason
     command = [program, "image", "inspect", "--format", "{{.Id}}", image]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = asked.stdout.strip()
-    return (found, "") if asked.returncode == 0 and found else ("", f"no image {image!r} here: {program} pull {image}")
+    number = "" if asked.returncode else asked.stdout.strip()
+    return number, "" if number else f"no image {image!r} here: {program} pull {image}"
 
 
 def run_command(program: str, image: str, name: str, request: Request) -> list[str]:

@@ -21,16 +21,14 @@ def launch(request: Request) -> Launch:
     """Describe a box of Landlock."""
     work, box, bash = str(request.folder), str(INSIDE.parent), request.language == "bash"
     readable = (*request.interpreter.roots, *SYSTEM)
-    filters = [seccomp.base_filter(shared=True)]
-    if not bash:
-        filters.append(seccomp.alone_filter(seccomp.PROCESS))
+    alone = () if bash else (seccomp.alone_filter(seccomp.PROCESS),)
     rules = {"readable": list(readable), "work": work, "devices": list(DEVICES), "programs": bash}
     return Launch(
         command=tuple(python_command(request.interpreter, box, request.job)),
         work=work,
         box=box,
         readable=(*readable, "/dev"),
-        filters=tuple(filters),
+        filters=(seccomp.base_filter(shared=True), *alone),
         landlock=rules,
         supervise=bash,
     )

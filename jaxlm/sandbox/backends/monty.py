@@ -85,11 +85,8 @@ def _cause(error: Any) -> tuple[str, BaseException | None]:
 class _Program:
     """A loaded program, called by the tests."""
 
-    def __init__(self, session: Any, limits: Limits, cancel: threading.Event | None) -> None:
-        import pydantic_monty
-
-        self.session, self.limits, self.cancel = session, limits, cancel
-        self.printed = pydantic_monty.CollectString(limits.output)
+    def __init__(self, session: Any, limits: Limits, cancel: threading.Event | None, printed: Any) -> None:
+        self.session, self.limits, self.cancel, self.printed = session, limits, cancel, printed
         self.calls = 0
         self.seconds = 0.0  # of the loading and of all calls
         self.ended: _Ended | None = None
@@ -138,7 +135,7 @@ def judge(program: str, tests: Tests, limits: Limits, cancel: threading.Event | 
     import pydantic_monty
 
     with _PAIRS, _session(limits) as answer, _session(limits) as judge_side:
-        link = _Program(answer, limits, cancel)
+        link = _Program(answer, limits, cancel, pydantic_monty.CollectString(limits.output))
         try:
             link.feed(program)
         except pydantic_monty.MontyError as error:

@@ -65,13 +65,11 @@ tgkill 234 131               rt_sigqueueinfo 129 138      rt_tgsigqueueinfo 297 
 """
 
 
-def _numbers() -> dict[str, Numbers]:
-    words = _TABLE.split()
-    rows = zip(words[::3], words[1::3], words[2::3], strict=True)
-    return {name: Numbers(int(x86), None if arm == "-" else int(arm)) for name, x86, arm in rows}
-
-
-NUMBERS = _numbers()
+_WORDS = iter(_TABLE.split())
+NUMBERS = {
+    name: Numbers(int(x86), None if arm == "-" else int(arm))
+    for name, x86, arm in zip(_WORDS, _WORDS, _WORDS, strict=True)
+}
 FIRST_UNKNOWN = 463
 """Calls from this number on are newer than the table: the filter says that the kernel lacks them."""
 

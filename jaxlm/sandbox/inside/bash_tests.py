@@ -48,8 +48,6 @@ def run(job: dict, link: Link) -> None:
         stream.write((CANDIDATE.format(asks=asks_in, hears=hears) + job["tests"]).encode())
     child = os.fork()
     if child == 0:
-        os.close(asks)
-        os.close(answers)
         os.set_inheritable(asks_in, True)
         os.set_inheritable(hears, True)
         os.execve(job["shell"], [job["shell"], file], job["environment"])

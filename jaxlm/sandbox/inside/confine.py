@@ -127,6 +127,8 @@ def _supervise(status: int) -> None:
     import select
     import signal
 
+    from . import processes
+
     call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
@@ -144,20 +146,12 @@ def _supervise(status: int) -> None:
         while not ended and (waited := os.waitpid(-1, os.WNOHANG))[0]:
             if ended := waited[0] == child:
                 code = os.waitstatus_to_exitcode(waited[1])
-    _kill_children(signal.SIGKILL)
-    os._exit(code if code >= 0 else 128 - code)
-
-
-def _kill_children(kill: int) -> None:
-    while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            children = [int(word) for word in file.read().split()]
-        if not children:
-            return
-        for child in children:
-            os.kill(child, kill)
+    while children := processes.children(os.getpid()):
+        for process in children:
+            os.kill(process, signal.SIGKILL)
         for _ in children:
             os.waitpid(-1, 0)
+    os._exit(code if code >= 0 else 128 - code)
 
 
 def confine(job: dict) -> None:

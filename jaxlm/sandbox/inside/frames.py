@@ -71,7 +71,9 @@ def carry(
         ready, _, _ = select.select([far.reads, *readers], [], [], None if wait < 0 else wait)
         for number in ready:
             if number != far.reads:
-                part = _read(number)
+                part = b""
+                with contextlib.suppress(ConnectionError):
+                    part = os.read(number, 1 << 16)
                 far.send(readers[number], part)
                 if not part and readers.pop(number) == ends:
                     return status
@@ -90,10 +92,3 @@ def carry(
         if callable(tick) and tick():
             break
     return status
-
-
-def _read(number: int) -> bytes:
-    try:
-        return os.read(number, 1 << 16)
-    except ConnectionError:
-        return b""

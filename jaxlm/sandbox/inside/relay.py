@@ -6,6 +6,7 @@ none that the worker inherits, and as the first process of its namespace cannot 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -54,11 +55,9 @@ def main(work: str) -> None:
         os.kill(child, signal.SIGKILL)
     for number, channel in readers.items():  # what the worker wrote before it ended
         os.set_blocking(number, False)
-        try:
+        with contextlib.suppress(OSError):
             while part := os.read(number, 1 << 16):
                 far.send(channel, part)
-        except OSError:
-            continue
     report()
     status = 70 if ended is None else ended
     far.send(frames.ENDED, str(status if status >= 0 else 128 - status).encode())
@@ -86,13 +85,11 @@ def _start(job: dict, stdin: bytes, writes: int) -> tuple[int, dict[int, int], d
     for channel, name in ((frames.REQUESTS, "requests"), (frames.REPLIES, "replies")):
         if name in job:
             reads, other = os.pipe()
-            worker_reads = (name == "requests") == (job["role"] == "answer")
-            inherited.append(reads if worker_reads else other)
-            if worker_reads:
-                near[channel] = other
+            if (name == "requests") == (job["role"] == "answer"):
+                job[name], near[channel] = reads, other
             else:
-                readers[reads] = channel
-            job[name] = inherited[-1]
+                job[name], readers[reads] = other, channel
+            inherited.append(job[name])
     job["status"] = theirs
     number, text = wire.memory_file("job", wire.encode(job)), wire.memory_file("stdin", stdin)
     child = os.fork()

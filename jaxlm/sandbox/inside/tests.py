@@ -153,10 +153,7 @@ def python(job: dict, link: Link) -> None:
     worker.execute(job["prelude"], "<prompt>", namespace)
 
     def proxy(name: str) -> object:
-        def candidate(*arguments: object, **named: object) -> object:
-            return link.ask("call", name, list(arguments), named)
-
-        return candidate
+        return lambda *arguments, **named: link.ask("call", name, list(arguments), named)
 
     for name in job["names"]:
         namespace[name] = proxy(name)

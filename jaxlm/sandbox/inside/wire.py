@@ -115,21 +115,15 @@ def _factory(value: Any) -> Any:
     return made if type(made) is type and made in _NAMES else None
 
 
+_SIGNED: Any = {"byteorder": "little", "signed": True}
+_TEXT = ("utf-8", "surrogatepass")
 _ATOMS = {
     type(None): (b"N", lambda value: b"", lambda data: None),
     bool: (b"B", lambda value: b"1" if value else b"", bool),
-    int: (
-        b"i",
-        lambda value: value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True),
-        lambda data: int.from_bytes(data, "little", signed=True),
-    ),
+    int: (b"i", lambda n: n.to_bytes(n.bit_length() // 8 + 1, **_SIGNED), lambda data: int.from_bytes(data, **_SIGNED)),
     float: (b"d", _pack, lambda data: _unpack(data)[0]),
     complex: (b"c", lambda value: _pack(value.real, value.imag), lambda data: complex(*_unpack(data))),
-    str: (
-        b"s",
-        lambda value: value.encode("utf-8", "surrogatepass"),
-        lambda data: data.decode("utf-8", "surrogatepass"),
-    ),
+    str: (b"s", lambda value: value.encode(*_TEXT), lambda data: data.decode(*_TEXT)),
     bytes: (b"b", bytes, bytes),
     type: (b"n", _name, _named),
     type(len): (b"n", _name, _named),
