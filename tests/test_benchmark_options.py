@@ -40,6 +40,7 @@ import pytest
         ("stopping --config configs/quickstart.toml", "name a file of configs/finetune"),
         ("train_memory --steps 0", "--steps: '0'"),
         ("train_step --rounds 1.5", "--rounds: '1.5'"),
+        ("verdicts --times 0", "--times: '0'"),
     ],
 )
 def test_mistakes(command: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

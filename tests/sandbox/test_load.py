@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from jaxlm.sandbox import Limits, Sandbox, Tests, grade, grade_many, run
+from benchmarks.kept import Kept
+from benchmarks.verdicts import ADD, EACH, FIVE_KINDS, LIMITS, busy, measure, verdicts
+from jaxlm.sandbox import Sandbox, grade, run
 from jaxlm.sandbox.battery.escapes import processes_with
-from jaxlm.sandbox.verdicts import Verdict
 
-ADD = Tests("def check(f):\n    assert f(1, 2) == 3\n    assert f(5, b=6) == 11\n\ncheck(candidate)\n", names=("add",))
-LIMITS = Limits(cpu_seconds=1.0, idle_seconds=1.0, memory=128 << 20)
-FIVE_KINDS = {
-    "passed": "def add(a, b):\n    sum(range(3_000_000))\n    return a + b",
-    "failed": "def add(a, b): return a - b",
-    "exception": "def add(a, b): return [][a]",
-    "cpu_time": "def add(a, b):\n    while True: pass",
-    "not_plain": "def add(a, b): return object()",
-}
 HOSTILE = [
     ("import os\nwhile True: os.fork()", "python"),
     ("x = [0]\nwhile True: x += x", "python"),
@@ -39,37 +28,20 @@ HOSTILE = [
 ]
 
 
-def spin(end: float) -> None:
-    while time.monotonic() < end:
-        sum(range(10_000))
-
-
-@contextmanager
-def busy(processes: int, seconds: float) -> Iterator[None]:
-    context = multiprocessing.get_context("spawn")
-    end = time.monotonic() + seconds
-    started = [context.Process(target=spin, args=(end,)) for _ in range(processes)]
-    for process in started:
-        process.start()
-    try:
-        yield
-    finally:
-        for process in started:
-            process.terminate()
-            process.join()
-
-
-def verdicts(sandbox: Sandbox, times: int) -> list[dict]:
-    work = [(program, ADD, LIMITS) for program in FIVE_KINDS.values()] * times
-    return [Verdict.record(verdict) for verdict in grade_many(work, sandbox)]
-
-
-@pytest.mark.parametrize("times", [1, pytest.param(164, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("times", [1, pytest.param(EACH, marks=pytest.mark.soak)])
 def test_a_busy_machine_gives_the_same_verdicts(times: int, sandbox: Sandbox) -> None:
     idle = verdicts(sandbox, times)
     with busy(8, 3600):
         assert verdicts(sandbox, times) == idle
     assert [record["kind"] for record in idle] == list(FIVE_KINDS) * times
+
+
+def test_rounds_that_are_done_are_not_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for times in (1, 1, 2):
+        assert measure(times, 1, Kept(tmp_path / "figures.json"), tmp_path / "verdicts.json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if ": {" in line] == ["alone 1", "busy 1", "alone 2", "busy 2"]
+    assert lines[-1].startswith("4 of 4 rounds have the same verdicts, each as expected, in ")
 
 
 def state() -> tuple[int, bytes, int]:
