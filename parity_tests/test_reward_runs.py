@@ -35,6 +35,7 @@ from torch_ref.models import attach_lora
 from torch_ref.recipes import reward as torch_reward
 
 IMPORTED = engine, reward
+pytestmark = pytest.mark.usefixtures("on_one_device")
 BYTES = Tokenizer.bytes_level()
 SETTINGS: dict[str, Any] = {
     "recipe": "reward",
@@ -97,7 +98,7 @@ def compare(folder: Path, name: str, **sections: Any) -> None:
         FLOAT64.check(distance, key)
 
 
-@pytest.mark.usefixtures("pages")
+@pytest.mark.usefixtures("pages", "on_all_devices")
 def test_whole_runs_of_the_command(folder: Path) -> None:
     compare(folder, "whole", reward={"centring": 0.02, "label_smoothing": 0.1})
     rows = metrics(folder / "whole-jax")
