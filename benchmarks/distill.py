@@ -1,6 +1,7 @@
 """A student with a teacher beside the text, and without: held-out loss after the same steps on the same rows.
 
-    python -m benchmarks.distill                 goes on where it stopped; about 20 minutes of one core
+    python -m benchmarks.distill                        goes on where it stopped; about 20 minutes of one core
+    python -m benchmarks.distill --divergence hidden --folder runs/distill-hidden      by hidden states: HIDDEN
 
 The teacher is `configs/quickstart.toml` (2M parameters of Python), the student `configs/finetune/distill.toml` at 0.3M.
 Both students of a seed begin with the same parameters and read the same rows. They are judged by their whole
@@ -30,6 +31,8 @@ from jaxlm.data.sources import Documents
 
 TEACHER, STUDENT = Path("configs/quickstart.toml"), Path("configs/finetune/distill.toml")
 ARMS = ("with", "without")
+HIDDEN = [[0, 1], [-1, -1]]
+"""Layers of the student's two and the teacher's four whose outputs are compared."""
 PIECES = 4
 """Of each held-out file so many rows are judged."""
 
@@ -44,7 +47,9 @@ def settings(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]
     teacher = options.folder / "teacher"
     tree["model"] |= {"d_model": options.width}
     tree["train"] |= {"steps": options.steps}
-    tree["distill"] |= {"teacher": str(teacher), "hard_weight": options.hard_weight}
+    tree["distill"] |= {"teacher": str(teacher), "hard_weight": options.hard_weight, "divergence": options.divergence}
+    if options.divergence == "hidden":
+        tree["distill"] |= {"layers": HIDDEN}
     if arm == "without":
         del tree["distill"]
         tree |= {"recipe": "pretrain", "tokenizer": {"kind": "file", "path": str(teacher / "tokenizer.json")}}
@@ -64,6 +69,7 @@ def main() -> None:
     """Train what is missing, and print the comparison."""
     made = parser("distill", __doc__, teacher_steps=600, steps=400, width=80)
     made.add_argument("--hard-weight", type=float, default=0.5)
+    made.add_argument("--divergence", choices=("forward", "reverse", "jsd", "hidden"), default="forward")
     options = made.parse_args()
     own, teacher = shape_of_runs(options), settings(options, "teacher", 0)
     cfg = toml.from_dict(teacher)
@@ -83,7 +89,9 @@ def main() -> None:
     figure["teacher"] = float(taught["nll"].mean())
     seconds = {arm: [float(one["cpu_seconds"]) for one in found[arm]] for arm in ARMS}
     figure["cpu_seconds"] = {"teacher": float(taught["cpu_seconds"]), **seconds}
-    peers.save("distill", {"options": own | {"seeds": options.seeds}, "figures": {"distill": figure}}, options.out)
+    figure["options"] = own | {"seeds": options.seeds}
+    name = "distill" if options.divergence == "forward" else f"distill-{options.divergence}"
+    peers.save_figures("distill", {name: figure}, options.out)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,12 @@ def train(config: str, run: Path, *overrides: str) -> dict[str, Any]:
     return {"updates": Run(run).metrics[-1]["step"], "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
-def answered(run: Path, task: str) -> dict[str, Any]:
-    """How many held-out prompts of a task are answered rightly, by the likeliest tokens and by a sample of each."""
+def answered(run: Path, task: str, temperature: float) -> dict[str, Any]:
+    """How many held-out prompts of a task are answered rightly, by the likeliest tokens and by a sample of each.
+
+    Args:
+        temperature: of the rollouts, at which each is sampled once more: this is the policy that was trained.
+    """
     from jaxlm.data.prompts import open_task
     from jaxlm.recipes.rollouts.jax_actor import JaxActor
     from jaxlm.text.completion import encode_prompts
@@ -118,8 +122,8 @@ def answered(run: Path, task: str) -> dict[str, Any]:
     actor = JaxActor(model.decoder, model.params, None, model.config, eos_id=end, pad=tokenizer.pad)
     ids = encode_prompts(tokenizer, [prompt.text for prompt in prompts])
     found = {}
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        drawn = actor.draw(ids, temperature=temperature, max_new_tokens=length, seed=1)
+    for name, hot in (("greedy", 0.0), ("sampled", 1.0), ("as trained", temperature)):
+        drawn = actor.draw(ids, temperature=hot, max_new_tokens=length, seed=1)
         right = [[*tokenizer.encode(p.answer), end] == one for p, one in zip(prompts, drawn, strict=True)]
         found[name] = share(sum(right), len(right))
     return found
@@ -159,8 +163,9 @@ class Benchmark:
 
         def measure() -> dict[str, Any]:
             cost = train(experiment.config, run, *options)
-            task = Run(run).config.rl.task
-            found = {"before": answered(start, task), **answered(run, task), **cost, "curve": curve(run)}
+            rl = Run(run).config.rl
+            before, after = (answered(one, rl.task, rl.temperature) for one in (start, run))
+            found = {"before": before, **after, **cost, "curve": curve(run)}
             return found | {"overrides": overrides}
 
         return self.keep(f"{name}/{seed}", measure, overrides)
@@ -206,7 +211,7 @@ def line(name: str, figure: dict[str, Any]) -> str:
     parts = [name]
     sides = [("before ", figure["before"]), ("", figure)] if "before" in figure else []
     for when, side in sides:
-        parts += [f"{when}{kind} {shown(side[kind])}" for kind in ("greedy", "sampled")]
+        parts += [f"{when}{kind} {shown(side[kind])}" for kind in ("greedy", "sampled", "as trained")]
     if "accuracy" in figure:
         parts.append(f"accuracy {shown(figure)}")
     if "updates" in figure:

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxlm.data.prompts import Prompt, open_task
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.data.turns.inspect import rows_of_step
+from jaxlm.errors import UserError
 from jaxlm.recipes import pretrain
 from jaxlm.recipes.rollouts.asking import Asking
 from jaxlm.recipes.rollouts.inspect import PromptReport, report_of
@@ -64,9 +66,19 @@ class AnswerData:
         return {"tokenizer": self.tokenizer.fingerprint(), "task": self.task.name}
 
     def rows(self, prompts: list[Prompt]) -> Batch:
-        """A row for each prompt; its answer counts, with its end."""
+        """A row for each prompt; its answer counts, with its end.
+
+        Raises:
+            UserError: a prompt and its answer do not fit into a row.
+        """
         ids = self.asking.encode([prompt.text for prompt in prompts])
         answers = [self.asking.answer(prompt.answer) for prompt in prompts]
+        longest, width = max(map(len, map(operator.add, ids, answers))), self.config.data.seq_len
+        if longest > width:
+            task = f"rl.task = {self.task.name!r}"
+            raise UserError(
+                f"{task}: a prompt and its answer of {longest} tokens do not fit into data.seq_len = {width}"
+            )
         samples = [Drawn(*one, "end", "") for one in zip(prompts, ids, answers, strict=True)]
         return lay(samples, self.config.data.seq_len, self.tokenizer.pad)
 

@@ -91,6 +91,13 @@ def test_answers_are_learnt(begun: Path) -> None:
     assert losses[-1] < losses[0] / 2
 
 
+def test_an_answer_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    cfg = load(tmp_path, "answers")
+    data = answers.AnswerData(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=3)))
+    with pytest.raises(UserError, match=r"a prompt and its answer of \d+ tokens do not fit into data.seq_len = 3"):
+        next(data.batches(batch_size=4, rows=None))
+
+
 @pytest.mark.parametrize("recipe", [pytest.param("grpo", marks=pytest.mark.soak), "ppo"])  # which keeps more
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_run_resumes_bit_for_bit(
