@@ -70,7 +70,7 @@ class Checkpointer:
         )
         self.folder = Path(run_dir).absolute() / "checkpoints"
         self._read_only = read_only
-        self._plain = self._without_brackets()
+        self._plain = self._plain_path()
         # Weights hardly compress: 8 % smaller for twice the time to read them.
         limits: Any = {"save_concurrent_gb": under_way_gb, "restore_concurrent_gb": under_way_gb}
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False, **limits) for name in _TREES}
@@ -181,9 +181,10 @@ class Checkpointer:
         params = {MODEL: items["params"], **items["trained"]} if self._several else items["params"]
         return TrainState(params=params, **items["optimizer"])
 
-    def _without_brackets(self) -> Path:
-        """The folder by a path that is no pattern, for Orbax looks for its files by patterns."""
-        if not glob.has_magic(str(self.folder)):
+    def _plain_path(self) -> Path:
+        """The folder by a path without brackets, for Orbax looks for its files by patterns, and without a backslash,
+        which tensorstore takes for a slash."""
+        if not glob.has_magic(str(self.folder)) and "\\" not in str(self.folder):
             return self.folder
         if not self._read_only:
             self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ def make_state(step: int):
     return init_state(params, make_optimizer(config.Train()))._replace(step=jnp.asarray(step, jnp.int32))
 
 
-@pytest.mark.parametrize("name", ["x[1]", "[lr=3e-4]run", "a*b?", "-dash é 実"])
+@pytest.mark.parametrize("name", ["x[1]", "[lr=3e-4]run", "a*b?", "-dash é 実", "a\\b"])
 def test_any_legal_path(tmp_path, name):
     run = tmp_path / name
     checkpointer = Checkpointer(run)

@@ -48,7 +48,7 @@ def state() -> tuple[int, bytes, int]:
     return (
         len(os.listdir("/proc/self/fd")),
         Path("/proc/self/mountinfo").read_bytes(),
-        len(list(Path("/tmp").glob("jaxlm-box-*"))),
+        len(list(Path("/tmp").glob(f"jaxlm-box-{os.getpid()}-*"))),
     )
 
 
