@@ -1,7 +1,7 @@
 """What reinforcement learning and learning from preferences come to on tasks with a known answer.
 
     python -m benchmarks.rl                                    # all but those of SmolLM2, an hour on two idle cores
-    python -m benchmarks.rl --only smollm2-reward,smollm2-dpo  # after `make pretrained`: about eight minutes each
+    python -m benchmarks.rl --only smollm2-reward,smollm2-dpo  # after `make pretrained`: 600 to 800 processor s each
     python -m benchmarks.rl --only reverse-grpo --seeds 0      # one figure of one seed
     python -m benchmarks.rl --only cost,trl                    # what a step costs, beside TRL's GRPOTrainer
 
@@ -46,7 +46,7 @@ OF_LOSS = {
     "orpo": (NO_REFERENCE, "preference.odds_weight=1.0"),
     "kto": (),
 }
-"""What each loss changes of a config for `dpo`."""
+"""Options of each loss beside a config for `dpo`."""
 SIDES = ("accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
 
 
@@ -81,7 +81,7 @@ SMOLLM2 = {
     },
     "hh-reward": Experiment("", "preference/hh-reward"),
 }
-"""SmolLM2-135M-Instruct with adapters: `make pretrained` first. About eight minutes each on two cores, HH twenty."""
+"""SmolLM2-135M-Instruct with adapters: `make pretrained` first. 600 to 800 processor seconds each, HH more."""
 PREFERRED = POLITE | SMOLLM2
 ONE_SEED = (*rl_step.FIGURES, *SMOLLM2)
 UNAIDED = (*EXPERIMENTS, *POLITE, *rl_step.FIGURES)
@@ -211,7 +211,7 @@ def line(name: str, figure: dict[str, Any]) -> str:
     parts = [name]
     sides = [("before ", figure["before"]), ("", figure)] if "before" in figure else []
     for when, side in sides:
-        parts += [f"{when}{kind} {shown(side[kind])}" for kind in ("greedy", "sampled", "as trained")]
+        parts += [f"{when}{kind} {shown(side[kind])}" for kind in ("greedy", "sampled", "as trained") if kind in side]
     if "accuracy" in figure:
         parts.append(f"accuracy {shown(figure)}")
     if "updates" in figure:

@@ -1,6 +1,6 @@
 """Verdicts on 820 programs of five kinds, alone and beside busy processes: they must be the same each time.
 
-python -m benchmarks.verdicts --times 10
+    python -m benchmarks.verdicts --times 10
 
 Each round is kept as it ends, in the folder of --runs: the same command, typed again, does only those that lack.
 """
@@ -88,6 +88,7 @@ def measure(times: int, each: int, kept: Kept, out: Path | None = None) -> int:
 
 
 def main() -> None:
+    """Judge the rounds that lack, and end with exit code 1 if one differs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verdicts", description=__doc__)
     parser.add_argument("--times", type=positive, default=10, help="rounds alone, and as many beside busy processes")
     parser.add_argument("--each", type=positive, default=EACH, help="programs of each kind in a round")

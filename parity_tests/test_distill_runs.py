@@ -103,6 +103,12 @@ STAGES = [
         id="hidden states, adapters of stacked layers",
         marks=SOAK,
     ),
+    pytest.param(
+        HIDDEN,
+        {"model": TWO | {"pattern": ("attention+moe",), "moe": {"n_experts": 4, "balance_loss": 0.1}}},
+        id="hidden states, experts",
+        marks=SOAK,
+    ),
 ]
 
 
@@ -247,6 +253,7 @@ def test_outputs_of_layers_are_those_of_any_form() -> None:
         ({"data": 2, "fsdp": 2, "tensor": 2}, False),
         pytest.param({"data": 1, "fsdp": 8}, False, marks=SOAK),
         pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, True, marks=SOAK),
+        pytest.param({"data": 1, "fsdp": 8}, True, marks=SOAK),
     ],
     ids=str,
 )

@@ -27,7 +27,7 @@ from jaxlm.cli import data, evaluate, launch, plan, rollouts, sandbox, train, us
 from jaxlm.errors import UserError
 from jaxlm.processes.orbax_silence import OrbaxSilence
 
-MISUSE = cast("type[Exception]", typer.BadParameter.__mro__[1])
+MISUSE = cast("type[Exception]", typer.BadParameter.__base__)
 """The parser's errors. They have no public name: typer has a copy of click of its own."""
 TRACEBACK = "JAXLM_TRACEBACK"
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can ever lie there: what the user wrote is wrong

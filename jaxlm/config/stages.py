@@ -57,7 +57,7 @@ class Distill:
     temperature: PositiveFloat = 1.0
     """Divides the logits of both in the divergence."""
     layers: tuple[tuple[int, int], ...] = ((-1, -1),)
-    """Of `hidden`: pairs of a layer of the student and one of the teacher whose outputs are compared; 0 is the first
+    """Pairs of a layer of the student and one of the teacher whose outputs `hidden` compares; 0 is the first
     layer, -1 the last."""
     cache: str = ""
     """Folder of what `jaxlm data teach` wrote of the teacher, which then need not be in memory; empty: it is."""

@@ -94,7 +94,7 @@ def _trees(program: Program, params: Params, seed: int) -> dict[str, Params]:
     trees = {
         name: params if name == MODEL else init_params(module, draws[name]) for name, module in program.modules.items()
     }
-    trees |= {name: tree.draw(seed, "float64") for name, tree in program.recipe.models.maps.items()}
+    trees |= {name: tree.draw(name, seed, "float64") for name, tree in program.recipe.models.maps.items()}
     trees = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trees)
     for name, tree in program.recipe.models.trained.items():
         if tree.adapters is None:

@@ -27,7 +27,16 @@ def forward(decoder: Any, params: Any, batch: Mapping[str, Any], key: Any) -> tu
 def forward_with_layers(
     decoder: Any, params: Any, batch: Mapping[str, Any], key: Any, layers: Sequence[int]
 ) -> tuple[Any, tuple[Any, Any], Any, tuple[Any, ...]]:
-    """As `forward`, and last the outputs [B, T, D] of these layers. Of stacked layers all outputs are kept at first."""
+    """As `forward`, with the outputs of some layers, as they are before the final norm.
+
+    All outputs of stacked layers exist until those of `layers` are taken.
+
+    Args:
+        layers: their numbers, from 0 on.
+
+    Returns:
+        What `forward` returns, and the output [B, T, D] of each of `layers`.
+    """
     from jaxlm.models import adapted
     from jaxlm.models.block import Block
     from jaxlm.train.expert_balance import collect
@@ -37,7 +46,10 @@ def forward_with_layers(
     rngs = {} if key is None or not random else {"dropout": key}
     options: dict[str, Any] = {"method": "hidden", "rngs": rngs, "mutable": ["routing"]}
     if layers:
-        kept = lambda module, method: isinstance(module, Block) and method == "__call__"  # noqa: E731
+
+        def kept(module: Any, method: str) -> bool:
+            return isinstance(module, Block) and method == "__call__"
+
         options |= {"capture_intermediates": kept, "mutable": ["routing", "intermediates"]}
     (hidden_BTD, _), collections = decoder.apply(variables, *rows, **options)
     routed = collect(collections["routing"], decoder.config) if decoder.config.moes else None
@@ -46,7 +58,7 @@ def forward_with_layers(
 
 
 def _output(captured: Mapping[str, Any], layer: int, model: config.Model) -> Any:
-    """What a block returned, without its cache: stacked layers have their repeats along a leading axis."""
+    """The output of a block, without its cache: stacked layers have their repeats along a leading axis."""
     if not model.scanned:
         return captured[f"layers_{layer}"]["__call__"][0][0]
     repeat, slot = divmod(layer, len(model.pattern))

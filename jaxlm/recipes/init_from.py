@@ -96,7 +96,7 @@ class ParameterLayout(NamedTuple):
     adapters: Callable[[Params, Trained, config.Config], Any]
     """The first adapters of a tree, for its base."""
     maps: Callable[[Params], Any]
-    """Of linear maps that are no model."""
+    """The first values of linear maps that are no model."""
 
 
 def _first_adapters(base: Params, tree: Trained, cfg: config.Config) -> Params:

@@ -93,10 +93,10 @@ def _begins(cfg: config.Config, name: str, tree: Trained) -> str:
 def _key_of(cfg: config.Config, path: str) -> str:
     """The path of a model, with the key of the config that names it."""
     keys = {
+        "train.init_from": cfg.train.init_from,
         "preference.reference": cfg.preference.reference,
         "rl.value_from": cfg.rl.value_from,
         "distill.teacher": cfg.distill.teacher,
-        "train.init_from": cfg.train.init_from,
     }
     return next((f"{key} = {path!r}" for key, value in keys.items() if value == path), path)
 
@@ -201,7 +201,7 @@ def give_parameters(
             engine.adopt(layout.parameters(params, model), name)
     for name, tree in recipe.models.maps.items():
         if anew:
-            engine.adopt(layout.maps(tree.draw(cfg.seed, cfg.numerics.params)), name)
+            engine.adopt(layout.maps(tree.draw(name, cfg.seed, cfg.numerics.params)), name)
     for name, tree in recipe.models.frozen.items():
         sha256 = f"seed {cfg.seed}"
         if tree.path:

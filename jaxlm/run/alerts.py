@@ -47,7 +47,8 @@ class Alerts:
                 continue
             if len(recent) >= ENOUGH:
                 usual = statistics.median(recent)
-                scaled = min(recent) > 0  # the loss of a policy goes around 0: a ratio of it says nothing
+                # The loss of a policy goes around 0: a ratio of it says nothing.
+                scaled = usual > 0 and (name != "loss" or min(recent) > 0)
                 if scaled and value > factor * usual and self._is_news(name, step, value / usual):
                     yield f"step {step}: {name} {value:.3g}, {value / usual:.1f} times the median of the last steps"
             recent.append(value)

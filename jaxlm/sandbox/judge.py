@@ -135,7 +135,7 @@ def judge(
     """Run tests against a program, each in a box of its own.
 
     The verdict is what the tests' process sends over its own socket; nothing that the program sends is one. A limit
-    that is seen from outside before it counts instead, and so does too much disk used by a program that passed.
+    that is seen from outside before it counts instead, and so does one that a passed program is beyond at its end.
 
     Raises: HarnessError where the isolation or the tests themselves fail; Cancelled.
     """

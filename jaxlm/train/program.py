@@ -33,7 +33,7 @@ class Program(NamedTuple):
     loss_fn: LossFn
     parts: tuple[Part, ...]
     maps_shapes: Mapping[str, Params]
-    """Of the trained trees that are no models."""
+    """Shapes of the trained trees that are no models."""
     shardings: TrainState
     """Where each leaf of the state lies."""
     frozen_shapes: dict[str, Any]

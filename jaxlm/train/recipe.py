@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -110,11 +111,13 @@ class Maps(NamedTuple):
     """Inputs and outputs of each; the inputs lie along the axis `embed`."""
     train: config.Train
 
-    def draw(self, seed: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
-        """The tree with which a run begins, the same in both frameworks: normal kernels of variance 1 / inputs."""
-        rng = np.random.default_rng([seed, len(self.shapes)])
-        drawn = {name: rng.standard_normal(shape) * shape[0] ** -0.5 for name, shape in self.shapes.items()}
-        return {name: {"kernel": kernel.astype(dtype)} for name, kernel in drawn.items()}
+    def draw(self, tree: str, seed: int, dtype: str) -> dict[str, dict[str, np.ndarray]]:
+        """The tree of this name as a run begins, the same in both frameworks: normal kernels of variance 1 / inputs."""
+        drawn = dict[str, dict[str, np.ndarray]]()
+        for name, shape in self.shapes.items():
+            rng = np.random.default_rng([seed, zlib.crc32(f"{tree}/{name}".encode())])
+            drawn[name] = {"kernel": (rng.standard_normal(shape) * shape[0] ** -0.5).astype(dtype)}
+        return drawn
 
 
 class Models(NamedTuple):

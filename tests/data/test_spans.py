@@ -1,5 +1,6 @@
 """Middles that are whole nodes of the syntax."""
 
+import ast
 import importlib.util
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.data.fim import by_lines
+from jaxlm.data.rows import spans
 from jaxlm.data.rows.spans import GRAMMARS, LEAST, by_nodes, python_nodes
 from jaxlm.errors import UserError
 
@@ -37,6 +39,21 @@ def test_a_piece_of_a_method_has_nodes_however_deep_it_lies():
     assert not any(text[-2:] == "te" or "self" in text for text in found)
 
 
+def test_the_half_method_before_the_next_one_is_read_too():
+    head = "            value = compute(one, two)\n            return value\n"
+    text = f"{head}\n    def bb(self):\n        return 12345678\n"
+    found = {text[begin:end] for begin, end in python_nodes(text)}
+    assert {"value = compute(one, two)", "return value", "return 12345678"} <= found
+
+
+def test_a_text_without_a_node_costs_no_square(monkeypatch):
+    read = []
+    parse = ast.parse
+    monkeypatch.setattr(spans.ast, "parse", lambda text: read.append(len(text)) or parse(text))
+    text = '"key": "value",\n' * 400
+    assert not list(python_nodes(text)) and sum(read) < 21 * len(text)
+
+
 @given(st.text(st.sampled_from("ab =:()'\"#\n\r\t\x0cé,if"), max_size=60))
 def test_every_node_lies_in_its_text(text):
     for begin, end in python_nodes(text):
@@ -52,9 +69,9 @@ def test_what_cannot_be_read_has_no_node_and_goes_by_lines(text):
 
 
 def test_a_span_is_a_node():
-    spans = by_nodes("python")
+    choose = by_nodes("python")
     for seed in range(30):
-        span = spans(WHOLE, np.random.default_rng(seed))
+        span = choose(WHOLE, np.random.default_rng(seed))
         assert span is not None and span[1] - span[0] >= LEAST
         assert span in set(python_nodes(WHOLE))
 

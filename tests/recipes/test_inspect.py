@@ -82,7 +82,7 @@ def test_pairs_can_be_looked_at(tmp_path: Path, recipe: str, kept: int) -> None:
 
 
 def test_labelled_answers_are_named(tmp_path: Path) -> None:
-    """Of KTO the second answer of a pair belongs to another prompt."""
+    """For KTO the second answer of a pair belongs to another prompt."""
     rows = [{"prompt": f"say {w}", "completion": w, "label": i % 2 == 0} for i, w in enumerate(WORDS)]
     start_of_run = {"loss": "kto", "reference": str(tmp_path), "pairs_per_row": 1}
     cfg = config_of(tmp_path, "dpo", data={"source": written(tmp_path / "x.jsonl", rows)}, preference=start_of_run)

@@ -45,7 +45,7 @@ INSTANTS = {
     "copy": "b'x' * SIZE",
     "private": MAPPED.format("PRIVATE"),
     "shared": MAPPED.format("SHARED"),
-    "bash": "dd if=/dev/zero of=/dev/null bs=SIZE count=1 || echo refused",
+    "bash": "dd if=/dev/zero of=/dev/null bs=128M count=1 || echo refused",
 }
 
 
@@ -74,7 +74,7 @@ def test_threads_take_no_memory_of_a_program(each_sandbox: Sandbox) -> None:
 
 
 def test_processes_together_have_no_more_memory(each_sandbox: Sandbox) -> None:
-    """Of a container the kernel counts all; elsewhere they are looked at every 50 ms, so here they stay longer."""
+    """The kernel counts all of a container; elsewhere they are looked at every 50 ms, so here they stay longer."""
     program = "for n in 1 2 3; do { dd if=/dev/zero bs=80M count=1 | sleep SECONDS; } & done; wait; echo ESCAPED"
     program = program.replace("SECONDS", "0" if each_sandbox.name.startswith("container") else "1")
     ran = run(program, b"", "bash", replace(SHORT, cpu_seconds=3.0), each_sandbox)

@@ -26,6 +26,10 @@ def test_a_large_gradient_is_told() -> None:
     assert told([4.0] * 30, [0.5] * 29 + [50.0]) == ["step 30: grad_norm 50, 100.0 times the median of the last steps"]
 
 
+def test_a_step_without_a_gradient_silences_nothing() -> None:
+    assert len(told([4.0] * 42, [1.0] * 30 + [0.0] + [1.0] * 10 + [1e6])) == 1
+
+
 def test_what_is_usual_is_not_told() -> None:
     falling = [10 - 0.1 * step for step in range(60)]
     assert told(falling) == []

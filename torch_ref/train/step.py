@@ -46,7 +46,7 @@ class Part(NamedTuple):
     train: config.Train
     optimizer: torch.optim.Optimizer
     module: nn.Module | None = None
-    """Of a decoder with experts, their selection biases are moved after the update by the load of the whole batch."""
+    """Selection biases of its experts, if it has some, move after the update by the load of the whole batch."""
     adapters: bool = False
     """Only the adapters of the module move and are saved; its routers are frozen too."""
 

@@ -15,7 +15,7 @@ class ShownPairs:
     """One row of pairs: its arrays, of which segment 2k-1 is the first answer of a pair and 2k the second."""
 
     number: int
-    """Of the row in the run."""
+    """Its place in the run."""
     arrays: dict[str, list[Any]]
 
     @property
@@ -29,7 +29,7 @@ class ShownPairs:
         return self.arrays["segments"].count(0)
 
     def name(self, segment: int) -> str:
-        """What the answer of a segment is: `chosen`, or of KTO `wanted`, and so on."""
+        """Name the answer of a segment: `chosen`, or for KTO `wanted`, and so on."""
         pair, second = divmod(segment - 1, 2)
         label = self.arrays["labels"][pair]
         if label:
@@ -45,7 +45,7 @@ class ShownPairs:
 
 @dataclasses.dataclass(frozen=True)
 class PairReport:
-    """What a stage of pairs is trained on."""
+    """The pairs that a stage is trained on, and those that it leaves out."""
 
     source: str
     template: str
@@ -78,6 +78,5 @@ class PairReport:
         ]
         for row in self.rows:
             title = f"row {row.number}: {row.pairs} pairs, {row.padding} places of padding; [id], what counts is green"
-            heading = lambda segment, row=row: f"{row.name(segment)}: "  # noqa: E731
-            shown += [Text(title, style="bold"), coloured(self.tokenizer, row.arrays, heading)]
+            shown += [Text(title, style="bold"), coloured(self.tokenizer, row.arrays, row.name)]
         return Group(*shown)

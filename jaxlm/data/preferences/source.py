@@ -118,7 +118,7 @@ class PreferenceSource:
         """Nothing comes before an update."""
 
     def inspect(self, *, step: int = 1, rows: int = 1) -> PairReport:
-        """What is trained, and the first rows of one step.
+        """Count what is trained on, and show the first rows of one step.
 
         Raises:
             UserError: the step lies beyond the run.

@@ -32,6 +32,9 @@ GRAMMARS = {
 LEAST = 8
 """Characters of a node that may be a middle: less is a name or a number."""
 
+PASSES = 20
+"""How many times a text is read at most, in parts: one in which nothing can be read must not cost its square."""
+
 _BLOCK = re.compile(r"[^\s#)\]}'\"]")
 """How a line goes on behind its blanks, where a block begins."""
 
@@ -61,20 +64,18 @@ def python_nodes(text: str) -> Iterator[tuple[int, int]]:
     """Characters of each statement and expression that can be read, however the text is cut at both ends."""
     lines = text.replace("\r", " ").split("\n")  # to `ast` each is the end of a line
     places = np.cumsum([0, *(len(line) + 1 for line in lines)]).tolist()
-    todo = [(0, len(lines))]
-    while todo:
+    todo, room = [(0, len(lines))], PASSES * len(text)
+    while todo and room > 0:
         first, last = todo.pop()
+        room -= places[last] - places[first]
         depths = [len(line) - len(line.lstrip(" \t")) for line in lines[first:last] if line.strip()]
-        if not depths:
-            continue
-        depth = min(depths)
+        depth = min(depths, default=0)
         try:
             tree = ast.parse("\n".join(line[depth:] for line in lines[first:last]))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             # What cannot be read as a whole is read block by block, and one block without its first line.
-            begins = [i for i in range(first, last) if _BLOCK.match(lines[i], depth) and not lines[i][:depth].strip()]
-            blocks = itertools.pairwise([*begins, last])
-            todo += [(first + 1, last)] if begins in ([], [first]) else blocks
+            begins = [i for i in range(first + 1, last) if _begins(lines[i], depth)]
+            todo += itertools.pairwise([first, *begins, last]) if begins else [(first + 1, last)]
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.stmt | ast.expr) and node.end_lineno is not None:
@@ -83,6 +84,11 @@ def python_nodes(text: str) -> Iterator[tuple[int, int]]:
                     places[begin] + depth + _characters(lines[begin][depth:], node.col_offset),
                     places[end] + depth + _characters(lines[end][depth:], node.end_col_offset or 0),
                 )
+
+
+def _begins(line: str, depth: int) -> bool:
+    """Whether a block may begin with a line at this depth: not with a bracket that closes, nor inside a string."""
+    return not line[:depth].strip() and _BLOCK.match(line, depth) is not None
 
 
 def _characters(line: str, column: int) -> int:

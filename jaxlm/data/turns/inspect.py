@@ -71,14 +71,12 @@ class ConversationReport:
         return Group(*shown)
 
 
-def coloured(
-    tokenizer: Tokenizer, arrays: Mapping[str, list[Any]], heading: Callable[[int], str] = lambda segment: ""
-) -> Any:
+def coloured(tokenizer: Tokenizer, arrays: Mapping[str, list[Any]], heading: Callable[[int], str] | None = None) -> Any:
     """The tokens of a row as they are targets, with their ids; the first of a segment never is one.
 
     Args:
         arrays: `tokens`, `targets`, `segments` and `weights` of the row.
-        heading: stands before a segment, by its number.
+        heading: names a segment, by its number.
     """
     from rich.text import Text
 
@@ -88,7 +86,7 @@ def coloured(
         if not segment:
             break
         if segment != before:
-            shown.append("\n" if before else "").append(heading(segment), style="bold")
+            shown.append("\n" if before else "").append(f"{heading(segment)}: " if heading else "", style="bold")
             shown.append(*_piece(tokenizer, token, 0.0)).append(f"[{token}] ", style="bright_black")
             before = segment
         shown.append(*_piece(tokenizer, target, weight))

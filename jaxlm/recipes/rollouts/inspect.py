@@ -37,7 +37,7 @@ class PromptReport:
     task: str
     template: str
     sizes: str
-    """Of the two parts, in words."""
+    """How large both parts are, in words."""
     seq_len: int
     asking: Asking
     rows: tuple[ShownPrompt, ...]

@@ -29,7 +29,7 @@ WORK = READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE
 
 
 def _address_space() -> int:
-    """What a worker has reserved before the program begins, and room for the libraries that it may still load.
+    """Count what a worker has reserved before the program begins, and room for the libraries that it may still load.
 
     The kernel bounds memory at once, where a judge that looks now and then would miss an instant. It bounds what is
     reserved, so one arena is made to serve all threads: each further one would reserve 64 MB.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from typing import NamedTuple
 
@@ -79,6 +78,8 @@ def _seconds(text: str) -> float:
 
 def listed_by_ps() -> dict[int, Process]:
     """All processes, as `ps` lists them where there is no /proc: a Mac. It counts no threads."""
+    import subprocess  # costs each box of Landlock milliseconds
+
     command = ["ps", "-A", "-o", "pid=,ppid=,stat=,time=,rss="]
     found = {}
     for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines():

@@ -19,7 +19,7 @@ from .confine import call
 PR_SET_DUMPABLE = 4
 LOOK = 0.05
 EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
-"""Of the container's own control group, in version 2 and in version 1."""
+"""Events of the container's own control group, in version 2 and in version 1."""
 
 
 def main(work: str) -> None:
