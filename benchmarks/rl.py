@@ -43,7 +43,7 @@ LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
 OF_LOSS = {
     "ipo": ("preference.beta=0.5",),
     "simpo": (NO_REFERENCE, "preference.beta=2.0"),
-    "orpo": (NO_REFERENCE, "preference.odds_weight=1.0"),
+    "orpo": (NO_REFERENCE, "preference.odds_weight=5.0"),
     "kto": (),
 }
 """Options of each loss beside a config for `dpo`."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import verdicts as rounds
 from benchmarks.kept import Kept
 from benchmarks.verdicts import ADD, EACH, FIVE_KINDS, LIMITS, busy, measure, verdicts
 from jaxlm.sandbox import Sandbox, grade, run
@@ -36,11 +37,22 @@ def test_a_busy_machine_gives_the_same_verdicts(times: int, sandbox: Sandbox) ->
     assert [record["kind"] for record in idle] == list(FIVE_KINDS) * times
 
 
-def test_rounds_that_are_done_are_not_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rounds_that_are_done_are_not_judged_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+
+    def judge(_: Sandbox, each: int) -> list[dict[str, str]]:
+        judged.append(each)
+        return [{"kind": kind} for kind in FIVE_KINDS] * each
+
+    monkeypatch.setattr(rounds, "verdicts", judge)
+    monkeypatch.setattr(rounds, "BUSY", 0)
     for times in (1, 1, 2):
         assert measure(times, 1, Kept(tmp_path / "figures.json"), tmp_path / "verdicts.json") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if ": {" in line] == ["alone 1", "busy 1", "alone 2", "busy 2"]
+    assert len(judged) == 4
     assert lines[-1].startswith("4 of 4 rounds have the same verdicts, each as expected, in ")
 
 
