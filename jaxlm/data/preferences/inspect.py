@@ -6,27 +6,18 @@ import dataclasses
 from typing import Any
 
 from jaxlm.data.preferences.pairs import Counts
-from jaxlm.data.turns.inspect import coloured
+from jaxlm.data.turns.inspect import ShownTurns, coloured
 from jaxlm.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class ShownPairs:
-    """One row of pairs: its arrays, of which segment 2k-1 is the first answer of a pair and 2k the second."""
-
-    number: int
-    """Its place in the run."""
-    arrays: dict[str, list[Any]]
+class ShownPairs(ShownTurns):
+    """One row of pairs: segment 2k-1 is the first answer of a pair and 2k the second."""
 
     @property
     def pairs(self) -> int:
         """How many lie in the row."""
         return max(self.arrays["segments"]) // 2
-
-    @property
-    def padding(self) -> int:
-        """Places without a token."""
-        return self.arrays["segments"].count(0)
 
     def name(self, segment: int) -> str:
         """Name the answer of a segment: `chosen`, or for KTO `wanted`, and so on."""
@@ -40,7 +31,7 @@ class ShownPairs:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `answers` has a name for each segment."""
-        return {"row": self.number, "answers": [self.name(one + 1) for one in range(2 * self.pairs)], **self.arrays}
+        return {**super().as_dict(), "answers": [self.name(segment) for segment in range(1, 2 * self.pairs + 1)]}
 
 
 @dataclasses.dataclass(frozen=True)
