@@ -81,6 +81,8 @@ def test_eval_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["--from", "x.jsonl"], "Missing argument"),
         (["--from", "x.jsonl", "humaneval", "mbpp"], "--from judges one task, not 2"),
         (["--from", "x.jsonl", "humaneval", "--k", "a"], "--k a is no list of numbers"),
+        (["--from", "x.jsonl", "humaneval", "--k", "0,1"], "--k 0 is no number of samples"),
+        (["some/run", "humaneval", "--k", "0"], "--k 0 is no number of samples"),
         (["--from", "x.jsonl", "humanevl"], "did you mean 'humaneval'"),
         (["some/run", "humaneval", "--samples", "0"], "makes no sample"),
         (["some/run", "humaneval", "--samples", "5"], "temperature 0 makes 5 equal samples"),

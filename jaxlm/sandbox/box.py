@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.sandbox import leftovers
-from jaxlm.sandbox.backends import Launch, Request, Sandbox, environment
+from jaxlm.sandbox.backends import SHELL, Launch, Request, Sandbox, environment
 from jaxlm.sandbox.inside import processes, wire
 from jaxlm.sandbox.verdicts import HarnessError, Limits
 
-SHELL = "/usr/bin/bash" if os.path.exists("/usr/bin/bash") else "/bin/bash"
-
 
 class Job(NamedTuple):
-    """What a box is to do: `answer`, `tests` or `run`, with the texts and the descriptors for it."""
+    """What a box is to do: `answer`, `tests` or `run`, and the texts for it."""
 
     role: str
     language: str
     texts: dict[str, object]
-    pipes: dict[str, int]
+    channel: int = -1
+    """A socket to another box."""
     stdin: bytes = b""
 
 
@@ -61,9 +60,9 @@ class Box:
         os.write(job_file, wire.encode(self._job(job, launch, theirs.fileno())))
         os.lseek(job_file, 0, os.SEEK_SET)
         stdin = wire.memory_file("stdin", job.stdin)
-        self.reports, self.measures, self.end = launch.reports, launch.measures, launch.end
+        self.launch = launch
         reporting = [info] if launch.reports or launch.measures else []
-        kept = [job_file, theirs.fileno(), *job.pipes.values(), *launch.keep, *reporting]
+        kept = [job_file, theirs.fileno(), *reporting, *([] if job.channel < 0 else [job.channel])]
         try:
             self.process = subprocess.Popen(
                 launch.command,
@@ -80,15 +79,15 @@ class Box:
             raise HarnessError(f"the box does not start: {error}") from None
         finally:
             theirs.close()
-            for number in {job_file, stdin, info, stdout, stderr, *launch.keep}:
+            for number in (job_file, stdin, info, stdout, stderr):
                 os.close(number)
 
     def _job(self, job: Job, launch: Launch, status: int) -> dict:
         limits = {name: value for name, value in dataclasses.asdict(self.limits).items() if isinstance(value, int)}
         limits["cpu"] = max(1, -int(-self.limits.cpu_seconds // 1))
-        own = {name: getattr(launch, name) for name in ("work", "box", "readable", "filters", "landlock", "supervise")}
-        own |= {"role": job.role, "language": job.language, "status": status, "limits": limits}
-        return {**job.texts, **job.pipes, **own, "shell": SHELL, "environment": environment(launch.work, "bash")}
+        own = {name: getattr(launch, name) for name in ("work", "box", "readable", "filters", "landlock")}
+        own |= {"role": job.role, "language": job.language, "status": status, "channel": job.channel, "limits": limits}
+        return {**job.texts, **own, "shell": SHELL, "environment": environment(launch.work, "bash")}
 
     def greet(self) -> None:
         """Read the worker's first word and let it go. Raises: HarnessError if the box is not as it must be."""
@@ -98,19 +97,19 @@ class Box:
             self.drain()
             last = bytes(self.output["stderr"]).decode(errors="replace").strip()[-300:]
             raise HarnessError(f"the box did not start: {word[1:].decode(errors='replace') or last or 'no message'}")
-        if self.reports:
+        if self.launch.reports:
             text = os.read(self.info, 4096).decode()
             self.first = int(text.partition('"child-pid":')[2].strip().split(",")[0].split("\n")[0])
             with contextlib.suppress(OSError):
                 self.disk = os.open(f"/proc/{self.first}/root/work", os.O_PATH | os.O_DIRECTORY)
-        if self.measures:
+        if self.launch.measures:
             os.set_blocking(self.info, False)
         self.ready = True
         self.status.send(b"G")
 
     def usage(self) -> processes.Usage:
         """What the box uses now; of processes that we do not see, as the backend last reported."""
-        if not self.measures:
+        if not self.launch.measures:
             return processes.usage(self.first or self.process.pid)
         try:
             seconds, memory, number, threads, running, *written = os.read(self.info, 1 << 16).splitlines()[-1].split()
@@ -131,8 +130,8 @@ class Box:
                 os.close(self.readers.pop(name))
         return False
 
-    def excess(self) -> tuple[str, str] | None:
-        """Look what the box uses. Returns the kind of verdict and the reason when it is more than it may."""
+    def excess(self) -> dict[str, str] | None:
+        """Look what the box uses. Returns a record, the kind of verdict and the reason, when it is more than it may."""
         before = self.seen
         now = self.usage()
         # A process that has just ended takes its time with it until its parent has waited for it.
@@ -154,13 +153,13 @@ class Box:
             ("violation", used, limits.disk_bytes, f"{limits.disk_bytes >> 20} MB in files"),
         ):
             if value > bound:
-                return kind, f"more than {text}"
+                return {"kind": kind, "text": f"more than {text}"}
         return None
 
     def kill(self) -> int:
         """Kill everything in the box and wait until it is dead. Returns the exit status, negative for a signal."""
-        if self.end and self.process.poll() is None:
-            subprocess.run(self.end, capture_output=True, check=False)
+        if self.launch.end and self.process.poll() is None:
+            subprocess.run(self.launch.end, capture_output=True, check=False)
         if self.first is not None:
             _kill_and_wait(self.first)
         elif self.process.poll() is None:

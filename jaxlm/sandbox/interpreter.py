@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 import sys
 
 from jaxlm.errors import UserError
-from jaxlm.sandbox.backends import Interpreter
+from jaxlm.sandbox.backends import Interpreter, ask
 
 _ASK = """import os, sys
 for word in (os.path.realpath(sys.executable), sys.base_prefix, sys.base_exec_prefix, sys.version.split()[0]):
@@ -23,18 +22,12 @@ def find(path: str = "") -> Interpreter:
 
     Raises: UserError.
     """
-    if path:
-        try:
-            asked = subprocess.run([path, "-s", "-S", "-P", "-c", _ASK], capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise UserError(f"{path} does not run: {error}", "name a Python 3.11 or newer") from None
-        if asked.returncode:
-            reason = (asked.stderr.strip().splitlines() or ["no message"])[0][:200]
-            raise UserError(f"{path} is no Python for boxes: {reason}", "3.11 or newer is needed")
-        executable, *prefixes, version = asked.stdout.split("\n")[:4]
-    else:
-        executable = os.path.realpath(sys.executable)
-        prefixes, version = [sys.base_prefix, sys.base_exec_prefix], sys.version.split()[0]
+    path = path or sys.executable
+    asked = ask(path, "-s", "-S", "-P", "-c", _ASK)
+    if asked.returncode:
+        reason = (asked.stderr.strip().splitlines() or ["no message"])[0][:200]
+        raise UserError(f"{path} is no Python for boxes: {reason}", "3.11 or newer is needed")
+    executable, *prefixes, version = asked.stdout.split("\n")[:4]
     if tuple(int(part) for part in version.split(".")[:2]) < (3, 11):
         raise UserError(f"{executable} is Python {version}", "boxes need 3.11 or newer")
     roots = {os.path.realpath(prefix) for prefix in prefixes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ class Watch:
         for box in self.boxes:
             if box.ready and not box.ended:
                 if excess := box.excess():
-                    return Stop(*excess, box)
+                    return Stop(**excess, box=box)
                 running |= box.seen.running or not box.seen.processes  # none: its engine puts it up or takes it down
             running |= not box.ready
         # A tick counts as idle only if it was seen so: a judge that had to wait for the processor adds no time of its
@@ -145,18 +146,15 @@ def judge(
     if sandbox.backend.judge:
         return sandbox.backend.judge(program, tests, limits, cancel)
     with ExitStack() as stack:
-        ask, ask_in, reply, reply_in = pipes = [*os.pipe(), *os.pipe()]
         texts = {"program": program, "classes": list(tests.classes)}
         code = {"tests": tests.source, "prelude": tests.prelude, "names": list(tests.names)}
-        jobs = [
-            Job("answer", tests.language, texts, {"requests": ask, "replies": reply_in}),
-            Job("tests", tests.language, code, {"requests": ask_in, "replies": reply}),
-        ]
-        try:
+        near, far = socket.socketpair()
+        with near, far:
+            jobs = [
+                Job("answer", tests.language, texts, near.fileno()),
+                Job("tests", tests.language, code, far.fileno()),
+            ]
             boxes = [stack.enter_context(closing(Box(sandbox, job, limits))) for job in jobs]
-        finally:
-            for number in pipes:
-                os.close(number)
         return _verdict(boxes[0], boxes[1], limits, sandbox.name, cancel)
 
 
@@ -169,7 +167,7 @@ def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: thread
         spoke = stop.kind == "verdict" or (stop.kind == "ended" and stop.box is tests)
         record = _message(tests) if spoke else {"kind": stop.kind, "text": stop.text}
         if record["kind"] == "passed" and not program.ended and (excess := program.excess()):
-            record = {"kind": excess[0], "text": excess[1]}
+            record = excess
         if record["kind"] == "gone":
             record = {**record, **_gone(program, watch)}
     return finish(record, name, round(program.seen.cpu_seconds, 2))
@@ -205,7 +203,7 @@ def _gone(box: Box, watch: Watch) -> dict:
 def from_status(status: int, box: Box) -> dict:
     """Turn the way a box ended into a verdict."""
     if excess := box.excess():
-        return {"kind": excess[0], "text": excess[1]}
+        return excess
     if status == -signal.SIGXCPU or (status == -signal.SIGKILL and box.seen.cpu_seconds > 0.5 * box.limits.cpu_seconds):
         return {"kind": "cpu_time", "text": f"more than {box.limits.cpu_seconds:g} s of processor time"}
     if status == -signal.SIGSYS:
@@ -242,16 +240,13 @@ def run_program(
     sandbox.must_speak(language)
     if sandbox.backend.run:
         return sandbox.backend.run(program, stdin, limits, cancel)
-    job = Job("run", language, {"program": program}, {}, stdin)
+    job = Job("run", language, {"program": program}, stdin=stdin)
     with closing(Box(sandbox, job, limits)) as box:
         with closing(Watch([box], limits, cancel)) as watch:
             stop = watch.until(None)
         status = box.kill()
         box.drain()
-        kind, text = stop.kind, stop.text
-        if kind == "ended":
-            record = from_status(status, box)
-            kind = "finished" if record["kind"] == "crashed" and status >= 0 else record["kind"]
-            text = record["text"]
+        record = from_status(status, box) if stop.kind == "ended" else {"kind": stop.kind, "text": stop.text}
+        kind = "finished" if record["kind"] == "crashed" and status >= 0 else record["kind"]
         out, err = bytes(box.output["stdout"]), bytes(box.output["stderr"])
-        return Ran(kind, status, out, err, text, sandbox.name, round(box.seen.cpu_seconds, 2))
+        return Ran(kind, status, out, err, record["text"], sandbox.name, round(box.seen.cpu_seconds, 2))

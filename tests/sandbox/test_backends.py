@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, leftovers, run
+from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, backends, box, choose, grade, leftovers, run
 from jaxlm.sandbox.backends import Request, container, seatbelt
 from jaxlm.sandbox.battery.escapes import processes_with
 from jaxlm.sandbox.choose import BACKENDS
@@ -46,6 +48,7 @@ elif words[0] == 'run':
     # A folder whose disk is empty, as the box's own is.
     rest = words[words.index('python:here') + 1:]
     rest = [word.replace('/box', box).replace('/jaxlm-work', '/proc') for word in rest]
+    rest = [word.replace('relay.main(', 'relay.EVENTS = [' + repr({events!r}) + ']; relay.main(') for word in rest]
     os.execv({python!r}, [{python!r}, *rest, {log!r}])
 """
 
@@ -56,6 +59,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox, re
     log, program = tmp_path / "log.jsonl", tmp_path / "bin" / "docker"
     program.parent.mkdir()
     places = {"log": str(log), "down": str(tmp_path / "down"), "home": str(tmp_path), "version": request.param}
+    places["events"] = str(tmp_path / "memory.events")
     program.write_text(DOCKER.format(python=sandbox.interpreter.executable, **places))
     program.chmod(0o755)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -158,6 +162,33 @@ def test_what_the_kernel_ended_for_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert relay.killed_for_memory() == 1
 
 
+def test_a_program_that_the_kernel_ends_for_memory(docker: Path, tmp_path: Path) -> None:
+    """The container's control group counts one more; what it counted before, and another kill, are none."""
+    there, events = Sandbox(*container.of("python:here")), tmp_path / "memory.events"
+    events.write_text("oom_kill 2\n")
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    counted = f"pathlib.Path({str(events)!r}).write_text('oom_kill 3\\n'); {kill}"
+    for act, kind in ((kill, "crashed"), (counted, "memory")):
+        events.write_text("oom_kill 2\n")
+        program = f"import os, pathlib, signal\ndef add(a, b): {act}"
+        assert run(f"{program}\nadd(1, 2)", b"", "python", SHORT, there).kind == kind
+        events.write_text("oom_kill 2\n")
+        assert grade(program, ADD, SHORT, there).kind == kind
+
+
+def test_bash_that_is_missing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine, or in an image; never a verdict on a script."""
+    tests = Tests("candidate", ("f",), language="bash")
+    monkeypatch.setattr(box, "SHELL", "/nothing/bash")
+    with pytest.raises(HarnessError, match="/nothing/bash is missing in the box"):
+        grade(":", tests, SHORT, sandbox)
+    assert run(":", b"", "bash", SHORT, sandbox).stderr == b"/nothing/bash is missing in the box\n"
+    monkeypatch.setattr(backends, "SHELL", "/nothing/bash")
+    here = dataclasses.replace(sandbox.backend, languages=frozenset({"python"}))
+    with pytest.raises(HarnessError, match=f"{sandbox.name} runs no bash: /nothing/bash is missing"):
+        grade(":", tests, SHORT, Sandbox(here, sandbox.interpreter))
+
+
 def test_an_engine_that_fails_is_no_verdict(docker: Path) -> None:
     backend, python = container.of("python:here")
     with pytest.raises(HarnessError, match="did not start"):
@@ -166,7 +197,6 @@ def test_an_engine_that_fails_is_no_verdict(docker: Path) -> None:
 
 def _gone(backend, python) -> Sandbox:
     """The same backend, whose image has no Python."""
-    import dataclasses
 
     def launch(request):
         made = backend.launch(request)
@@ -181,17 +211,17 @@ def test_frames_in_pieces() -> None:
     ends.send(frames.STDOUT, b"a" * 300)
     ends.send(frames.STATUS, b"")
     data = os.read(reads, 1000)
-    seen = []
-    for byte in data:
-        os.write(writes, bytes([byte]))
-        seen += ends.receive()
-    assert seen == [(frames.STDOUT, b"a" * 300), (frames.STATUS, b"")]
+    with ThreadPoolExecutor(1) as thread:
+        seen = thread.submit(lambda: [ends.receive(), ends.receive()])
+        for byte in data:
+            os.write(writes, bytes([byte]))
+        assert seen.result() == [(frames.STDOUT, b"a" * 300), (frames.STATUS, b"")]
     os.write(writes, bytes([0]) + (1 << 30).to_bytes(4, "little"))
     with pytest.raises(ValueError, match="longer than allowed"):
         ends.receive()
-    ends.come.clear()
     os.close(writes)
-    assert ends.receive() == [] and not ends.open
+    with pytest.raises(EOFError):
+        ends.receive()
     os.close(reads)
 
 

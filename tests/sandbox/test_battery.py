@@ -77,7 +77,7 @@ def test_landlock_without_its_rules_is_noticed(sandbox: Sandbox) -> None:
 
     def launch(request):
         made = landlock.launch(request)
-        return dataclasses.replace(made, landlock={**(made.landlock or {}), "readable": ["/"], "work": "/tmp"})
+        return dataclasses.replace(made, landlock={**(made.landlock or {}), "readable": ["/"]})
 
     reads = next(escape for escape in escapes.battery() if escape.name == "file/secret.py")
     backend = dataclasses.replace(landlock.BACKEND, launch=launch)

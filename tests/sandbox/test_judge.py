@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, grade_many, judge, run
 from jaxlm.sandbox.battery.escapes import processes_with
+from jaxlm.sandbox.inside import wire
 from jaxlm.sandbox.verdicts import KINDS
 
 ADD = Tests("def check(f):\n    assert f(1, 2) == 3\n    assert f(5, b=6) == 11\n\ncheck(candidate)\n", names=("add",))
@@ -115,6 +117,11 @@ def test_details(sandbox: Sandbox) -> None:
         ("import os\ndef add(a, b):\n    os.closerange(3, 999)\n    return 3", "crashed"),
         ("def add(a, b):\n    raise type('E', (Exception,), {'__str__': lambda s: 1/0})()", "exception"),
         (
+            "class S(str):\n    def __getitem__(self, key): 1 / 0\n"
+            "def add(a, b):\n    raise type('E', (Exception,), {'__str__': lambda s: S('x')})()",
+            "exception",
+        ),
+        (
             "import threading\ndef loop(*a): return sum(0 for n in iter(int, 1))\n"
             "[threading.Thread(target=loop, daemon=True).start() for _ in range(3)]\nadd = loop",
             "cpu_time",
@@ -148,6 +155,28 @@ def test_objects_of_classes_stay_in_the_program(sandbox: Sandbox) -> None:
     assert grade(node + "def depth(n): return 0 if n is None else 1 + depth(n.left)", tests, SHORT, sandbox).passed
     cheat = "    def __eq__(self, other): return True\ndef depth(n): return n"
     assert grade(node + cheat, tests, SHORT, sandbox).kind == "not_plain"
+
+
+FORGED = {
+    "line": ("raised", ["KeyError"], "", {1}, []),
+    "digits": ("raised", ["KeyError"], "", 10**5000, []),
+    "tried": ("returned", 3, "", 0, 7),
+    "names": ("raised", [[]], "", 0, []),
+    "kind": ("passed", None, "", 0, []),
+    "parts": 5,
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_replies_that_a_program_forges(name: str, sandbox: Sandbox) -> None:
+    """They give a verdict that can be written down; a set for a number of a line once ended the evaluation."""
+    message = wire.encode(FORGED[name])
+    data = len(message).to_bytes(4, "little") + message
+    forges = (
+        f"import contextlib, os\nfor n in range(3, 64):\n    with contextlib.suppress(OSError): os.write(n, {data})"
+    )
+    verdict = grade(f"{forges}\n{PROGRAMS['passed']}", ADD, SHORT, sandbox)
+    assert verdict.kind == "not_plain" and json.dumps(verdict.record()), verdict
 
 
 @pytest.mark.parametrize("source", ["assert True", "raise KeyError", "candidate(lambda: 1)", "import nothing_here"])

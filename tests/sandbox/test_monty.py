@@ -70,10 +70,13 @@ def test_threads_that_ask_at_once_share_a_pool(in_monty: Sandbox, monkeypatch: p
             super().__init__()
             time.sleep(0.05)
 
+        def checkout(self, **options: object) -> Slow:
+            return self
+
     monkeypatch.setattr(pydantic_monty, "Monty", Slow)
-    monkeypatch.setattr(monty, "_made_pool", functools.cache(monty._made_pool.__wrapped__))
+    monkeypatch.setattr(monty, "_pool", functools.cache(monty._pool.__wrapped__))
     with ThreadPoolExecutor(4) as threads:
-        assert len(set(threads.map(lambda _: id(monty._pool()), range(4)))) == 1
+        assert len(set(threads.map(lambda _: id(monty._session(SHORT)), range(4)))) == 1
 
 
 def test_many_judgements_in_monty_do_not_wait_for_each_other(

@@ -82,8 +82,8 @@ def check_counts(samples: int, ks: Sequence[int], temperature: float) -> None:
     """Refuse counts that make no estimate. Raises: UserError."""
     if samples < 1:
         raise UserError(f"--samples {samples} makes no sample", "at least 1")
-    if max(ks) > samples or min(ks) < 1:
-        wrong = max(ks) if max(ks) > samples else min(ks)
-        raise UserError(f"pass@{wrong} needs at least {wrong} samples a problem, there are {samples}", "--samples, --k")
+    if max(ks) > samples:
+        needs = f"pass@{max(ks)} needs at least {max(ks)} samples a problem, there are {samples}"
+        raise UserError(needs, "--samples, --k")
     if temperature == 0 and samples > 1:
         raise UserError(f"temperature 0 makes {samples} equal samples", "greedy is one sample: --samples 1 --k 1")

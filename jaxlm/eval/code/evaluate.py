@@ -71,6 +71,8 @@ class CodeOptions:
     def __post_init__(self) -> None:
         if self.limit < 0:
             raise UserError(f"--limit {self.limit} takes nothing", "a number of problems; 0: all")
+        if min(self.ks) < 1:
+            raise UserError(f"--k {min(self.ks)} is no number of samples", "at least 1, such as 1,10")
 
 
 def problems_of(task: str, options: CodeOptions) -> list[Problem]:
@@ -85,6 +87,8 @@ def problems_of(task: str, options: CodeOptions) -> list[Problem]:
         made = humaneval_sh.problems(options.data)
     else:
         raise UserError(f"unknown task {task!r}", did_you_mean(task, TASKS))
+    if not made:
+        raise UserError(f"{options.data or task} has no problem", "is this the file of the set?")
     return made[: options.limit or None]
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.eval.code.estimate import check_counts
 from jaxlm.eval.code.problems import Problem
-from jaxlm.eval.code.samples import Sample, digest_of, is_of, records
+from jaxlm.eval.code.samples import Sample, digest_of, is_of, records, write_whole
+from jaxlm.text.completion import check_prompts, encode_prompts
 
 if TYPE_CHECKING:
     from jaxlm.text.chat import Chat
@@ -52,6 +53,10 @@ class Completer(Protocol):
 
     def complete(self, prompts: Sequence[str], seed: int) -> list[tuple[str, bool]]:
         """Complete prompts. Returns each text, and whether it was cut off by its length."""
+        ...
+
+    def check(self, prompts: Mapping[str, str]) -> None:
+        """Refuse prompts, by the names of their problems, that the model cannot complete. Raises: UserError."""
         ...
 
     def spelling(self, special: str) -> str | None:
@@ -94,6 +99,15 @@ class ModelCompleter:
         limit, stops = self.how.max_new_tokens, () if self.how.chat else self.stops
         done = self.model.generate(list(prompts), sampling=sampling, max_new_tokens=limit, stop=stops, seed=seed)
         return [(one.text, one.finish == "length") for one in done]
+
+    def check(self, prompts: Mapping[str, str]) -> None:
+        """Refuse prompts, by the names of their problems, of which the longest leaves no room for a completion."""
+        ids = encode_prompts(self.tokenizer, list(prompts.values()))
+        longest, name = max(zip(map(len, ids), prompts, strict=True))
+        try:
+            check_prompts(self.model.config.model, [[0] * longest], self.how.max_new_tokens)
+        except UserError as error:
+            raise UserError(f"{name}: {error.message}", error.hint) from None
 
     def choose(self, prompt: str, answers: Sequence[str]) -> int:
         """The answer that is likeliest behind a prompt, by its number; the first of those that are equal."""
@@ -157,12 +171,14 @@ def make_samples(
     Args:
         prompts: the prompt of each sample, by problem and number, where it is not the problem's own.
 
-    Raises: UserError for counts that make no estimate, or a folder with samples of other settings.
+    Raises: UserError for counts that make no estimate, a prompt without room behind it, or a folder with samples of
+        other settings.
     """
     check_counts(how.samples, [1], how.temperature)
-    same_settings(folder, how)
     wanted = [(problem, number) for problem in problems for number in range(how.samples)]
     prompts = prompts or {(one.task_id, number): prompt_of(one, model, how) for one, number in wanted}
+    model.check({task_id: prompt for (task_id, _), prompt in prompts.items()})
+    same_settings(folder, how)
     with records(folder / "samples.jsonl") as opened:
         for number, record in enumerate(opened.known):
             task_id, place = (wanted[number][0].task_id, wanted[number][1]) if number < len(wanted) else ("", 0)
@@ -190,9 +206,10 @@ def same_settings(folder: Path, how: Generation) -> None:
     """Keep the settings beside the samples. Raises: UserError where a folder has those of others."""
     file, settings = folder / "settings.json", asdict(how)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if file.exists() and {**asdict(Generation()), **json.loads(file.read_text())} != settings:
-            raise UserError(f"{folder} has samples of other settings", "remove it, or name another --out")
-        file.write_text(json.dumps(settings) + "\n")
-    except (OSError, ValueError) as error:
+        known = {**asdict(Generation()), **json.loads(file.read_text())} if file.exists() else None
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: {error}", "--out names another place") from None
+    if known is None:
+        write_whole(file, json.dumps(settings) + "\n")
+    elif known != settings:
+        raise UserError(f"{folder} has samples of other settings", "remove it, or name another --out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,5 +83,5 @@ def rows(path: Path, *required: str) -> Iterator[dict]:
                 if missing:
                     raise UserError(f"{path}, line {number}: no key {missing[0]!r}", "is this the file of the set?")
                 yield row
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}, line {max(number, 1)}: {error}", "the file must be JSON, one row a line") from None

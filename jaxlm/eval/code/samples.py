@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,28 +97,30 @@ def is_of(record: Mapping[str, object], task_id: str, prompt: str) -> bool:
 
 
 class Records:
-    """A file of JSON lines to append to. A line that a kill cut short is dropped when it is opened again."""
+    """A file of JSON lines to append to. A line that a kill cut short is dropped when the next one is appended."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = path.open("a+b", buffering=0)
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path, self.file = path, file
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(f"another evaluation writes {path}", "wait for it, or name another --out") from None
-        self.file.seek(0)
-        data = self.file.read()
-        self.file.truncate(data.rfind(b"\n") + 1)
+        file.seek(0)
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        self.whole = whole if whole < len(data) else None
         try:
-            self.known = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-        except ValueError:
+            self.known = [dict(json.loads(line)) for line in data[:whole].splitlines()]
+        except (ValueError, TypeError):
             raise UserError(f"{path} is no file of records", "remove it, or name another --out") from None
 
     def append(self, record: dict) -> None:
         """Add a line. Raises: UserError when the disk is full; what was written stays."""
         line = memoryview((json.dumps(record, ensure_ascii=True) + "\n").encode())
         try:
+            if self.whole is not None:
+                self.file.truncate(self.whole)
+                self.whole = None
             while line:
                 line = line[self.file.write(line) :]
         except OSError as error:
@@ -125,15 +128,27 @@ class Records:
             raise UserError(message, "make room; the same command goes on from here") from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all. Raises: UserError, where it cannot be written."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        hint = "make room, or name another place by --out; the same command goes on from here"
+        raise UserError(f"{path}: {error.strerror}", hint) from None
+
+
 @contextmanager
 def records(path: Path) -> Iterator[Records]:
     """Open a file of records for this evaluation alone. Raises: UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = Records(path)
+        file = path.open("a+b", buffering=0)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}", "--out names another place") from None
-    try:
-        yield opened
-    finally:
-        opened.file.close()
+    with file:
+        yield Records(path, file)

@@ -15,7 +15,7 @@ from jaxlm.eval.code.estimate import Estimate, interval, pass_at_k
 from jaxlm.eval.code.metrics import MetricReport, isolation, marks, shown
 from jaxlm.eval.code.problems import Problem
 from jaxlm.eval.code.programs import cut, sanitise
-from jaxlm.eval.code.samples import Sample, records
+from jaxlm.eval.code.samples import Sample, records, write_whole
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, Verdict, grade_many
 
 SLOWER = 5.0
@@ -235,7 +235,6 @@ def report(task: str, judged: Sequence[dict], ks: Sequence[int], sandbox: str) -
 
 def write_report(made: CodeReport | MetricReport, folder: Path) -> Path:
     """Write a report as JSON. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{made.task}.json"
-    file.write_text(json.dumps(made.to_json(), indent=1) + "\n")
+    write_whole(file, json.dumps(made.to_json(), indent=1) + "\n")
     return file

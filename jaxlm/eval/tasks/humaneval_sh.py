@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxlm.errors import UserError
 from jaxlm.eval.code.problems import Problem, find_file, rows
 from jaxlm.sandbox import Tests
-from jaxlm.sandbox.box import SHELL
+from jaxlm.sandbox.backends import SHELL
 
 FILES = ("humaneval_sh/humaneval-sh.jsonl", "humaneval_sh/humaneval-sh.jsonl.gz")
 _HEAD = re.compile(r'\}\n\ncandidate\(\) \{\n\s+(\w+) "\$@"\n\}\n')

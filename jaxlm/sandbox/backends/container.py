@@ -10,11 +10,10 @@ import functools
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from jaxlm.sandbox.backends import INSIDE, Backend, Interpreter, Launch, Request, environment, seccomp
+from jaxlm.sandbox.backends import INSIDE, LANGUAGES, Backend, Interpreter, Launch, Request, ask, environment, seccomp
 
 ENGINES = ("docker", "podman")
 BOX, WORK = "/box", "/jaxlm-work"
@@ -33,12 +32,7 @@ def engine() -> tuple[str, str]:
         if not (path := shutil.which(name)):
             reasons.append(f"{name} is not installed")
             continue
-        try:
-            command = [path, "version", "--format", "{{.Server.Version}}"]
-            asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reasons.append(f"{name} does not run: {error}")
-            continue
+        asked = ask(path, "version", "--format", "{{.Server.Version}}")
         if asked.returncode == 0:
             return path, ""
         lines = asked.stderr.strip().splitlines()
@@ -49,8 +43,7 @@ def engine() -> tuple[str, str]:
 @functools.cache
 def is_podman(program: str) -> bool:
     """Whether an engine is podman, by whatever name: some systems call it docker."""
-    asked = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    return asked.stdout.lower().startswith("podman")
+    return ask(program, "--version").stdout.lower().startswith("podman")
 
 
 def image_number(image: str) -> tuple[str, str]:
@@ -58,8 +51,7 @@ def image_number(image: str) -> tuple[str, str]:
     program, reason = engine()
     if not program:
         return "", reason
-    command = [program, "image", "inspect", "--format", "{{.Id}}", image]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    asked = ask(program, "image", "inspect", "--format", "{{.Id}}", image)
     number = "" if asked.returncode else asked.stdout.strip()
     return number, "" if number else f"no image {image!r} here: {program} pull {image}"
 
@@ -94,16 +86,16 @@ def of(image: str) -> tuple[Backend, Interpreter]:
     def launch(request: Request) -> Launch:
         program, name = engine()[0], f"jaxlm-box-{secrets.token_hex(8)}"
         client = [sys.executable, "-S", "-P", "-B", str(CLIENT), str(request.job), str(request.info)]
-        alone = (seccomp.alone_filter(seccomp.PROCESS),) if request.language == "python" else ()
         return Launch(
             command=(*client, *run_command(program, image, name, request)),
             work=WORK,
             box=BOX,
             readable=("/usr", "/lib", "/opt", BOX, "/dev", "/proc"),
-            filters=(seccomp.base_filter(), *alone),
+            filters=seccomp.filters(request.language),
             measures=True,
             end=(program, "rm", "--force", name),
             environment=dict(os.environ),  # of the client: engines look for HOME, XDG_RUNTIME_DIR, DOCKER_HOST
         )
 
-    return Backend(f"container:{image}", lambda: reason, launch), Interpreter("python3", (), number)
+    backend = Backend(f"container:{image}", lambda: reason, launch, languages=LANGUAGES)
+    return backend, Interpreter("python3", (), number)

@@ -7,7 +7,6 @@ It ends as the program in the box ended, and with whoever started it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -29,13 +28,9 @@ def main() -> None:
     far = frames.Ends(engine.stdout.fileno(), engine.stdin.fileno())
     far.send(frames.JOB, text)
     far.send(frames.STDIN, wire.read_all(0))
-    near = {frames.STDOUT: 1, frames.STDERR: 2, frames.STATUS: names["status"], frames.USAGE: info}
-    readers = {names["status"]: frames.STATUS}
-    for channel, name in ((frames.REQUESTS, "requests"), (frames.REPLIES, "replies")):
-        if name in names:
-            writes = fcntl.fcntl(names[name], fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
-            near |= {channel: names[name]} if writes else {}
-            readers |= {} if writes else {names[name]: channel}
+    sockets = {channel: names[name] for channel, name in frames.sockets_of(names)}
+    near = {frames.STDOUT: 1, frames.STDERR: 2, frames.USAGE: info, **sockets}
+    readers = {number: channel for channel, number in sockets.items()}
     status = frames.carry(far, readers, near, ends=frames.STATUS)
     engine.stdin.close()
     code = engine.wait()

@@ -8,8 +8,6 @@ Linux 5.13; scripts in bash need Linux 6.12, where Landlock also keeps signals i
 from __future__ import annotations
 
 import functools
-import platform
-import sys
 
 from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, python_command, seccomp
 
@@ -19,28 +17,22 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/random")
 
 def launch(request: Request) -> Launch:
     """Describe a box of Landlock."""
-    work, box, bash = str(request.folder), str(INSIDE.parent), request.language == "bash"
-    readable = (*request.interpreter.roots, *SYSTEM)
-    alone = () if bash else (seccomp.alone_filter(seccomp.PROCESS),)
-    rules = {"readable": list(readable), "work": work, "devices": list(DEVICES), "programs": bash}
+    box, readable = str(INSIDE.parent), (*request.interpreter.roots, *SYSTEM)
     return Launch(
         command=tuple(python_command(request.interpreter, box, request.job)),
-        work=work,
+        work=str(request.folder),
         box=box,
         readable=(*readable, "/dev"),
-        filters=(seccomp.base_filter(shared=True), *alone),
-        landlock=rules,
-        supervise=bash,
+        filters=seccomp.filters(request.language, shared=True),
+        landlock={"readable": list(readable), "devices": list(DEVICES)},
     )
 
 
 @functools.cache
 def problem() -> str:
     """Look whether the kernel has Landlock. Returns why not, or nothing."""
-    if sys.platform != "linux":
-        return "Landlock is for Linux"
-    if platform.machine() not in seccomp.ARCHITECTURES:
-        return f"the table of system calls lacks {platform.machine()}"
+    if reason := seccomp.problem():
+        return reason
     import ctypes
 
     version = ctypes.CDLL(None, use_errno=True).syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))

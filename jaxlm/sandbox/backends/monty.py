@@ -33,16 +33,11 @@ _PAIRS = threading.BoundedSemaphore(MOST_WORKERS // 2)
 
 
 _MAKING = threading.Lock()
-
-
-def _pool() -> Any:
-    """The one pool of workers. Threads that ask at once wait for the one that makes it."""
-    with _MAKING:
-        return _made_pool()
+"""Held while the pool is made: threads that ask at once share one."""
 
 
 @functools.cache
-def _made_pool() -> Any:
+def _pool() -> Any:
     import pydantic_monty
 
     pool = pydantic_monty.Monty(min_processes=2, max_processes=MOST_WORKERS)
@@ -53,7 +48,9 @@ def _made_pool() -> Any:
 
 def _session(limits: Limits) -> Any:
     allowed = {"max_feed_duration_secs": limits.cpu_seconds, "max_memory": limits.memory, "max_suspensions": 1_000_000}
-    return _pool().checkout(
+    with _MAKING:
+        pool = _pool()
+    return pool.checkout(
         limits={**allowed, "max_total_sleep_secs": limits.idle_seconds},
         os_policy={"random_start": {"seed": 0}, "sleep_system_max": limits.idle_seconds},
         assert_message_annotations=False,

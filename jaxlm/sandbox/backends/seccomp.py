@@ -2,16 +2,19 @@
 
 A filter is a short program that the kernel runs before each system call (Linux, Documentation/userspace-
 api/seccomp_filter.rst). Two filters are made of the table. The first is for every box. The second, for Python answers,
-also refuses to start a process or a program; the worker loads it when it has started, because bubblewrap must still
-start the worker itself.
+also refuses to start a process or a program. The worker loads them when it has started.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import platform
 import struct
+import sys
 from typing import NamedTuple
+
+from jaxlm.sandbox.inside import confine
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """AUDIT_ARCH numbers of linux/audit.h."""
@@ -84,8 +87,8 @@ PROGRAMS = ("fork", "vfork", "execve", "execveat")
 BY_ARGUMENT = ("tkill", "clone", "clone3", "prlimit64", "prctl", "ioctl", "socketpair")
 CONDITIONAL = {*OWN_PROCESS, *PROGRAMS, *SHARED_ONLY, *BY_ARGUMENT}
 
-PROCESS = 0x7FFFFFFE
-"""Stands for the number of the box's own process; the worker puts the number in (`confine.PLACE_OF_PROCESS`)."""
+PROCESS = int.from_bytes(confine.PLACE_OF_PROCESS, "little")
+"""Stands for the number of the box's own process, which the worker puts in its place."""
 
 CLONE_THREAD = 0x00010000
 CLONE_NAMESPACES = 0x7E020000
@@ -106,57 +109,73 @@ def _refuse(error: int = errno.EPERM) -> bytes:
     return _step(_RETURN, _ERRNO | error)
 
 
+_PASS = _step(_RETURN, _ALLOW)
+
+
 def _argument(index: int, high: bool = False) -> bytes:
     return _step(_LOAD, _ARGUMENTS + 8 * index + 4 * high)
 
 
-def _start(machine: str) -> bytes:
-    """Kill a program of another architecture, whose numbers mean other calls, and load the number of the call."""
-    head = _step(_LOAD, _ARCHITECTURE) + _step(_EQUAL, ARCHITECTURES[machine], 1, 0) + _step(_RETURN, _KILL)
-    return head + _step(_LOAD, _NUMBER)
+def _program(machine: str, bodies: dict[str, bytes], first: bytes = b"") -> bytes:
+    """Make a filter that allows all calls but some, of which it runs the body, which must return.
 
-
-def _calls(machine: str, bodies: dict[str, bytes]) -> bytes:
-    """Run the body of a call, which must return; the number of the call is in the accumulator before and after."""
-    numbers = {getattr(NUMBERS[name], machine): body for name, body in bodies.items()}
-    return b"".join(
-        _step(_EQUAL, number, 0, len(body) // 8) + body for number, body in numbers.items() if number is not None
-    )
+    Args:
+        machine: `x86_64` or `aarch64`; this machine's by default. A program of another one, whose numbers mean other
+            calls, is killed.
+        bodies: what to do by the name of the call; the number of the call is in the accumulator.
+        first: runs before, with the number in the accumulator too.
+    """
+    machine = machine or NAMES.get(platform.machine(), platform.machine())
+    made = _step(_LOAD, _ARCHITECTURE) + _step(_EQUAL, ARCHITECTURES[machine], 1, 0) + _step(_RETURN, _KILL)
+    made += _step(_LOAD, _NUMBER) + first
+    for name, body in bodies.items():
+        if (number := getattr(NUMBERS[name], machine)) is not None:
+            made += _step(_EQUAL, number, 0, len(body) // 8) + body
+    return made + _PASS
 
 
 def base_filter(machine: str = "", shared: bool = False) -> bytes:
     """Make the filter that every box has: no mounts, no namespaces, no sockets, no tracing, no keys, no kernel doors.
 
     Args:
-        machine: `x86_64` or `aarch64`; this machine's by default.
+        machine: as in `_program`.
         shared: refuse changes of limits, modes and times too, for boxes among the machine's own files and processes.
 
     Returns:
         The bytes of an array of `struct sock_filter`.
     """
-    machine = machine or NAMES.get(platform.machine(), platform.machine())
-    allow = _step(_RETURN, _ALLOW)
-    program = _start(machine) + _step(_AT_LEAST, FIRST_UNKNOWN, 0, 1) + _refuse(errno.ENOSYS)
     refused = [name for name in NUMBERS if name not in CONDITIONAL or (shared and name in SHARED_ONLY)]
+    terminal = _step(_EQUAL, TIOCSTI, 1, 0) + _step(_EQUAL, TIOCLINUX, 0, 1)
     rules = {
         # glibc asks clone3 first; its flags lie in memory, where a filter cannot look. Without it glibc takes clone.
         "clone3": _refuse(errno.ENOSYS),
-        "clone": _argument(0) + _step(_ANY_BIT, CLONE_NAMESPACES, 0, 1) + _refuse() + allow,
-        "prctl": _argument(0) + _step(_EQUAL, PR_SET_PDEATHSIG, 0, 1) + _refuse() + allow,
-        "ioctl": _argument(1) + _step(_EQUAL, TIOCSTI, 1, 0) + _step(_EQUAL, TIOCLINUX, 0, 1) + _refuse() + allow,
-        "socketpair": _argument(0) + _step(_EQUAL, 1, 1, 0) + _refuse() + allow,  # AF_UNIX, for event loops
+        "clone": _argument(0) + _step(_ANY_BIT, CLONE_NAMESPACES, 0, 1) + _refuse() + _PASS,
+        "prctl": _argument(0) + _step(_EQUAL, PR_SET_PDEATHSIG, 0, 1) + _refuse() + _PASS,
+        "ioctl": _argument(1) + terminal + _refuse() + _PASS,
+        "socketpair": _argument(0) + _step(_EQUAL, 1, 1, 0) + _refuse() + _PASS,  # AF_UNIX, for event loops
     }
     if shared:  # the worker has set its limits before; asking for them stays allowed
-        asking = _argument(2, high=True) + _step(_EQUAL, 0, 0, 1) + allow + _refuse()
+        asking = _argument(2, high=True) + _step(_EQUAL, 0, 0, 1) + _PASS + _refuse()
         rules["prlimit64"] = _argument(2) + _step(_EQUAL, 0, 1, 0) + _refuse() + asking
-    return program + _calls(machine, {**dict.fromkeys(refused, _refuse()), **rules}) + allow
+    unknown = _step(_AT_LEAST, FIRST_UNKNOWN, 0, 1) + _refuse(errno.ENOSYS)
+    return _program(machine, {**dict.fromkeys(refused, _refuse()), **rules}, unknown)
 
 
-def alone_filter(process: int, machine: str = "") -> bytes:
+def alone_filter(process: int = PROCESS, machine: str = "") -> bytes:
     """Make the filter of a Python answer: threads, but no process, no program, and no signal to any other process."""
-    machine = machine or NAMES.get(platform.machine(), platform.machine())
-    allow = _step(_RETURN, _ALLOW)
-    own = _argument(0) + _step(_EQUAL, process, 1, 0) + _refuse() + allow
+    own = _argument(0) + _step(_EQUAL, process, 1, 0) + _refuse() + _PASS
     bodies = {**dict.fromkeys([*PROGRAMS, "tkill"], _refuse()), **dict.fromkeys(OWN_PROCESS, own)}
-    bodies["clone"] = _argument(0) + _step(_ANY_BIT, CLONE_THREAD, 1, 0) + _refuse() + allow
-    return _start(machine) + _calls(machine, bodies) + allow
+    bodies["clone"] = _argument(0) + _step(_ANY_BIT, CLONE_THREAD, 1, 0) + _refuse() + _PASS
+    return _program(machine, bodies)
+
+
+def problem() -> str:
+    """Say why the table is not for this machine, or nothing."""
+    known = sys.platform == "linux" and platform.machine() in ARCHITECTURES
+    return "" if known else f"needs Linux on {' or '.join(ARCHITECTURES)}"
+
+
+@functools.cache
+def filters(language: str, shared: bool = False) -> tuple[bytes, ...]:
+    """Make the filters that a worker loads before it runs code of others in a language."""
+    return (base_filter(shared=shared), *([alone_filter()] if language == "python" else []))

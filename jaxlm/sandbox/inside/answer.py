@@ -8,6 +8,7 @@ from .wire import Channel, NotPlain, decode, encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
 SIGXCPU = 24  # `signal` would cost a fifth of the start of a box
@@ -47,7 +48,7 @@ def watch_attempts(tried: list, work: str, readable: tuple) -> None:
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error)[:MAX_TEXT]
+        return str.__str__(str(error))  # exactly a text
     except BaseException as other:  # __str__ is the answer's own
         return f"its text raised {type(other).__name__}"
 
@@ -56,10 +57,9 @@ def _line(error: BaseException) -> int:
     return worker.line_in(worker.ANSWER_FILE, error)
 
 
-def raised(error: BaseException, tried: list) -> bytes:
-    """Write an exception as names of its types, text and line."""
-    names = [str(kind.__name__)[:100] for kind in type(error).__mro__[:20]]
-    return encode(("raised", names, _text(error), _line(error), list(tried)))
+def reply(kind: str, value: object = None, text: str = "", line: int = 0, tried: "Sequence[str]" = ()) -> bytes:
+    """Write what the tests read (`tests.Link.reply`): `returned`, `raised` with names of types, or a verdict."""
+    return encode((kind, value, text[:MAX_TEXT], line, list(tried)))
 
 
 class Program:
@@ -80,9 +80,14 @@ class Program:
             # Without a frame of the program it is the program itself that does not compile; a ValueError is for NUL.
             if isinstance(error, SyntaxError | ValueError) and _line(error) == 0:
                 text, line = (error.msg, error.lineno) if isinstance(error, SyntaxError) else (_text(error), 0)
-                return encode(("syntax", str(text)[:MAX_TEXT], line or 0))
-            return raised(error, self.tried)
-        return encode(("loaded",))
+                return reply("syntax", text=str(text), line=line or 0)
+            return self.raised(error)
+        return reply("returned")
+
+    def raised(self, error: BaseException) -> bytes:
+        """Write an exception as names of its types, text and line."""
+        names = [str(kind.__name__)[:100] for kind in type(error).__mro__[:20]]
+        return reply("raised", names, _text(error), _line(error), self.tried)
 
     def number_of(self, value: object) -> int | None:
         """Number an object of a class that the tests make themselves."""
@@ -95,7 +100,7 @@ class Program:
         """Do what a request of the tests asks."""
         operation, name, arguments, named = decode(request, handles=self.objects.__getitem__)
         if operation == "call" and not callable(self.namespace.get(name)):
-            return encode(("no_function",))
+            return reply("no_function")
         holds = operation != "call" or name in self.classes
         try:
             if operation == "call":
@@ -103,12 +108,11 @@ class Program:
             else:
                 value = {"getattr": getattr, "setattr": setattr}[operation](*arguments)
         except BaseException as error:
-            return raised(error, self.tried)
+            return self.raised(error)
         try:
-            tried = (list(self.tried),) if self.tried else ()
-            return encode(("returned", value, *tried), self.number_of if holds else None)
+            return encode(("returned", value, "", 0, list(self.tried)), self.number_of if holds else None)
         except NotPlain as error:
-            return encode(("not_plain", str(error)[:MAX_TEXT], list(self.tried)))
+            return reply("not_plain", text=str(error), tried=self.tried)
 
 
 class Script:
@@ -123,10 +127,10 @@ class Script:
         try:
             text = source.encode()
         except UnicodeEncodeError as error:
-            return encode(("syntax", str(error)[:MAX_TEXT], 0))
+            return reply("syntax", text=str(error))
         with open(self.file, "wb") as file:
             file.write(text)
-        return encode(("loaded",))
+        return reply("returned")
 
     def answer(self, request: bytes) -> bytes:
         """Run the program once. Returns what it printed and its status."""
@@ -143,17 +147,17 @@ class Script:
             output += part
         os.close(reads)
         if len(output) > MAX_OUTPUT:
-            return encode(("too_much_output",))
+            return reply("output")
         _, state = os.waitpid(child, 0)
         if os.WIFSIGNALED(state) and os.WTERMSIG(state) == SIGXCPU:
-            return encode(("too_much_time",))
-        return encode(("returned", [bytes(output), os.waitstatus_to_exitcode(state)]))
+            return reply("cpu_time")
+        return reply("returned", [bytes(output), os.waitstatus_to_exitcode(state)])
 
 
 def main(job: dict) -> None:
     """Load the program, tell the tests how that went, then serve calls until the tests are gone."""
     os.close(job["status"])
-    channel = Channel(job["requests"], job["replies"])
+    channel = Channel(job["channel"])
     program = Script(job) if job["language"] == "bash" else Program(job)
     worker.seed_random(job["program"] if job["language"] == "python" else "")
     channel.send(program.load(job["program"]))
@@ -170,6 +174,8 @@ def run(job: dict) -> None:
         file = os.path.join(job["work"], "program.sh")
         with open(file, "wb") as stream:
             stream.write(source.encode(errors="surrogateescape"))
+        if not os.path.exists(job["shell"]):
+            sys.exit(f"{job['shell']} is missing in the box")
         os.execve(job["shell"], [job["shell"], file], job["environment"])
     namespace = worker.module("__main__")
 

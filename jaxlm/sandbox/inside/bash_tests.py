@@ -41,6 +41,8 @@ def _serve(asks: int, answers: int, link: Link, name: str) -> None:
 
 def run(job: dict, link: Link) -> None:
     """Run the tests' script. Raises: Verdict."""
+    if not os.path.exists(job["shell"]):
+        raise Verdict("harness_error", text=f"{job['shell']} is missing in the box")
     asks, asks_in = os.pipe()
     hears, answers = os.pipe()
     file = os.path.join(job["work"], "tests.sh")

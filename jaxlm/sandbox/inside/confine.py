@@ -93,7 +93,7 @@ def _filter(program: bytes) -> None:
         call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, head)
 
 
-def _landlock(readable: list, work: str, devices: list, programs: bool) -> None:
+def _landlock(folders: dict, work: str, programs: bool) -> None:
     """Allow to read some folders and to write one; everything else on the machine's disks is closed (Landlock)."""
     version = call("syscall", LANDLOCK_CREATE, 0, 0, 1)
     handled = RIGHTS_BY_VERSION[max(v for v in RIGHTS_BY_VERSION if v <= version)]
@@ -102,8 +102,8 @@ def _landlock(readable: list, work: str, devices: list, programs: bool) -> None:
     ruleset += (3 if version >= 6 else 0).to_bytes(8, "little")  # abstract sockets and signals
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     rules = call("syscall", LANDLOCK_CREATE, ruleset, size, 0)
-    rights = [(path, READ | (EXECUTE if programs else 0)) for path in readable]
-    rights += [(path, READ_FILE | WRITE_FILE) for path in devices] + [(work, WORK)]
+    rights = [(path, READ | (EXECUTE if programs else 0)) for path in folders["readable"]]
+    rights += [(path, READ_FILE | WRITE_FILE) for path in folders["devices"]] + [(work, WORK)]
     for path, allowed in rights:
         if not os.path.exists(path):
             continue
@@ -156,16 +156,16 @@ def _supervise(status: int) -> None:
 
 def confine(job: dict) -> None:
     """Give up the rights that the job names. Afterwards nothing can be taken back. Raises: OSError."""
-    if job["supervise"]:
+    folders, bash = job["landlock"], job["language"] == "bash"
+    if folders is not None and bash:
         _supervise(job["status"])
     limit(job["limits"])
-    rules = job["landlock"]
-    if rules is not None:
-        if not job["supervise"]:
+    if folders is not None:
+        if not bash:
             call("prctl", PR_SET_PDEATHSIG, 9, 0, 0, 0)
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        os.chdir(rules["work"])
-        _landlock(rules["readable"], rules["work"], rules["devices"], rules["programs"])
+        os.chdir(job["work"])
+        _landlock(folders, job["work"], programs=bash)
         _drop_capabilities()
     for program in job["filters"]:
         _filter(program)

@@ -6,19 +6,24 @@ import contextlib
 import os
 import select
 import socket
+from collections.abc import Callable
 
 from . import wire
 
-JOB, STDIN, STDOUT, STDERR, STATUS, REQUESTS, REPLIES, USAGE, ENDED = range(9)
-LARGEST = 64 << 20
+JOB, STDIN, STDOUT, STDERR, STATUS, CALLS, USAGE, ENDED = range(8)
+LARGEST = 512 << 20
+
+
+def sockets_of(job: dict) -> list[tuple[int, str]]:
+    """The sockets of a job: the channel of each, and its name in the job."""
+    return [(STATUS, "status"), *([(CALLS, "channel")] if job["channel"] >= 0 else [])]
 
 
 class Ends:
-    """The two streams, with what has come so far."""
+    """The two streams."""
 
     def __init__(self, reads: int, writes: int) -> None:
         self.reads, self.writes = reads, writes
-        self.come = bytearray()
         self.open = True
 
     def send(self, channel: int, data: bytes) -> None:
@@ -29,30 +34,22 @@ class Ends:
         except ConnectionError:
             self.open = False
 
-    def first(self) -> tuple[int, bytes]:
-        """Wait for one frame, and leave those behind it. Raises: EOFError."""
+    def receive(self) -> tuple[int, bytes]:
+        """Wait for a whole frame. Raises: EOFError, ValueError for one that is too long."""
         head = wire.read_exactly(self.reads, 5)
-        return head[0], wire.read_exactly(self.reads, int.from_bytes(head[1:], "little"))
-
-    def receive(self) -> list[tuple[int, bytes]]:
-        """Read what is there. Returns the frames that are whole; `open` is false at the end."""
-        part = os.read(self.reads, 1 << 20)
-        self.open = bool(part) and self.open
-        self.come += part
-        whole = []
-        while len(self.come) >= 5:
-            size = int.from_bytes(self.come[1:5], "little")
-            if size > LARGEST:
-                raise ValueError("a frame longer than allowed")
-            if len(self.come) < 5 + size:
-                break
-            whole.append((self.come[0], bytes(self.come[5 : 5 + size])))
-            del self.come[: 5 + size]
-        return whole
+        size = int.from_bytes(head[1:], "little")
+        if size > LARGEST:
+            raise ValueError("a frame longer than allowed")
+        return head[0], wire.read_exactly(self.reads, size)
 
 
 def carry(
-    far: Ends, readers: dict[int, int], near: dict[int, int], ends: int = -1, tick: object = None, wait: float = -1
+    far: Ends,
+    readers: dict[int, int],
+    near: dict[int, int],
+    ends: int = -1,
+    tick: Callable[[], bool] = lambda: False,
+    wait: float | None = None,
 ) -> int | None:
     """Carry data both ways until the far side has ended.
 
@@ -68,7 +65,7 @@ def carry(
     """
     status, readers = None, dict(readers)
     while far.open:
-        ready, _, _ = select.select([far.reads, *readers], [], [], None if wait < 0 else wait)
+        ready, _, _ = select.select([far.reads, *readers], [], [], wait)
         for number in ready:
             if number != far.reads:
                 part = b""
@@ -77,18 +74,21 @@ def carry(
                 far.send(readers[number], part)
                 if not part and readers.pop(number) == ends:
                     return status
-        for channel, data in far.receive() if far.reads in ready else ():
+        if far.reads in ready:
+            try:
+                channel, data = far.receive()
+            except EOFError:
+                return status
             if channel == ENDED:
                 status = int(data)
-            elif channel in near:
-                if data:
-                    with contextlib.suppress(ConnectionError):
-                        wire.write_all(near[channel], data)
-                elif channel == STATUS:  # it is read too
-                    with socket.socket(fileno=os.dup(near[channel])) as both:
-                        both.shutdown(socket.SHUT_WR)
-                else:
-                    os.close(near.pop(channel))
-        if callable(tick) and tick():
+            elif data:
+                with contextlib.suppress(ConnectionError):
+                    wire.write_all(near[channel], data)
+            elif channel in (STATUS, CALLS):  # they are read too
+                with socket.socket(fileno=os.dup(near[channel])) as both:
+                    both.shutdown(socket.SHUT_WR)
+            else:
+                os.close(near.pop(channel))
+        if tick():
             break
     return status

@@ -27,7 +27,7 @@ def main(work: str) -> None:
     os.chdir(work)
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     far = frames.Ends(0, os.dup(1))
-    come = dict([far.first(), far.first()])
+    come = dict([far.receive(), far.receive()])
     job = wire.decode(come[frames.JOB])
     child, readers, near = _start(job, come[frames.STDIN], far.writes)
     ended: int | None = None
@@ -77,20 +77,12 @@ def killed_for_memory() -> int:
 
 def _start(job: dict, stdin: bytes, writes: int) -> tuple[int, dict[int, int], dict[int, int]]:
     """Fork the worker. Returns its number, the descriptors to read with their channels, and those to write."""
-    ours, theirs = (end.detach() for end in socket.socketpair())
     out, err = os.pipe(), os.pipe()
-    readers = {out[0]: frames.STDOUT, err[0]: frames.STDERR, ours: frames.STATUS}
-    near, inherited = {frames.STATUS: ours}, [theirs]
-    # In the role `answer` requests are read and replies written; in the role `tests` it is the other way round.
-    for channel, name in ((frames.REQUESTS, "requests"), (frames.REPLIES, "replies")):
-        if name in job:
-            reads, other = os.pipe()
-            if (name == "requests") == (job["role"] == "answer"):
-                job[name], near[channel] = reads, other
-            else:
-                job[name], readers[reads] = other, channel
-            inherited.append(job[name])
-    job["status"] = theirs
+    readers, near, inherited = {out[0]: frames.STDOUT, err[0]: frames.STDERR}, {}, []
+    for channel, name in frames.sockets_of(job):
+        near[channel], job[name] = (end.detach() for end in socket.socketpair())
+        readers[near[channel]] = channel
+        inherited.append(job[name])
     number, text = wire.memory_file("job", wire.encode(job)), wire.memory_file("stdin", stdin)
     child = os.fork()
     if child == 0:

@@ -10,8 +10,14 @@ import sys
 from . import worker
 from .wire import BadMessage, Channel, NotPlain, decode, encode
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 TESTS_FILE = "<tests>"
 MAX_SHOWN = 300
+ENDINGS = ("syntax", "not_plain", "no_function", "output", "cpu_time")
+"""Verdicts that the program's own process knows."""
 
 
 class Verdict(BaseException):
@@ -66,23 +72,30 @@ class Link:
         self.verdict = self.verdict or Verdict(kind, call=self.last_call, **details)
         return self.verdict
 
-    def reply(self) -> tuple:
-        """Wait for the program's next message."""
+    def reply(self) -> object:
+        """Wait for the program's next message. Returns plain data or a `Remote`. Raises: the program's exception."""
         if self.verdict:
             raise self.verdict
         try:
             message = self.channel.receive()
             if message is None:
                 raise self.end("gone")
-            reply = decode(message, in_order=True, handles=lambda number: Remote(self, number))
-        except BadMessage as error:
+            reply: Any = decode(message, in_order=True, handles=lambda number: Remote(self, number))
+            kind, value, text, line, tried = reply
+            self.details = _details(text, line, tried)
+        except (BadMessage, TypeError, ValueError) as error:
             raise self.end("not_plain", text=f"the program wrote into its channel: {error}") from None
-        if type(reply) is not tuple or not reply or type(reply[0]) is not str:
-            raise self.end("not_plain", text="the program wrote into its channel")
-        return reply
+        if kind == "returned":
+            return value
+        names = [name[:100] for name in value if type(name) is str] if type(value) is list else []
+        if kind == "raised" and names:
+            raise self.exception(names)
+        if kind in ENDINGS:
+            raise self.end(kind, **self.details)
+        raise self.end("not_plain", text="the program wrote into its channel")
 
     def ask(self, operation: str, name: str, arguments: list, named: dict) -> object:
-        """Call, or read or set an attribute. Returns plain data or a `Remote`. Raises: the program's exception."""
+        """Call, or read or set an attribute. Returns and raises as `reply` does."""
         words = [*map(shown, arguments), *(f"{key}={shown(value)}" for key, value in named.items())]
         self.last_call, self.last_result = f"{name}({', '.join(words)})"[: 2 * MAX_SHOWN], ""
         try:
@@ -94,30 +107,15 @@ class Link:
             raise self.end("harness_error", text=text) from None
         except ConnectionError:
             raise self.end("gone") from None
-        kind, *rest = self.reply()
-        if kind == "returned" and len(rest) in (1, 2):
-            self.details = {"tried": rest[1]} if len(rest) == 2 else {}
-            self.last_result = shown(rest[0])
-            return rest[0]
-        raise self.failure(kind, rest)
+        value = self.reply()
+        self.last_result = shown(value)
+        return value
 
-    def failure(self, kind: str, rest: list) -> BaseException:
-        """Make what to raise from a reply that is no result."""
-        if kind == "raised" and len(rest) == 4 and type(rest[0]) is list and rest[0]:
-            return self.exception(*rest)
-        if kind in {"syntax", "not_plain"} and rest:
-            tried = rest[1] if kind == "not_plain" and len(rest) > 1 else []
-            line = rest[1] if kind == "syntax" and len(rest) > 1 else 0
-            return self.end(kind, text=str(rest[0])[:MAX_SHOWN], tried=tried, line=line)
-        if kind in {"no_function", "too_much_output", "too_much_time"}:
-            return self.end({"too_much_output": "output", "too_much_time": "cpu_time"}.get(kind, kind))
-        return self.end("not_plain", text="the program wrote into its channel")
-
-    def exception(self, names: list, text: object, line: object, tried: object) -> BaseException:
-        """Rebuild an exception: the nearest builtin type, the text, the line in the program."""
-        self.details = {"type": str(names[0]), "text": str(text)[:MAX_SHOWN], "line": line, "tried": tried}
+    def exception(self, names: list) -> BaseException:
+        """Rebuild an exception: the nearest builtin type and the text."""
+        self.details["type"], text = names[0], self.details["text"]
         builtin = vars(sys.modules["builtins"])
-        kinds = [builtin[name] for name in names if isinstance(name, str) and isinstance(builtin.get(name), type)]
+        kinds = [builtin[name] for name in names if isinstance(builtin.get(name), type)]
         kinds = [kind for kind in kinds if issubclass(kind, BaseException)]
         if names[0] == "MemoryError":
             return self.end("memory", **self.details)
@@ -128,6 +126,13 @@ class Link:
         except TypeError:
             self.raised = AnswerError(text)
         return self.raised
+
+
+def _details(text: object, line: object, tried: object) -> dict:
+    """Check what stands in a record, for a program may have written anything into its channel. Raises: TypeError."""
+    if type(text) is not str or type(line) is not int or line.bit_length() > 30 or type(tried) is not list:
+        raise TypeError("no details")
+    return {"text": text[:MAX_SHOWN], "line": line, "tried": [what[:40] for what in tried[:8] if type(what) is str]}
 
 
 def _number(value: object) -> int | None:
@@ -165,9 +170,7 @@ def python(job: dict, link: Link) -> None:
 def judge(job: dict, link: Link) -> dict:
     """Run the tests and say how they ended."""
     try:
-        kind, *rest = link.reply()
-        if kind != "loaded":
-            raise link.failure(kind, rest)
+        link.reply()  # the program is loaded
         if job["language"] == "bash":
             from . import bash_tests
 
@@ -194,7 +197,7 @@ def from_exception(job: dict, link: Link, error: BaseException) -> dict:
     line = worker.line_in(TESTS_FILE, error)
     if type(error) is AssertionError and line:
         details = assertion(job["tests"], line)
-        details |= {"call": link.last_call, "got": link.last_result, "tried": link.details.get("tried", [])}
+        details |= {"call": link.last_call, "got": link.last_result, "tried": link.details["tried"]}
         return {"kind": "failed", **details, "text": str(error)[:MAX_SHOWN]}
     if isinstance(error, MemoryError):
         return {"kind": "memory", "call": link.last_call, "text": "in the tests"}
@@ -206,6 +209,6 @@ def from_exception(job: dict, link: Link, error: BaseException) -> dict:
 
 def main(job: dict) -> None:
     """Judge, and send the verdict over the status pipe."""
-    record = judge(job, Link(Channel(job["replies"], job["requests"])))
-    Channel(-1, job["status"]).send(encode(record))
+    record = judge(job, Link(Channel(job["channel"])))
+    Channel(job["status"]).send(encode(record))
     os._exit(0)

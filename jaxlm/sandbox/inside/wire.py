@@ -4,8 +4,8 @@ answer and the process of the tests.
 Only exact types are written. A subclass, a function of the answer or an object with methods of its own raises
 `NotPlain`, so an answer cannot send a value that compares as it likes. Reading makes nothing but these types, whatever
 the bytes are: nothing is unpickled. Containers that occur twice in a message are one object on the other side too.
-Standard library only, and `struct`, `collections`, `decimal` and so on are imported when a message has their types,
-because a box starts for every answer. For the same reason the modules of a box import no `__future__`.
+Standard library only, and `collections`, `decimal` and so on are imported when a message has their types, because a
+box starts for every answer. For the same reason the modules of a box import no `__future__`.
 """
 
 import os
@@ -90,16 +90,6 @@ def _named(data: bytes) -> Any:
     return value
 
 
-def _pack(*values: float) -> bytes:
-    import struct
-
-    return struct.pack(f"{len(values)}d", *values)
-
-
-def _unpack(data: bytes) -> Any:
-    return memoryview(data).cast("d")
-
-
 def _pairs(value: dict) -> list:
     return [part for pair in dict.items(value) for part in pair]
 
@@ -115,14 +105,22 @@ def _factory(value: Any) -> Any:
     return made if type(made) is type and made in _NAMES else None
 
 
+def _float(data: bytes) -> float:
+    return float.fromhex(data.decode())
+
+
 _SIGNED: Any = {"byteorder": "little", "signed": True}
 _TEXT = ("utf-8", "surrogatepass")
 _ATOMS = {
     type(None): (b"N", lambda value: b"", lambda data: None),
     bool: (b"B", lambda value: b"1" if value else b"", bool),
     int: (b"i", lambda n: n.to_bytes(n.bit_length() // 8 + 1, **_SIGNED), lambda data: int.from_bytes(data, **_SIGNED)),
-    float: (b"d", _pack, lambda data: _unpack(data)[0]),
-    complex: (b"c", lambda value: _pack(value.real, value.imag), lambda data: complex(*_unpack(data))),
+    float: (b"d", lambda value: value.hex().encode(), _float),
+    complex: (
+        b"c",
+        lambda z: f"{z.real.hex()} {z.imag.hex()}".encode(),
+        lambda data: complex(*map(_float, data.split())),
+    ),
     str: (b"s", lambda value: value.encode(*_TEXT), lambda data: data.decode(*_TEXT)),
     bytes: (b"b", bytes, bytes),
     type: (b"n", _name, _named),
@@ -345,21 +343,21 @@ def memory_file(name: str, data: bytes) -> int:
 
 
 class Channel:
-    """Messages over two pipes: four bytes of length, then an encoded message."""
+    """Messages over a socket: four bytes of length, then an encoded message."""
 
-    def __init__(self, reads: int, writes: int) -> None:
-        self.reads, self.writes = reads, writes
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def send(self, payload: bytes) -> None:
         """Send an encoded message."""
-        write_all(self.writes, len(payload).to_bytes(4, "little") + payload)
+        write_all(self.number, len(payload).to_bytes(4, "little") + payload)
 
     def receive(self) -> bytes | None:
         """Receive an encoded message, or None when the other side is gone. Raises: BadMessage."""
         try:
-            size = int.from_bytes(read_exactly(self.reads, 4), "little")
+            size = int.from_bytes(read_exactly(self.number, 4), "little")
             if size > MAX_BYTES + 1024:
                 raise BadMessage("a message longer than allowed")
-            return read_exactly(self.reads, size)
+            return read_exactly(self.number, size)
         except (ConnectionError, EOFError):
             return None

@@ -37,7 +37,7 @@ def line_in(file: str, error: BaseException) -> int:
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == file:
-            line = trace.tb_lineno
+            line = trace.tb_lineno or 0
         trace = trace.tb_next
     return line
 

@@ -233,6 +233,26 @@ def test_a_chat_asks_by_the_template(model: Path, options: CodeOptions) -> None:
         evaluate.generation.prompt_of(replace(problem, question=""), completer, how)
 
 
+def test_a_prompt_longer_than_the_model(model: Path, options: CodeOptions) -> None:
+    """Refused before anything is generated, with the name of its problem; nothing is written."""
+    completer = evaluate.ModelCompleter(model, Generation(max_new_tokens=1000))
+    completer.check({"short": "x" * 20})
+    cfg = completer.model.config
+    learned = replace(cfg, model=replace(cfg.model, positions="learned"))
+    completer.model = replace(completer.model, config=learned)
+    completer.check({"short": "x" * 20})
+    problems = evaluate.problems_of("humaneval", options)
+    with pytest.raises(UserError, match=r"Own/\d: a prompt of \d+ and 1000 new tokens exceed .*at most \d+ new tokens"):
+        evaluate.make_samples(problems, completer, completer.how, options.out or Path())
+    assert options.out and not options.out.exists()
+
+
+def test_a_set_without_problems(options: CodeOptions, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"none.jsonl has no problem"):
+        evaluate.problems_of("humaneval", replace(options, data=tmp_path / "none.jsonl"))
+
+
 def test_lower_bounds_say_so(options: CodeOptions, tmp_path: Path) -> None:
     """A reference that fails in an interpreter which is not all of Python counts as a failure, and stops nothing."""
     if reason := BACKENDS["monty"].problem():

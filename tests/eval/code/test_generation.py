@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,9 @@ class Echo:
             raise KeyboardInterrupt
         return [(f" {prompt}|{place}|{seed}\n", place == 0) for place, prompt in enumerate(prompts)]
 
+    def check(self, prompts: Mapping[str, str]) -> None:
+        assert all(prompts.values())
+
     def turn(self, question: str) -> str:
         return f"<user>{question}<assistant>"
 
@@ -56,6 +59,10 @@ def test_samples_go_on_after_a_kill(tmp_path: Path) -> None:
         file.write_bytes(data[:cut])
         assert make_samples(PROBLEMS, Echo(), how, tmp_path / "killed") == samples and file.read_bytes() == data
     assert make_samples(PROBLEMS, Echo(ends_after=0), how, tmp_path / "killed") == samples
+    settings = tmp_path / "killed" / "settings.json"
+    settings.write_text(f" {settings.read_text()}")  # not written again: a full disk would leave none
+    assert make_samples(PROBLEMS, Echo(ends_after=0), how, tmp_path / "killed") == samples
+    assert settings.read_text().startswith(" ")
     with pytest.raises(UserError, match="has samples of other settings"):
         make_samples(PROBLEMS, Echo(), Generation(samples=3, temperature=0.6, seed=7), tmp_path / "killed")
     asked_otherwise = [replace(PROBLEMS[0], prompt="another prompt"), *PROBLEMS[1:]]

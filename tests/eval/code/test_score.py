@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from jaxlm.errors import UserError
 from jaxlm.eval.code import score
 from jaxlm.eval.code.problems import find_file
-from jaxlm.eval.code.samples import Sample, read_samples, records
+from jaxlm.eval.code.samples import Sample, read_samples, records, write_whole
 from jaxlm.eval.tasks import humaneval, humaneval_sh, infilling, mbpp
 from jaxlm.sandbox import Sandbox
 from tests.eval.code.bash_answers import ANSWERS
@@ -94,11 +95,34 @@ def test_two_evaluations_of_one_file(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    with records(tmp_path / "v.jsonl") as opened:
-        opened.file.close()
-        opened.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with records(tmp_path / "v.jsonl") as opened, open("/dev/full", "wb", buffering=0) as full:
+        opened.file = full
         with pytest.raises(UserError, match=r"v.jsonl: No space left.*goes on from here"):
             opened.append({})
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "new" / "report.json"
+    write_whole(file, "before\n")
+
+    def full(path: Path, text: str) -> None:
+        path.write_bytes(text.encode()[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"report.json: No space left on device \(make room.*goes on from here"):
+        write_whole(file, "after\n")
+    assert file.read_text() == "before\n" and list(file.parent.iterdir()) == [file]
+
+
+def test_a_file_of_others_stays_as_it_is(own: Path, tmp_path: Path, sandbox: Sandbox) -> None:
+    """`--out` names the samples themselves: no line of theirs is taken for one that a kill cut short."""
+    file = tmp_path / "samples.jsonl"
+    for text in ('{"task_id": "Own/0"}\n{"task_id": "Own/1"}', "[1]\n", "text\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"has records of other samples|is no file of records"):
+            judged(own, SAMPLES, file, sandbox)
+        assert file.read_text() == text
 
 
 def test_a_reference_that_fails_here(own: Path, tmp_path: Path, sandbox: Sandbox) -> None:
@@ -135,9 +159,13 @@ def test_more_bad_samples(tmp_path: Path) -> None:
         read_samples(samples_file(tmp_path / "samples.jsonl", []), ["Own/0"])
     with pytest.raises(UserError, match="is no file"):
         read_samples(tmp_path / "nothing.jsonl", [])
-    (tmp_path / "text.jsonl").write_text("no json\n")
-    with pytest.raises(UserError, match=r"line 1: .*one row a line"):
-        read_samples(tmp_path / "text.jsonl", [])
+    for text in ("no json\n", "[" * 100_000, '{"task_id": ' + "1" * 5_000, "\ud800"):
+        (tmp_path / "text.jsonl").write_bytes(text.encode(errors="surrogatepass"))
+        with pytest.raises(UserError, match=r"line 1: .*one row a line"):
+            read_samples(tmp_path / "text.jsonl", [])
+    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:10] + b"\xff" * 9)
+    with pytest.raises(UserError, match=r"broken.jsonl.gz, line 1: .*one row a line"):
+        read_samples(tmp_path / "broken.jsonl.gz", [])
 
 
 def test_too_few_samples(own: Path, tmp_path: Path, sandbox: Sandbox) -> None:
