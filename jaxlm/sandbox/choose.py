@@ -34,7 +34,7 @@ def kept_results() -> Path:
 def _key(backend: Backend, python: Interpreter) -> str:
     """Everything on which the result of the battery depends."""
     parts = [platform.release(), platform.machine(), str(os.getuid()), backend.name, bwrap.program(), *python.roots]
-    parts += [python.executable, python.version, backend.version()]
+    parts += [python.executable, python.version, backend.version(), *sorted(backend.languages)]
     for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".txt")):
         parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -10,8 +10,9 @@ from jaxlm.errors import UserError
 from jaxlm.sandbox.backends import Interpreter, ask
 
 _ASK = """import os, sys
-for word in (os.path.realpath(sys.executable), sys.base_prefix, sys.base_exec_prefix, sys.version.split()[0]):
-    print(word)"""
+print(sys.version.split()[0])
+for path in (sys.executable, sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.__file__)):
+    print(os.path.realpath(path))"""
 
 
 @functools.cache
@@ -24,13 +25,12 @@ def find(path: str = "") -> Interpreter:
     """
     path = path or sys.executable
     asked = ask(path, "-s", "-S", "-P", "-c", _ASK)
-    if asked.returncode:
+    lines = asked.stdout.splitlines()
+    if asked.returncode or len(lines) != 5:  # an older Python does not know -P
         reason = (asked.stderr.strip().splitlines() or ["no message"])[0][:200]
         raise UserError(f"{path} is no Python for boxes: {reason}", "3.11 or newer is needed")
-    executable, *prefixes, version = asked.stdout.split("\n")[:4]
-    if tuple(int(part) for part in version.split(".")[:2]) < (3, 11):
-        raise UserError(f"{executable} is Python {version}", "boxes need 3.11 or newer")
-    roots = {os.path.realpath(prefix) for prefix in prefixes}
+    version, executable, *folders = lines
+    roots = set(folders)
     if not executable.startswith("/usr/") and not any(executable.startswith(f"{root}/") for root in roots):
         roots.add(os.path.dirname(executable))
     roots = {"/nix/store" if root.startswith("/nix/store/") else root for root in roots}

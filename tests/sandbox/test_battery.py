@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.sandbox import HarnessError, Sandbox, choose
+from jaxlm.sandbox import HarnessError, Sandbox, choose, run
 from jaxlm.sandbox.backends import bwrap, landlock
 from jaxlm.sandbox.battery import escapes
 from jaxlm.sandbox.choose import BACKENDS
@@ -126,8 +127,21 @@ def test_the_interpreter(tmp_path) -> None:
     assert interpreter.find(sys.executable) == interpreter.find()
     with pytest.raises(UserError, match="does not run"):
         interpreter.find(str(tmp_path / "python"))
-    with pytest.raises(UserError, match="is no Python for boxes"):
-        interpreter.find("/usr/bin/false")
+    for program in ("false", "true"):
+        with pytest.raises(UserError, match="is no Python for boxes"):
+            interpreter.find(f"/usr/bin/{program}")
+
+
+def test_a_library_that_the_box_cannot_read(tmp_path) -> None:
+    """The start of an interpreter reads no more than a few modules, so its programs would fail at an import."""
+    if reason := landlock.problem():
+        pytest.skip(reason)
+    here = choose("landlock").interpreter
+    shutil.copy(here.executable, tmp_path / "python")
+    (tmp_path / "pyvenv.cfg").write_text(f"home = {Path(here.executable).parent}\n")
+    unread = here._replace(executable=str(tmp_path / "python"), roots=(str(tmp_path),))
+    with pytest.raises(HarnessError, match=r"did not start: PermissionError: .*/os\.py"):
+        run("import typing", b"", "python", escapes.LIMITS, Sandbox(BACKENDS["landlock"], unread))
 
 
 def test_why_bubblewrap_was_refused() -> None:

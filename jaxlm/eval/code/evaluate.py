@@ -260,11 +260,13 @@ class Measured:
 
     def detection(self, problems: Sequence[Problem]) -> MetricReport:
         """Ask of each program whether it is right; appended answer by answer."""
-        generation.same_settings(self.folder, self.how)
         answers = bug_detection.CHAT_ANSWERS if self.how.chat else bug_detection.ANSWERS
         step = self.step("answers")
+        prompts = [generation.prompt_of(problem, self.model, self.how) for problem in problems]
+        answered = (prompt + max(answers, key=len) for prompt in prompts)
+        self.model.check(dict(zip((one.task_id for one in problems), answered, strict=True)), 1)
+        generation.same_settings(self.folder, self.how)
         with records(self.folder / "samples.jsonl") as opened:
-            prompts = [generation.prompt_of(problem, self.model, self.how) for problem in problems]
             for place, record in enumerate(opened.known):
                 if place >= len(problems) or not is_of(record, problems[place].task_id, prompts[place]):
                     raise UserError(f"{opened.path} has answers on other programs", "remove it, or name another --out")

@@ -56,7 +56,7 @@ class Completer(Protocol):
         ...
 
     def check(self, prompts: Mapping[str, str]) -> None:
-        """Refuse prompts, by the names of their problems, that the model cannot complete. Raises: UserError."""
+        """Refuse prompts, by the names of their problems, of which the longest leaves no room. Raises: UserError."""
         ...
 
     def spelling(self, special: str) -> str | None:
@@ -100,12 +100,12 @@ class ModelCompleter:
         done = self.model.generate(list(prompts), sampling=sampling, max_new_tokens=limit, stop=stops, seed=seed)
         return [(one.text, one.finish == "length") for one in done]
 
-    def check(self, prompts: Mapping[str, str]) -> None:
+    def check(self, prompts: Mapping[str, str], new_tokens: int = 0) -> None:
         """Refuse prompts, by the names of their problems, of which the longest leaves no room for a completion."""
         ids = encode_prompts(self.tokenizer, list(prompts.values()))
         longest, name = max(zip(map(len, ids), prompts, strict=True))
         try:
-            check_prompts(self.model.config.model, [[0] * longest], self.how.max_new_tokens)
+            check_prompts(self.model.config.model, [[0] * longest], new_tokens or self.how.max_new_tokens)
         except UserError as error:
             raise UserError(f"{name}: {error.message}", error.hint) from None
 

@@ -14,7 +14,14 @@ from jaxlm.sandbox.choose import kept_results
 def key(problem: Problem, programs: Iterable[str], sandbox: Sandbox) -> str:
     """A name of everything on which a result depends: the tests, some programs, and what runs them."""
     python, backend = sandbox.interpreter, sandbox.backend
-    parts = [problem.tests.source, problem.tests.prelude, sandbox.name, python.executable, python.version]
+    parts = [
+        problem.tests.source,
+        problem.tests.prelude,
+        *problem.tests.names,
+        sandbox.name,
+        python.executable,
+        python.version,
+    ]
     parts += [backend.version(), *programs]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 

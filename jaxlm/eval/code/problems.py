@@ -69,8 +69,16 @@ def find_file(path: str | Path | None, *names: str) -> Path:
     raise UserError(f"{Path(root) / names[0]} is missing", "put the set there, or name the file by --data")
 
 
-def rows(path: Path, *required: str) -> Iterator[dict]:
-    """Read the rows of a JSONL file, compressed or not, and check that each has some keys. Raises: UserError."""
+def rows(path: Path, *texts: str, **others: type) -> Iterator[dict]:
+    """Read the rows of a JSONL file, compressed or not.
+
+    Args:
+        path: the file.
+        texts: keys that each row must have, with a text.
+        others: more keys, with values of these types.
+
+    Raises: UserError.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -79,9 +87,12 @@ def rows(path: Path, *required: str) -> Iterator[dict]:
                 if not line.strip():
                     continue
                 row = json.loads(line)
-                missing = [key for key in required if not isinstance(row, dict) or key not in row]
-                if missing:
-                    raise UserError(f"{path}, line {number}: no key {missing[0]!r}", "is this the file of the set?")
+                for key, kind in {**dict.fromkeys(texts, str), **others}.items():
+                    if not isinstance(row, dict) or key not in row:
+                        raise UserError(f"{path}, line {number}: no key {key!r}", "is this the file of the set?")
+                    if not isinstance(row[key], kind):
+                        found = f"{key!r} is {type(row[key]).__name__} and not {kind.__name__}"
+                        raise UserError(f"{path}, line {number}: {found}", "is this the file of the set?")
                 yield row
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}, line {max(number, 1)}: {error}", "the file must be JSON, one row a line") from None

@@ -52,7 +52,7 @@ def read_samples(path: Path, known: Collection[str]) -> list[Sample]:
     samples: list[Sample] = []
     counts: dict[str, int] = {}
     numbers: set[tuple[str, int]] = set()
-    for line, row in enumerate(rows(path, "task_id", "completion"), 1):
+    for line, row in enumerate(rows(path, task_id=object, completion=object), 1):
         task_id, completion = row["task_id"], row["completion"]
         task_id = str(task_id)
         if task_id not in known:

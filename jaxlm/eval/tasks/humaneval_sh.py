@@ -38,4 +38,4 @@ def problems(path: str | Path | None = None) -> list[Problem]:
     """Read the set. Raises: UserError, also where bash is not installed."""
     if not Path(SHELL).exists():
         raise UserError(f"{SHELL} is missing", "humaneval-sh needs bash: install it")
-    return [problem(row) for row in rows(find_file(path, *FILES), "name", "prompt", "tests", "stop_tokens")]
+    return [problem(row) for row in rows(find_file(path, *FILES), "name", "prompt", "tests", stop_tokens=list)]

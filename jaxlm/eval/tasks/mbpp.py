@@ -70,7 +70,8 @@ def problems(path: str | Path | None = None, shots: int = 3, every: bool = False
     Raises: UserError.
     """
     file = find_file(path, *FILES)
-    table = {row["task_id"]: row for row in rows(file, "task_id", "text", "code", "test_list", "test_setup_code")}
+    kinds = {"task_id": int, "test_list": list}
+    table = {row["task_id"]: row for row in rows(file, "text", "code", "test_setup_code", **kinds)}
     examples = [table[number] for number in SHOTS[:shots] if number in table]
     made = []
     for number, row in table.items():

@@ -59,6 +59,7 @@ def main(number: int) -> None:
     sys.path[:] = [path for path in sys.path if path != job["box"]]
     try:
         confine.confine(job)
+        os.close(os.open(os.__file__, os.O_RDONLY))  # a library that cannot be read would fail right programs
     except (OSError, ImportError, ValueError) as error:
         os.write(status, f"E{type(error).__name__}: {error}".encode(errors="replace")[:500])
         os._exit(70)

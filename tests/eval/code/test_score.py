@@ -185,6 +185,8 @@ def test_where_sets_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     del (row := dict(ROW))["entry_point"]
     with pytest.raises(UserError, match="line 1: no key 'entry_point'"):
         humaneval.problems(samples_file(tmp_path / "bad.jsonl", [row]))
+    with pytest.raises(UserError, match="line 1: 'prompt' is int and not str"):
+        humaneval.problems(samples_file(tmp_path / "bad.jsonl", [{**ROW, "prompt": 3}]))
     with pytest.raises(UserError, match="no infilling set 'one-line'"):
         infilling.problems(part="one-line")
 
