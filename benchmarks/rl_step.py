@@ -1,7 +1,9 @@
-"""A step of GRPO: what it costs beside its parts, how many programs a run compiles, and TRL's GRPOTrainer beside it.
+"""A step of GRPO: what it costs beside its parts, how many programs a run compiles, TRL's GRPOTrainer beside it; and
+after how many steps a run says that its reward is chased by length.
 
-`python -m benchmarks.rl --only cost,programs,trl` runs it. All begin with the model of configs/rl/answers-reverse.toml
-and take the options of configs/rl/grpo-reverse.toml: 32 prompts, 8 samples of each, one update.
+`python -m benchmarks.rl --only cost,programs,trl,hacking` runs it. All begin with the model of
+configs/rl/answers-reverse.toml and take the options of configs/rl/grpo-reverse.toml: 32 prompts, 8 samples of each, one
+update.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.peers import Child, Peer
+from jaxlm.report.page import inline
+from jaxlm.report.plots import measures_of
+from jaxlm.run.metrics import read_metrics
 
 CONFIG = "configs/rl/grpo-reverse.toml"
 ROUNDS = 20
 PEERS = (Peer("jaxlm"), Peer("TRL"), Peer("TRL, best", best=True))
 MAIN = ("_prefill", "_decode", "traced")
 """The programs of a phase: prompts, samples, update. Each also has one that judges: greedy answers, and validation."""
+LONGER = ('rl.rewards=["length(per_token=0.1)"]', "rl.max_new_tokens=32", "data.seq_len=40", "train.steps=40")
+"""A planted reward, longer is better, and room for it."""
 MIXED = ('rl.task="bracket_matching(length=12)"', "data.seq_len=96", "rl.max_new_tokens=16", "rl.prompts=4")
 """Prompts of 13 to 60 characters, four a phase, so that the longest of a phase is now short and now long."""
 
@@ -63,9 +70,10 @@ class Stage:
 
     def draw(self) -> None:
         """The samples of the last phase once more, and nothing else."""
-        rl, prompts = self.config.rl, [sample.prompt_ids for sample in self.data.phase.samples]
-        actor = self.data.actor(self.engine)
-        actor.sample(prompts, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=self.phase)
+        rl = self.config.rl
+        prompts = [sample.prompt_ids for sample in self.data.phase.samples[:: rl.group]]
+        options = {"temperature": rl.temperature, "max_new_tokens": rl.max_new_tokens, "seed": self.phase}
+        self.data.actor(self.engine).sample(prompts, samples=rl.group, **options)
 
     def update(self) -> None:
         """The update of the last phase once more, and nothing else."""
@@ -116,6 +124,23 @@ def programs(start: Path) -> dict[str, Any]:
         counts = collections.Counter(compiled)
         found[name] = {"main": {key: counts[key] for key in MAIN}, "all": dict(counts.most_common())}
     return found
+
+
+def hacking(start: Path) -> dict[str, Any]:
+    """A reward that grows with the length of an answer: the update of the line that says so, and what the page shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "-m", "jaxlm", "train", CONFIG, f'out_dir="{run}"', f'train.init_from="{start}"']
+        done = subprocess.run([*command, *LONGER], check=True, stderr=subprocess.PIPE, text=True)
+        alert = re.search(r"step (\d+): samples have grown from .*", done.stderr)
+        rows = [row for row in read_metrics(run / "metrics.jsonl") if "length" in row]
+        page, plot = (run / "report.html").read_text(encoding="utf-8"), inline(run / "plots" / "measures.png")
+    return {
+        "alert_step": int(alert[1]) if alert else None,
+        "alert": alert[0] if alert else "",
+        "curve": [[row["step"], *(round(row[name], 3) for name in ("length", "ended", "reward"))] for row in rows],
+        "plotted": bool(plot) and plot in page and {"length", "ended", "reward"} <= {*measures_of(rows)},
+    }
 
 
 def trl_work(start: Path, folder: Path) -> Callable[[], int]:
@@ -241,7 +266,12 @@ def compared(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     return {"peers": found, **ratios}
 
 
-FIGURES: dict[str, Callable[[Path], dict[str, Any]]] = {"cost": cost, "programs": programs, "trl": trl}
+FIGURES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "cost": cost,
+    "programs": programs,
+    "trl": trl,
+    "hacking": hacking,
+}
 
 
 if __name__ == "__main__":

@@ -171,6 +171,24 @@ def test_log_probabilities_of_what_is_drawn(options: dict[str, Any]) -> None:
             FLOAT64.check(np.abs(one - logps).max(), "log-probabilities of the drawn")
 
 
+STACKED = {"layer_loop": "scan", "n_layers": jax_generate.MAX_UNROLLED + 1}
+
+
+@pytest.mark.parametrize("options", [VARIANTS[0], MAMBA["mamba"], STACKED], ids=["base", "mamba", "stacked"])
+def test_samples_of_a_prompt_are_rows_of_their_own(options: dict[str, Any]) -> None:
+    """The model reads a prompt once; ids and log-probabilities are those of the prompt written so many times."""
+    models = pair(model(**options), random_params(model(**options), np.random.default_rng(7)))
+    prompts, length = [[3, 5, 8], [7]], {"max_new_tokens": 6, "eos_id": 4, "seed": 2}
+    written = [prompt for prompt in prompts for _ in range(3)]
+    wanted = jax_generate.draws(models.jax, models.params, written, 0.7, **length)
+    ours = jax_generate.draws(models.jax, models.params, prompts, 0.7, samples=3, **length)
+    theirs = torch_generate.draws(models.torch, prompts, 0.7, samples=3, **length)
+    assert ours.ids == theirs.ids == wanted.ids and len({tuple(ids) for ids in ours.ids}) > 3
+    for one in (ours, theirs):
+        for found, logps in zip(one.logps, wanted.logps, strict=True):
+            FLOAT64.check(np.abs(found - logps).max(), "log-probabilities of samples")
+
+
 def test_greedy_tokens_without_a_cache(models: Pair) -> None:
     prompt = [5, 9, 2]
     new = torch_generate.generate(models.torch, [prompt, [4] * 11], GREEDY, max_new_tokens=64)[0]

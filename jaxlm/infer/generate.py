@@ -5,7 +5,7 @@
 Prompts are padded on the right to a bucket, so that few shapes compile. All rows write to the same slots of the cache,
 each with its own positions; a row's tokens do not depend on its neighbours, but for experts with a capacity.
 
-Shapes: B batch, T prompt bucket, N new tokens, S = T + N slots, V vocabulary.
+Shapes: P prompts, B rows (samples of the prompts), T prompt bucket, N new tokens, S = T + N slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -83,16 +83,21 @@ def draws(
     temperature: float,
     *,
     max_new_tokens: int,
+    samples: int = 1,
     eos_id: int | None = None,
     pad_id: int = 0,
     seed: int = 0,
 ) -> Draws:
     """Sample from the whole distribution at a temperature above 0, with log-probabilities: the ids of `generate`.
 
+    Args:
+        samples: of each prompt, side by side: rows as if each prompt stood there so many times, but the model reads it
+            once.
+
     Raises:
         UserError: see `check_prompts`.
     """
-    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed, "samples": samples}
     state, _ = next(_states(decoder, params, prompts, Sampling(temperature=temperature), **options, scored=True))
     ids = _up_to_end(np.asarray(state.new)[:, : int(state.step)], eos_id)
     return Draws(ids, [logps[: len(row)] for row, logps in zip(ids, np.asarray(state.logps), strict=True)])
@@ -132,6 +137,7 @@ def _states(
     pad_id: int,
     seed: int,
     size: int = 0,
+    samples: int = 1,
     scored: bool = False,
 ) -> Iterator[tuple[State, slice]]:
     """The state after each block, and which of its tokens are new; the next block overwrites the state."""
@@ -139,10 +145,10 @@ def _states(
     check_prompts(decoder.config, prompts, max_new_tokens)
     decoder, params = unrolled_for_decoding(decoder, params)
     tokens, positions, segments, lengths = right_padded(prompts, bucket(max(map(len, prompts))), pad_id)
-    uniforms_BN = jnp.asarray(uniforms(seed, len(prompts), max_new_tokens))
+    uniforms_BN = jnp.asarray(uniforms(seed, samples * len(prompts), max_new_tokens))
     ends = jnp.asarray([-1 if eos_id is None else eos_id, pad_id], jnp.int32)
     rows = tokens, positions, segments, lengths
-    state = _prefill(decoder, sampling, params, *rows, uniforms_BN, ends, scored=scored)
+    state = _prefill(decoder, sampling, params, *rows, uniforms_BN, ends, samples=samples, scored=scored)
     shown, drawn = 0, 1
     while shown < max_new_tokens:
         until = min(shown + (size or max_new_tokens), max_new_tokens)
@@ -171,40 +177,51 @@ def unrolled_for_decoding(decoder: Decoder, params: Params) -> tuple[Decoder, Pa
 _unstack = jax.jit(unstack_layers, static_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="scored")
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("samples", "scored"))
 def _prefill(
     decoder: Decoder,
     sampling: Sampling,
     params: Params,
-    tokens_BT: Int[Array, "b t"],
-    positions_BT: Int[Array, "b t"],
-    segments_BT: Int[Array, "b t"],
-    lengths_B: Int[Array, " b"],
+    tokens_PT: Int[Array, "p t"],
+    positions_PT: Int[Array, "p t"],
+    segments_PT: Int[Array, "p t"],
+    lengths_P: Int[Array, " p"],
     uniforms_BN: Float[Array, "b n"],
     ends: Int[Array, "2"],
     *,
+    samples: int,
     scored: bool,
 ) -> State:
     """Run the prompts and draw the first token of each row, from the logits of its last token alone."""
-    (b, t), n = tokens_BT.shape, uniforms_BN.shape[1]
-    hidden_BTD, cache = _hidden(decoder, params, tokens_BT, positions_BT, segments_BT, init_cache(decoder, b, t + n))
-    last_B1D = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
+    (p, t), (b, n) = tokens_PT.shape, uniforms_BN.shape
+    hidden_PTD, cache = _hidden(decoder, params, tokens_PT, positions_PT, segments_PT, init_cache(decoder, p, t + n))
+    last_P1D = jnp.take_along_axis(hidden_PTD, lengths_P[:, None, None] - 1, axis=1)
+
+    # Each prompt was read once; from here on every sample of it is a row with a cache of its own.
+    spread = functools.partial(jnp.repeat, repeats=samples, axis=0)
+    cache = jax.tree.map(functools.partial(_spread_cache, decoder, samples), cache)
     seen_BV = None
     if sampling.repetition_penalty != 1:
-        rows, real_BT = jnp.arange(b)[:, None], segments_BT != 0
-        seen_BV = jnp.zeros((b, decoder.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
+        rows, real_PT = jnp.arange(p)[:, None], segments_PT != 0
+        seen_BV = spread(jnp.zeros((p, decoder.config.vocab_size), bool).at[rows, tokens_PT].max(real_PT))
     state = State(
         step=jnp.int32(0),
         token=jnp.zeros(b, jnp.int32),
-        position=lengths_B - 1,
+        position=spread(lengths_P) - 1,
         ended=jnp.zeros(b, bool),
         new=jnp.full((b, n), ends[1]),
         seen=seen_BV,
         counts=jnp.zeros((b, decoder.config.vocab_size), jnp.int32) if sampling.counts else None,
         cache=cache,
-        logps=jnp.zeros((b, n), wide(hidden_BTD.dtype)) if scored else None,
+        logps=jnp.zeros((b, n), wide(hidden_PTD.dtype)) if scored else None,
     )
-    return _draw(decoder, sampling, params, state, last_B1D, uniforms_BN, ends)
+    return _draw(decoder, sampling, params, state, spread(last_P1D), uniforms_BN, ends)
+
+
+def _spread_cache(decoder: Decoder, samples: int, leaf: Array) -> Array:
+    """A leaf of a cache with each row so many times; stacked layers stand before the rows, a count has none."""
+    axis = 1 if decoder.config.scanned else 0
+    return jnp.repeat(leaf, samples, axis=axis) if leaf.ndim > axis else leaf
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

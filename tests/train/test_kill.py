@@ -1,5 +1,6 @@
 """A training process that is killed again and again ends with the parameters of one that is not."""
 
+import copy
 import os
 import random
 import re
@@ -16,20 +17,81 @@ OPTIONS = ("checkpoint.every=1", "checkpoint.keep=2", "eval.every=20", "log.ever
 SOAK = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
 
+POLICY = """
+recipe = "{recipe}"
+[model]
+d_model = 16
+n_layers = 2
+n_heads = 2
+n_kv_heads = 1
+d_ff = 24
+[tokenizer]
+kind = "bytes"
+[data]
+seq_len = 12
+[rl]
+task = "reverse(length=2)"
+rewards = ["even_letters:share"]
+prompts = 4
+group = 4
+max_new_tokens = 6
+iterations = 2
+minibatches = 2
+held_out = 4
+evaluate_every = 5
+keep_every = 5
+[train]
+steps = 240
+batch_size = 8
+learning_rate = 3e-3
+[eval]
+every = 40
+batches = 1
+[sample]
+prompts = []
+[checkpoint]
+every = 1
+keep = 2
+[log]
+every = 8
+"""
+EVEN_LETTERS = """
+def share(prompt, completion, row):
+    return sum(ord(letter) % 2 == 0 for letter in completion) / max(len(completion), 1)
+"""
+"""A reward of the user's own, which other processes judge."""
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_sigkill_at_random_moments(runs, tmp_path, leaves, rows, seed):
-    kills, steps = 20, 60
-    options = (f"train.steps={steps}", *OPTIONS)
+    assert killed_again_and_again(runs, tmp_path, ("train.steps=60", *OPTIONS), 20, leaves, rows, seed) > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("recipe", ["grpo", "ppo"])
+def test_sigkill_at_random_moments_of_phases(runs, tmp_path, leaves, rows, seed, recipe):
+    """Four updates a phase; what stands in a checkpoint is the end of one, from which the next is drawn again."""
+    policies = copy.copy(runs)
+    policies.toml = tmp_path / "policy.toml"
+    policies.toml.write_text(POLICY.format(recipe=recipe))
+    (tmp_path / "even_letters.py").write_text(EVEN_LETTERS)
+    killed_again_and_again(policies, tmp_path, (), 5, leaves, rows, seed, cwd=tmp_path)
+
+
+def killed_again_and_again(runs, folder, options, kills, leaves, rows, seed, **process_options) -> int:
+    """Compare runs that are killed at random moments with one that is not; returns how many kills fell into a save."""
+    quiet = {"stdout": None, "stderr": None, **process_options}
     begun = time.monotonic()
-    assert runs.start(tmp_path / "whole", *options, stdout=None, stderr=None).wait() == 0
+    assert runs.start(folder / "whole", *options, **quiet).wait() == 0
     whole_run = time.monotonic() - begun
-    expected, metrics = leaves(tmp_path / "whole"), rows(tmp_path / "whole")
+    expected, metrics, kept = leaves(folder / "whole"), rows(folder / "whole"), samples(folder / "whole")
 
     chance, done, in_save, run = random.Random(seed), 0, 0, 0
-    while done < kills or (tmp_path / f"run{run}").exists() or not run:
-        out = tmp_path / f"run{run}"
-        process = runs.start(out, *options, resume=True, stdout=None, stderr=None)
+    while done < kills or (folder / f"run{run}").exists() or not run:
+        out = folder / f"run{run}"
+        process = runs.start(out, *options, resume=True, **quiet)
         if done < kills:
             time.sleep(chance.uniform(0, whole_run))
             if process.poll() is None:
@@ -44,10 +106,15 @@ def test_sigkill_at_random_moments(runs, tmp_path, leaves, rows, seed):
         assert found.keys() == expected.keys()
         for name, array in expected.items():
             assert np.array_equal(found[name], array), name
-        assert rows(out) == metrics
+        assert rows(out) == metrics and samples(out) == kept
         assert not (out / "damaged").exists()
     print(f"{done} kills, {in_save} of them during a save, {run} runs finished, one run takes {whole_run:.1f} s")
-    assert in_save > 0
+    return in_save
+
+
+def samples(run: Path) -> dict[str, str]:
+    """The samples that a run has kept."""
+    return {file.name: file.read_text() for file in sorted((run / "rollouts").glob("*.jsonl"))}
 
 
 def children(process) -> list[int]:

@@ -4,7 +4,7 @@
 
 FOLDER is written by `jaxlm convert RUN FOLDER --to torch`; JAX is not needed.
 
-Shapes: B batch, T prompt length, N new tokens, V vocabulary.
+Shapes: P prompts, B rows (samples of the prompts), T prompt length, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,16 +76,21 @@ def draws(
     temperature: float,
     *,
     max_new_tokens: int,
+    samples: int = 1,
     eos_id: int | None = None,
     pad_id: int = 0,
     seed: int = 0,
 ) -> Draws:
     """Sample from the whole distribution at a temperature above 0, with log-probabilities: the ids of `generate`.
 
+    Args:
+        samples: of each prompt, side by side: rows as if each prompt stood there so many times, but the model reads it
+            once.
+
     Raises:
         UserError: see `check_prompts`.
     """
-    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed, "samples": samples}
     steps = list(_steps(decoder, prompts, Sampling(temperature=temperature), **options, scored=True))
     ids = _up_to_end(_stacked([token_B for token_B, _ in steps]), eos_id)
     logps_BN = torch.stack([logp_B for _, logp_B in steps if logp_B is not None], dim=1).detach().cpu().numpy()
@@ -125,6 +130,7 @@ def _steps(
     eos_id: int | None,
     pad_id: int,
     seed: int,
+    samples: int = 1,
     scored: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The token of each row, step after step, and its log-probability where that is asked for."""
@@ -133,20 +139,25 @@ def _steps(
     decoder.eval()
     device = decoder.embed.weight.device
     padded = right_padded(prompts, max(map(len, prompts)), pad_id)
-    tokens_BT, positions_BT, segments_BT, lengths_B = (torch.as_tensor(array, device=device) for array in padded)
-    uniforms_BN = torch.as_tensor(uniforms(seed, len(prompts), max_new_tokens), device=device)
+    tokens_PT, positions_PT, segments_PT, lengths_P = (torch.as_tensor(array, device=device) for array in padded)
+    rows = samples * len(prompts)
+    uniforms_BN = torch.as_tensor(uniforms(seed, rows, max_new_tokens), device=device)
     seen_BV = None
     if sampling.repetition_penalty != 1:
-        seen_BV = torch.zeros(len(prompts), decoder.config.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            seen_BV[row, prompt] = True
+        seen_BV = torch.zeros(rows, decoder.config.vocab_size, dtype=torch.bool, device=device)
+        for row in range(rows):
+            seen_BV[row, prompts[row // samples]] = True
 
     counts_BV = None
     if sampling.counts:
-        counts_BV = torch.zeros(len(prompts), decoder.config.vocab_size, dtype=torch.int32, device=device)
-    cache = init_cache(decoder, len(prompts), tokens_BT.shape[1] + max_new_tokens)
-    hidden_BTD, cache = decoder.hidden(tokens_BT, positions_BT, segments_BT, cache)
-    last_B1D = hidden_BTD.take_along_dim(lengths_B[:, None, None].long() - 1, dim=1)
+        counts_BV = torch.zeros(rows, decoder.config.vocab_size, dtype=torch.int32, device=device)
+    cache = init_cache(decoder, len(prompts), tokens_PT.shape[1] + max_new_tokens)
+    hidden_PTD, cache = decoder.hidden(tokens_PT, positions_PT, segments_PT, cache)
+    last_P1D = hidden_PTD.take_along_dim(lengths_P[:, None, None].long() - 1, dim=1)
+
+    # Each prompt was read once; from here on every sample of it is a row with a cache of its own.
+    lengths_B, last_B1D = (x.repeat_interleave(samples, dim=0) for x in (lengths_P, last_P1D))
+    cache = _spread_cache(cache, samples)
     token_B, logp_B = _draw(decoder, sampling, last_B1D, uniforms_BN[:, 0], seen_BV, counts_BV, scored)
     ended_B = token_B == eos_id if eos_id is not None else torch.zeros_like(token_B, dtype=torch.bool)
     yield token_B, logp_B
@@ -154,9 +165,9 @@ def _steps(
         if ended_B.all():
             break
         if seen_BV is not None:
-            seen_BV[torch.arange(len(prompts), device=device), token_B] = True
+            seen_BV[torch.arange(rows, device=device), token_B] = True
         if counts_BV is not None:
-            counts_BV[torch.arange(len(prompts), device=device), token_B] += 1
+            counts_BV[torch.arange(rows, device=device), token_B] += 1
         position_B1 = (lengths_B + (step - 1))[:, None]
         hidden_B1D, cache = decoder.hidden(token_B[:, None], position_B1, torch.ones_like(position_B1), cache)
         token_B, logp_B = _draw(decoder, sampling, hidden_B1D, uniforms_BN[:, step], seen_BV, counts_BV, scored)
@@ -164,6 +175,14 @@ def _steps(
         if eos_id is not None:
             ended_B = ended_B | (token_B == eos_id)
         yield token_B, logp_B
+
+
+def _spread_cache(cache: Any, samples: int) -> Any:
+    """A cache with each row so many times; a count has no rows."""
+    if isinstance(cache, Tensor):
+        return cache.repeat_interleave(samples, dim=0) if cache.ndim else cache
+    parts = [_spread_cache(part, samples) for part in cache]
+    return type(cache)(*parts) if hasattr(cache, "_fields") else tuple(parts)
 
 
 class Generator:

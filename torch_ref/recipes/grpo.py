@@ -95,10 +95,10 @@ class TorchActor:
         return generate(self.decoder, prompts, sampling, max_new_tokens=max_new_tokens, seed=seed, **self.ends)
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+        self, prompts: Sequence[Sequence[int]], *, samples: int, temperature: float, max_new_tokens: int, seed: int
     ) -> tuple[list[list[int]], list[np.ndarray]]:
         """See `jaxlm.recipes.rollouts.phases.Actor`."""
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, **self.ends}
+        options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed, **self.ends}
         return draws(self.decoder, prompts, temperature, **options)
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:

@@ -57,12 +57,12 @@ class JaxActor:
         )
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+        self, prompts: Sequence[Sequence[int]], *, samples: int, temperature: float, max_new_tokens: int, seed: int
     ) -> tuple[list[list[int]], list[np.ndarray]]:
         """See `phases.Actor`."""
         from jaxlm.infer.generate import draws
 
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, **self.ends}
+        options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed, **self.ends}
         return draws(self.decoder, self.whole, prompts, temperature, **options)
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:

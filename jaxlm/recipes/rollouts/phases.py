@@ -38,9 +38,13 @@ class Actor(Protocol):
         ...
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+        self, prompts: Sequence[Sequence[int]], *, samples: int, temperature: float, max_new_tokens: int, seed: int
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """As `draw`, above temperature 0, and the log-probability of each new id as the program that drew it has it."""
+        """As `draw`, above temperature 0, and the log-probability of each new id as the program that drew it has it.
+
+        Args:
+            samples: of each prompt, side by side: each is a row with numbers of its own.
+        """
         ...
 
     def logps(self, batch: Mapping[str, np.ndarray], *, reference: bool) -> np.ndarray:
@@ -176,7 +180,8 @@ class Phases:
         encoded = self._encoded(chosen)
         repeated = [ids for ids in encoded for _ in range(rl.group)]
         seed = int(np.random.SeedSequence((self.config.seed, number, refill)).generate_state(1)[0])
-        drawn = actor.sample(repeated, temperature=rl.temperature, max_new_tokens=rl.max_new_tokens, seed=seed)
+        options = {"temperature": rl.temperature, "max_new_tokens": rl.max_new_tokens, "seed": seed}
+        drawn = actor.sample(encoded, samples=rl.group, **options)
         samples = [
             self.cut(chosen[i // rl.group], prompt_ids, ids)._replace(logps=logps)
             for i, (prompt_ids, ids, logps) in enumerate(zip(repeated, *drawn, strict=True))
