@@ -127,7 +127,7 @@ def programs(start: Path) -> dict[str, Any]:
 
 
 def hacking(start: Path) -> dict[str, Any]:
-    """A reward that grows with the length of an answer: the update of the line that says so, and what the page shows."""
+    """A reward that grows with the length: at which update a line says so, and whether the page shows it."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "jaxlm", "train", CONFIG, f'out_dir="{run}"', f'train.init_from="{start}"']

@@ -1,6 +1,6 @@
 """The forward pass of a stage: what its loss is computed from, of a whole model or of adapters beside their base.
 
-Shapes: B rows, T tokens, D width, V vocabulary.
+Shapes: B rows, T tokens, C drawn tokens of a row at most, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -63,6 +63,29 @@ def _output(captured: Mapping[str, Any], layer: int, model: config.Model) -> Any
         return captured[f"layers_{layer}"]["__call__"][0][0]
     repeat, slot = divmod(layer, len(model.pattern))
     return captured["layers"][f"slot_{slot}"]["__call__"][0][0][repeat]
+
+
+def drawn_tokens(hidden_BTD: Any, batch: Mapping[str, Any], longest: int) -> tuple[Any, dict[str, Any]]:
+    """Hidden states [B, C, D] and columns [B, C] of the tokens that a sample can have drawn, C = `longest`.
+
+    They begin with the first token of a row that has a weight. Prompts need no logits, nor does padding, which costs
+    most where the vocabulary is large. Places beyond the row have 0 everywhere.
+    """
+    import jax.numpy as jnp
+
+    length = hidden_BTD.shape[1]
+    if longest >= length:
+        return hidden_BTD, dict(batch)
+    first_B1 = jnp.argmax(batch["weights"] != 0, axis=1)[:, None]
+    at_BC = first_B1 + jnp.arange(longest)
+
+    def picked(x: Any) -> Any:
+        return jnp.take_along_axis(x, at_BC, axis=1, mode="fill", fill_value=0) if x.ndim == 2 else x
+
+    # A product with ones and zeros: its gradient is a product too, where that of a look-up is a slow scatter.
+    ones_BCT = (at_BC[..., None] == jnp.arange(length)).astype(hidden_BTD.dtype)
+    hidden_BCD = jnp.einsum("bct,btd->bcd", ones_BCT, hidden_BTD, precision="highest")
+    return hidden_BCD, {name: picked(x) for name, x in batch.items()}
 
 
 def with_routing(sums: Mapping[str, Any], routed: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     jaxlm train configs/rl/grpo-add.toml
 
-Shapes: B samples, T tokens.
+Shapes: B samples, T tokens, C drawn tokens of a sample at most, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.recipes.forward import forward, with_routing
+from jaxlm.recipes.forward import drawn_tokens, forward, with_routing
 from jaxlm.recipes.rollouts.jax_actor import JaxActor
 from jaxlm.recipes.rollouts.source import RolloutData, Stage
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Column, Frozen, Judge, Models, Objective, Recipe, model_of_run, twin
@@ -94,8 +94,9 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 
     def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed = forward(decoder, params, batch, key)
+        hidden_BCD, batch = drawn_tokens(hidden_BTD, batch, rl.max_new_tokens)
         kernel_DV, bias_V = head
-        spoken = speak(hidden_BTD, kernel_DV, bias_V, batch["targets"])
+        spoken = speak(hidden_BCD, kernel_DV, bias_V, batch["targets"])
         programs = stop_gradient(batch.get("old_logps", spoken.logps)), batch["sampler_logps"], batch["weights"]
         programs = tuple(x_BT.astype(spoken.logps.dtype) for x_BT in programs)
         correction_BT = correction_weights(*programs, **rl.correction_options) if rl.correction != "none" else None

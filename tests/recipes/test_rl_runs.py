@@ -263,6 +263,15 @@ def test_prompts_that_do_not_fit(tmp_path: Path) -> None:
         make_recipe(cfg).data(None)
 
 
+def test_answers_that_no_sample_can_reach_are_not_asked(tmp_path: Path) -> None:
+    """An answer of four ids where three are drawn: in a row of seven it would end one behind it."""
+    load(tmp_path, "grpo")
+    for drawn, count in ((3, 0), (4, 1)):
+        options = ['rl.task="reverse(length=3)"', f"rl.max_new_tokens={drawn}", f"data.seq_len={4 + drawn}"]
+        data = make_recipe(toml.load(tmp_path / "grpo.toml", options)).data(None)
+        assert len([*data.held_out_batches(batch_size=16, rows=None, max_batches=1)]) == count
+
+
 OWN = """
 def raises(prompt, completion, row): return 1 / 0
 def says(prompt, completion, row): return "good"

@@ -1,6 +1,6 @@
 """Group-relative policy optimisation and its relatives, by switches of `[rl]`: the mirror of `jaxlm.recipes.grpo`.
 
-Shapes: B samples, T tokens, G prompts, N samples of each.
+Shapes: B samples, T tokens, C drawn tokens of a sample at most, D width, G prompts, N samples of each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch_ref.numerics import wide
 from torch_ref.objectives.advantages import adapt_kl_weight, advantages
 from torch_ref.objectives.logprobs import TokenLogps, token_logps
 from torch_ref.objectives.policy import correction_weights, mismatch, policy_loss
-from torch_ref.recipes.forward import with_routing
+from torch_ref.recipes.forward import drawn_tokens, with_routing
 from torch_ref.train.expert_balance import collect
 from torch_ref.train.step import Batch, LossFn, Sums
 
@@ -32,7 +32,9 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     decoder, rl = modules["model"], cfg.rl
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
-        spoken = _spoken(decoder, batch, cfg)
+        hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
+        hidden_BCD, batch = drawn_tokens(hidden_BTD, batch, rl.max_new_tokens)
+        spoken = _spoken(decoder, hidden_BCD, batch["targets"], cfg)
         programs = batch.get("old_logps", spoken.logps).detach(), batch["sampler_logps"], batch["weights"]
         programs = tuple(x_BT.to(spoken.logps.dtype) for x_BT in programs)
         correction_BT = correction_weights(*programs, **rl.correction_options) if rl.correction != "none" else None
@@ -62,11 +64,10 @@ def reported(terms: Any, logps_BT: Tensor, batch: Batch) -> Sums:
     }
 
 
-def _spoken(decoder: Decoder, batch: Batch, cfg: config.Config) -> TokenLogps:
+def _spoken(decoder: Decoder, hidden_BTD: Tensor, targets_BT: Tensor, cfg: config.Config) -> TokenLogps:
     """Log-probability and entropy at every target, at the temperature of sampling."""
-    hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
     temperature, block = cfg.rl.temperature, cfg.train.loss_block
-    return token_logps(hidden_BTD, *decoder.unembedding(), batch["targets"], temperature=temperature, block=block)
+    return token_logps(hidden_BTD, *decoder.unembedding(), targets_BT, temperature=temperature, block=block)
 
 
 def actor_of(engine: Any, cfg: config.Config, **ends: int) -> TorchActor:
@@ -109,7 +110,8 @@ class TorchActor:
         names = ("tokens", "targets", "positions", "segments")
         named = {name: torch.as_tensor(batch[name], device=device) for name in names}
         with torch.no_grad(), bare:
-            return _spoken(decoder, named, self.config).logps.cpu().numpy()
+            hidden_BTD, _ = decoder.hidden(named["tokens"], named["positions"], named["segments"])
+            return _spoken(decoder, hidden_BTD, named["targets"], self.config).logps.cpu().numpy()
 
     def adapted_kl_weight(self, weight: float, kl: float, samples: int) -> float:
         """See `jaxlm.recipes.rollouts.phases.Actor`."""

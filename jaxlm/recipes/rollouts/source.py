@@ -153,7 +153,7 @@ class RolloutData:
         samples = [
             Drawn(prompt, before, answer, "end", prompt.answer)
             for prompt, before, answer in zip(prompts, ids, answers, strict=True)
-            if len(before) + len(answer) <= self.config.data.seq_len + 1
+            if len(answer) <= self.config.rl.max_new_tokens
         ]
         for first in range(0, len(samples), batch_size):
             batch = lay(samples[first : first + batch_size], self.config.data.seq_len, self.tokenizer.pad)
