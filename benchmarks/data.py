@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import toml
-from jaxlm.data.best_fit import BestFitRows
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.stream import PackedRows
+from jaxlm.data.packing.whole_documents import BestFitRows
 from jaxlm.data.pipeline import make_train_iterator, prepare
 from jaxlm.data.rows.build import line_ends, source_rows
 from jaxlm.data.rows.compose import SourceRows

@@ -24,7 +24,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, init_params
 from jaxlm.numerics import Policy
 from jaxlm.parity.stage import compare_stage
-from jaxlm.recipes import start
+from jaxlm.recipes import make_recipe, start
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine  # two threads that import at once break Python's ast
 from parity_tests import pairs
@@ -149,7 +149,7 @@ def files_of_a_run(folder: Path) -> None:
     jaxlm.convert(run, folder / "again", "jaxlm")
     assert np.array_equal(jaxlm.load(folder / "again")(tokens), model(tokens))
     with pytest.raises(UserError, match="a run with adapters resumes in its own framework"):
-        convert_state(run, folder / "none", "torch")
+        convert_state(run, folder / "none", "torch", lambda cfg: make_recipe(cfg).models)
     with pytest.raises(UserError, match="not a run with adapters"):
         jaxlm.convert(folder / "again", folder / "none", "peft")
 

@@ -19,19 +19,19 @@ from safetensors.numpy import load_file, save_file
 from jaxlm import config
 from jaxlm.config import toml
 from jaxlm.convert import training_state
-from jaxlm.convert.native import to_torch
 from jaxlm.convert.open_model import load
 from jaxlm.convert.training_state import Training, convert_state
 from jaxlm.convert.write_model import convert
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, init_params
-from jaxlm.recipes import start
+from jaxlm.recipes import make_recipe, start
 from jaxlm.run.checkpoints import checkpoint_folder
 from jaxlm.run.metrics import OF_THE_MACHINE
 from jaxlm.run.torch_checkpoint import MODEL, OPTIMIZER, RUN, write_record
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.engine import JaxEngine
 from jaxlm.train.optim import make_optimizer
+from jaxlm.train.recipe import Models
 from jaxlm.train.step import init_state
 from parity_tests.pairs import error
 from parity_tests.tolerances import FLOAT64
@@ -86,6 +86,13 @@ CASES = {
         'train.schedule="wsd"',
     ),
 }
+
+
+def models_of(cfg: config.Config) -> Models:
+    return make_recipe(cfg).models
+
+
+carry = functools.partial(convert_state, models_of=models_of)
 OTHER: dict[config.Backend, config.Backend] = {"jax": "torch", "torch": "jax"}
 
 
@@ -139,13 +146,18 @@ def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 def newest(run: Path) -> Training:
     """Everything of the newest checkpoint of either backend."""
     where, settings = checkpoint_folder(run), toml.load(run / "config.toml")
-    return (training_state._read_torch if (where / RUN).is_file() else training_state._read_jax)(where, settings)
+    read = training_state._read_torch if (where / RUN).is_file() else training_state._read_jax
+    return read(where, settings, models_of(settings))
 
 
-def tensors(training: Training, model: config.Model) -> dict[str, np.ndarray]:
-    """Parameters and moments, by the names of torch_ref."""
-    trees = {"": training.params, "first ": training.moments[0], "second ": training.moments[1]}
-    return {kind + name: array for kind, tree in trees.items() for name, array in to_torch(tree, model)}
+def tensors(training: Training, models: Models) -> dict[str, np.ndarray]:
+    """Parameters and moments of all trees, by the names of torch_ref."""
+    kinds = {"": training.params, "first ": training.moments[0], "second ": training.moments[1]}
+    return {
+        f"{kind}{name}": array
+        for kind, trees in kinds.items()
+        for name, array in training_state._tensors(trees, models).items()
+    }
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -157,13 +169,13 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def differences(run: Path, undisturbed: Path) -> dict[str, float]:
     """Relative errors of all tensors of the newest checkpoint and of all metrics."""
-    model = toml.load(run / "config.toml").model
+    models = models_of(toml.load(run / "config.toml"))
     (mine, other), (ours, theirs) = map(newest, (run, undisturbed)), map(rows, (run, undisturbed))
     assert mine.step == other.step and mine.run.keys() == other.run.keys()
     apart = {"progress": 0, "clock": 0}  # the best loss is a float of its own, and time passes
     assert {**mine.run, **apart} == {**other.run, **apart}
     errors = {"updates": error(np.array(mine.updates), np.array(other.updates))}
-    found, expected = tensors(mine, model), tensors(other, model)
+    found, expected = tensors(mine, models), tensors(other, models)
     errors |= {name: error(found[name], expected[name]) for name in expected if expected[name].any()}
     assert found.keys() == expected.keys() and len(errors) > 30
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
@@ -177,7 +189,7 @@ def differences(run: Path, undisturbed: Path) -> dict[str, float]:
 def test_a_run_goes_on(case: str, begun: config.Backend, whole: Any, train: Train, tmp_path: Path) -> None:
     """Three steps in one framework and three in the other are six in one."""
     undisturbed = whole(case, begun)
-    summary = convert_state(undisturbed.folder, tmp_path / "run", OTHER[begun], step=3)
+    summary = carry(undisturbed.folder, tmp_path / "run", OTHER[begun], step=3)
     assert str(summary).startswith(f"{tmp_path / 'run'}: step 3 for --backend {OTHER[begun]}, ")
     carried = newest(tmp_path / "run")
     assert carried.validation_loss == pytest.approx(rows(tmp_path / "run")[3]["validation_loss"], rel=1e-15)
@@ -193,19 +205,19 @@ def test_a_planted_fault_is_seen(
 ) -> None:
     read = training_state._read_jax
 
-    def wrong(where: Path, settings: config.Config) -> Training:
-        training = read(where, settings)
+    def wrong(where: Path, settings: config.Config, models: Models) -> Training:
+        training = read(where, settings, models)
         if fault == "moments swapped":
             return training._replace(moments=training.moments[::-1])
         if fault == "one update too few":
             return training._replace(updates=training.updates - 1)
-        q_proj = training.moments[0]["layers"]["slot_0"]["mixer"]["q_proj"]
+        q_proj = training.moments[0]["model"]["layers"]["slot_0"]["mixer"]["q_proj"]
         q_proj["kernel"] = q_proj["kernel"].reshape(2, 16, 16).swapaxes(1, 2).reshape(2, 16, 2, 8)
         return training
 
     monkeypatch.setattr(training_state, "_read_jax", wrong)
     undisturbed = whole("scanned, tied", "jax").folder
-    convert_state(undisturbed, tmp_path / "run", "torch", step=3)
+    carry(undisturbed, tmp_path / "run", "torch", step=3)
     monkeypatch.undo()
     train(tmp_path / "run", "torch", resume=True)
     with pytest.raises((AssertionError, UserError), match=r"error .* exceeds|NaN or infinite"):
@@ -232,13 +244,13 @@ def test_there_and_back_is_bitwise(layer_loop: str, tmp_path: Path, rng: np.rand
     checkpoints.save(begin._replace(step=number(7), params=random[0], opt_state=opt_state, skipped=number(2)), record)
     checkpoints.close()
 
-    convert_state(tmp_path / "one", tmp_path / "two", "torch")
-    convert_state(tmp_path / "two", tmp_path / "three", "jax")
-    convert_state(tmp_path / "three", tmp_path / "four", "torch")
+    carry(tmp_path / "one", tmp_path / "two", "torch")
+    carry(tmp_path / "two", tmp_path / "three", "jax")
+    carry(tmp_path / "three", tmp_path / "four", "torch")
     first, third = newest(tmp_path / "one"), newest(tmp_path / "three")
     assert (first.step, first.skipped, first.updates, first.run, first.validation_loss) == (7, 2, 5, record, None)
     assert first[:3] == third[:3] and first[5:] == third[5:]
-    before, after = tensors(first, model), tensors(third, model)
+    before, after = (tensors(one, models_of(settings)) for one in (first, third))
     assert before.keys() == after.keys() and len({array.tobytes() for array in before.values()}) == len(before) > 50
     for name, array in before.items():
         assert array.dtype == after[name].dtype == np.float32 and array.tobytes() == after[name].tobytes(), name
@@ -248,7 +260,7 @@ def test_there_and_back_is_bitwise(layer_loop: str, tmp_path: Path, rng: np.rand
     assert (tmp_path / "four" / "metrics.jsonl").read_text() == '{"step": 7}\n'
     assert toml.load(tmp_path / "four" / "config.toml").out_dir == str(tmp_path / "four")
     np.testing.assert_array_equal(
-        load(tmp_path / "two").params["embed"]["embedding"], first.params["embed"]["embedding"]
+        load(tmp_path / "two").params["embed"]["embedding"], first.params["model"]["embed"]["embedding"]
     )
 
 
@@ -319,30 +331,30 @@ def test_what_is_not_whole_is_refused(name: str, whole: Any, tmp_path: Path) -> 
     shutil.copytree(whole("scanned, tied", backend).folder, tmp_path / "run")
     harm(tmp_path / "run" / "checkpoints" / "6")
     with pytest.raises(UserError, match=message):
-        convert_state(tmp_path / "run", tmp_path / "out", OTHER[backend])
+        carry(tmp_path / "run", tmp_path / "out", OTHER[backend])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_mistakes_of_the_user(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = whole("scanned, tied", "torch").folder
     with pytest.raises(UserError, match="is a checkpoint of the torch backend already"):
-        convert_state(run, tmp_path / "out", "torch")
+        carry(run, tmp_path / "out", "torch")
     with pytest.raises(UserError, match=r"no step 4 \(there are: 3, 6\)"):
-        convert_state(run, tmp_path / "out", "jax", step=4)
+        carry(run, tmp_path / "out", "jax", step=4)
     with pytest.raises(UserError, match="is or holds the source"):
-        convert_state(run, run.parent, "jax", overwrite=True)
+        carry(run, run.parent, "jax", overwrite=True)
     convert(run, tmp_path / "weights", "torch")
     with pytest.raises(UserError, match="not a run"):
-        convert_state(tmp_path / "weights", tmp_path / "out", "jax")
+        carry(tmp_path / "weights", tmp_path / "out", "jax")
     with pytest.raises(UserError, match="--overwrite replaces it"):
-        convert_state(run, tmp_path / "weights", "jax")
+        carry(run, tmp_path / "weights", "jax")
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(training_state, "write_record", full)
     with pytest.raises(UserError, match="the disk is full, nothing was kept"):
-        convert_state(whole("scanned, tied", "jax").folder, tmp_path / "out", "torch")
+        carry(whole("scanned, tied", "jax").folder, tmp_path / "out", "torch")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 

@@ -39,10 +39,12 @@ def convert(
     """Write a model in another layout, bit for bit."""
     if backend is not None:
         from jaxlm.convert.training_state import convert_state
+        from jaxlm.recipes import make_recipe
 
         if to != "jaxlm":
             raise UserError(f"--backend with --to {to}: only a run has an optimiser", "--to jaxlm")
-        print(convert_state(src, dst, backend.value, step=step, overwrite=overwrite))
+        models_of = lambda cfg: make_recipe(cfg).models  # noqa: E731
+        print(convert_state(src, dst, backend.value, models_of, step=step, overwrite=overwrite))
         return
     import jaxlm
 

@@ -196,6 +196,11 @@ class Data:
             f"data.seq_len = {self.seq_len} leaves no room for fill-in-the-middle: {2 * FEWEST_FOR_FIM} or more do",
         )
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a list."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
     def check_steps(self, steps: int) -> None:
         """Refuse a schedule that goes on after the run.
 

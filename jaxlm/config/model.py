@@ -174,7 +174,8 @@ class Model:
             UserError: it has another head.
         """
         if self.head != "lm":
-            raise UserError(f"model.head = {self.head!r}: {purpose} needs a language model", 'model.head = "lm"')
+            hint = 'this model scores; name one with head = "lm", such as the one that it began with'
+            raise UserError(f"model.head = {self.head!r}: {purpose} needs a language model", hint)
 
     @property
     def repeats(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.convert.canonical import leaves
 from jaxlm.convert.rows import Row, Transform, flat, from_layout, matrix, to_layout
+from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
 
 RULE: Mapping[str, tuple[str, tuple[Transform, ...]]] = {
@@ -46,6 +47,20 @@ def maps_to_torch(maps: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The `state_dict` of linear maps that are no model: see `train.recipe.Maps`."""
     for name, leaves_of_map in maps.items():
         yield f"{name}.weight", np.ascontiguousarray(np.asarray(leaves_of_map["kernel"]).T)
+
+
+def maps_from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]], where: str) -> Params:
+    """The inverse of `maps_to_torch`, for maps of these inputs and outputs.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or mis-shaped.
+    """
+    wanted = {f"{name}.weight": [outputs, inputs] for name, (inputs, outputs) in shapes.items()}
+    for name in sorted(wanted.keys() | tensors.keys()):
+        have = list(tensors[name].shape) if name in tensors else "absent"
+        if have != wanted.get(name, "absent"):
+            raise UserError(f"{where}: {name} is {have}, the config asks for {wanted.get(name, 'absent')}")
+    return {name: {"kernel": np.ascontiguousarray(tensors[f"{name}.weight"].T)} for name in shapes}
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], cfg: config.Model, where: str = "tensors") -> Params:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxlm.config import Config, Data
 from jaxlm.config import Tokenizer as TokenizerConfig
 from jaxlm.data.fim import SLACK
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.stream import PackedRows
 from jaxlm.data.rows.build import run_rows
 from jaxlm.data.rows.compose import FilledRows, RunRows
 from jaxlm.data.rows.copies import copies, of_copies

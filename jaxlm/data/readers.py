@@ -93,8 +93,9 @@ class Source:
 
     @property
     def rows_only(self) -> bool:
-        """True if no document of it is a whole file."""
-        return self.dataset is not None or all(self._row_reader(file) is not None for file in self.files)
+        """True if no document of it is a whole file; files that only their content tells apart are opened last."""
+        files = sorted(self.files, key=lambda file: contents.kind_of(file.name) == "json")
+        return self.dataset is not None or all(self._row_reader(file) is not None for file in files)
 
     def identity(self) -> list[Any]:
         """What must be equal for the content to be taken as unchanged, without reading it.

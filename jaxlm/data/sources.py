@@ -144,9 +144,8 @@ class Documents:
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        names = (data.source,) if isinstance(data.source, str) else data.source
-        self.where = names
-        self._main = [open_source(name, data) for name in names]
+        self.where = data.sources
+        self._main = [open_source(name, data) for name in data.sources]
         self._held_out = [open_source(data.validation_source, data)] if data.validation_source else []
         for source in self._sources if data.unit == "repository" else []:
             if source.rows_only:

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm import config
 from jaxlm.convert.open_model import load
-from jaxlm.data.packing import PackedRows, Rows
+from jaxlm.data.packing.pieces import Rows
+from jaxlm.data.packing.stream import PackedRows
 from jaxlm.data.pipeline import prepare
 from jaxlm.data.rows.difficulty import shard_digest
 from jaxlm.data.shards import Shard

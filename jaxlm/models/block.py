@@ -9,7 +9,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxlm import config
 from jaxlm.mesh import constrain
@@ -23,6 +24,9 @@ from jaxlm.ops.attention.visible import Places
 
 Tables = tuple[tuple[Array, Array], ...]
 """Sine and cosine of every rotation of the model, in the order of `config.Model.ropes`."""
+
+Carry = tuple[Float[Array, "b t d"], dict[int, Float[Array, "b t d"]]]
+"""The residual stream, and the outputs of layers that are kept, by their numbers."""
 
 MIXERS = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
 FFNS = {"mlp": MLP, "moe": MoE}
@@ -65,14 +69,19 @@ class Repeat(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "b t d"], places: Places, ropes: Tables, caches: Any
-    ) -> tuple[Float[Array, "b t d"], Any]:
+        self, carry: Carry, places: Places, ropes: Tables, caches: Any, repeat: Int[Array, ""] | None
+    ) -> tuple[Carry, Any]:
+        """What goes from repeat to repeat, and the caches after this one; `repeat` counts where outputs are kept."""
+        (x_BTD, kept), slots = carry, len(self.config.pattern)
         block_class, after = rematerialised(self.config), []
         for slot, kind in enumerate(self.config.pattern):
             block = block_class(kind, self.config, self.policy, name=f"slot_{slot}")
             x_BTD, cache = block(x_BTD, places, ropes, None if caches is None else caches[slot])
             after.append(cache)
-        return x_BTD, None if caches is None else tuple(after)
+            # One body serves all repeats, so that a layer is known by its number: an output is stored where it is due.
+            due = {layer: repeat == layer // slots for layer in kept if layer % slots == slot}
+            kept = kept | {layer: jnp.where(here, x_BTD, kept[layer]) for layer, here in due.items()}
+        return (x_BTD, kept), None if caches is None else tuple(after)
 
 
 def empty_cache(kind: str, cfg: config.Model, policy: Policy, batch: int, slots: int) -> Any:

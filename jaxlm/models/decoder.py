@@ -57,7 +57,7 @@ class Decoder(nn.Module):
                 Repeat,
                 variable_axes={"params": 0, "intermediates": 0, "routing": 0, **adapted.VARIABLE_AXES},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+                in_axes=(nn.broadcast, nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
                 length=cfg.repeats,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -117,20 +117,29 @@ class Decoder(nn.Module):
         positions_BT: Int[Array, "b t"],
         segments_BT: Int[Array, "b t"],
         cache: Cache | None = None,
+        layers: tuple[int, ...] = (),
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        """What the head sees, after the final norm: training computes the loss from it block by block."""
+        """What the head sees, after the final norm: training computes the loss from it block by block.
+
+        Args:
+            layers: numbers of blocks, from 0; their outputs [B, T, D] by number are sown as `kept` in `outputs`.
+        """
         cfg = self.config
         places = Places(positions_BT, segments_BT)
         with jax.default_matmul_precision(self.policy.matmul):
             x_BTD, ropes = self._embedded(tokens_BT, positions_BT)
+            kept = {layer: jnp.zeros_like(x_BTD) for layer in layers}
             if cfg.scanned:
-                x_BTD, cache = self.layers(x_BTD, places, ropes, cache)
+                repeats = jnp.arange(cfg.repeats) if layers else None
+                (x_BTD, kept), cache = self.layers((x_BTD, kept), places, ropes, cache, repeats)
             else:
                 after = []
                 for i, layer in enumerate(self.layers):
                     x_BTD, layer_cache = layer(x_BTD, places, ropes, None if cache is None else cache[i])
                     after.append(layer_cache)
+                    kept |= {i: x_BTD} if i in layers else {}
                 cache = None if cache is None else tuple(after)
+            self.sow("outputs", "kept", kept)
             return self.final_norm(x_BTD) if cfg.final_norm else x_BTD, cache
 
     def unembed(self, hidden_BTD: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

@@ -80,9 +80,11 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
     narrow = policy.compute.itemsize / policy.params.itemsize
     copies = int(_bytes(layout, leaves) * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
     used = activations(cfg, layout)
+    narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
+    narrow_kept, wide_kept = recipe.objective.kept
+    of_loss = math.prod(rows) // split * (narrow_kept * narrow_width + wide_kept * wide_width)
     layer, table = _gathered(layout, leaves, model.repeats)
     # of a layer: itself, the next one on its way, its gradient; of the table: itself, its gradient summed and cast
-    narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
     gathered = layer * 3 * narrow_width + table * (2 * narrow_width + wide_width)
     # Microbatches keep a running sum of gradients beside those of the microbatch at work.
     columns = recipe.columns.values()
@@ -92,7 +94,7 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
         optimizer=moments,
         batch=batch // split,
         gradients=moving * (1 if cfg.train.microbatches == 1 else 2) + copies,
-        activations=used.kept,
+        activations=used.kept + of_loss,
         working=used.working + gathered,
     )
 

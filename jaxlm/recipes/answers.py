@@ -8,8 +8,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,9 @@ from jaxlm.recipes.rollouts.inspect import PromptReport, report_of
 from jaxlm.recipes.rollouts.phases import Batch, Drawn, lay
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.recipe import LM_COLUMNS, MODEL, Judge, Models, Objective, Recipe, model_of_run, twin
+
+HELD_OUT_BATCHES = 8
+"""Of held-out prompts, where `eval.batches` does not limit them."""
 
 
 def recipe(cfg: config.Config) -> Recipe:
@@ -61,26 +63,40 @@ class AnswerData:
     def __init__(self, cfg: config.Config, own: Tokenizer | None = None) -> None:
         self.config, self.tokenizer = cfg, stage_tokenizer(cfg, own)
         self.task, self.asking = open_task(cfg.rl.task), Asking.of(cfg, self.tokenizer)
+        # Of a file all prompts are known, and it is better refused now than in the middle of the run.
+        first = [self.task.train(cfg.seed, number) for number in range(cfg.train.batch_size)]
+        self._encoded([*(self.task.kept or first), *self._held_out(cfg.train.batch_size, cfg.eval.batches)])
 
     def identity(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.fingerprint(), "task": self.task.name}
 
-    def rows(self, prompts: list[Prompt]) -> Batch:
+    def rows(self, prompts: Sequence[Prompt]) -> Batch:
         """A row for each prompt; its answer counts, with its end.
 
         Raises:
             UserError: a prompt and its answer do not fit into a row.
         """
-        ids = self.asking.encode([prompt.text for prompt in prompts])
-        answers = [self.asking.answer(prompt.answer) for prompt in prompts]
-        longest, width = max(map(len, map(operator.add, ids, answers))), self.config.data.seq_len
-        if longest > width:
-            task = f"rl.task = {self.task.name!r}"
-            raise UserError(
-                f"{task}: a prompt and its answer of {longest} tokens do not fit into data.seq_len = {width}"
-            )
+        ids, answers = self._encoded(prompts)
         samples = [Drawn(*one, "end", "") for one in zip(prompts, ids, answers, strict=True)]
         return lay(samples, self.config.data.seq_len, self.tokenizer.pad)
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[list[int]]]:
+        """The ids of prompts and of their answers.
+
+        Raises:
+            UserError: one does not fit into a row with its answer; the longest is named.
+        """
+        ids = self.asking.encode([prompt.text for prompt in prompts])
+        answers = [self.asking.answer(prompt.answer) for prompt in prompts]
+        lengths, width = [len(one) + len(two) for one, two in zip(ids, answers, strict=True)], self.config.data.seq_len
+        if (longest := max(lengths, default=0)) > width:
+            text = prompts[lengths.index(longest)].text
+            raise UserError(
+                f"rl.task = {self.task.name!r}: the prompt {text[:40]!r} and its answer of {longest} tokens do not fit "
+                f"into data.seq_len = {width}",
+                f"data.seq_len={longest}",
+            )
+        return ids, answers
 
     def inspect(self, *, step: int = 1, rows: int = 1) -> PromptReport:
         """The first prompts of a step, and the sizes of both parts.
@@ -99,10 +115,15 @@ class AnswerData:
         return [HeldOut("", True, batches)]
 
     def held_out_batches(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
-        prompts = self.task.held_out(batch_size * (max_batches or 8))
-        for first in range(0, len(prompts) - batch_size + 1, batch_size):
+        prompts = self._held_out(batch_size, max_batches)
+        for first in range(0, len(prompts), batch_size):
             batch = self.rows(prompts[first : first + batch_size])
+            missing = batch_size - len(batch["tokens"])  # rows of weight 0: few prompts are judged too
+            batch = {name: np.pad(x, [(0, missing), (0, 0)]) for name, x in batch.items()}
             yield batch if rows is None else {name: x[rows] for name, x in batch.items()}
+
+    def _held_out(self, batch_size: int, max_batches: int) -> list[Prompt]:
+        return self.task.held_out(batch_size * (max_batches or HELD_OUT_BATCHES))
 
     def begin_phase(self, number: int, engine: Any) -> None:
         """Answers need nothing from the model."""

@@ -77,14 +77,16 @@ def recipe(cfg: config.Config) -> Recipe:
         return teach.with_cache(cfg, source, teacher) if cached else source
 
     frozen = {} if cached else {TEACHER: Frozen(teacher, path, cfg.numerics.params)}
-    maps = {}
+    maps, kept = {}, (0 if cached else teacher.d_model, 0)
     if cfg.distill.of_states:
         width, pairs = (cfg.model.d_model, teacher.d_model), cfg.distill.pairs(cfg.model.n_layers, teacher.n_layers)
         maps = {PROJECTION: Maps(dict.fromkeys(pairs, width), cfg.train)}
+        # Of each pair the states of student and teacher; the distance takes the place of the latter.
+        kept = len(pairs) * sum(width), 0
     return Recipe(
         columns={**LM_COLUMNS, **(teach.columns(cfg, teacher) if cached else {})},
         models=Models({MODEL: model_of_run(cfg)}, frozen, maps),
-        objective=Objective(objective, twin("torch_ref.recipes.distill")),
+        objective=Objective(objective, twin("torch_ref.recipes.distill"), kept=kept),
         data=data,
         judge=functools.partial(judge, states=cfg.distill.of_states),
     )
@@ -134,7 +136,8 @@ def judge(source: DataSource, *, states: bool = False) -> Judge:
         what, unit = ("square distance", "") if states else ("divergence", " nats/token")
         return f"{language.describe(row)}, {what} from the teacher {apart}{unit}"
 
-    return language._replace(figures=figures, describe=describe)
+    # The loss of states is part nats, part square distance: a number without a unit.
+    return language._replace(figures=figures, describe=describe, loss_unit="" if states else language.loss_unit)
 
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlm import config
-
 
 def forward(decoder: Any, params: Any, batch: Mapping[str, Any], key: Any) -> tuple[Any, tuple[Any, Any], Any]:
     """Hidden states [B, T, D] of the rows, the output matrix [D, V] with its bias, and what the routers did.
@@ -29,8 +27,6 @@ def forward_with_layers(
 ) -> tuple[Any, tuple[Any, Any], Any, tuple[Any, ...]]:
     """As `forward`, with the outputs of some layers, as they are before the final norm.
 
-    All outputs of stacked layers exist until those of `layers` are taken.
-
     Args:
         layers: their numbers, from 0 on.
 
@@ -38,31 +34,16 @@ def forward_with_layers(
         What `forward` returns, and the output [B, T, D] of each of `layers`.
     """
     from jaxlm.models import adapted
-    from jaxlm.models.block import Block
     from jaxlm.train.expert_balance import collect
 
     variables, rows = adapted.variables(params), (batch["tokens"], batch["positions"], batch["segments"])
     random = decoder.config.random or isinstance(params, adapted.Adapted)
     rngs = {} if key is None or not random else {"dropout": key}
-    options: dict[str, Any] = {"method": "hidden", "rngs": rngs, "mutable": ["routing"]}
-    if layers:
-
-        def kept(module: Any, method: str) -> bool:
-            return isinstance(module, Block) and method == "__call__"
-
-        options |= {"capture_intermediates": kept, "mutable": ["routing", "intermediates"]}
-    (hidden_BTD, _), collections = decoder.apply(variables, *rows, **options)
+    options: dict[str, Any] = {"method": "hidden", "rngs": rngs, "mutable": ["routing", "outputs"]}
+    (hidden_BTD, _), collections = decoder.apply(variables, *rows, layers=tuple(layers), **options)
     routed = collect(collections["routing"], decoder.config) if decoder.config.moes else None
-    outputs = tuple(_output(collections["intermediates"], layer, decoder.config) for layer in layers)
-    return hidden_BTD, decoder.apply(variables, method="unembedding"), routed, outputs
-
-
-def _output(captured: Mapping[str, Any], layer: int, model: config.Model) -> Any:
-    """The output of a block, without its cache: stacked layers have their repeats along a leading axis."""
-    if not model.scanned:
-        return captured[f"layers_{layer}"]["__call__"][0][0]
-    repeat, slot = divmod(layer, len(model.pattern))
-    return captured["layers"][f"slot_{slot}"]["__call__"][0][0][repeat]
+    (kept,) = collections["outputs"]["kept"]
+    return hidden_BTD, decoder.apply(variables, method="unembedding"), routed, tuple(kept[layer] for layer in layers)
 
 
 def drawn_tokens(hidden_BTD: Any, batch: Mapping[str, Any], longest: int) -> tuple[Any, dict[str, Any]]:

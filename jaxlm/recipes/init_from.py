@@ -137,6 +137,9 @@ def require_same_function(model: config.Model, opened: Opened, where: str) -> No
         UserError: names the first option that differs, with both values.
     """
     before = opened.config.model
+    if model.head == "lm" != before.head:
+        hint = "a model that scores is no language model: name the one that it began with"
+        raise UserError(f"{where}: head is {before.head!r} there and 'lm' here", hint)
     if takes_the_trunk(model, before):
         before = dataclasses.replace(before, head=model.head, classes=model.classes, pooling=model.pooling)
     if model.rope_scaling.original_max_seq_len == (before.max_seq_len or None):  # a stage of longer texts

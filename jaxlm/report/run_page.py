@@ -19,6 +19,7 @@ UNITS = {
     "mfu": "of the peak, whole run",
     "goodput": "of the time",
     "validation_bits_per_byte": "bits",
+    "validation_divergence": "from the teacher",
     "unigram_loss": "nats a token",
     "validation_chosen_logp": "nats an answer",
     "answer_nll": "nats a token of the right answers",
@@ -27,8 +28,9 @@ UNITS = {
     "ended": "of the samples ended by themselves",
 }
 SHOWN = ("step", "tokens", "loss", "tokens_per_second", "mfu", "goodput", "validation_loss", "validation_perplexity",
-         "validation_bits_per_byte", "validation_accuracy", "validation_margin", "validation_chosen_logp",
-         "reward", "held_out_reward", "answer_nll", "entropy", "length", "ended")  # fmt: skip
+         "validation_divergence", "validation_bits_per_byte", "validation_accuracy", "validation_margin",
+         "validation_chosen_logp", "reward", "held_out_reward", "answer_nll", "entropy", "length",
+         "ended")  # fmt: skip
 SHARES = ("mfu", "goodput", "validation_accuracy", "ended")
 
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import Data
-from jaxlm.data.best_fit import BestFitRows, best_fit, cut_document
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.best_fit import best_fit, cut_document
+from jaxlm.data.packing.stream import PackedRows
+from jaxlm.data.packing.whole_documents import BestFitRows
 from jaxlm.data.shards import Shard
 from jaxlm.data.sources import open_source
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import toml
-from jaxlm.data.best_fit import BestFitRows
 from jaxlm.data.fim import SLACK, FillIn, Marks, by_characters, by_lines, parts, prompt
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.stream import PackedRows
+from jaxlm.data.packing.whole_documents import BestFitRows
 from jaxlm.data.pipeline import prepare
 from jaxlm.data.rows.build import source_rows
 from jaxlm.data.rows.compose import FilledRows

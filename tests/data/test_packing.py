@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.stream import PackedRows
 from jaxlm.data.shards import Shard
 
 PAD = 7

@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm import config
 from jaxlm.config import toml
+from jaxlm.data import contents
 from jaxlm.data.pipeline import make_train_iterator, prepare
 from jaxlm.data.repository import dependencies, joined, marks_of, reading_order, rows_of_files, taken_apart
+from jaxlm.data.sources import open_source
 from jaxlm.errors import UserError
 from jaxlm.text.tokenizer import Tokenizer
 
@@ -147,6 +150,13 @@ def test_rows_are_no_repository(tmp_path):
             prepare(dataclasses.replace(cfg, data=data))
     (rows / "b.py").write_text("import a\n")
     prepare(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=str(rows))))
+
+
+def test_files_that_a_name_tells_apart_are_not_opened_to_know_a_repository(tmp_path, monkeypatch):
+    for name in ("a.json", "b.json", "c.py"):
+        (tmp_path / name).write_text("[]")
+    monkeypatch.setattr(contents, "unpacked", lambda path: pytest.fail(f"{path} is opened"))
+    assert not open_source(str(tmp_path), config.Data(unit="repository")).rows_only
 
 
 def test_a_repository_is_a_document(tmp_path):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxlm import config
 from jaxlm.config import toml
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.stream import PackedRows
 from jaxlm.data.pipeline import TrainBatches, make_train_iterator, make_validation_batches, prepare
 from jaxlm.data.rows.difficulty import shard_digest
 from jaxlm.data.rows.inspect import inspect_corpus

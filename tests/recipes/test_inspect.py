@@ -70,7 +70,7 @@ def test_pairs_can_be_looked_at(tmp_path: Path, recipe: str, kept: int) -> None:
     assert f"{kept} pairs to train on, 0 of them cut; 0 held out" in plain
     left = f"1 too long, 1 with equal answers, {9 - kept} ties, 0 without an answer, 1 whose sides are not answers"
     assert f"left out: {left} to one prompt" in plain
-    assert "% of the tokens count" in plain and "% padding" in plain and "\x1b[30;42m" in shown
+    assert "% of the tokens are trained" in plain and "% padding" in plain and "\x1b[30;42m" in shown
     assert ("chosen, a tie: " in plain) == (recipe == "reward")
     row = next(row for row in report.rows if row.name(1) == "chosen")
     assert decoded(report, row, 1, counts=True).rstrip().startswith(tuple(f"{word}!" for word in WORDS))

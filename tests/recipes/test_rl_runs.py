@@ -92,10 +92,23 @@ def test_answers_are_learnt(begun: Path) -> None:
 
 
 def test_an_answer_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    """At the start, of whichever prompt; of a file that of any epoch."""
     cfg = load(tmp_path, "answers")
-    data = answers.AnswerData(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=3)))
-    with pytest.raises(UserError, match=r"a prompt and its answer of \d+ tokens do not fit into data.seq_len = 3"):
-        next(data.batches(batch_size=4, rows=None))
+    with pytest.raises(UserError, match=r"its answer of 4 tokens do not fit into data.seq_len = 3 \(data.seq_len=4\)"):
+        answers.AnswerData(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=3)))
+    records = [{"prompt": f"{n}?", "answer": "1234567" if n == 33 else "1"} for n in range(40)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, records)))
+    long = dataclasses.replace(cfg.rl, task=str(tmp_path / "long.jsonl"))
+    with pytest.raises(UserError, match=r"the prompt '33\?' and its answer of 11 tokens do not fit"):
+        answers.AnswerData(dataclasses.replace(cfg, rl=long))
+
+
+def test_few_held_out_prompts_are_judged(tmp_path: Path) -> None:
+    """Fewer than a batch: the other rows have no weight."""
+    data = answers.AnswerData(load(tmp_path, "answers"))
+    (batch,) = data.held_out_batches(batch_size=16, rows=None, max_batches=0)
+    judged = batch["weights"].any(axis=1)
+    assert judged.sum() == len(data.task.held_out(16)) and batch["tokens"].shape == (16, 8) and not judged.all()
 
 
 @pytest.mark.parametrize("recipe", [pytest.param("grpo", marks=pytest.mark.soak), "ppo"])  # which keeps more

@@ -124,7 +124,7 @@ def test_a_stopped_process_is_noticed_and_named(runs, tmp_path):
 HANG = """
 import os
 if os.environ.get("JAXLM_PROCESS_ID") == "1":
-    import time, jaxlm.data.packing as packing
+    import time, jaxlm.data.packing.stream as packing
     read = packing.PackedRows.__getitem__
     packing.PackedRows.__getitem__ = lambda rows, index: time.sleep(1000) if index.min() > 100 else read(rows, index)
 """

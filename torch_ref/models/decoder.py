@@ -102,12 +102,12 @@ class Decoder(nn.Module):
         positions_BT: Int[Tensor, "b t"],
         segments_BT: Int[Tensor, "b t"],
         cache: Cache | None = None,
-        outputs: list[Tensor] | None = None,
+        outputs: dict[int, Any] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], Cache | None]:
         """What the head sees, after the final norm: training computes the loss from it block by block.
 
         Args:
-            outputs: takes the output [B, T, D] of each block, in their order.
+            outputs: its keys are numbers of blocks, from 0; it takes their outputs [B, T, D].
         """
         cfg = self.config
         places = Places(positions_BT, segments_BT)
@@ -119,8 +119,8 @@ class Decoder(nn.Module):
             inputs = (x_BTD, places, ropes, None if cache is None else cache[i])
             x_BTD, layer_cache = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             after.append(layer_cache)
-            if outputs is not None:
-                outputs.append(x_BTD)
+            if outputs is not None and i in outputs:
+                outputs[i] = x_BTD
         cache = None if cache is None else tuple(after)
         return self.final_norm(x_BTD) if cfg.final_norm else x_BTD, cache
 

@@ -34,8 +34,9 @@ def _of_states(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         rows = (batch["tokens"], batch["positions"], batch["segments"])
-        student_states: list[Tensor] = []
-        teacher_states: list[Tensor] = []
+        student_states, teacher_states = (
+            dict[int, Any].fromkeys(layers) for layers in zip(*pairs.values(), strict=True)
+        )
         hidden_BTD, _ = student.hidden(*rows, outputs=student_states)
         with torch.no_grad():
             teacher.eval().hidden(*rows, outputs=teacher_states)

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxlm.data.preferences.pairs import Counts
-from jaxlm.data.turns.inspect import ShownTurns, coloured
-from jaxlm.text.tokenizer import Tokenizer
+from jaxlm.data.turns.inspect import PackedReport, ShownTurns, coloured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +33,13 @@ class ShownPairs(ShownTurns):
         return {**super().as_dict(), "answers": [self.name(segment) for segment in range(1, 2 * self.pairs + 1)]}
 
 
-@dataclasses.dataclass(frozen=True)
-class PairReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairReport(PackedReport):
     """The pairs that a stage is trained on, and those that it leaves out."""
 
-    source: str
-    template: str
     counts: Counts
     other_prompt: int
     """Records left out: their sides are not answers to one prompt."""
-    held_out: int
-    trained: float
-    """Share of the tokens that count."""
-    seq_len: int
-    rows_per_epoch: int
-    padding: float
-    """Share of the places of an epoch without a token."""
-    tokenizer: Tokenizer
     rows: tuple[ShownPairs, ...]
 
     def __rich__(self) -> Any:
@@ -63,9 +52,7 @@ class PairReport:
             f"{counts.kept:,} pairs to train on, {counts.cut:,} of them cut; {self.held_out:,} held out",
             f"left out: {counts.too_long:,} too long, {counts.equal:,} with equal answers, {counts.tied:,} ties, "
             f"{counts.empty:,} without an answer, {self.other_prompt:,} whose sides are not answers to one prompt",
-            f"template: {self.template}",
-            f"{self.trained:.1%} of the tokens count",
-            f"{self.rows_per_epoch:,} rows of {self.seq_len} tokens an epoch, {self.padding:.1%} padding",
+            *self.lines,
         ]
         for row in self.rows:
             title = f"row {row.number}: {row.pairs} pairs, {row.padding} places of padding; [id], what counts is green"

@@ -101,13 +101,12 @@ class Sides(NamedTuple):
     label: int = 0
 
 
-def read_preferences(source: str | Sequence[str]) -> Read:
-    """The preferences of a file, a folder or a dataset, or of several; see `data.turns.records`.
+def read_preferences(*sources: str) -> Read:
+    """The preferences of files, folders or datasets; see `data.turns.records`.
 
     Raises:
         UserError: see `preference_of`.
     """
-    sources = (source,) if isinstance(source, str) else source
     return sort_preferences(record for one in sources for record in records(one))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxlm.data.best_fit import rows_by_fit
+from jaxlm.data.packing.best_fit import rows_by_fit
 from jaxlm.data.preferences.pairs import Pairs
 from jaxlm.data.rows.epochs import Batch, EpochRows, lay_examples
 

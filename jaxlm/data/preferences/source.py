@@ -77,7 +77,7 @@ class PreferenceSource:
         options: dict[str, Any] = {"truncate": cfg.preference.too_long == "truncate"}
         options |= {"system": cfg.preference.system, "ties": ties}
         encode = functools.partial(encode_pairs, chat=chat, seq_len=cfg.data.seq_len, **options)
-        read = read_preferences(cfg.data.source)
+        read = read_preferences(*cfg.data.sources)
         if read.labelled and not labelled:
             where = read.labelled[0].where
             raise UserError(f"{where}: an answer with a label is no pair", "preference.loss=kto trains on labels")
@@ -129,7 +129,7 @@ class PreferenceSource:
         laid = packed[numbers] if len(numbers) else {}
         places = packed.rows_per_epoch * cfg.data.seq_len
         return PairReport(
-            source=_where(cfg),
+            source=", ".join(cfg.data.sources),
             template=self.template,
             counts=self.train.counts,
             other_prompt=self.other_prompt,
@@ -192,10 +192,6 @@ def _content(preference: Pair | Labelled) -> bytes:
     return repr(preference._replace(where="")).encode("utf-8", "surrogatepass")
 
 
-def _where(cfg: Config) -> str:
-    return cfg.data.source if isinstance(cfg.data.source, str) else ", ".join(cfg.data.source)
-
-
 def _tell(cfg: Config, read: Read, pairs: Pairs) -> None:
     """One line about what was left out of the training pairs.
 
@@ -208,6 +204,7 @@ def _tell(cfg: Config, read: Read, pairs: Pairs) -> None:
         hint = (
             f'data.seq_len above {cfg.data.seq_len}, or preference.too_long="truncate"' if pairs.counts.too_long else ""
         )
-        raise UserError(f"{_where(cfg)}: no pair is left to train on: {why or 'there is none'}", hint or "other data")
+        where = ", ".join(cfg.data.sources)
+        raise UserError(f"{where}: no pair is left to train on: {why or 'there is none'}", hint or "other data")
     if why:
         _log.warning("warning: %d pairs to train on; left out: %s", len(pairs), why)

@@ -11,10 +11,10 @@ import numpy as np
 
 from jaxlm.config import Data, Fim
 from jaxlm.data import repository
-from jaxlm.data.best_fit import BestFitRows
 from jaxlm.data.fim import SLACK, FillIn, Marks, Spans, by_characters, by_lines
 from jaxlm.data.mixture import Mixture
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.stream import PackedRows
+from jaxlm.data.packing.whole_documents import BestFitRows
 from jaxlm.data.rows.compose import FilledRows, RunRows, Source, SourceRows
 from jaxlm.data.rows.difficulty import curriculum_of
 from jaxlm.data.rows.kept import kept_beside

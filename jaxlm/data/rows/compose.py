@@ -17,7 +17,7 @@ import numpy as np
 from jaxlm.data.curriculum import Curriculum
 from jaxlm.data.fim import SLACK, Filled, FillIn, Spans
 from jaxlm.data.mixture import Mixture
-from jaxlm.data.packing import Pieces, Rows, Text, lay_text
+from jaxlm.data.packing.pieces import Pieces, Rows, Text, lay_text
 from jaxlm.data.shards import Shard
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.data.packing import Rows
+from jaxlm.data.packing.pieces import Rows
 from jaxlm.data.pipeline import Corpus, TrainBatches, make_train_iterator, prepare
 from jaxlm.data.rows.build import row_tokens
 from jaxlm.data.rows.compose import FilledRows

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm.config import Data
 from jaxlm.data.fim import SLACK
-from jaxlm.data.packing import PackedRows
+from jaxlm.data.packing.stream import PackedRows
 from jaxlm.data.pipeline import Batch, Corpus, validation_batches
 from jaxlm.data.rows.build import with_middles
 from jaxlm.data.shards import Shard

@@ -32,13 +32,12 @@ class ShownTurns:
         return {"row": self.number, **self.arrays}
 
 
-@dataclasses.dataclass(frozen=True)
-class ConversationReport:
-    """What a stage of conversations is trained on."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedReport:
+    """Packed rows of any stage that reads records with a template."""
 
     source: str
     template: str
-    counts: Counts
     held_out: int
     trained: float
     """Share of the tokens that count."""
@@ -47,6 +46,22 @@ class ConversationReport:
     padding: float
     """Share of the places of an epoch without a token."""
     tokenizer: Tokenizer
+
+    @property
+    def lines(self) -> list[str]:
+        """Template, tokens and rows in words."""
+        return [
+            f"template: {self.template}",
+            f"{self.trained:.1%} of the tokens are trained",
+            f"{self.rows_per_epoch:,} rows of {self.seq_len} tokens an epoch, {self.padding:.1%} padding",
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversationReport(PackedReport):
+    """What a stage of conversations is trained on."""
+
+    counts: Counts
     rows: tuple[ShownTurns, ...]
 
     def __rich__(self) -> Any:
@@ -58,9 +73,7 @@ class ConversationReport:
             Text(f"conversations {self.source}", style="bold"),
             f"{counts.kept + self.held_out:,} conversations, {self.held_out:,} of them held out; "
             f"{counts.too_long:,} too long, {counts.cut:,} cut, {counts.untrained:,} without a trained token",
-            f"template: {self.template}",
-            f"{self.trained:.1%} of the tokens are trained",
-            f"{self.rows_per_epoch:,} rows of {self.seq_len} tokens an epoch, {self.padding:.1%} padding",
+            *self.lines,
         ]
         for row in self.rows:
             title = f"row {row.number}: {max(row.arrays['segments'])} conversations, {row.padding} places of padding"

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from jaxlm.data.best_fit import rows_by_fit
+from jaxlm.data.packing.best_fit import rows_by_fit
 from jaxlm.data.rows.epochs import Batch, EpochRows, lay_examples
 from jaxlm.errors import UserError
 from jaxlm.text.chat import Example

@@ -47,9 +47,9 @@ class ConversationSource:
         tokenizer = tokenizer or _tokenizer(cfg)
         beside = Path(cfg.tokenizer.path).parent if cfg.tokenizer.path else None
         chat = Chat.of(tokenizer, cfg.sft.template, beside)
-        train = _examples(cfg, cfg.data.source, chat)
+        train = _examples(cfg, cfg.data.sources, chat)
         if cfg.data.validation_source:
-            held_out = _examples(cfg, cfg.data.validation_source, chat)
+            held_out = _examples(cfg, (cfg.data.validation_source,), chat)
             warn_of_copies("conversations", train.contents(), held_out.contents())
             return cls(cfg, tokenizer, chat, train, held_out)
         return cls(cfg, tokenizer, chat, *split(train, cfg.data.validation_fraction))
@@ -99,7 +99,7 @@ class ConversationSource:
         numbers = rows_of_step(cfg.train, step, rows)
         packed = self._rows(self.train, cfg.seed)
         return ConversationReport(
-            source=cfg.data.source if isinstance(cfg.data.source, str) else ", ".join(cfg.data.source),
+            source=", ".join(cfg.data.sources),
             template=self.chat.template.where,
             counts=self.train.counts,
             held_out=len(self.validation),
@@ -125,10 +125,9 @@ def _tokenizer(cfg: Config) -> Tokenizer:
     raise UserError("a stage of conversations trains no tokenizer", "tokenizer.kind=file tokenizer.path=FILE")
 
 
-def _examples(cfg: Config, source: str | tuple[str, ...], chat: Chat) -> Examples:
+def _examples(cfg: Config, sources: tuple[str, ...], chat: Chat) -> Examples:
     sft = cfg.sft
     read = functools.partial(conversations, format=sft.format, fields=sft.fields, system=sft.system)
-    sources = (source,) if isinstance(source, str) else source
 
     def encoded() -> Iterator[Example]:
         found = [talk for one in sources for talk in read(one)]
