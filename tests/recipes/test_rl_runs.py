@@ -98,9 +98,10 @@ def test_an_answer_that_does_not_fit_is_told(tmp_path: Path) -> None:
         answers.AnswerData(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=3)))
     records = [{"prompt": f"{n}?", "answer": "1234567" if n == 33 else "1"} for n in range(40)]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, records)))
+    few = dataclasses.replace(cfg.train, batch_size=1)
     long = dataclasses.replace(cfg.rl, task=str(tmp_path / "long.jsonl"))
     with pytest.raises(UserError, match=r"the prompt '33\?' and its answer of 11 tokens do not fit"):
-        answers.AnswerData(dataclasses.replace(cfg, rl=long))
+        answers.AnswerData(dataclasses.replace(cfg, rl=long, train=few))
 
 
 def test_few_held_out_prompts_are_judged(tmp_path: Path) -> None:

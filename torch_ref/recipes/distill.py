@@ -34,9 +34,8 @@ def _of_states(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         rows = (batch["tokens"], batch["positions"], batch["segments"])
-        student_states, teacher_states = (
-            dict[int, Any].fromkeys(layers) for layers in zip(*pairs.values(), strict=True)
-        )
+        student_states: dict[int, Any] = dict.fromkeys(ours for ours, _ in pairs.values())
+        teacher_states: dict[int, Any] = dict.fromkeys(theirs for _, theirs in pairs.values())
         hidden_BTD, _ = student.hidden(*rows, outputs=student_states)
         with torch.no_grad():
             teacher.eval().hidden(*rows, outputs=teacher_states)
