@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32
 
 from jaxlm.numerics import wide
 from jaxlm.ops import quantized
+from jaxlm.ops.low_rank import low_rank
 
 ADAPTERS, SCALES, NF4 = "adapters", "adapter_scale", "nf4"
 """Collections: what is trained, what scales it, and frozen kernels in four bits."""
@@ -88,7 +89,7 @@ def adapted(module: nn.Module, x: Array, y: Array, kernel: Array, *, inputs: int
         rate = module.get_variable(SCALES, "dropout")
         kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
         x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
-    y = y + scale * jnp.tensordot(jnp.tensordot(x.astype(compute), a, axes=inputs), b, axes=1)
+    y = y + scale * low_rank(x.astype(compute), a, b)
     if not module.has_variable(ADAPTERS, "magnitude"):
         return y
     magnitude = module.get_variable(ADAPTERS, "magnitude")

@@ -1,0 +1,44 @@
+"""The product `x A B` of an adapter, with a backward pass of its own.
+
+JAX's would ask XLA:CPU for the gradients of A and B as [in, r] and [out, r], which it computes at a fifteenth of the
+speed of [r, in] and [r, out] (6 and 90 GFLOP a second for r = 8): a tenth of a step of LoRA.
+
+Shapes: r rank; `tokens`, `in` and `out` stand for one or more axes.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxlm.typed_jax import custom_vjp
+
+
+@custom_vjp()
+def low_rank(x: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "r ..."]) -> Float[Array, "..."]:
+    """`x A B` [tokens..., out...] of x [tokens..., in...], A [in..., r] and B [r, out...]: Hu et al. 2021, eq. 3."""
+    return _forward(x, a, b)[0]
+
+
+def _forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    inner = jnp.tensordot(x, a, axes=a.ndim - 1)
+    return jnp.tensordot(inner, b, axes=1), (x, a, b, inner)
+
+
+def _backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    x, a, b, inner = kept
+    tokens = tuple(range(inner.ndim - 1))
+    dinner = _product(dy, b, range(inner.ndim - 1, dy.ndim), range(1, b.ndim))
+    db = _product(inner, dy, tokens, tokens)
+    # The barrier keeps the transposition out of the product, which would be one of [in, r] again.
+    da = jnp.moveaxis(lax.optimization_barrier(_product(dinner, x, tokens, tokens)), 0, -1)
+    return jnp.tensordot(dinner, a, axes=((-1,), (-1,))), da, db
+
+
+def _product(left: Array, right: Array, left_axes: range | tuple[int, ...], right_axes: range | tuple[int, ...]) -> Array:
+    """Sum over these axes; those of `left` that stay come first."""
+    return lax.dot_general(left, right, ((tuple(left_axes), tuple(right_axes)), ((), ())))
+
+
+low_rank.defvjp(_forward, _backward)

@@ -1,0 +1,27 @@
+"""The gradient of an adapter's product, against the one that JAX derives."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.ops.low_rank import low_rank
+
+
+def plain(x, a, b):
+    return jnp.tensordot(jnp.tensordot(x, a, axes=a.ndim - 1), b, axes=1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ins", "outs"), [((10,), (6,), (5,)), ((2, 5), (3, 4), (6,)), ((2, 5), (6,), (3, 4))], ids=str
+)
+def test_value_and_gradients(tokens, ins, outs):
+    draw = np.random.default_rng(0).normal
+    with jax.enable_x64(True):
+        x, a, b, dy = (jnp.asarray(draw(size=shape)) for shape in ((*tokens, *ins), (*ins, 2), (2, *outs), tokens + outs))
+        ours, theirs = jax.vjp(low_rank, x, a, b), jax.vjp(plain, x, a, b)
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        for found, expected in zip(ours[1](dy), theirs[1](dy), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
