@@ -36,7 +36,9 @@ def _backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     return jnp.tensordot(dinner, a, axes=((-1,), (-1,))), da, db
 
 
-def _product(left: Array, right: Array, left_axes: range | tuple[int, ...], right_axes: range | tuple[int, ...]) -> Array:
+def _product(
+    left: Array, right: Array, left_axes: range | tuple[int, ...], right_axes: range | tuple[int, ...]
+) -> Array:
     """Sum over these axes; those of `left` that stay come first."""
     return lax.dot_general(left, right, ((tuple(left_axes), tuple(right_axes)), ((), ())))
 

@@ -18,9 +18,9 @@ def plain(x, a, b):
     ("tokens", "ins", "outs"), [((10,), (6,), (5,)), ((2, 5), (3, 4), (6,)), ((2, 5), (6,), (3, 4))], ids=str
 )
 def test_value_and_gradients(tokens, ins, outs):
-    draw = np.random.default_rng(0).normal
+    draw, shapes = np.random.default_rng(0).normal, ((*tokens, *ins), (*ins, 2), (2, *outs), (*tokens, *outs))
     with jax.enable_x64(True):
-        x, a, b, dy = (jnp.asarray(draw(size=shape)) for shape in ((*tokens, *ins), (*ins, 2), (2, *outs), tokens + outs))
+        x, a, b, dy = (jnp.asarray(draw(size=shape)) for shape in shapes)
         ours, theirs = jax.vjp(low_rank, x, a, b), jax.vjp(plain, x, a, b)
         np.testing.assert_array_equal(ours[0], theirs[0])
         for found, expected in zip(ours[1](dy), theirs[1](dy), strict=True):
