@@ -135,6 +135,11 @@ def platform_dependent(*arrays: Array, tpu: Callable[..., Array], default: Calla
     return jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
 
 
+def optimization_barrier(array: Array) -> Array:
+    """`jax.lax.optimization_barrier`: the compiler moves nothing across it."""
+    return jax.lax.optimization_barrier(array)
+
+
 def ppermute(tree: T, axis: Axis, pairs: Sequence[tuple[int, int]]) -> T:
     """`jax.lax.ppermute`: from which device to which."""
     return jax.lax.ppermute(tree, axis, pairs)

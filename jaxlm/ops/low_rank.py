@@ -9,10 +9,9 @@ Shapes: r rank; `tokens`, `in` and `out` stand for one or more axes.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from jaxlm.typed_jax import custom_vjp
+from jaxlm.typed_jax import custom_vjp, optimization_barrier
 
 
 @custom_vjp()
@@ -28,19 +27,12 @@ def _forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
 
 def _backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     x, a, b, inner = kept
-    tokens = tuple(range(inner.ndim - 1))
-    dinner = _product(dy, b, range(inner.ndim - 1, dy.ndim), range(1, b.ndim))
-    db = _product(inner, dy, tokens, tokens)
+    tokens, outs = tuple(range(inner.ndim - 1)), range(inner.ndim - 1, dy.ndim)
+    dinner = jnp.tensordot(dy, b, axes=(tuple(outs), tuple(range(1, b.ndim))))
+    db = jnp.tensordot(inner, dy, axes=(tokens, tokens))
     # The barrier keeps the transposition out of the product, which would be one of [in, r] again.
-    da = jnp.moveaxis(lax.optimization_barrier(_product(dinner, x, tokens, tokens)), 0, -1)
-    return jnp.tensordot(dinner, a, axes=((-1,), (-1,))), da, db
-
-
-def _product(
-    left: Array, right: Array, left_axes: range | tuple[int, ...], right_axes: range | tuple[int, ...]
-) -> Array:
-    """Sum over these axes; those of `left` that stay come first."""
-    return lax.dot_general(left, right, ((tuple(left_axes), tuple(right_axes)), ((), ())))
+    da = jnp.moveaxis(optimization_barrier(jnp.tensordot(dinner, x, axes=(tokens, tokens))), 0, -1)
+    return jnp.tensordot(dinner, a, axes=(-1, -1)), da, db
 
 
 low_rank.defvjp(_forward, _backward)
