@@ -162,6 +162,7 @@ FORGED = {
     "digits": ("raised", ["KeyError"], "", 10**5000, []),
     "tried": ("returned", 3, "", 0, 7),
     "names": ("raised", [[]], "", 0, []),
+    "no name": ("raised", [], "", 0, []),
     "kind": ("passed", None, "", 0, []),
     "parts": 5,
 }

@@ -18,6 +18,7 @@ TESTS_FILE = "<tests>"
 MAX_SHOWN = 300
 ENDINGS = ("syntax", "not_plain", "no_function", "output", "cpu_time")
 """Verdicts that the program's own process knows."""
+TRIED = ("network", "file", "fork", "signal", "system call")
 
 
 class Verdict(BaseException):
@@ -80,19 +81,13 @@ class Link:
             message = self.channel.receive()
             if message is None:
                 raise self.end("gone")
-            reply: Any = decode(message, in_order=True, handles=lambda number: Remote(self, number))
-            kind, value, text, line, tried = reply
-            self.details = _details(text, line, tried)
+            reply = decode(message, in_order=True, handles=lambda number: Remote(self, number))
+            kind, value, self.details = _checked(reply)
         except (BadMessage, TypeError, ValueError) as error:
             raise self.end("not_plain", text=f"the program wrote into its channel: {error}") from None
         if kind == "returned":
             return value
-        names = [name[:100] for name in value if type(name) is str] if type(value) is list else []
-        if kind == "raised" and names:
-            raise self.exception(names)
-        if kind in ENDINGS:
-            raise self.end(kind, **self.details)
-        raise self.end("not_plain", text="the program wrote into its channel")
+        raise self.exception(value) if kind == "raised" else self.end(kind, **self.details)
 
     def ask(self, operation: str, name: str, arguments: list, named: dict) -> object:
         """Call, or read or set an attribute. Returns and raises as `reply` does."""
@@ -113,7 +108,7 @@ class Link:
 
     def exception(self, names: list) -> BaseException:
         """Rebuild an exception: the nearest builtin type and the text."""
-        self.details["type"], text = names[0], self.details["text"]
+        self.details["type"], text = names[0][:100], self.details["text"]
         builtin = vars(sys.modules["builtins"])
         kinds = [builtin[name] for name in names if isinstance(builtin.get(name), type)]
         kinds = [kind for kind in kinds if issubclass(kind, BaseException)]
@@ -128,11 +123,18 @@ class Link:
         return self.raised
 
 
-def _details(text: object, line: object, tried: object) -> dict:
-    """Check what stands in a record, for a program may have written anything into its channel. Raises: TypeError."""
-    if type(text) is not str or type(line) is not int or line.bit_length() > 30 or type(tried) is not list:
+def _checked(reply: "Any") -> "tuple[str, Any, dict]":
+    """Check a reply, for a program may have written anything into its channel, and details go into records.
+
+    Returns: its kind, its value and the details. Raises: TypeError, ValueError.
+    """
+    kind, value, text, line, tried = reply
+    texts = value if kind == "raised" and type(value) is list else []
+    if not (kind in ("returned", *ENDINGS) or texts) or {type(one) for one in [text, *texts]} != {str}:
+        raise TypeError("no reply")
+    if type(line) is not int or line.bit_length() > 30 or type(tried) is not list:
         raise TypeError("no details")
-    return {"text": text[:MAX_SHOWN], "line": line, "tried": [what[:40] for what in tried[:8] if type(what) is str]}
+    return kind, value, {"text": text[:MAX_SHOWN], "line": line, "tried": [one for one in tried[:8] if one in TRIED]}
 
 
 def _number(value: object) -> int | None:

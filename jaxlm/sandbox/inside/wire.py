@@ -105,22 +105,13 @@ def _factory(value: Any) -> Any:
     return made if type(made) is type and made in _NAMES else None
 
 
-def _float(data: bytes) -> float:
-    return float.fromhex(data.decode())
-
-
 _SIGNED: Any = {"byteorder": "little", "signed": True}
 _TEXT = ("utf-8", "surrogatepass")
 _ATOMS = {
     type(None): (b"N", lambda value: b"", lambda data: None),
     bool: (b"B", lambda value: b"1" if value else b"", bool),
     int: (b"i", lambda n: n.to_bytes(n.bit_length() // 8 + 1, **_SIGNED), lambda data: int.from_bytes(data, **_SIGNED)),
-    float: (b"d", lambda value: value.hex().encode(), _float),
-    complex: (
-        b"c",
-        lambda z: f"{z.real.hex()} {z.imag.hex()}".encode(),
-        lambda data: complex(*map(_float, data.split())),
-    ),
+    float: (b"d", lambda value: value.hex().encode(), lambda data: float.fromhex(data.decode())),
     str: (b"s", lambda value: value.encode(*_TEXT), lambda data: data.decode(*_TEXT)),
     bytes: (b"b", bytes, bytes),
     type: (b"n", _name, _named),
@@ -135,6 +126,7 @@ _COMPOUND = {
     ("builtins", "set"): (b"e", list),
     ("builtins", "frozenset"): (b"z", list),
     ("builtins", "dict"): (b"m", _pairs),
+    ("builtins", "complex"): (b"c", lambda value: [value.real, value.imag]),
     ("builtins", "range"): (b"r", lambda value: [value.start, value.stop, value.step]),
     ("collections", "Counter"): (b"C", _pairs),
     ("collections", "OrderedDict"): (b"O", _pairs),
