@@ -69,7 +69,7 @@ class Box:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                env=launch.environment or environment(launch.work, job.language),
+                env=launch.environment or environment(launch.work),
                 pass_fds=kept,
                 start_new_session=True,
                 cwd="/",
@@ -85,9 +85,9 @@ class Box:
     def _job(self, job: Job, launch: Launch, status: int) -> dict:
         limits = {name: value for name, value in dataclasses.asdict(self.limits).items() if isinstance(value, int)}
         limits["cpu"] = max(1, -int(-self.limits.cpu_seconds // 1))
-        own = {name: getattr(launch, name) for name in ("work", "box", "readable", "filters", "landlock")}
+        own = {name: getattr(launch, name) for name in ("work", "readable", "filters", "landlock")}
         own |= {"role": job.role, "language": job.language, "status": status, "channel": job.channel, "limits": limits}
-        return {**job.texts, **own, "shell": SHELL, "environment": environment(launch.work, "bash")}
+        return {**job.texts, **own, "shell": SHELL, "environment": environment(launch.work)}
 
     def greet(self) -> None:
         """Read the worker's first word and let it go. Raises: HarnessError if the box is not as it must be."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.sandbox import interpreter
-from jaxlm.sandbox.backends import Backend, Interpreter, Sandbox, bare, bwrap, container, landlock, monty, seatbelt
+from jaxlm.sandbox.backends import Backend, Sandbox, bare, bwrap, container, landlock, monty, seatbelt
 from jaxlm.sandbox.battery import escapes
 from jaxlm.sandbox.verdicts import HarnessError
 
@@ -31,7 +31,7 @@ def kept_results() -> Path:
     return Path(root) / "jaxlm" / "sandbox"
 
 
-def _key(backend: Backend, python: Interpreter) -> str:
+def _key(backend: Backend, python: interpreter.Interpreter) -> str:
     """Everything on which the result of the battery depends."""
     parts = [platform.release(), platform.machine(), str(os.getuid()), backend.name, bwrap.program(), *python.roots]
     parts += [python.executable, python.version, backend.version(), *sorted(backend.languages)]
@@ -40,7 +40,7 @@ def _key(backend: Backend, python: Interpreter) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def weakness(backend: Backend, python: Interpreter) -> str:
+def weakness(backend: Backend, python: interpreter.Interpreter) -> str:
     """Say why a backend does not stop the quick battery here, or nothing. Tried at first use, then remembered."""
     file = kept_results() / f"{_key(backend, python)}.json"
     try:
@@ -83,7 +83,7 @@ def choose(name: str = "auto", python: str = "") -> Sandbox:
     raise UserError(f"nothing isolates code here ({'; '.join(reasons)})", _way_out())
 
 
-def _named(name: str, python: Interpreter) -> tuple[Backend, Interpreter]:
+def _named(name: str, python: interpreter.Interpreter) -> tuple[Backend, interpreter.Interpreter]:
     if name.startswith(CONTAINER) and name != CONTAINER:
         return container.of(name.removeprefix(CONTAINER))
     if name not in BACKENDS:

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
+from typing import NamedTuple
 
 from jaxlm.errors import UserError
-from jaxlm.sandbox.backends import Interpreter, ask
 
 _ASK = """import os, sys
 print(sys.version.split()[0])
 for path in (sys.executable, sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.__file__)):
     print(os.path.realpath(path))"""
+
+
+class Interpreter(NamedTuple):
+    """A Python for boxes, and the folders that it needs."""
+
+    executable: str
+    roots: tuple[str, ...]
+    version: str
+
+
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that only answers. One that does not run has failed, with the reason as its message."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} does not run: {error}")
 
 
 @functools.cache

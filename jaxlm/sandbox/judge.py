@@ -153,7 +153,7 @@ def judge(
             answering = Job("answer", tests.language, texts, near.fileno())
             testing = Job("tests", tests.language, code, far.fileno())
             boxes = [stack.enter_context(closing(Box(sandbox, job, limits))) for job in (answering, testing)]
-        return _verdict(*boxes, limits, sandbox.name, cancel)
+        return _verdict(boxes[0], boxes[1], limits, sandbox.name, cancel)
 
 
 def _verdict(program: Box, tests: Box, limits: Limits, name: str, cancel: threading.Event | None) -> Verdict:

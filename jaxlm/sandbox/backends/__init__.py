@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+from jaxlm.sandbox.interpreter import Interpreter
 from jaxlm.sandbox.verdicts import HarnessError, Limits, Ran, Tests, Verdict
 
 SHELL = "/usr/bin/bash" if os.path.exists("/usr/bin/bash") else "/bin/bash"
 LANGUAGES = frozenset({"python", "bash"})
-
-
-class Interpreter(NamedTuple):
-    """A Python for boxes, and the folders that it needs."""
-
-    executable: str
-    roots: tuple[str, ...]
-    version: str
 
 
 @dataclass(frozen=True)
@@ -46,8 +37,6 @@ class Launch:
     command: tuple[str, ...]
     work: str
     """The folder to write in, by its name inside."""
-    box: str
-    """The folder that holds the package `inside`, by its name inside."""
     readable: tuple[str, ...] = ()
     filters: tuple[bytes, ...] = ()
     """Programs for seccomp, which the worker loads."""
@@ -103,24 +92,23 @@ class Sandbox:
             raise HarnessError(f"{self.name} runs no {language}{reason}")
 
 
-def ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that only answers. One that does not run has failed, with the reason as its message."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} does not run: {error}")
-
-
 INSIDE = Path(__file__).parents[1] / "inside"
-START = "import sys; sys.path.insert(0, {box!r}); from inside import worker; worker.main({job})"
+START = "import sys; sys.path.insert(0, {box!r}); from inside import {program}; {program}.main({argument!r})"
 
 
-def environment(work: str, language: str) -> dict[str, str]:
+def environment(work: str) -> dict[str, str]:
     """The whole environment of a box."""
-    names = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": work}
-    return {**names, "PYTHONHASHSEED": "0"} if language == "python" else names
+    return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": work, "PYTHONHASHSEED": "0"}
 
 
-def python_command(interpreter: Interpreter, box: str, job: int) -> list[str]:
-    """The worker's command. `-I` would ignore PYTHONHASHSEED, so its parts stand here one by one."""
-    return [interpreter.executable, "-s", "-S", "-P", "-B", "-c", START.format(box=box, job=job)]
+def python_command(python: str, box: str, program: str, argument: int | str) -> list[str]:
+    """The command of a program of `inside`. `-I` would ignore PYTHONHASHSEED, so its parts stand here one by one.
+
+    Args:
+        python: the interpreter.
+        box: the folder that holds the package `inside`, as the command sees it.
+        program: `worker`, with the descriptor that holds the job, or `relay`, with the folder to write in.
+        argument: what the program is called with.
+    """
+    start = START.format(box=box, program=program, argument=argument)
+    return [python, "-s", "-S", "-P", "-B", "-c", start]

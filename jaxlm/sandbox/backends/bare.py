@@ -7,9 +7,8 @@ from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, python_comm
 
 def launch(request: Request) -> Launch:
     """Describe a process with limits and nothing else."""
-    box = str(INSIDE.parent)
-    command = python_command(request.interpreter, box, request.job)
-    return Launch(command=tuple(command), work=str(request.folder), box=box, readable=("/",))
+    command = python_command(request.interpreter.executable, str(INSIDE.parent), "worker", request.job)
+    return Launch(command=tuple(command), work=str(request.folder), readable=("/",))
 
 
 BACKEND = Backend("none", lambda: "", launch, owns_files=False)

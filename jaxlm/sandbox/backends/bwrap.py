@@ -12,7 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, ask, python_command, seccomp
+from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, python_command, seccomp
+from jaxlm.sandbox.interpreter import ask
 
 BOX, WORK = "/box", "/work"
 SYSTEM = ("lib", "lib32", "lib64", "libx32", "bin", "sbin")
@@ -82,9 +83,8 @@ def launch(request: Request) -> Launch:
     command += _mounts(request.interpreter.roots, request.limits.disk_bytes)
     command += ["--info-fd", str(request.info)]
     return Launch(
-        command=(*command, "--", *python_command(request.interpreter, BOX, request.job)),
+        command=(*command, "--", *python_command(request.interpreter.executable, BOX, "worker", request.job)),
         work=WORK,
-        box=BOX,
         readable=(*request.interpreter.roots, "/usr", "/lib", "/box", "/dev", "/proc"),
         filters=seccomp.filters(request.language),
         reports=True,

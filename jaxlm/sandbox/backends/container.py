@@ -13,7 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from jaxlm.sandbox.backends import INSIDE, LANGUAGES, Backend, Interpreter, Launch, Request, ask, environment, seccomp
+from jaxlm.sandbox.backends import INSIDE, LANGUAGES, Backend, Launch, Request, environment, python_command, seccomp
+from jaxlm.sandbox.interpreter import Interpreter, ask
 
 ENGINES = ("docker", "podman")
 BOX, WORK = "/box", "/jaxlm-work"
@@ -21,7 +22,6 @@ BOX, WORK = "/box", "/jaxlm-work"
 OWN_MEMORY = 32 << 20
 """Bytes for the relay, the worker before its program begins, and what the kernel keeps for their processes."""
 CLIENT = Path(__file__).with_name("container_client.py")
-START = f"import sys; sys.path.insert(0, {BOX!r}); from inside import relay; relay.main({WORK!r})"
 
 
 @functools.cache
@@ -72,11 +72,11 @@ def run_command(program: str, image: str, name: str, request: Request) -> list[s
     files = ["--tmpfs", disk + ("notmpcopyup" if podman else "nr_inodes=1025"), "--read-only"]
     files += ["--read-only-tmpfs=false"] if podman else []
     files += ["-v", f"{INSIDE}:{BOX}/inside:ro", "--workdir", "/"]
-    names = {**environment(WORK, "python"), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    names = {**environment(WORK), "PATH": "/usr/local/bin:/usr/bin:/bin"}
     given = [word for key, value in names.items() for word in ("--env", f"{key}={value}")]
-    start = ["--entrypoint", "python3", image, "-s", "-S", "-P", "-B", "-c", START]
+    python, *start = python_command("python3", BOX, "relay", WORK)
     begin = [program, "run", "--rm", "--interactive", "--pull", "never", "--name", name]
-    return [*begin, *limits, *rights, *files, *given, *start]
+    return [*begin, *limits, *rights, *files, *given, "--entrypoint", python, image, *start]
 
 
 def of(image: str) -> tuple[Backend, Interpreter]:
@@ -89,7 +89,6 @@ def of(image: str) -> tuple[Backend, Interpreter]:
         return Launch(
             command=(*client, *run_command(program, image, name, request)),
             work=WORK,
-            box=BOX,
             readable=("/usr", "/lib", "/opt", BOX, "/dev", "/proc"),
             filters=seccomp.filters(request.language),
             measures=True,

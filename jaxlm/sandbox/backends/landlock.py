@@ -17,11 +17,10 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/random")
 
 def launch(request: Request) -> Launch:
     """Describe a box of Landlock."""
-    box, readable = str(INSIDE.parent), (*request.interpreter.roots, *SYSTEM)
+    readable = (*request.interpreter.roots, *SYSTEM)
     return Launch(
-        command=tuple(python_command(request.interpreter, box, request.job)),
+        command=tuple(python_command(request.interpreter.executable, str(INSIDE.parent), "worker", request.job)),
         work=str(request.folder),
-        box=box,
         readable=(*readable, "/dev"),
         filters=seccomp.filters(request.language, shared=True),
         landlock={"readable": list(readable), "devices": list(DEVICES)},

@@ -30,8 +30,9 @@ def launch(request: Request) -> Launch:
     values = {"PYTHON": request.interpreter.executable, "BOX": box, "WORK": work, "LANGUAGE": request.language}
     values |= {f"ROOT_{number}": root for number, root in enumerate(roots)}
     defined = [word for name, value in values.items() for word in ("-D", f"{name}={value}")]
-    command = [PROGRAM, "-p", profile(roots), *defined, *python_command(request.interpreter, box, request.job)]
-    return Launch(command=tuple(command), work=work, box=box, readable=(*roots, "/usr", "/System", "/dev"))
+    worker = python_command(request.interpreter.executable, box, "worker", request.job)
+    command = (PROGRAM, "-p", profile(roots), *defined, *worker)
+    return Launch(command=command, work=work, readable=(*roots, "/usr", "/System", "/dev"))
 
 
 def problem() -> str:
