@@ -110,7 +110,8 @@ class Program:
         except BaseException as error:
             return self.raised(error)
         try:
-            return encode(("returned", value, "", 0, list(self.tried)), self.number_of if holds else None)
+            details = ("", 0, list(self.tried)) if self.tried else ()  # left out, since each costs time in each call
+            return encode(("returned", value, *details), self.number_of if holds else None)
         except NotPlain as error:
             return reply("not_plain", text=str(error), tried=self.tried)
 

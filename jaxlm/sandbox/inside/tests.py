@@ -128,7 +128,7 @@ def _checked(reply: "Any") -> "tuple[str, Any, dict]":
 
     Returns: its kind, its value and the details. Raises: TypeError, ValueError.
     """
-    kind, value, text, line, tried = reply
+    kind, value, text, line, tried = reply if len(reply) != 2 else (*reply, "", 0, [])
     texts = value if kind == "raised" and type(value) is list else []
     if not (kind in ("returned", *ENDINGS) or texts) or {type(one) for one in [text, *texts]} != {str}:
         raise TypeError("no reply")
