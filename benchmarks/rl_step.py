@@ -128,10 +128,16 @@ def programs(start: Path) -> dict[str, Any]:
 
 def hacking(start: Path) -> dict[str, Any]:
     """A reward that grows with the length: at which update a line says so, and whether the page shows it."""
+    return {f"seed {seed}": chased(start, seed) for seed in range(3)}
+
+
+def chased(start: Path, seed: int) -> dict[str, Any]:
+    """One run whose reward is chased by length."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "jaxlm", "train", CONFIG, f'out_dir="{run}"', f'train.init_from="{start}"']
-        done = subprocess.run([*command, *LONGER], check=True, stderr=subprocess.PIPE, text=True)
+        options = (f'out_dir="{run}"', f'train.init_from="{start}"', f"seed={seed}", *LONGER)
+        command = [sys.executable, "-m", "jaxlm", "train", CONFIG, *options]
+        done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
         alert = re.search(r"step (\d+): samples have grown from .*", done.stderr)
         rows = [row for row in read_metrics(run / "metrics.jsonl") if "length" in row]
         page, plot = (run / "report.html").read_text(encoding="utf-8"), inline(run / "plots" / "measures.png")

@@ -277,6 +277,15 @@ def test_prompts_that_do_not_fit(tmp_path: Path) -> None:
         make_recipe(cfg).data(None)
 
 
+def test_a_resumed_run_reports_the_last_greedy_answers(tmp_path: Path) -> None:
+    """They are given every twentieth phase: a run that resumes in between said that they were worth nothing."""
+    before, after = (make_recipe(load(tmp_path, "grpo")).data(None) for _ in range(2))
+    before.held_out_reward = 0.75
+    state = json.loads(json.dumps(before.batches(batch_size=16, rows=None).get_state()))
+    after.batches(batch_size=16, rows=None).set_state(state)
+    assert after.held_out_reward == 0.75
+
+
 def test_answers_that_no_sample_can_reach_are_not_asked(tmp_path: Path) -> None:
     """An answer of four ids where three are drawn: in a row of seven it would end one behind it."""
     load(tmp_path, "grpo")

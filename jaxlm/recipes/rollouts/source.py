@@ -64,7 +64,8 @@ class RolloutData:
         self.phases.check()
         self.ends = sorted(self.phases.ends)
         self.phase: Phase | None = None
-        self._held_out_reward = 0.0
+        self.held_out_reward = 0.0
+        """Of the last greedy answers, given every `rl.evaluate_every` phases; part of what a checkpoint keeps."""
 
     def identity(self) -> dict[str, str]:
         return {
@@ -93,11 +94,11 @@ class RolloutData:
         actor = self.actor(engine)
         self.phase = self.phases.run(actor, number)
         if number % self.config.rl.evaluate_every == 0:
-            self._held_out_reward = self.greedy_reward(actor, self.config.rl.held_out)
+            self.held_out_reward = self.greedy_reward(actor, self.config.rl.held_out)
         if self.config.rl.keep_every and number % self.config.rl.keep_every == 0:
             step = number * self.updates_per_phase + 1
             write_rollouts(Path(self.config.out_dir), step, self._kept(self.phase, actor))
-        measured = self.phase.metrics | {"held_out_reward": self._held_out_reward}
+        measured = self.phase.metrics | {"held_out_reward": self.held_out_reward}
         for batch in self.phase.batches:
             batch |= {name: np.asarray(measured[name], np.float32) for name in self.measures}
 
@@ -165,7 +166,10 @@ class RolloutData:
 
 
 class RolloutBatches:
-    """The batches of the phase that has begun; its state is the number of the next batch, and a weight that moves."""
+    """The batches of the phase that has begun.
+
+    The state is the number of the next batch, what the last greedy answers were worth, and a weight that moves.
+    """
 
     def __init__(self, data: RolloutData) -> None:
         self._data, self._next = data, 0
@@ -178,9 +182,11 @@ class RolloutBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        phases = self._data.phases
-        return {"next_index": self._next} | ({"kl_weight": phases.kl_weight} if phases.rl.kl_target else {})
+        data, phases = self._data, self._data.phases
+        state = {"next_index": self._next, "held_out_reward": data.held_out_reward}
+        return state | ({"kl_weight": phases.kl_weight} if phases.rl.kl_target else {})
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._next = int(state["next_index"])
+        self._data.held_out_reward = float(state.get("held_out_reward", 0.0))
         self._data.phases.kl_weight = float(state.get("kl_weight", self._data.phases.kl_weight))
