@@ -2,7 +2,8 @@
 
 What is none of `ASIDE` counts as computing: on an accelerator the host only waits for the device there. Goodput is the
 share of the time since the run first began that went into steps which are kept. Lost are compilation, waiting for data,
-saving, validation, samples, steps that a crash undid, and the time in which nothing ran.
+saving, validation, samples, steps that a crash undid, and the time in which nothing ran. Rollouts are part of the steps
+that learn from them; their seconds begin while the update before them is under way.
 
 Imports neither jax nor torch. Times are in seconds.
 """
@@ -15,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-ASIDE: tuple[str, ...] = ("startup", "data_wait", "checkpoint", "evaluation", "sampling")
+ASIDE: tuple[str, ...] = ("startup", "data_wait", "rollouts", "checkpoint", "evaluation", "sampling")
 """`startup` is the first step of a process, which compiles."""
 NOT_STEPPING = ("checkpoint", "evaluation", "sampling")
 STRAGGLER = 2.0
@@ -78,7 +79,7 @@ class Clock:
         aside, self._aside = self._aside, dict.fromkeys(ASIDE, 0.0)
         compute = max(now - self._since - sum(aside.values()), 0.0)
         self._since = now
-        self._productive += compute
+        self._productive += compute + aside["rollouts"]
         return Window({"compute": compute, **aside}, self._productive / max(self._wall() - self._began, 1e-9))
 
 

@@ -187,7 +187,7 @@ class _Run:
         """One update; the first of a phase is preceded by what the phase needs."""
         number = self.progress.step + 1
         if self._phase_ends(self.progress.step):
-            with self.clock.spent("sampling"):
+            with self.clock.spent("startup" if self.starting else "rollouts"):
                 self.source.begin_phase(self.progress.step // self.source.updates_per_phase, self.engine)
         first, last = self.cfg.train.profiled or (0, 0)
         if number == first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.run.clock import Clock, stragglers
+from jaxlm.run.clock import ASIDE, Clock, stragglers
 
 
 class Hands:
@@ -27,12 +27,23 @@ def test_a_window_adds_up() -> None:
     with clock.spent("checkpoint"):
         hands.go(2)
     window = clock.window()
-    kinds = {"compute": 7, "startup": 10, "data_wait": 1, "checkpoint": 2, "evaluation": 0, "sampling": 0}
-    assert window.seconds == kinds
+    assert window.seconds == dict.fromkeys(ASIDE, 0) | {"compute": 7, "startup": 10, "data_wait": 1, "checkpoint": 2}
     assert (window.total, window.stepping, window.before_steps) == (20, 18, 3)
     assert window.goodput == 7 / 20
     hands.go(20)
     assert clock.window().goodput == 27 / 40
+
+
+def test_rollouts_belong_to_their_steps() -> None:
+    hands = Hands()
+    clock = Clock(hands, hands)
+    with clock.spent("rollouts"):
+        hands.go(3)
+    hands.go(1)
+    with clock.spent("sampling"):
+        hands.go(4)
+    window = clock.window()
+    assert (window.stepping, window.goodput) == (4, 4 / 8)
 
 
 def test_goodput_over_a_crash() -> None:
