@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -215,6 +216,9 @@ def test_runs_by_hidden_states_are_the_same_and_go_on(folder: Path) -> None:
         mine, other = (np.array([row[name] for row in rows[backend]]) for backend in ("jax", "torch"))
         FLOAT64.check(pairs.error(other, mine), name)
     assert ours["jax"].keys() == ours["torch"].keys() == open_model(begun).parameters.keys()
+    page = (folder / "hidden-jax" / "report.html").read_text()
+    assert re.search(r"<td>loss</td><td>[\d.]+</td>", page), "a sum of nats and square distances has no unit"
+    assert re.search(r"<td>validation divergence</td><td>[\d.]+ from the teacher</td>", page)
     for name in ours["jax"]:
         FLOAT64.check(pairs.error(np.asarray(ours["torch"][name]), np.asarray(ours["jax"][name])), name)
     for name in ("jax", "torch"):

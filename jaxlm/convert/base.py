@@ -6,6 +6,7 @@ runs/NAME/frozen.json   {"base": {"path": "runs/smollm2", "sha256": "..."}}
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def write_peft(
     with storage.staged(dst, overwrite) as stage:
         save_file(contiguous, stage / layouts.WEIGHTS, {"format": "pt"})
         (stage / layouts.CONFIG).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(stage / layouts.CONFIG, stage / layouts.WEIGHTS)  # the library's files are private to the user
     return storage.Written(len(contiguous), sum(array.nbytes for array in contiguous.values()))
 
 

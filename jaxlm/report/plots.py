@@ -43,6 +43,7 @@ def plot_loss(
     if baseline is not None and math.isfinite(baseline):
         judged.axhline(baseline, color="grey", ls="--", lw=1, label=baseline_name)
     judged.set(xlabel="step")
+    judged.locator_params(axis="x", integer=True)  # no half steps
     for axes, key in zip(panels, LOSSES, strict=False):
         axes.set(ylabel=key.replace("_", " ") if apart else f"loss, {unit}".removesuffix(", "))
         axes.grid(alpha=0.3)
@@ -97,6 +98,7 @@ def plot_measures(rows: Sequence[Row], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 20 else "")
         axes.set_title(name.replace("_", " "), fontsize=8)
         axes.tick_params(labelsize=7)
+        axes.locator_params(axis="x", integer=True)
         axes.yaxis.get_offset_text().set_fontsize(6)  # a power of ten, beside the title
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
@@ -125,6 +127,7 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     axes.stackplot(steps, shares, labels=labels, step="pre", alpha=0.8)
     axes.plot(steps, [row["goodput"] for row in rows], color="black", lw=1, label="goodput")
     axes.set(xlabel="step", ylabel="share of time", ylim=(0, 1))
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
