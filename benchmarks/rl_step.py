@@ -1,5 +1,6 @@
-"""A step of GRPO: what it costs beside its parts, how many programs a run compiles, TRL's GRPOTrainer beside it; and
-after how many steps a run says that its reward is chased by length.
+"""A step of GRPO: its cost beside its parts, how many programs a run compiles, TRL beside it, and reward hacking.
+
+`hacking` says after how many steps a run that is paid for length says so.
 
 `python -m benchmarks.rl --only cost,programs,trl,hacking` runs it. All begin with the model of
 configs/rl/answers-reverse.toml and take the options of configs/rl/grpo-reverse.toml: 32 prompts, 8 samples of each, one

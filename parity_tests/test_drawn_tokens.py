@@ -47,6 +47,16 @@ def test_both_pick_the_same(rng: np.random.Generator) -> None:
         assert ours_batch["weights"][row].sum() == count
 
 
+def test_places_that_are_not_asked_for_may_be_infinite(rng: np.random.Generator) -> None:
+    batch, hidden_BTD = rows(rng), rng.standard_normal((B, T, D))
+    hidden_BTD[0, 6] = np.inf
+    batch |= {"labels": np.zeros((B, 2))}  # [B, M]: none of its columns are tokens
+    ours, ours_batch = jax_forward.drawn_tokens(jnp.asarray(hidden_BTD), jax.tree.map(jnp.asarray, batch), 3)
+    theirs, theirs_batch = torch_forward.drawn_tokens(torch.tensor(hidden_BTD), pairs.tensors(batch), 3)
+    assert np.isfinite(ours).all() and torch.isfinite(theirs).all()
+    assert ours_batch["labels"].shape == tuple(theirs_batch["labels"].shape) == (B, 2)
+
+
 @pytest.mark.parametrize("divisor", ["sequence", "token", "constant"])
 def test_the_loss_is_that_of_whole_rows(divisor: Any, rng: np.random.Generator) -> None:
     model = pairs.model(vocab_size=20, n_layers=1, d_model=8, n_heads=2, n_kv_heads=1, d_ff=12, max_seq_len=T)

@@ -21,8 +21,8 @@ from jaxlm.convert.native import to_torch
 from jaxlm.convert.open_model import Model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Params
-from jaxlm.parity import Report, assert_parity, check
-from jaxlm.parity.check import compare_sides
+from jaxlm.parity import Report, assert_parity, both_sides, check
+from jaxlm.parity.both_sides import OF_PARAMETERS, compare_sides
 from jaxlm.parity.compare import ALL, compare_by_ratio, compare_exact, compare_tokens, cosine, relative
 from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs, random_params
 from jaxlm.parity.sides import torch_side
@@ -70,6 +70,23 @@ def settings(**options: Any) -> config.Config:
 def report_of(sides: tuple[Side, Side], inputs: Inputs, dtypes: tuple[str, ...] = DTYPES) -> Report:
     findings, seconds = compare_sides(sides, inputs, dtypes)
     return Report("test", "small", inputs.text, tuple(findings), seconds)
+
+
+def test_a_large_model_is_compared_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, asked = settings(n_layers=1), []
+    params, inputs = random_params(cfg.model, 0), make_inputs(cfg.model)
+
+    class Mirror(TorchSide):
+        def trace(self, dtype: str, inputs: Inputs, progress: Callable[[str], None]) -> Trace:
+            asked.append(inputs.levels)
+            return super().trace(dtype, inputs, progress)
+
+    sides = JaxSide(cfg, params), Mirror(cfg, dict(to_torch(params, cfg.model)))
+    at_once, _ = compare_sides(sides, inputs, DTYPES[:1], model=cfg.model)
+    monkeypatch.setattr(both_sides, "LARGE", 0)
+    in_parts, _ = compare_sides(sides, inputs, DTYPES[:1], model=cfg.model)
+    assert asked == [inputs.levels, tuple(one for one in LEVELS if one not in OF_PARAMETERS), OF_PARAMETERS]
+    assert {(one.level, one.name): one.ok for one in in_parts} == {(one.level, one.name): True for one in at_once}
 
 
 MODELS = [(0, DTYPES[:2]), pytest.param(2, DTYPES[::2], marks=pytest.mark.soak)]

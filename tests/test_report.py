@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.report.page import render
-from jaxlm.report.plots import plot_loss, plot_measures
+from jaxlm.report.plots import plot_loss, plot_measures, plot_time
 from jaxlm.report.printed_page import write_printed
 from jaxlm.report.run_page import whole_run, write_report
 from jaxlm.run.rollouts import write_rollouts
@@ -121,6 +121,15 @@ def test_each_measure_has_a_panel_and_no_panel_is_empty(tmp_path: Path, monkeypa
     plot_measures(rows, tmp_path / "measures.png")
     shown = [axes for axes in drawn[0].axes if axes.axison]
     assert len(shown) == count and all(axes.lines for axes in shown)
+
+
+def test_kinds_of_time_are_those_of_all_rows(tmp_path: Path) -> None:
+    """A run that an older version began has rows with fewer kinds, or with others."""
+    rows = [{"step": step, "goodput": 0.5, "seconds_compute": 1.0} for step in (1, 2)]
+    rows[1]["seconds_rollouts"] = 1.0
+    for number, order in enumerate((rows, rows[::-1])):
+        plot_time(order, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").is_file()
 
 
 def test_a_value_that_a_template_lacks_is_an_error() -> None:

@@ -40,8 +40,8 @@ def variables(params: Any) -> dict[str, Any]:
     """The Flax variables of a model: of its tree of parameters, or of adapters beside their base."""
     if not isinstance(params, Adapted):
         return {"params": params}
-    low_rank, saved = split(params.adapters)
-    return {**params.base, "params": {**params.base["params"], **saved}, ADAPTERS: low_rank}
+    inside, saved = split(params.adapters)
+    return {**params.base, "params": {**params.base["params"], **saved}, ADAPTERS: inside}
 
 
 def base_of(params: Adapted) -> Adapted:

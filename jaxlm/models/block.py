@@ -71,7 +71,7 @@ class Repeat(nn.Module):
     def __call__(
         self, carry: Carry, places: Places, ropes: Tables, caches: Any, repeat: Int[Array, ""] | None
     ) -> tuple[Carry, Any]:
-        """What goes from repeat to repeat, and the caches after this one; `repeat` counts where outputs are kept."""
+        """Returns what the next repeat takes, and the caches after this one; `repeat` counts where outputs are kept."""
         (x_BTD, kept), slots = carry, len(self.config.pattern)
         block_class, after = rematerialised(self.config), []
         for slot, kind in enumerate(self.config.pattern):

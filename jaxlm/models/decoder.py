@@ -123,8 +123,13 @@ class Decoder(nn.Module):
 
         Args:
             layers: numbers of blocks, from 0; their outputs [B, T, D] by number are sown as `kept` in `outputs`.
+
+        Raises:
+            ValueError: there is no such block.
         """
         cfg = self.config
+        if absent := [layer for layer in layers if not 0 <= layer < cfg.n_layers]:
+            raise ValueError(f"layers {absent}: the model has {cfg.n_layers}, from 0 on")
         places = Places(positions_BT, segments_BT)
         with jax.default_matmul_precision(self.policy.matmul):
             x_BTD, ropes = self._embedded(tokens_BT, positions_BT)

@@ -7,9 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +16,23 @@ from jaxlm.convert.open_model import Model as LoadedModel
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.infer.model import Model
 from jaxlm.parity.bisect import Part, Replayed
+from jaxlm.parity.both_sides import Progress, compare_sides
 from jaxlm.parity.compare import (
     STORED,
     Finding,
-    comparable,
-    compare_by_ratio,
     compare_config,
-    compare_exact,
-    compare_tokens,
     compare_weights,
-    look_again,
 )
 from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs
 from jaxlm.parity.report import Report, describe
-from jaxlm.parity.routing import compare_routing
 from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.subject import Subject, open_subject
-from jaxlm.parity.trace import DTYPES, Side, Trace, without_balancing
+from jaxlm.parity.trace import DTYPES, Side, without_balancing
 from jaxlm.processes.compile_cache import enable_compilation_cache
 from jaxlm.processes.settings import settings_restored
 
 PARTS = 3
 """Parts of the work of a side in one dtype, each of which it announces."""
-
-Progress = Callable[[str, str, str], None]
-"""Called with the side, the dtype and what begins."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,56 +177,6 @@ def assert_parity(
         raise AssertionError(report.verdict)
 
 
-def compare_sides(
-    sides: tuple[Side, Side],
-    inputs: Inputs,
-    dtypes: Sequence[str] = DTYPES,
-    progress: Progress = lambda side, dtype, part: None,
-    model: config.Model | None = None,
-) -> tuple[list[Finding], dict[str, float]]:
-    """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
-
-    Where the outputs differ, narrower dtypes are left out.
-
-    Both sides work at the same time, for one of them is often compiling. `model`: whose experts are compared, if any.
-    """
-    findings: list[Finding] = []
-    seconds: dict[str, float] = defaultdict(float)
-    golden: Trace | None = None
-    one_sided = not all(side.mirrors for side in sides)
-
-    def trace(side: Side, dtype: str) -> Trace:
-        with _timed(side.name, dtype, seconds, progress) as part:
-            return side.trace(dtype, inputs, part)
-
-    # XLA compiles without the interpreter lock, so torch computes meanwhile. float64 comes first, because its trace of
-    # our side is the reference of all others.
-    with ThreadPoolExecutor(len(sides)) as pool:
-        for dtype in ("float64", *(dtype for dtype in dtypes if dtype != "float64")):
-            ours, theirs = pool.map(trace, sides, [dtype] * len(sides))
-            ours, theirs = comparable(ours, theirs, sides, inputs)
-            if golden is None:
-                golden = ours
-                findings += compare_exact(ours, theirs, [side.name for side in sides])
-            else:
-                # An alarm below float64 may be one unlucky draw of rows, so it is judged again on other rows; but only
-                # if float64 is sound, for otherwise the difference is real.
-                found = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
-                sound = all(one.ok for one in findings if one.dtype == "float64")
-                chance = ("gradients", "forward") if model is not None and model.moes else ("gradients",)
-                findings += look_again(dtype, found, inputs, sides, chance) if sound else found
-            if model is not None and inputs.wants("routing") and inputs.wants("forward"):
-                # Which experts are chosen is compared apart: near a tie, rounding decides, and everything behind such a
-                # token differs without a fault.
-                forwards = (trace.levels["forward"] for trace in (golden, ours, theirs))
-                findings += compare_routing(dtype, *forwards, model)
-            if inputs.wants("generation"):
-                findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
-            if any(one.level == "forward" and not one.ok for one in findings):
-                break  # of other mathematics, rounding says nothing
-    return findings, dict(seconds)
-
-
 def _of_stage(subject: Subject, progress: Progress) -> Iterator[Finding]:
     """The objective and the updates of the stage, where it is another than that of a plain config."""
     if subject.settings.recipe == config.Config().recipe:
@@ -279,24 +219,6 @@ def _explained(
     found = explain(*pair.sides, pair.subject.settings, theirs, pair.inputs)
     seconds["both, explanation"] = time.monotonic() - began
     return tuple(map(str, found))
-
-
-@contextlib.contextmanager
-def _timed(side: str, dtype: str, seconds: dict[str, float], progress: Progress) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call with the part that begins; it adds the seconds of the part that has ended."""
-    # The name and the start of the part at work. The part before the first has no name, and its seconds are dropped at
-    # the end.
-    now: list[Any] = ["", time.monotonic()]
-
-    def part(name: str) -> None:
-        seconds[f"{side}, {now[0]}"] += time.monotonic() - now[1]
-        now[:] = name, time.monotonic()
-        if name:
-            progress(side, dtype, name)
-
-    yield part
-    part("")
-    seconds.pop(f"{side}, ", None)
 
 
 def _sides(

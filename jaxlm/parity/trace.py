@@ -44,7 +44,7 @@ class Trace:
     tokens: list[list[int]]
     """The greedy continuation of each prompt, if wanted."""
     weights: Arrays
-    """The parameters before the first update, by the names of torch_ref."""
+    """The parameters before the first update, by the names of torch_ref; empty where no update is wanted."""
 
 
 @runtime_checkable

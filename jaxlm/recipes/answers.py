@@ -88,7 +88,10 @@ class AnswerData:
         """
         ids = self.asking.encode([prompt.text for prompt in prompts])
         answers = [self.asking.answer(prompt.answer) for prompt in prompts]
-        lengths, width = [len(one) + len(two) for one, two in zip(ids, answers, strict=True)], self.config.data.seq_len
+        lengths, width = (
+            [len(prompt) + len(answer) for prompt, answer in zip(ids, answers, strict=True)],
+            self.config.data.seq_len,
+        )
         if (longest := max(lengths, default=0)) > width:
             text = prompts[lengths.index(longest)].text
             raise UserError(

@@ -61,11 +61,16 @@ def drawn_tokens(hidden_BTD: Any, batch: Mapping[str, Any], longest: int) -> tup
     at_BC = first_B1 + jnp.arange(longest)
 
     def picked(x: Any) -> Any:
-        return jnp.take_along_axis(x, at_BC, axis=1, mode="fill", fill_value=0) if x.ndim == 2 else x
+        of_tokens = x.shape == batch["weights"].shape
+        return jnp.take_along_axis(x, at_BC, axis=1, mode="fill", fill_value=0) if of_tokens else x
 
-    # A product with ones and zeros: its gradient is a product too, where that of a look-up is a slow scatter.
-    ones_BCT = (at_BC[..., None] == jnp.arange(length)).astype(hidden_BTD.dtype)
-    hidden_BCD = jnp.einsum("bct,btd->bcd", ones_BCT, hidden_BTD, precision="highest")
+    # A product with ones and zeros: its gradient is a product too, where that of a look-up is a slow scatter. Places
+    # that are not asked for are 0 first, since 0 times an infinite one is not 0.
+    places_T = jnp.arange(length)
+    asked_BT = (places_T >= first_B1) & (places_T < first_B1 + longest)
+    ones_BCT = (at_BC[..., None] == places_T).astype(hidden_BTD.dtype)
+    finite_BTD = jnp.where(asked_BT[..., None], hidden_BTD, 0)
+    hidden_BCD = jnp.einsum("bct,btd->bcd", ones_BCT, finite_BTD, precision="highest")
     return hidden_BCD, {name: picked(x) for name, x in batch.items()}
 
 

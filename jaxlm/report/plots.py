@@ -115,9 +115,9 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    kinds = [name for name in rows[0] if name.startswith(SECONDS)]
-    totals = [max(sum(row[kind] for kind in kinds), 1e-9) for row in rows]
-    shares = [[row[kind] / total for row, total in zip(rows, totals, strict=True)] for kind in kinds]
+    kinds = [*dict.fromkeys(name for row in rows for name in row if name.startswith(SECONDS))]  # older rows have fewer
+    totals = [max(sum(row.get(kind, 0) for kind in kinds), 1e-9) for row in rows]
+    shares = [[row.get(kind, 0) / total for row, total in zip(rows, totals, strict=True)] for kind in kinds]
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(7, 3), dpi=144)
     axes = figure.subplots()

@@ -155,6 +155,13 @@ def test_the_cache_gives_the_same_logits(seed):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=2e-5, atol=2e-6)
 
 
+def test_a_layer_that_is_not_there_has_no_output():
+    decoder, ids = Decoder(TINY), jax.ShapeDtypeStruct((B, T), jnp.int32)
+    outputs = lambda params, *places: decoder.apply({"params": params}, *places, layers=(4,), method="hidden")  # noqa: E731
+    with pytest.raises(ValueError, match=r"layers \[4\]: the model has 4, from 0 on"):
+        jax.eval_shape(outputs, abstract_params(decoder)[0], ids, ids, ids)
+
+
 def test_nnx_tools_can_hold_the_decoder(seed):
     decoder = Decoder(TINY)
     with flax.config.temp_flip_flag("always_shard_variable", False):  # the axes are logical, there is no mesh here

@@ -20,7 +20,7 @@ from jaxlm.convert.llama2c.model_bin import header_of
 from jaxlm.counts.parameters import account
 from jaxlm.errors import UserError
 from jaxlm.infer.model import Model
-from jaxlm.parity.check import compare_sides
+from jaxlm.parity.both_sides import compare_sides
 from jaxlm.parity.inputs import make_inputs, random_params
 from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.sides.torch_side import TorchSide

@@ -286,13 +286,16 @@ def test_a_resumed_run_reports_the_last_greedy_answers(tmp_path: Path) -> None:
     assert after.held_out_reward == 0.75
 
 
-def test_answers_that_no_sample_can_reach_are_not_asked(tmp_path: Path) -> None:
+def test_answers_that_no_sample_can_reach_are_not_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An answer of four ids where three are drawn: in a row of seven it would end one behind it."""
     load(tmp_path, "grpo")
     for drawn, count in ((3, 0), (4, 1)):
         options = ['rl.task="reverse(length=3)"', f"rl.max_new_tokens={drawn}", f"data.seq_len={4 + drawn}"]
         data = make_recipe(toml.load(tmp_path / "grpo.toml", options)).data(None)
         assert len([*data.held_out_batches(batch_size=16, rows=None, max_batches=1)]) == count
+        data.held_out(batch_size=16, rows=None, max_batches=1)
+    (record,) = caplog.records
+    assert "held-out answers are longer than rl.max_new_tokens = 3" in record.getMessage()
 
 
 OWN = """

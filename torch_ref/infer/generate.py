@@ -179,6 +179,8 @@ def _steps(
 
 def _spread_cache(cache: Any, samples: int) -> Any:
     """A cache with each row so many times; a count has no rows."""
+    if samples == 1:  # no copy
+        return cache
     if isinstance(cache, Tensor):
         return cache.repeat_interleave(samples, dim=0) if cache.ndim else cache
     parts = [_spread_cache(part, samples) for part in cache]

@@ -1,4 +1,4 @@
-"""What the losses of stages share: the mirror of `jaxlm.recipes.forward`.
+"""Parts that the losses of stages share: the mirror of `jaxlm.recipes.forward`.
 
 Shapes: B rows, T tokens, C drawn tokens of a row at most, D width.
 """
@@ -26,7 +26,7 @@ def drawn_tokens(hidden_BTD: Tensor, batch: Batch, longest: int) -> tuple[Tensor
     inside_BC, at_BC = at_BC < length, at_BC.clamp(max=length - 1)
 
     def picked(x: Tensor) -> Tensor:
-        return torch.where(inside_BC, x.gather(1, at_BC), 0) if x.ndim == 2 else x
+        return torch.where(inside_BC, x.gather(1, at_BC), 0) if x.shape == batch["weights"].shape else x
 
     hidden_BCD = torch.where(inside_BC[..., None], hidden_BTD.take_along_dim(at_BC[..., None], dim=1), 0)
     return hidden_BCD, {name: picked(x) for name, x in batch.items()}

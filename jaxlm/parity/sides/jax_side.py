@@ -66,7 +66,7 @@ class JaxSide:
             if inputs.wants("generation"):
                 progress("greedy tokens")
                 tokens = generate(decoder, params, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
-            weights = dict(to_torch(jax.device_get(params), decoder.config))
+            weights = dict(to_torch(jax.device_get(params), decoder.config)) if inputs.wants("update") else {}
         return Trace(levels, tokens, weights)
 
     def weights(self) -> Arrays:

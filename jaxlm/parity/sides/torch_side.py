@@ -73,9 +73,10 @@ class TorchSide:
         if inputs.wants("generation"):
             progress("greedy tokens")
             tokens = generate(decoder, inputs.prompts, GREEDY, max_new_tokens=inputs.new_tokens)
-        weights = {name: array_of(parameter).copy() for name, parameter in decoder.named_parameters()}
+        weights: Arrays = {}
         if inputs.wants("update"):
             progress("optimiser steps")
+            weights = {name: array_of(parameter).copy() for name, parameter in decoder.named_parameters()}
             levels |= self._updates(decoder, inputs, weights)
         return Trace(levels, tokens, weights)
 

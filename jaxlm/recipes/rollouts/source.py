@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm import config
-from jaxlm.data.prompts import open_task
+from jaxlm.data.prompts import Prompt, open_task
 from jaxlm.data.rows.validation import HeldOut
 from jaxlm.data.stage_tokenizer import stage_tokenizer
 from jaxlm.data.turns.inspect import rows_of_step
@@ -26,6 +27,8 @@ from jaxlm.recipes.rollouts.phases import Actor, Batch, Drawn, Phase, Phases, la
 from jaxlm.recipes.rollouts.rewards import find_rewards
 from jaxlm.run.rollouts import write_rollouts
 from jaxlm.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 MEASURES = ("reward", "reward_std", "informative_groups", "ungraded", "length", "ended", "held_out_reward")
 """Numbers of a phase that go along with each of its batches, and so into the metrics of every update."""
@@ -142,15 +145,21 @@ class RolloutData:
         return float(np.mean(rewards)) if rewards else 0.0
 
     def held_out(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> list[HeldOut]:
+        answers, longest = self._answers(self.task.held_out(self.config.rl.held_out)), self.config.rl.max_new_tokens
+        if beyond := sum(len(answer) > longest for answer in answers):
+            text = "warning: %d of %d held-out answers are longer than rl.max_new_tokens = %d and are not judged"
+            _log.warning(text, beyond, len(answers), longest)
         batches = functools.partial(self.held_out_batches, batch_size=batch_size, rows=rows, max_batches=max_batches)
         return [HeldOut("", True, batches)]
+
+    def _answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The ids of the right answer to each prompt, with their end."""
+        return [self.phases.asking.answer(prompt.answer) for prompt in prompts]
 
     def held_out_batches(self, *, batch_size: int, rows: np.ndarray | None, max_batches: int) -> Iterator[Batch]:
         """Held-out prompts with their answers, as rows: how likely the model finds what is right."""
         prompts = self.task.held_out(min(self.config.rl.held_out, batch_size * max_batches or self.config.rl.held_out))
-        asking = self.phases.asking
-        ids = asking.encode([prompt.text for prompt in prompts])
-        answers = [asking.answer(prompt.answer) for prompt in prompts]
+        ids, answers = self.phases.asking.encode([prompt.text for prompt in prompts]), self._answers(prompts)
         samples = [
             Drawn(prompt, before, answer, "end", prompt.answer)
             for prompt, before, answer in zip(prompts, ids, answers, strict=True)

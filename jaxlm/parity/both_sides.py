@@ -1,0 +1,124 @@
+"""Both sides traced in every dtype, and their traces compared."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jaxlm import config
+from jaxlm.counts.parameters import parameters
+from jaxlm.parity.compare import (
+    Finding,
+    comparable,
+    compare_by_ratio,
+    compare_exact,
+    compare_tokens,
+    look_again,
+)
+from jaxlm.parity.inputs import Inputs
+from jaxlm.parity.routing import compare_routing
+from jaxlm.parity.trace import DTYPES, Side, Trace
+
+LARGE = 50_000_000
+"""Parameters above which one side works after the other, and gradients and updates are compared after all else. In
+float64 a side has 8 bytes for each and some ten copies: the model, its gradient, both moments, two updates, the trace;
+together with the outputs of all modules more than a laptop holds."""
+OF_PARAMETERS = ("gradients", "update")
+"""Levels with values for every parameter."""
+Progress = Callable[[str, str, str], None]
+"""Called with the side, the dtype and what begins."""
+
+
+def compare_sides(
+    sides: tuple[Side, Side],
+    inputs: Inputs,
+    dtypes: Sequence[str] = DTYPES,
+    progress: Progress = lambda side, dtype, part: None,
+    model: config.Model | None = None,
+) -> tuple[list[Finding], dict[str, float]]:
+    """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
+
+    Where the outputs differ, narrower dtypes are left out.
+
+    Args:
+        model: of the sides; None: experts are not compared, and the model is not large.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    if model is None or parameters(model)[0] <= LARGE:
+        return _compared(sides, inputs, dtypes, progress, model, seconds, len(sides)), dict(seconds)
+    findings: list[Finding] = []
+    for of_parameters in (False, True):
+        levels = tuple(level for level in inputs.levels if (level in OF_PARAMETERS) == of_parameters)
+        if all(one.ok for one in findings if one.level == "forward"):
+            some = dataclasses.replace(inputs, levels=levels)
+            findings += _compared(sides, some, dtypes, progress, model, seconds, 1)
+    return findings, dict(seconds)
+
+
+def _compared(
+    sides: tuple[Side, Side],
+    inputs: Inputs,
+    dtypes: Sequence[str],
+    progress: Progress,
+    model: config.Model | None,
+    seconds: dict[str, float],
+    at_one_time: int,
+) -> list[Finding]:
+    """See `compare_sides`; adds to `seconds`. So many sides work at one time, for one of them is often compiling."""
+    findings: list[Finding] = []
+    golden: Trace | None = None
+    one_sided = not all(side.mirrors for side in sides)
+
+    def trace(side: Side, dtype: str) -> Trace:
+        with _timed(side.name, dtype, seconds, progress) as part:
+            return side.trace(dtype, inputs, part)
+
+    # XLA compiles without the interpreter lock, so torch computes meanwhile. float64 comes first, because its trace of
+    # our side is the reference of all others.
+    with ThreadPoolExecutor(at_one_time) as pool:
+        for dtype in ("float64", *(dtype for dtype in dtypes if dtype != "float64")):
+            ours, theirs = pool.map(trace, sides, [dtype] * len(sides))
+            ours, theirs = comparable(ours, theirs, sides, inputs)
+            if golden is None:
+                golden = ours
+                findings += compare_exact(ours, theirs, [side.name for side in sides])
+            else:
+                # An alarm below float64 may be one unlucky draw of rows, so it is judged again on other rows; but only
+                # if float64 is sound, for otherwise the difference is real.
+                found = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
+                sound = all(one.ok for one in findings if one.dtype == "float64")
+                chance = ("gradients", "forward") if model is not None and model.moes else ("gradients",)
+                findings += look_again(dtype, found, inputs, sides, chance) if sound else found
+            if model is not None and inputs.wants("routing") and inputs.wants("forward"):
+                # Which experts are chosen is compared apart: near a tie, rounding decides, and everything behind such a
+                # token differs without a fault.
+                forwards = (trace.levels["forward"] for trace in (golden, ours, theirs))
+                findings += compare_routing(dtype, *forwards, model)
+            if inputs.wants("generation"):
+                findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
+            if any(one.level == "forward" and not one.ok for one in findings):
+                break  # of other mathematics, rounding says nothing
+    return findings
+
+
+@contextlib.contextmanager
+def _timed(side: str, dtype: str, seconds: dict[str, float], progress: Progress) -> Iterator[Callable[[str], None]]:
+    """Yield a function to call with the part that begins; it adds the seconds of the part that has ended."""
+    # The name and the start of the part at work. The part before the first has no name, and its seconds are dropped at
+    # the end.
+    now: list[Any] = ["", time.monotonic()]
+
+    def part(name: str) -> None:
+        seconds[f"{side}, {now[0]}"] += time.monotonic() - now[1]
+        now[:] = name, time.monotonic()
+        if name:
+            progress(side, dtype, name)
+
+    yield part
+    part("")
+    seconds.pop(f"{side}, ", None)
