@@ -62,7 +62,7 @@ class Box:
         stdin = wire.memory_file("stdin", job.stdin)
         self.launch = launch
         reporting = [info] if launch.reports or launch.measures else []
-        kept = [job_file, theirs.fileno(), *reporting, *([] if job.channel < 0 else [job.channel])]
+        kept = [job_file, theirs.fileno(), *launch.keep, *reporting, *([] if job.channel < 0 else [job.channel])]
         try:
             self.process = subprocess.Popen(
                 launch.command,
@@ -79,7 +79,7 @@ class Box:
             raise HarnessError(f"the box does not start: {error}") from None
         finally:
             theirs.close()
-            for number in (job_file, stdin, info, stdout, stderr):
+            for number in (job_file, stdin, info, stdout, stderr, *launch.keep):
                 os.close(number)
 
     def _job(self, job: Job, launch: Launch, status: int) -> dict:

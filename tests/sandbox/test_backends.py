@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -222,6 +224,23 @@ def test_frames_in_pieces() -> None:
     os.close(writes)
     with pytest.raises(EOFError):
         ends.receive()
+    os.close(reads)
+
+
+def test_a_socket_whose_other_end_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Mac a socket without its other end cannot be shut down; the rest is carried all the same."""
+
+    class Gone(socket.socket):
+        def shutdown(self, how: int) -> None:
+            raise OSError(errno.ENOTCONN, "Socket is not connected")
+
+    (reads, writes), (near, other) = os.pipe(), socket.socketpair()
+    for channel, data in ((frames.STATUS, b""), (frames.ENDED, b"3")):
+        frames.Ends(-1, writes).send(channel, data)
+    os.close(writes)
+    monkeypatch.setattr(frames.socket, "socket", Gone)
+    with near, other:
+        assert frames.carry(frames.Ends(reads, -1), {}, {frames.STATUS: near.fileno()}) == 3
     os.close(reads)
 
 

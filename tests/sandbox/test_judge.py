@@ -15,6 +15,7 @@ import pytest
 
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, choose, grade, grade_many, judge, run
 from jaxlm.sandbox.battery.escapes import processes_with
+from jaxlm.sandbox.choose import BACKENDS
 from jaxlm.sandbox.inside import wire
 from jaxlm.sandbox.verdicts import KINDS
 
@@ -178,6 +179,58 @@ def test_replies_that_a_program_forges(name: str, sandbox: Sandbox) -> None:
     )
     verdict = grade(f"{forges}\n{PROGRAMS['passed']}", ADD, SHORT, sandbox)
     assert verdict.kind == "not_plain" and json.dumps(verdict.record()), verdict
+
+
+PEER = """
+import contextlib, socket
+
+
+def add(a, b):
+    told, options = [], 0
+    for number in range(3, 64):
+        with contextlib.suppress(OSError):
+            channel = socket.socket(fileno=number)
+            for option in (17, 59, 77):  # SO_PEERCRED, SO_PEERGROUPS, SO_PEERPIDFD
+                with contextlib.suppress(PermissionError):
+                    told.append((number, option, channel.getsockopt(socket.SOL_SOCKET, option, 64)))
+            for option in (16, 76):  # SO_PASSCRED, SO_PASSPIDFD
+                with contextlib.suppress(PermissionError):
+                    told.append((number, option, channel.setsockopt(socket.SOL_SOCKET, option, 1)))
+            options += channel.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+            channel.detach()
+    assert not told and options, told
+    return a + b
+"""
+LOOP = """
+import asyncio, socket
+
+
+async def later(a, b):
+    here, there = socket.socketpair()
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    there.setblocking(False)
+    here.send(b"x")
+    assert await asyncio.get_running_loop().sock_recv(there, 1) == b"x"
+    return a + b
+
+
+def add(a, b):
+    return asyncio.run(later(a, b))
+"""
+
+
+@pytest.mark.parametrize("program", [PEER, LOOP], ids=["peer", "loop"])
+def test_a_socket_names_nobody_and_event_loops_run(program: str, each_sandbox: Sandbox) -> None:
+    """The channel of a program is a socket, whose options once gave it a descriptor of the judge."""
+    verdict = grade(program, ADD, SHORT, each_sandbox)
+    assert verdict.passed, verdict
+
+
+def test_the_first_process_of_bubblewrap_has_the_filter() -> None:
+    if reason := BACKENDS["bwrap"].problem():
+        pytest.skip(reason)
+    look = "print(*[line for line in open('/proc/1/status') if line.startswith('Seccomp:')])"
+    assert run(look, b"", "python", SHORT, choose("bwrap")).stdout.split() == [b"Seccomp:", b"2"]
 
 
 @pytest.mark.parametrize("source", ["assert True", "raise KeyError", "candidate(lambda: 1)", "import nothing_here"])

@@ -15,6 +15,8 @@ WITHOUT_ARM = {
     *("ustat", "sysfs", "fork", "vfork", "_sysctl"),
 }
 ALLOW, REFUSED = 0x7FFF0000, 0x00050000 | errno.EPERM
+SET = 0x80801
+"""SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC."""
 
 
 def verdict(program: bytes, machine: str, number: int, *arguments: int) -> int:
@@ -56,8 +58,15 @@ def test_what_each_filter_refuses(machine: str) -> None:
     assert verdict(shared, machine, call["prlimit64"], 0, 7, 1 << 40) == REFUSED
     assert verdict(base, machine, call["clone"], 0x10000011) == REFUSED
     assert verdict(base, machine, call["clone3"]) == verdict(base, machine, 467) == 0x00050000 | errno.ENOSYS
-    assert verdict(base, machine, call["socketpair"], 1) == ALLOW
-    assert verdict(base, machine, call["socketpair"], 2) == REFUSED
+    for kind in (1, SET):
+        assert verdict(base, machine, call["socketpair"], 1, kind) == ALLOW
+    for family, kind in ((2, 1), (1, 2), (1, 3), (1, 5), (1, 2 | SET), (1, 1 << 20 | 1)):
+        assert verdict(base, machine, call["socketpair"], family, kind) == REFUSED, (family, kind)
+    for option in (16, 17, 59, 76, 77):
+        assert verdict(base, machine, call["getsockopt"], 9, 1, option) == REFUSED, option
+        assert verdict(base, machine, call["setsockopt"], 9, 1, option) == REFUSED, option
+    for level, option in ((1, 3), (1, 4), (1, 38), (1, 39), (6, 17)):
+        assert verdict(base, machine, call["getsockopt"], 9, level, option) == ALLOW, (level, option)
     assert verdict(alone, machine, call["clone"], 0x00010F00) == ALLOW
     assert verdict(alone, machine, call["clone"], 17) == verdict(alone, machine, call["execve"]) == REFUSED
     assert (verdict(alone, machine, call["kill"], 77), verdict(alone, machine, call["kill"], 1)) == (ALLOW, REFUSED)

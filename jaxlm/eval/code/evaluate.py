@@ -264,7 +264,7 @@ class Measured:
         step = self.step("answers")
         prompts = [generation.prompt_of(problem, self.model, self.how) for problem in problems]
         answered = (prompt + max(answers, key=len) for prompt in prompts)
-        self.model.check(dict(zip((one.task_id for one in problems), answered, strict=True)), 1)
+        self.model.check(dict(zip(answered, (one.task_id for one in problems), strict=True)), 1)
         generation.same_settings(self.folder, self.how)
         with records(self.folder / "samples.jsonl") as opened:
             for place, record in enumerate(opened.known):

@@ -55,8 +55,8 @@ class Completer(Protocol):
         """Complete prompts. Returns each text, and whether it was cut off by its length."""
         ...
 
-    def check(self, prompts: Mapping[str, str]) -> None:
-        """Refuse prompts, by the names of their problems, of which the longest leaves no room. Raises: UserError."""
+    def check(self, names: Mapping[str, str]) -> None:
+        """Refuse prompts, each with the name of its problem, of which the longest leaves no room. Raises: UserError."""
         ...
 
     def spelling(self, special: str) -> str | None:
@@ -100,10 +100,10 @@ class ModelCompleter:
         done = self.model.generate(list(prompts), sampling=sampling, max_new_tokens=limit, stop=stops, seed=seed)
         return [(one.text, one.finish == "length") for one in done]
 
-    def check(self, prompts: Mapping[str, str], new_tokens: int = 0) -> None:
-        """Refuse prompts, by the names of their problems, of which the longest leaves no room for a completion."""
-        ids = encode_prompts(self.tokenizer, list(prompts.values()))
-        longest, name = max(zip(map(len, ids), prompts, strict=True))
+    def check(self, names: Mapping[str, str], new_tokens: int = 0) -> None:
+        """Refuse prompts, each with the name of its problem, of which the longest leaves no room for a completion."""
+        ids = encode_prompts(self.tokenizer, list(names))
+        longest, name = max(zip(map(len, ids), names.values(), strict=True))
         try:
             check_prompts(self.model.config.model, [[0] * longest], new_tokens or self.how.max_new_tokens)
         except UserError as error:
@@ -177,7 +177,7 @@ def make_samples(
     check_counts(how.samples, [1], how.temperature)
     wanted = [(problem, number) for problem in problems for number in range(how.samples)]
     prompts = prompts or {(one.task_id, number): prompt_of(one, model, how) for one, number in wanted}
-    model.check({task_id: prompt for (task_id, _), prompt in prompts.items()})
+    model.check({prompt: task_id for (task_id, _), prompt in prompts.items()})
     same_settings(folder, how)
     with records(folder / "samples.jsonl") as opened:
         for number, record in enumerate(opened.known):

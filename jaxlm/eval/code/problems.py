@@ -6,9 +6,10 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.sandbox import Tests
@@ -69,13 +70,14 @@ def find_file(path: str | Path | None, *names: str) -> Path:
     raise UserError(f"{Path(root) / names[0]} is missing", "put the set there, or name the file by --data")
 
 
-def rows(path: Path, *texts: str, **others: type) -> Iterator[dict]:
+def rows(path: Path, *texts: str, optional: Collection[str] = (), **others: type) -> Iterator[dict]:
     """Read the rows of a JSONL file, compressed or not.
 
     Args:
         path: the file.
         texts: keys that each row must have, with a text.
-        others: more keys, with values of these types.
+        optional: those of `others` that a row may lack, or have as null.
+        others: more keys, with values of these types; a list is one of texts.
 
     Raises: UserError.
     """
@@ -88,11 +90,20 @@ def rows(path: Path, *texts: str, **others: type) -> Iterator[dict]:
                     continue
                 row = json.loads(line)
                 for key, kind in {**dict.fromkeys(texts, str), **others}.items():
+                    if isinstance(row, dict) and key in optional and row.get(key) is None:
+                        continue
                     if not isinstance(row, dict) or key not in row:
                         raise UserError(f"{path}, line {number}: no key {key!r}", "is this the file of the set?")
-                    if not isinstance(row[key], kind):
-                        found = f"{key!r} is {type(row[key]).__name__} and not {kind.__name__}"
-                        raise UserError(f"{path}, line {number}: {found}", "is this the file of the set?")
+                    if found := _other_type(row[key], kind):
+                        raise UserError(f"{path}, line {number}: {key!r} is {found}", "is this the file of the set?")
                 yield row
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}, line {max(number, 1)}: {error}", "the file must be JSON, one row a line") from None
+
+
+def _other_type(value: Any, kind: type) -> str:
+    """Say of which other type a value is, or nothing. A list must hold texts."""
+    if not isinstance(value, kind):
+        return f"{type(value).__name__} and not {kind.__name__}"
+    wrong = [type(item).__name__ for item in value if not isinstance(item, str)] if kind is list else []
+    return f"list of {wrong[0]} and not list of str" if wrong else ""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.eval.code.problems import Problem, rows
@@ -105,14 +105,20 @@ class Records:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another evaluation writes {path}", "wait for it, or name another --out") from None
+        except OSError as error:
+            hint = "its file system has no locks; --out names another place"
+            raise UserError(f"{path} cannot be locked: {os.strerror(error.errno or 0)}", hint) from None
         file.seek(0)
         data = file.read()
         whole = data.rfind(b"\n") + 1
         self.whole = whole if whole < len(data) else None
         try:
-            self.known = [dict(json.loads(line)) for line in data[:whole].splitlines()]
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is no file of records", "remove it, or name another --out") from None
+            known: list[Any] = [json.loads(line) for line in data[:whole].splitlines()]
+        except ValueError:
+            known = [None]
+        if not all(isinstance(record, dict) for record in known):
+            raise UserError(f"{path} is no file of records", "remove it, or name another --out")
+        self.known: list[dict] = known
 
     def append(self, record: dict) -> None:
         """Add a line. Raises: UserError when the disk is full; what was written stays."""

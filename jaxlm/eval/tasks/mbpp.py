@@ -70,8 +70,9 @@ def problems(path: str | Path | None = None, shots: int = 3, every: bool = False
     Raises: UserError.
     """
     file = find_file(path, *FILES)
-    kinds = {"task_id": int, "test_list": list}
-    table = {row["task_id"]: row for row in rows(file, "text", "code", "test_setup_code", **kinds)}
+    kinds = {"task_id": int, "test_list": list, "challenge_test_list": list}
+    read = rows(file, "text", "code", "test_setup_code", optional=["challenge_test_list"], **kinds)
+    table = {row["task_id"]: row for row in read}
     examples = [table[number] for number in SHOTS[:shots] if number in table]
     made = []
     for number, row in table.items():

@@ -40,6 +40,8 @@ class Launch:
     readable: tuple[str, ...] = ()
     filters: tuple[bytes, ...] = ()
     """Programs for seccomp, which the worker loads."""
+    keep: tuple[int, ...] = ()
+    """More descriptors that the command needs; closed after the start."""
     landlock: dict[str, list[str]] | None = None
     """Folders that the worker may read, and `devices`; it closes everything else to itself."""
     reports: bool = False

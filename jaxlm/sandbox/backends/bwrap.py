@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from jaxlm.sandbox.backends import INSIDE, Backend, Launch, Request, python_command, seccomp
+from jaxlm.sandbox.inside import wire
 from jaxlm.sandbox.interpreter import ask
 
 BOX, WORK = "/box", "/work"
@@ -75,18 +76,21 @@ def _mounts(roots: tuple[str, ...], disk_bytes: int) -> tuple[str, ...]:
 
 
 def launch(request: Request) -> Launch:
-    """Describe a box of bubblewrap."""
+    """Describe a box of bubblewrap, which loads the filter of every box itself, for its own process inside too."""
+    base, *more = seccomp.filters(request.language)
+    rules = wire.memory_file("seccomp", base)
     namespaces = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command = [program(), *namespaces, "--unshare-cgroup-try", "--uid", "65534", "--gid", "65534", "--hostname", "box"]
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     command += ["--disable-userns"] if "--disable-userns" in _options() else []
     command += _mounts(request.interpreter.roots, request.limits.disk_bytes)
-    command += ["--info-fd", str(request.info)]
+    command += ["--seccomp", str(rules), "--info-fd", str(request.info)]
     return Launch(
         command=(*command, "--", *python_command(request.interpreter.executable, BOX, "worker", request.job)),
         work=WORK,
         readable=(*request.interpreter.roots, "/usr", "/lib", "/box", "/dev", "/proc"),
-        filters=seccomp.filters(request.language),
+        filters=tuple(more),
+        keep=(rules,),
         reports=True,
     )
 

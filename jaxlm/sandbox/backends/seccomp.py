@@ -2,7 +2,8 @@
 
 A filter is a short program that the kernel runs before each system call (Linux, Documentation/userspace-
 api/seccomp_filter.rst). Two filters are made of the table. The first is for every box. The second, for Python answers,
-also refuses to start a process or a program. The worker loads them when it has started.
+also refuses to start a process or a program. The worker loads them when it has started; bubblewrap loads the first
+itself, for its own process in the box too, and its worker only the second.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ fork 57 -                    vfork 58 -                   execve 59 221         
 clone 56 220                 clone3 435 435               prlimit64 302 261            prctl 157 167
 ioctl 16 29                  socketpair 53 199            kill 62 129                  tkill 200 130
 tgkill 234 131               rt_sigqueueinfo 129 138      rt_tgsigqueueinfo 297 240
+getsockopt 55 209            setsockopt 54 208
 """
 
 
@@ -84,7 +86,8 @@ Landlock does not cover them, so its boxes refuse them; a box with its own mount
 
 OWN_PROCESS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 PROGRAMS = ("fork", "vfork", "execve", "execveat")
-BY_ARGUMENT = ("tkill", "clone", "clone3", "prlimit64", "prctl", "ioctl", "socketpair")
+OPTIONS = ("getsockopt", "setsockopt")
+BY_ARGUMENT = (*OPTIONS, "tkill", "clone", "clone3", "prlimit64", "prctl", "ioctl", "socketpair")
 CONDITIONAL = {*OWN_PROCESS, *PROGRAMS, *SHARED_ONLY, *BY_ARGUMENT}
 
 PROCESS = int.from_bytes(confine.PLACE_OF_PROCESS, "little")
@@ -94,6 +97,17 @@ CLONE_THREAD = 0x00010000
 CLONE_NAMESPACES = 0x7E020000
 PR_SET_PDEATHSIG = 1
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C
+AF_UNIX, SOL_SOCKET = 1, 1
+STREAM = 0x80801
+"""SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, the bits of a type that is allowed.
+
+Datagrams of a pair could go to any socket of the machine.
+"""
+PEER_OPTIONS = (16, 17, 59, 76, 77)
+"""SO_PASSCRED, SO_PEERCRED, SO_PEERGROUPS, SO_PASSPIDFD and SO_PEERPIDFD.
+
+They tell who is at the other end, which may be the judge.
+"""
 
 # Instructions of classic BPF (linux/filter.h): load a word, jump, return.
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -146,13 +160,18 @@ def base_filter(machine: str = "", shared: bool = False) -> bytes:
     """
     refused = [name for name in NUMBERS if name not in CONDITIONAL or (shared and name in SHARED_ONLY)]
     terminal = _step(_EQUAL, TIOCSTI, 1, 0) + _step(_EQUAL, TIOCLINUX, 0, 1)
+    peer = b"".join(_step(_EQUAL, option, 0, 1) + _refuse() for option in PEER_OPTIONS)
+    option = _argument(1) + _step(_EQUAL, SOL_SOCKET, 1, 0) + _PASS + _argument(2) + peer + _PASS
+    pair = _argument(0) + _step(_EQUAL, AF_UNIX, 1, 0) + _refuse()
+    pair += _argument(1) + _step(_ANY_BIT, 0xFFFFFFFF ^ STREAM, 0, 1) + _refuse() + _PASS
     rules = {
         # glibc asks clone3 first; its flags lie in memory, where a filter cannot look. Without it glibc takes clone.
         "clone3": _refuse(errno.ENOSYS),
         "clone": _argument(0) + _step(_ANY_BIT, CLONE_NAMESPACES, 0, 1) + _refuse() + _PASS,
         "prctl": _argument(0) + _step(_EQUAL, PR_SET_PDEATHSIG, 0, 1) + _refuse() + _PASS,
         "ioctl": _argument(1) + terminal + _refuse() + _PASS,
-        "socketpair": _argument(0) + _step(_EQUAL, 1, 1, 0) + _refuse() + _PASS,  # AF_UNIX, for event loops
+        "socketpair": pair,  # for event loops
+        **dict.fromkeys(OPTIONS, option),
     }
     if shared:  # the worker has set its limits before; asking for them stays allowed
         asking = _argument(2, high=True) + _step(_EQUAL, 0, 0, 1) + _PASS + _refuse()
@@ -177,5 +196,5 @@ def problem() -> str:
 
 @functools.cache
 def filters(language: str, shared: bool = False) -> tuple[bytes, ...]:
-    """Make the filters that a worker loads before it runs code of others in a language."""
+    """Make the filters that are loaded before code of others in a language runs, that of every box first."""
     return (base_filter(shared=shared), *([alone_filter()] if language == "python" else []))

@@ -85,7 +85,8 @@ def carry(
                 with contextlib.suppress(ConnectionError):
                     wire.write_all(near[channel], data)
             elif channel in (STATUS, CALLS):  # they are read too
-                with socket.socket(fileno=os.dup(near[channel])) as both:
+                # A Mac refuses it (ENOTCONN) where the other end is gone.
+                with socket.socket(fileno=os.dup(near[channel])) as both, contextlib.suppress(OSError):
                     both.shutdown(socket.SHUT_WR)
             else:
                 os.close(near.pop(channel))

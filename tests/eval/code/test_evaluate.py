@@ -236,15 +236,19 @@ def test_a_chat_asks_by_the_template(model: Path, options: CodeOptions) -> None:
 def test_a_prompt_longer_than_the_model(model: Path, options: CodeOptions) -> None:
     """Refused before anything is generated, with the name of its problem; nothing is written."""
     completer = evaluate.ModelCompleter(model, Generation(max_new_tokens=1000))
-    completer.check({"short": "x" * 20})
+    completer.check({"x" * 20: "short"})
     cfg = completer.model.config
     learned = replace(cfg, model=replace(cfg.model, positions="learned"))
     completer.model = replace(completer.model, config=learned)
-    completer.check({"short": "x" * 20})
+    completer.check({"x" * 20: "short"})
     problems = evaluate.problems_of("humaneval", options)
     with pytest.raises(UserError, match=r"Own/\d: a prompt of \d+ and 1000 new tokens exceed .*at most \d+ new tokens"):
         evaluate.make_samples(problems, completer, completer.how, options.out or Path())
     assert options.out and not options.out.exists()
+    prompts = {(one.task_id, number): "x" * (1 if number else 2000) for one in problems for number in range(2)}
+    both = replace(completer.how, samples=2, temperature=0.5)
+    with pytest.raises(UserError, match=r"Own/\d: a prompt of \d+ and 1000 new tokens exceed"):
+        evaluate.make_samples(problems, completer, both, options.out, prompts=prompts)
 
 
 def test_a_set_without_problems(options: CodeOptions, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class Echo:
             raise KeyboardInterrupt
         return [(f" {prompt}|{place}|{seed}\n", place == 0) for place, prompt in enumerate(prompts)]
 
-    def check(self, prompts: Mapping[str, str]) -> None:
-        assert all(prompts.values())
+    def check(self, names: Mapping[str, str]) -> None:
+        assert all(names)
 
     def turn(self, question: str) -> str:
         return f"<user>{question}<assistant>"

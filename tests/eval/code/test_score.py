@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,19 @@ def test_two_evaluations_of_one_file(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(UserError, match=rf"x.jsonl cannot be locked: {os.strerror(number)} \(.*--out names"),
+        records(tmp_path / "x.jsonl"),
+    ):
+        pass
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     with records(tmp_path / "v.jsonl") as opened, open("/dev/full", "wb", buffering=0) as full:
         opened.file = full
@@ -123,6 +138,10 @@ def test_a_file_of_others_stays_as_it_is(own: Path, tmp_path: Path, sandbox: San
         with pytest.raises(UserError, match=r"has records of other samples|is no file of records"):
             judged(own, SAMPLES, file, sandbox)
         assert file.read_text() == text
+    for text in ("[]\n", '[["task_id", "Own/0"]]\n'):  # Python makes a dict of both
+        file.write_text(text)
+        with pytest.raises(UserError, match="is no file of records"), records(file):
+            pass
 
 
 def test_a_reference_that_fails_here(own: Path, tmp_path: Path, sandbox: Sandbox) -> None:
@@ -187,6 +206,16 @@ def test_where_sets_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         humaneval.problems(samples_file(tmp_path / "bad.jsonl", [row]))
     with pytest.raises(UserError, match="line 1: 'prompt' is int and not str"):
         humaneval.problems(samples_file(tmp_path / "bad.jsonl", [{**ROW, "prompt": 3}]))
+    told = "line 1: 'test_list' is list of int and not list of str"
+    row = {"task_id": 11, "text": "", "code": "", "test_setup_code": "", "test_list": [3]}
+    with pytest.raises(UserError, match=told):
+        mbpp.problems(samples_file(tmp_path / "bad.jsonl", [row]))
+    row = {**row, "test_list": [], "challenge_test_list": 7}
+    with pytest.raises(UserError, match="line 1: 'challenge_test_list' is int and not list"):
+        mbpp.problems(samples_file(tmp_path / "bad.jsonl", [row]))
+    row = {"name": "x", "prompt": "", "tests": '}\n\ncandidate() {\n f "$@"\n}\n', "stop_tokens": ["\n}", None]}
+    with pytest.raises(UserError, match="line 1: 'stop_tokens' is list of NoneType and not list of str"):
+        humaneval_sh.problems(samples_file(tmp_path / "bad.jsonl", [row]))
     with pytest.raises(UserError, match="no infilling set 'one-line'"):
         infilling.problems(part="one-line")
 
