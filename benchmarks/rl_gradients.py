@@ -44,7 +44,8 @@ class Gradients:
 
     def data(self, *overrides: str) -> RolloutData:
         """The rollouts of `configs/rl/grpo-add.toml` with other options."""
-        cfg = toml.load("configs/rl/grpo-add.toml", [f'train.init_from="{self.start}"', "rl.keep_every=0", *overrides])
+        options = [f'train.init_from="{self.start}"', "rl.keep_every=0", "rl.advantage=group", *overrides]
+        cfg = toml.load("configs/rl/grpo-add.toml", options)
         return RolloutData(cfg, self.model.tokenizer, grpo.STAGE)
 
     def of(self, data: RolloutData) -> Callable[[Batch], np.ndarray]:
