@@ -7,7 +7,6 @@ python -m benchmarks.lora_step
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.asked import positive
 from benchmarks.peers import Peer
+from benchmarks.train_step import one_document_a_row
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 49152, 576, 30, 9, 3, 1536
 ROWS, LENGTH = 8, 64
@@ -73,14 +72,7 @@ def jaxlm_step(adapters: bool) -> Callable[[], float]:
     engine = JaxEngine(cfg, make_recipe(cfg), lambda *_: [])
     if adapters:
         engine.freeze(base_name(MODEL), jax.device_get(init_params(engine.decoder, jax.random.key(0))))
-    ids = tokens().astype(np.int32)
-    batch = {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
-        "segments": np.ones((ROWS, LENGTH), np.int32),
-        "weights": np.ones((ROWS, LENGTH), np.float32),
-    }
+    batch = one_document_a_row(tokens())
     return lambda: engine.fetch([engine.step(batch)])[0]["loss"]
 
 
@@ -104,7 +96,7 @@ def peft_step(compiled: bool) -> Callable[[], float]:
             tie_word_embeddings=True,
         )
     )
-    options = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, options).train()
     forward = torch.compile(model) if compiled else model
     moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -151,15 +143,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lora_step", description=__doc__)
-    parser.add_argument("--rounds", type=positive, default=12, help="steps of each peer")
-    parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/lora_step.json")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child)
-    else:
-        run(arguments.rounds, arguments.out)
+    peers.main_of_steps("lora_step", __doc__, child, run)
 
 
 if __name__ == "__main__":

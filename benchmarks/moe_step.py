@@ -7,13 +7,11 @@ python -m benchmarks.moe_step
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, train_step
-from benchmarks.asked import positive
 from benchmarks.peers import Peer
 from benchmarks.train_step import FFN, HEADS, KV_HEADS, LAYERS, LENGTH, ROWS, VOCAB, WIDTH
 
@@ -89,15 +87,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_step", description=__doc__)
-    parser.add_argument("--rounds", type=positive, default=12, help="steps of each peer")
-    parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/moe_step.json")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child)
-    else:
-        run(arguments.rounds, arguments.out)
+    peers.main_of_steps("moe_step", __doc__, child, run)
 
 
 if __name__ == "__main__":

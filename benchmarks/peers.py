@@ -7,6 +7,7 @@ other processes sleep while one works.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -23,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.asked import positive
 from benchmarks.kept import merged, now, this_command
 
 RESULTS = Path(__file__).parent / "results"
@@ -151,6 +153,21 @@ def summary(ready: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> d
         "cpu_s": statistics.median(answer["cpu_s"] for answer in answers),
         "peak_bytes": answers[-1]["peak_bytes"],
     }
+
+
+def main_of_steps(
+    name: str, description: str | None, child: Callable[[str], None], run: Callable[[int, Path | None], Any]
+) -> None:
+    """The command of a benchmark of training steps: `run(rounds, out)`, or one of its peers by `child(name)`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--rounds", type=positive, default=12, help="steps of each peer")
+    parser.add_argument("--out", type=Path, help=f"JSON file to write; default: benchmarks/results/{name}.json")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child)
+    else:
+        run(arguments.rounds, arguments.out)
 
 
 def print_steps(title: str, found: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, float]) -> None:

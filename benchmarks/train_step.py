@@ -5,7 +5,6 @@ python -m benchmarks.train_step
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.asked import positive
 from benchmarks.peers import Peer
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, FFN = 8192, 384, 6, 6, 2, 1024
@@ -69,6 +67,16 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1))
 
 
+def one_document_a_row(ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The batch of these ids [B, T + 1]: each row is one document, and every token has a target."""
+    ids = ids.astype(np.int32)
+    tokens_BT, ones_BT = ids[:, :-1], np.ones_like(ids[:, 1:])
+    positions_BT = np.cumsum(ones_BT, axis=1, dtype=np.int32) - 1
+    weights_BT = ones_BT.astype(np.float32)
+    columns = {"tokens": tokens_BT, "targets": ids[:, 1:], "positions": positions_BT}
+    return {**columns, "segments": ones_BT, "weights": weights_BT}
+
+
 def jaxlm_step(model: Any = None) -> Callable[[], float]:
     """The step of `jaxlm train`: its engine, its recipe's loss, its memory settings."""
     from jaxlm.processes.freed_memory import keep_freed_memory, one_step_at_a_time
@@ -87,14 +95,7 @@ def jaxlm_step(model: Any = None) -> Callable[[], float]:
         train=config.Train(batch_size=ROWS, learning_rate=1e-3),
     )
     engine = JaxEngine(cfg, make_recipe(cfg), lambda *_: [])
-    ids = tokens().astype(np.int32)
-    batch = {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
-        "segments": np.ones((ROWS, LENGTH), np.int32),
-        "weights": np.ones((ROWS, LENGTH), np.float32),
-    }
+    batch = one_document_a_row(tokens())
     return lambda: engine.fetch([engine.step(batch)])[0]["loss"]
 
 
@@ -161,15 +162,7 @@ def run(rounds: int, out: Path | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--rounds", type=positive, default=12, help="steps of each peer")
-    parser.add_argument("--out", type=Path, help="JSON file to write; default: benchmarks/results/train_step.json")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child)
-    else:
-        run(arguments.rounds, arguments.out)
+    peers.main_of_steps("train_step", __doc__, child, run)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import pytest
         ("finetune --only word", "--only: there is no 'word'; there are: words, zero-shot"),
         ("finetune --minutes soon", "--minutes: 'soon' is no number of minutes"),
         ("gpu --rows 0", "--rows: '0'"),
+        ("lora_step --rounds 0", "--rounds: '0'"),
         ("mamba_decode --rounds 0", "--rounds: '0'"),
         ("mamba_step --rounds 0", "--rounds: '0'"),
         ("moe_step --rounds 0", "--rounds: '0'"),
