@@ -81,8 +81,7 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
     copies = int(_bytes(layout, leaves) * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
     used = activations(cfg, layout)
     narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
-    narrow_kept, wide_kept = recipe.objective.kept
-    of_loss = math.prod(rows) // split * (narrow_kept * narrow_width + wide_kept * wide_width)
+    of_loss = math.prod(rows) // split * recipe.objective.kept * narrow_width
     layer, table = _gathered(layout, leaves, model.repeats)
     # of a layer: itself, the next one on its way, its gradient; of the table: itself, its gradient summed and cast
     gathered = layer * 3 * narrow_width + table * (2 * narrow_width + wide_width)

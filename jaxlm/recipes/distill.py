@@ -77,12 +77,12 @@ def recipe(cfg: config.Config) -> Recipe:
         return teach.with_cache(cfg, source, teacher) if cached else source
 
     frozen = {} if cached else {TEACHER: Frozen(teacher, path, cfg.numerics.params)}
-    maps, kept = {}, (0 if cached else teacher.d_model, 0)
+    maps, kept = {}, 0 if cached else teacher.d_model
     if cfg.distill.of_states:
         width, pairs = (cfg.model.d_model, teacher.d_model), cfg.distill.pairs(cfg.model.n_layers, teacher.n_layers)
         maps = {PROJECTION: Maps(dict.fromkeys(pairs, width), cfg.train)}
         # Of each pair the states of student and teacher; the distance takes the place of the latter.
-        kept = len(pairs) * sum(width), 0
+        kept = len(pairs) * sum(width)
     return Recipe(
         columns={**LM_COLUMNS, **(teach.columns(cfg, teacher) if cached else {})},
         models=Models({MODEL: model_of_run(cfg)}, frozen, maps),

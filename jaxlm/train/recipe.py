@@ -175,9 +175,9 @@ class Objective(NamedTuple):
     changes nothing but the number of the step, and the metric `stopped` is 1."""
     divisors: Mapping[str, str] = {}
     """Sums by name that another one divides in the metrics of a step: `{"entropy": "tokens"}`."""
-    kept: tuple[int, int] = (0, 0)
-    """Elements of one token that stand until its gradient is known, beside what the trained models keep: of the compute
-    dtype, and wider ones. The planner counts them."""
+    kept: int = 0
+    """Elements of one token, in the compute dtype, that stand until its gradient is known, beside what the trained
+    models keep. The planner counts them."""
     cached: RowFunction | None = None
     """Numbers of each row that no update changes. They are computed once, before training, and kept by the data, which
     is a `CachingSource`; batches have them as a column, so the step needs neither the trees nor their forward pass."""

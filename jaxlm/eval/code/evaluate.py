@@ -130,7 +130,10 @@ def judge_file(task: str, path: Path, options: CodeOptions, progress: Progress |
         return next_line.report(lines, [answers[line.task_id] for line in lines], where)
     explained: list[tuple[str, str]] = []
     if task == "humaneval-explain":
-        explained = [(str(row["task_id"]), str(row["explanation"])) for row in rows(path) if "explanation" in row]
+        named = [
+            row for row in rows(path) if isinstance(row, dict) and "explanation" in row
+        ]  # others are refused below
+        explained = [(str(row["task_id"]), str(row["explanation"])) for row in named]
         if explained:
             _require(task)
     sandbox = choose(options.sandbox, options.python)
