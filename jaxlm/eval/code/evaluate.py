@@ -130,9 +130,8 @@ def judge_file(task: str, path: Path, options: CodeOptions, progress: Progress |
         return next_line.report(lines, [answers[line.task_id] for line in lines], where)
     explained: list[tuple[str, str]] = []
     if task == "humaneval-explain":
-        named = [
-            row for row in rows(path) if isinstance(row, dict) and "explanation" in row
-        ]  # others are refused below
+        # Rows that are no objects are refused below, where samples are read.
+        named = [row for row in rows(path) if isinstance(row, dict) and "explanation" in row]
         explained = [(str(row["task_id"]), str(row["explanation"])) for row in named]
         if explained:
             _require(task)
