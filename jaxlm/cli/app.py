@@ -53,14 +53,45 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    _check_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of few characters shows \u00e9; none has half a pair
             stream.reconfigure(errors="backslashreplace")
     with speaking():
         code = _guarded(lambda: app(standalone_mode=False))
+        if sys.stdout is not None:
+            code = _guarded(sys.stdout.flush) or code
     if code and "jaxlm.processes.meet" in sys.modules:
         sys.modules["jaxlm.processes.meet"].leave(code)
     return code
+
+
+class _Output(io.FileIO):
+    """Standard output. Once it takes no more, what is printed is lost, so that Python has nothing to say at its end."""
+
+    lost = False
+
+    def write(self, data: Any) -> int | None:
+        """Write bytes. Raises: UserError where the disk is full and the like; BrokenPipeError."""
+        try:
+            return memoryview(data).nbytes if self.lost else super().write(data)
+        except OSError as error:
+            self.lost = True
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise UserError(f"standard output: {error.strerror}", "make room, or send it elsewhere") from None
+
+
+def _check_output() -> None:
+    """Let standard output say that it failed: a plain OSError could be that of any file."""
+    plain = sys.stdout
+    if plain is not sys.__stdout__ or not isinstance(plain, io.TextIOWrapper):
+        return  # closed, or a test's
+    raw = _Output(plain.fileno(), "w", closefd=False)
+    through = plain.write_through
+    stream: Any = raw if through else io.BufferedWriter(raw)
+    options = {"encoding": plain.encoding, "newline": "\n", "line_buffering": plain.line_buffering}
+    sys.stdout = io.TextIOWrapper(stream, **options, write_through=through)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ import logging
 import math
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,3 +57,17 @@ def test_a_conversion_has_a_figure_that_can_be_read(size: int, seconds: float) -
     match = re.fullmatch(r"x: llama, 3 tensors, ([\d,]+\.\d) MB in (\d+\.\d) s(?:, (\d+\.\d\d) GB/s)?", line)
     assert match and (match[3] is None) == (size <= MEASURABLE)
     assert math.isclose(float(match[1].replace(",", "")), size / 1e6, abs_tol=0.051)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--version"], ["info", "configs/quickstart.toml", "--json"]])
+def test_a_full_disk_under_standard_output_is_one_line(words: list[str], unbuffered: str) -> None:
+    """Python writes out what it holds when it ends, too late for a line and the exit code."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "jaxlm", *words]
+    with open("/dev/full", "wb", buffering=0) as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    wanted = "error: standard output: No space left on device"
+    assert (ran.returncode, ran.stderr.count("\n"), ran.stderr[: len(wanted)]) == (2, 1, wanted)
