@@ -22,7 +22,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.sandbox import HarnessError, Limits, Sandbox, Tests, backends, box, choose, grade, leftovers, run
-from jaxlm.sandbox.backends import Request, container, seatbelt
+from jaxlm.sandbox.backends import Request, container
 from jaxlm.sandbox.battery.escapes import processes_with
 from jaxlm.sandbox.choose import BACKENDS
 from jaxlm.sandbox.inside import frames, processes, relay
@@ -112,6 +112,15 @@ def test_the_command_line_of_podman_by_the_name_of_docker(docker: Path) -> None:
     run("pass", b"", "python", SHORT, Sandbox(*container.of("python:here")))
     words = json.loads(docker.read_text().splitlines()[-1])
     assert "--read-only-tmpfs=false" in words and "notmpcopyup" in " ".join(words) and "nr_inodes" not in str(words)
+
+
+def test_podman_by_a_link(tmp_path: Path) -> None:
+    """It calls itself by the name of the link."""
+    podman, link = tmp_path / "podman", tmp_path / "docker"
+    podman.write_text("#!/bin/sh\necho docker version 4.3.1\n")
+    podman.chmod(0o755)
+    link.symlink_to(podman)
+    assert container.is_podman(str(link)) and not container.is_podman("/bin/echo")
 
 
 def test_containers_that_are_refused(docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,38 +251,6 @@ def test_a_socket_whose_other_end_is_gone(monkeypatch: pytest.MonkeyPatch) -> No
     with near, other:
         assert frames.carry(frames.Ends(reads, -1), {}, {frames.STATUS: near.fileno()}) == 3
     os.close(reads)
-
-
-def test_the_profile_of_seatbelt(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Text only: everything is refused first, brackets close, every parameter is given, nothing wide is allowed."""
-    roots = ("/opt/python", "/opt/library")
-    python = sandbox.interpreter._replace(roots=roots)
-    made = seatbelt.launch(Request(python, "python", Limits(), 3, 4, tmp_path))
-    text = made.command[2]
-    rules = "\n".join(line.partition(";")[0] for line in text.splitlines())
-    assert rules.split("\n")[0] == "(version 1)" and rules.index("(deny default)") < rules.index("(allow")
-    assert rules.count("(") == rules.count(")")
-    given = {
-        word.partition("=")[0] for before, word in zip(made.command, made.command[1:], strict=False) if before == "-D"
-    }
-    asked = {part.split('"')[1] for part in rules.split("(param ")[1:]}
-    assert asked == given == {"PYTHON", "BOX", "WORK", "LANGUAGE", "ROOT_0", "ROOT_1"}
-    writes = [line for line in rules.splitlines() if "file-write" in line]
-    assert writes == [
-        '(allow file-read* file-write* (subpath (param "WORK")))',
-        '(allow file-read* file-write-data (literal "/dev/null") (literal "/dev/zero"))',
-    ]
-    for refused in ("network*", "mach-lookup", "process-fork"):
-        assert f"(deny {refused})" in rules
-    before_bash = rules[: rules.index("(if ")]
-    assert "allow process-fork" not in before_bash and "allow network" not in rules and "(allow default)" not in rules
-
-
-def test_seatbelt_is_refused_elsewhere() -> None:
-    if sys.platform == "darwin":
-        pytest.skip("this is a Mac")
-    with pytest.raises(UserError, match="the sandbox seatbelt does not work here: Seatbelt is for macOS"):
-        choose("seatbelt")
 
 
 def test_processes_by_ps() -> None:

@@ -42,8 +42,9 @@ def engine() -> tuple[str, str]:
 
 @functools.cache
 def is_podman(program: str) -> bool:
-    """Whether an engine is podman, by whatever name: some systems call it docker."""
-    return ask(program, "--version").stdout.lower().startswith("podman")
+    """Whether an engine is podman, by whatever name: some systems call it docker, by a script or a link."""
+    linked = os.path.basename(os.path.realpath(program)) == "podman"  # it then calls itself docker too
+    return linked or ask(program, "--version").stdout.startswith("podman")
 
 
 def image_number(image: str) -> tuple[str, str]:

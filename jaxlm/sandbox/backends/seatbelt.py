@@ -27,7 +27,9 @@ def launch(request: Request) -> Launch:
     """Describe a box of Seatbelt. Its rules see real paths: /tmp of a Mac is /private/tmp."""
     work, box = str((request.folder or Path()).resolve()), str(INSIDE.parent.resolve())
     roots = request.interpreter.roots
-    values = {"PYTHON": request.interpreter.executable, "BOX": box, "WORK": work, "LANGUAGE": request.language}
+    python = Path(request.interpreter.executable)
+    values = {"PYTHON": str(python), "BOX": box, "WORK": work, "LANGUAGE": request.language}
+    values["FRAMEWORK_PYTHON"] = str(python.parents[1] / "Resources/Python.app/Contents/MacOS/Python")
     values |= {f"ROOT_{number}": root for number, root in enumerate(roots)}
     defined = [word for name, value in values.items() for word in ("-D", f"{name}={value}")]
     worker = python_command(request.interpreter.executable, box, "worker", request.job)
