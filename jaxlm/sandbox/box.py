@@ -15,6 +15,7 @@ from typing import NamedTuple
 from jaxlm.sandbox import leftovers
 from jaxlm.sandbox.backends import SHELL, Launch, Request, Sandbox, environment
 from jaxlm.sandbox.inside import processes, wire
+from jaxlm.sandbox.interpreter import ask
 from jaxlm.sandbox.verdicts import HarnessError, Limits
 
 
@@ -159,7 +160,9 @@ class Box:
     def kill(self) -> int:
         """Kill everything in the box and wait until it is dead. Returns the exit status, negative for a signal."""
         if self.launch.end and self.process.poll() is None:
-            subprocess.run(self.launch.end, capture_output=True, check=False)
+            # The client first: Docker's engine waits until it has read all, and it until we have.
+            os.killpg(self.process.pid, signal.SIGKILL)
+            ask(*self.launch.end)
         if self.first is not None:
             _kill_and_wait(self.first)
         elif self.process.poll() is None:

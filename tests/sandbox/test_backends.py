@@ -32,7 +32,7 @@ SHORT = Limits(cpu_seconds=1.0, idle_seconds=1.0, memory=128 << 20)
 
 DOCKER = r"""#!{python}
 '''A stand-in for docker: it writes down its command lines, and runs what is to run without any isolation.'''
-import json, os, sys
+import json, os, sys, time
 words = sys.argv[1:]
 with open({log!r}, 'a') as log:
     log.write(json.dumps(words) + '\n')
@@ -51,7 +51,21 @@ elif words[0] == 'run':
     rest = words[words.index('python:here') + 1:]
     rest = [word.replace('/box', box).replace('/jaxlm-work', '/proc') for word in rest]
     rest = [word.replace('relay.main(', 'relay.EVENTS = [' + repr({events!r}) + ']; relay.main(') for word in rest]
+    with open({log!r} + '.box', 'w') as file:
+        file.write(str(os.getpid()))
     os.execv({python!r}, [{python!r}, *rest, {log!r}])
+elif words[0] == 'rm':  # Docker's engine waits until the client has taken what the box printed
+    box = open({log!r} + '.box').read()
+    for _ in range(400):
+        try:
+            command = open('/proc/' + box + '/cmdline').read()
+        except OSError:
+            command = ''
+        if 'relay' not in command:
+            sys.exit()
+        time.sleep(0.05)
+    with open({log!r}, 'a') as log:
+        log.write(json.dumps(['the client never read it']) + '\n')
 """
 
 
@@ -160,6 +174,13 @@ def until(true, seconds: float = 60.0) -> bool:
     while not true() and time.monotonic() < end:
         time.sleep(0.02)
     return true()
+
+
+def test_a_container_whose_output_nobody_reads_any_more(docker: Path) -> None:
+    """The judge has read enough and ends the box; its client still waits to write, and the engine for the client."""
+    there = Sandbox(*container.of("python:here"))
+    assert run("while True: print('x' * 100_000)", b"", "python", SHORT, there).kind == "output"
+    assert [json.loads(line)[0] for line in docker.read_text().splitlines()][-2:] == ["run", "rm"]
 
 
 def test_what_the_kernel_ended_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
