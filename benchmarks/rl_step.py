@@ -1,8 +1,8 @@
 """A step of GRPO: its cost beside its parts, how many programs a run compiles, TRL beside it, and reward hacking.
 
-`hacking` says after how many steps a run that is paid for length says so.
+`hacking` says after how many steps a run that is paid for length says so, `honest` whether runs that are not say it.
 
-`python -m benchmarks.rl --only cost,programs,trl,hacking` runs it. All begin with the model of
+`python -m benchmarks.rl --only cost,programs,trl,hacking,honest` runs it. All begin with the model of
 configs/rl/answers-reverse.toml and take the options of configs/rl/grpo-reverse.toml: 32 prompts, 8 samples of each, one
 update.
 """
@@ -37,6 +37,13 @@ MAIN = ("_prefill", "_decode", "traced")
 """The programs of a phase: prompts, samples, update. Each also has one that judges: greedy answers, and validation."""
 LONGER = ('rl.rewards=["length(per_token=0.1)"]', "rl.max_new_tokens=32", "data.seq_len=40", "train.steps=40")
 """A planted reward, longer is better, and room for it."""
+EXACT = ("train.steps=60",)
+PARTIAL = (
+    *('rl.task="bracket_matching(length=12)"', 'rl.rewards=["exact_text","right_letters * 0.5"]'),
+    *("rl.max_new_tokens=16", "data.seq_len=32", "train.steps=60"),
+)
+"""Two tasks that pay for right answers: the one of the start, and one that it does not know, of 0 to 12 letters."""
+MEASURED = ("length", "length_correlation", "ended", "reward")
 MIXED = ('rl.task="bracket_matching(length=12)"', "data.seq_len=96", "rl.max_new_tokens=16", "rl.prompts=4")
 """Prompts of 13 to 60 characters, four a phase, so that the longest of a phase is now short and now long."""
 
@@ -129,14 +136,20 @@ def programs(start: Path) -> dict[str, Any]:
 
 def hacking(start: Path) -> dict[str, Any]:
     """A reward that grows with the length: at which update a line says so, and whether the page shows it."""
-    return {f"seed {seed}": chased(start, seed) for seed in range(3)}
+    return {f"seed {seed}": watched(start, seed, LONGER) for seed in range(3)}
 
 
-def chased(start: Path, seed: int) -> dict[str, Any]:
-    """One run whose reward is chased by length."""
+def honest(start: Path) -> dict[str, Any]:
+    """Rewards that pay for right answers, of one length and of many: no line should speak of length."""
+    runs = {"one length": EXACT, "many lengths": PARTIAL}
+    return {f"{name}, seed {seed}": watched(start, seed, runs[name]) for name in runs for seed in range(3)}
+
+
+def watched(start: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """One run of GRPO, and the line about its lengths, if there is one."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        options = (f'out_dir="{run}"', f'train.init_from="{start}"', f"seed={seed}", *LONGER)
+        options = (f'out_dir="{run}"', f'train.init_from="{start}"', f"seed={seed}", *overrides)
         command = [sys.executable, "-m", "jaxlm", "train", CONFIG, *options]
         done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
         alert = re.search(r"step (\d+): samples have grown from .*", done.stderr)
@@ -145,7 +158,7 @@ def chased(start: Path, seed: int) -> dict[str, Any]:
     return {
         "alert_step": int(alert[1]) if alert else None,
         "alert": alert[0] if alert else "",
-        "curve": [[row["step"], *(round(row[name], 3) for name in ("length", "ended", "reward"))] for row in rows],
+        "curve": [[row["step"], *(round(row[name], 3) for name in MEASURED)] for row in rows],
         "plotted": bool(plot) and plot in page and {"length", "ended", "reward"} <= {*measures_of(rows)},
     }
 
@@ -278,6 +291,7 @@ FIGURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "programs": programs,
     "trl": trl,
     "hacking": hacking,
+    "honest": honest,
 }
 
 

@@ -57,12 +57,15 @@ def test_places_that_are_not_asked_for_may_be_infinite(rng: np.random.Generator)
     assert ours_batch["labels"].shape == tuple(theirs_batch["labels"].shape) == (B, 2)
 
 
+@pytest.mark.parametrize("gap", [False, True])
 @pytest.mark.parametrize("divisor", ["sequence", "token", "constant"])
-def test_the_loss_is_that_of_whole_rows(divisor: Any, rng: np.random.Generator) -> None:
+def test_the_loss_is_that_of_whole_rows(divisor: Any, gap: bool, rng: np.random.Generator) -> None:
     model = pairs.model(vocab_size=20, n_layers=1, d_model=8, n_heads=2, n_kv_heads=1, d_ff=12, max_seq_len=T)
     pair = pairs.pair(model, pairs.random_params(model, rng))
     cfg = config.Config(model=model, rl=config.RL(rewards=("exact_text",), divisor=divisor, max_new_tokens=3))
-    batch = jax.tree.map(jnp.asarray, rows(rng))
+    batch = rows(rng)
+    batch["weights"][:, 3] *= not gap  # the token between others of the first sample
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def found(longest: int) -> Any:
         rl = dataclasses.replace(cfg.rl, max_new_tokens=longest)

@@ -8,31 +8,42 @@ Shapes: r rank; `tokens`, `in` and `out` stand for one or more axes.
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.typed_jax import custom_vjp, optimization_barrier
 
 
-@custom_vjp()
 def low_rank(x: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "r ..."]) -> Float[Array, "..."]:
-    """`x A B` [tokens..., out...] of x [tokens..., in...], A [in..., r] and B [r, out...]: Hu et al. 2021, eq. 3."""
-    return _forward(x, a, b)[0]
+    """`x A B` [tokens..., out...] of x [tokens..., in...], A [in..., r] and B [r, out...]: Hu et al. 2021, eq. 3.
+
+    The gradients are computed at the precision of the products here, as JAX does it, wherever they are asked for.
+    """
+    return _product(x, a, b, jax.config.jax_default_matmul_precision or "default")
 
 
-def _forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
-    inner = jnp.tensordot(x, a, axes=a.ndim - 1)
-    return jnp.tensordot(inner, b, axes=1), (x, a, b, inner)
+@custom_vjp(3)
+def _product(x: Array, a: Array, b: Array, precision: str | None) -> Array:
+    return _forward(x, a, b, precision)[0]
 
 
-def _backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+def _forward(x: Array, a: Array, b: Array, precision: str | None) -> tuple[Array, tuple[Array, ...]]:
+    inner = jnp.tensordot(x, a, axes=a.ndim - 1, precision=precision)
+    return jnp.tensordot(inner, b, axes=1, precision=precision), (x, a, b, inner)
+
+
+def _backward(precision: str | None, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    product = functools.partial(jnp.tensordot, precision=precision)
     x, a, b, inner = kept
     tokens, outs = tuple(range(inner.ndim - 1)), range(inner.ndim - 1, dy.ndim)
-    dinner = jnp.tensordot(dy, b, axes=(tuple(outs), tuple(range(1, b.ndim))))
-    db = jnp.tensordot(inner, dy, axes=(tokens, tokens))
+    dinner = product(dy, b, axes=(tuple(outs), tuple(range(1, b.ndim))))
+    db = product(inner, dy, axes=(tokens, tokens))
     # The barrier keeps the transposition out of the product, which would be one of [in, r] again.
-    da = jnp.moveaxis(optimization_barrier(jnp.tensordot(dinner, x, axes=(tokens, tokens))), 0, -1)
-    return jnp.tensordot(dinner, a, axes=(-1, -1)), da, db
+    da = jnp.moveaxis(optimization_barrier(product(dinner, x, axes=(tokens, tokens))), 0, -1)
+    return product(dinner, a, axes=(-1, -1)), da, db
 
 
-low_rank.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

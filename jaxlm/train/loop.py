@@ -120,7 +120,7 @@ class _Run:
         self.log = MetricsLog(self.dir, cfg.log, toml.to_dict(cfg), self.progress.step, writes=self.first)
         self.stop = StopRequest(engine.stops_at if engine.process_count > 1 else None, self._leave)
         self.pending: list[tuple[int, Mapping[str, Any]]] = []
-        self.alerts = Alerts(getattr(source, "ends", ()))
+        self.alerts = Alerts(getattr(source, "ends", ()), getattr(source, "updates_per_phase", 1))
         self.saved_at, self.starting, self.save_due = time.monotonic(), True, False
 
     def _resume(self, reached: int) -> None:

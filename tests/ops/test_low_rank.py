@@ -25,3 +25,17 @@ def test_value_and_gradients(tokens, ins, outs):
         np.testing.assert_array_equal(ours[0], theirs[0])
         for found, expected in zip(ours[1](dy), theirs[1](dy), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradients_have_the_precision_of_the_product():
+    """Of four products of the gradients, asked for where another precision is usual."""
+    x, a, b, dy = (jnp.ones(shape) for shape in ((4, 3), (3, 2), (2, 5), (4, 5)))
+
+    def gradients(x, a, b, dy):
+        with jax.default_matmul_precision("highest"):
+            _, backward = jax.vjp(low_rank, x, a, b)
+        return backward(dy)
+
+    with jax.default_matmul_precision("default"):
+        program = str(jax.make_jaxpr(gradients)(x, a, b, dy))
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == program.count("dot_general[") == 6

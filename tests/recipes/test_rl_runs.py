@@ -16,9 +16,10 @@ import jaxlm
 from jaxlm import config
 from jaxlm.cli.app import app
 from jaxlm.config import toml
+from jaxlm.data.prompts import Prompt
 from jaxlm.errors import UserError
 from jaxlm.recipes import answers, grpo, make_recipe, start  # two threads that import at once break Python's ast
-from jaxlm.recipes.rollouts.phases import Phases
+from jaxlm.recipes.rollouts.phases import Drawn, Phases, length_correlation
 from jaxlm.report.plots import measures_of
 from jaxlm.run.progress import Display
 from jaxlm.run.rollouts import best_and_worst, read_rollouts, write_rollouts
@@ -187,6 +188,22 @@ def test_the_samples_of_a_step_are_kept(begun: Path, tmp_path: Path) -> None:
         read_rollouts(begun / "nowhere")
     write_rollouts(tmp_path, 7, [{"text": "one\u2028two\x85three"}, {"text": ""}])
     assert [row["text"] for row in read_rollouts(tmp_path).rows] == ["one\u2028two\x85three", ""]
+
+
+def test_rewards_are_compared_with_lengths_among_samples_of_a_prompt() -> None:
+    prompt = Prompt("1+1=", "2", {})
+
+    def found(*groups: list[tuple[int, float | None]]) -> float:
+        drawn = [[Drawn(prompt, [1], [0] * n, "end", "", reward=reward) for n, reward in group] for group in groups]
+        return length_correlation(drawn)
+
+    longer, shorter, middle = [(2, 1.0), (4, 3.0)], [(2, 3.0), (4, 1.0)], [(9, 7.0), (9, 8.0)]
+    assert found(longer) == pytest.approx(1) and found(shorter) == pytest.approx(-1)
+    assert found([(2, 1.0), (4, 3.0), (90, None)]) == pytest.approx(1), "a sample without a grade says nothing"
+    assert found(longer, shorter) == pytest.approx(0)
+    assert found([(2, 5.0), (2, 5.0)], [(9, 8.0), (9, 8.0)], [(1, None)]) == 0, "prompts differ, samples do not"
+    assert found(longer, middle) == pytest.approx(2 / (2.5 * 2) ** 0.5)
+    assert found([(2, 1.0)], [(4, 3.0)], [(6, 5.0)]) == pytest.approx(1), "groups of one are one group"
 
 
 @pytest.mark.usefixtures("pages")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from jaxlm.run.alerts import SILENT, Alerts
 
 
@@ -62,3 +64,27 @@ def test_samples_that_grow_are_told() -> None:
     assert of_samples([3.0, 4.0] * 20, [0.9] * 40) == []
     (line,) = of_samples([2.0, 5.4, 6.0] + [6.0] * 20, [0.0] * 23)
     assert line.startswith("step 6: samples have grown from 2.0 to 6.0 tokens"), "found within two updates"
+
+
+def of_phases(lengths: list[float], correlation: float, updates: int = 1) -> list[str]:
+    alerts = Alerts(updates_per_phase=updates)
+    usual = {"loss": 0.0, "grad_norm": 1.0, "ended": 1.0, "length_correlation": correlation}
+    steps = [length for length in lengths for _ in range(updates)]
+    return [line for step, length in enumerate(steps, 1) for line in alerts.look(step, usual | {"length": length})]
+
+
+def test_samples_that_grow_by_their_rewards_are_told_sooner() -> None:
+    slow = [5.0, 5.02, 4.99, 5.01, 5.0, 5.03, *(5.0 + 0.1 * step for step in range(20))]
+    (line,) = of_phases(slow, 0.9)
+    assert line.startswith("step 14: samples have grown from 5.0 to 5.6 tokens, the longer the larger their rewards")
+    assert of_phases(slow, 0.3) == [], "1.4 times their length: the reward does not pay for it"
+    (line,) = of_phases(slow, 0.9, updates=4)
+    assert line.startswith("step 53:"), "the same phase, its first update"
+
+
+def test_lengths_that_differ_by_chance_are_not_told() -> None:
+    """Few samples of prompts that ask for answers of different length: three phases are often a tenth longer."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = [20 * float(np.exp(random.normal(0, 0.5, 16)).mean()) for _ in range(200)]
+        assert of_phases(lengths, 0.9) == []

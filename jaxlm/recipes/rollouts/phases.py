@@ -256,7 +256,23 @@ class Phases:
             "ungraded": 1 - len(kept) / len(samples),
             "length": float(np.mean([len(sample.ids) for sample in samples])),
             "ended": float(np.mean([sample.ended == "end" for sample in samples])),
+            "length_correlation": length_correlation(groups),
         }
+
+
+def length_correlation(groups: Sequence[Sequence[Drawn]]) -> float:
+    """Correlation of reward and length among samples of one prompt; 0 where either is the same in every group.
+
+    Differences between prompts say nothing: a long answer may be right for one and wrong for another. A group of one
+    has nothing to be compared with: then all samples are one group.
+    """
+    if all(len(group) == 1 for group in groups):
+        groups = [[sample for group in groups for sample in group]]
+    graded = [np.array([(one.reward, len(one.ids)) for one in g if one.reward is not None], float) for g in groups]
+    apart = np.concatenate([pairs - pairs.mean(axis=0) for pairs in graded if len(pairs)])
+    rewards, lengths = apart.T
+    scale = np.sqrt((rewards**2).sum() * (lengths**2).sum())
+    return float(rewards @ lengths / scale) if scale > 0 else 0.0
 
 
 def sampler_logps(samples: Sequence[Drawn], seq_len: int) -> np.ndarray:

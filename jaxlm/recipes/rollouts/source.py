@@ -30,7 +30,10 @@ from jaxlm.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-MEASURES = ("reward", "reward_std", "informative_groups", "ungraded", "length", "ended", "held_out_reward")
+MEASURES = (
+    *("reward", "reward_std", "informative_groups", "ungraded"),
+    *("length", "length_correlation", "ended", "held_out_reward"),
+)
 """Numbers of a phase that go along with each of its batches, and so into the metrics of every update."""
 
 
