@@ -33,8 +33,8 @@ from jaxlm.run.metrics import read_metrics
 CONFIG = "configs/rl/grpo-reverse.toml"
 ROUNDS = 20
 PEERS = (Peer("jaxlm"), Peer("TRL"), Peer("TRL, best", best=True))
-MAIN = ("_prefill", "_decode", "traced")
-"""The programs of a phase: prompts, samples, update. Each also has one that judges: greedy answers, and validation."""
+MAIN = ("_complete", "traced")
+"""The programs of a phase: samples, update. Each also has one that judges: greedy answers, and validation."""
 LONGER = ('rl.rewards=["length(per_token=0.1)"]', "rl.max_new_tokens=32", "data.seq_len=40", "train.steps=40")
 """A planted reward, longer is better, and room for it."""
 EXACT = ("train.steps=60",)

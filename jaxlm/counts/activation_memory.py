@@ -20,6 +20,8 @@ class Activations(NamedTuple):
 
     kept: int
     """What the forward pass leaves for the backward pass, of all blocks and one microbatch."""
+    hidden: int
+    """The last hidden states, and their gradient."""
     working: int
     """What is needed besides at the worst moment: a block whose gradient is computed, or logits of some tokens."""
 
@@ -39,8 +41,12 @@ class Elements(NamedTuple):
         return (self.stream + self.inner / tensor) * narrow + (self.wide_stream + self.wide_inner / tensor) * broad
 
 
-def activations(cfg: config.Config, layout: Layout) -> Activations:
-    """Estimate for one device of `layout`."""
+def activations(cfg: config.Config, layout: Layout, blocks: int = 1) -> Activations:
+    """Estimate for one device of `layout`.
+
+    Args:
+        blocks: how many times the logits of some tokens stand side by side.
+    """
     model, train, policy = cfg.model, cfg.train, Policy.from_config(cfg.numerics)
     split = layout.parts("batch") * layout.parts("seq")
     tokens = train.batch_size * cfg.data.seq_len // train.microbatches // split
@@ -48,9 +54,9 @@ def activations(cfg: config.Config, layout: Layout) -> Activations:
     kept = model.repeats * sum(kept_by(model, kind).bytes(tensor, policy) for kind in model.pattern)
     whole = dataclasses.replace(model, remat="none")
     block = max(kept_by(whole, kind).bytes(tensor, policy) * _at_work(model, kind) for kind in model.pattern)
-    logits = min(train.loss_block, tokens) * model.outputs // layout.parts("vocab")
+    logits = blocks * min(train.loss_block, tokens) * model.outputs // layout.parts("vocab")
     hidden = 3 * tokens * model.d_model * policy.compute.itemsize
-    return Activations(int(tokens * kept), int(max(tokens * block, logits * wide(policy.compute).itemsize) + hidden))
+    return Activations(int(tokens * kept), hidden, int(max(tokens * block, logits * wide(policy.compute).itemsize)))
 
 
 def _at_work(model: config.Model, kind: str) -> int:

@@ -1,4 +1,4 @@
-"""Decoding: one compiled prefill over prompts of different lengths, then one compiled loop that draws the new tokens.
+"""Decoding: one compiled program reads prompts of different lengths, and draws the new tokens in a loop.
 
     new = generate(decoder, params, [[5, 8, 2], [7]], GREEDY, max_new_tokens=64, eos_id=0)
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +72,7 @@ def generate(
         UserError: see `check_prompts`.
     """
     options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
-    new_BN = np.concatenate([*blocks(decoder, params, prompts, sampling, **options)], axis=1)
-    return _up_to_end(new_BN, eos_id)
+    return _completed(decoder, params, prompts, sampling, **options, samples=1, scored=False)[0]
 
 
 def draws(
@@ -98,35 +97,11 @@ def draws(
         UserError: see `check_prompts`.
     """
     options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed, "samples": samples}
-    state, _ = next(_states(decoder, params, prompts, Sampling(temperature=temperature), **options, scored=True))
-    ids = _up_to_end(np.asarray(state.new)[:, : int(state.step)], eos_id)
-    return Draws(ids, [logps[: len(row)] for row, logps in zip(ids, np.asarray(state.logps), strict=True)])
+    ids, logps_BN = _completed(decoder, params, prompts, Sampling(temperature=temperature), **options, scored=True)
+    return Draws(ids, [logps_N[: len(row)] for row, logps_N in zip(ids, np.asarray(logps_BN), strict=True)])
 
 
-def _up_to_end(new_BN: np.ndarray, eos_id: int | None) -> list[list[int]]:
-    """The new ids of each row, its end id included."""
-    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new_BN.tolist()]
-
-
-def blocks(
-    decoder: Decoder,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    max_new_tokens: int,
-    eos_id: int | None = None,
-    pad_id: int = 0,
-    seed: int = 0,
-    size: int = 0,
-) -> Iterator[np.ndarray]:
-    """As `generate`, in blocks [B, size] as they are drawn (0: one block); after the end of a row comes `pad_id`."""
-    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed, "size": size}
-    for state, part in _states(decoder, params, prompts, sampling, **options):
-        yield np.array(state.new)[:, part]
-
-
-def _states(
+def _completed(
     decoder: Decoder,
     params: Params,
     prompts: Sequence[Sequence[int]],
@@ -136,29 +111,19 @@ def _states(
     eos_id: int | None,
     pad_id: int,
     seed: int,
-    size: int = 0,
-    samples: int = 1,
-    scored: bool = False,
-) -> Iterator[tuple[State, slice]]:
-    """The state after each block, and which of its tokens are new; the next block overwrites the state."""
+    samples: int,
+    scored: bool,
+) -> tuple[list[list[int]], Float[Array, "b n"] | None]:
+    """The new ids of each row, its end id included, and the log-probabilities of all places, if they are asked for."""
     decoder.config.require_language_model("generation")
     check_prompts(decoder.config, prompts, max_new_tokens)
     decoder, params = unrolled_for_decoding(decoder, params)
-    tokens, positions, segments, lengths = right_padded(prompts, bucket(max(map(len, prompts))), pad_id)
+    rows = right_padded(prompts, bucket(max(map(len, prompts))), pad_id)
     uniforms_BN = jnp.asarray(uniforms(seed, samples * len(prompts), max_new_tokens))
     ends = jnp.asarray([-1 if eos_id is None else eos_id, pad_id], jnp.int32)
-    rows = tokens, positions, segments, lengths
-    state = _prefill(decoder, sampling, params, *rows, uniforms_BN, ends, samples=samples, scored=scored)
-    shown, drawn = 0, 1
-    while shown < max_new_tokens:
-        until = min(shown + (size or max_new_tokens), max_new_tokens)
-        if drawn < until:
-            state = _decode(decoder, sampling, params, state, uniforms_BN, ends, jnp.int32(until))
-            drawn = int(state.step)
-        yield state, slice(shown, min(drawn, until))
-        if drawn < until or bool(state.ended.all()):
-            return
-        shown = until
+    new_BN, logps_BN = _complete(decoder, sampling, params, *rows, uniforms_BN, ends, samples=samples, scored=scored)
+    new = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in np.asarray(new_BN).tolist()]
+    return new, logps_BN
 
 
 def bucket(length: int) -> int:
@@ -178,6 +143,34 @@ _unstack = jax.jit(unstack_layers, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("samples", "scored"))
+def _complete(
+    decoder: Decoder,
+    sampling: Sampling,
+    params: Params,
+    tokens_PT: Int[Array, "p t"],
+    positions_PT: Int[Array, "p t"],
+    segments_PT: Int[Array, "p t"],
+    lengths_P: Int[Array, " p"],
+    uniforms_BN: Float[Array, "b n"],
+    ends: Int[Array, "2"],
+    *,
+    samples: int,
+    scored: bool,
+) -> tuple[Int[Array, "b n"], Float[Array, "b n"] | None]:
+    """Prompts and new tokens in one program: draw until all rows have ended or are full."""
+    rows = tokens_PT, positions_PT, segments_PT, lengths_P
+    state = _prefill(decoder, sampling, params, *rows, uniforms_BN, ends, samples=samples, scored=scored)
+
+    def body(state: State) -> State:
+        token_B1, position_B1 = state.token[:, None], state.position[:, None]
+        hidden_B1D, cache = _hidden(decoder, params, token_B1, position_B1, jnp.ones_like(token_B1), state.cache)
+        return _draw(decoder, sampling, params, state._replace(cache=cache), hidden_B1D, uniforms_BN, ends)
+
+    n = uniforms_BN.shape[1]
+    state = jax.lax.while_loop(lambda state: (state.step < n) & ~state.ended.all(), body, state)
+    return state.new, state.logps
+
+
 def _prefill(
     decoder: Decoder,
     sampling: Sampling,
@@ -222,26 +215,6 @@ def _spread_cache(decoder: Decoder, samples: int, leaf: Array) -> Array:
     """A leaf of a cache with each row so many times; stacked layers stand before the rows, a count has none."""
     axis = 1 if decoder.config.scanned else 0
     return jnp.repeat(leaf, samples, axis=axis) if leaf.ndim > axis else leaf
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(
-    decoder: Decoder,
-    sampling: Sampling,
-    params: Params,
-    state: State,
-    uniforms_BN: Float[Array, "b n"],
-    ends: Int[Array, "2"],
-    until: Int[Array, ""],
-) -> State:
-    """Draw until each row has `until` new tokens or all have ended."""
-
-    def body(state: State) -> State:
-        token_B1, position_B1 = state.token[:, None], state.position[:, None]
-        hidden_B1D, cache = _hidden(decoder, params, token_B1, position_B1, jnp.ones_like(token_B1), state.cache)
-        return _draw(decoder, sampling, params, state._replace(cache=cache), hidden_B1D, uniforms_BN, ends)
-
-    return jax.lax.while_loop(lambda state: (state.step < until) & ~state.ended.all(), body, state)
 
 
 def _hidden(decoder: Decoder, params: Params, *inputs: Any) -> tuple[Array, Cache]:

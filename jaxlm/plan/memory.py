@@ -79,7 +79,8 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
     leaves = _leaves(model, policy)
     narrow = policy.compute.itemsize / policy.params.itemsize
     copies = int(_bytes(layout, leaves) * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
-    used = activations(cfg, layout)
+    models = (dataclasses.replace(cfg, model=tree.model) for tree in recipe.models.trained.values())
+    used = [activations(one, layout, recipe.objective.blocks) for one in models]
     narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
     of_loss = math.prod(rows) // split * recipe.objective.kept * narrow_width
     layer, table = _gathered(layout, leaves, model.repeats)
@@ -93,8 +94,8 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
         optimizer=moments,
         batch=batch // split,
         gradients=moving * (1 if cfg.train.microbatches == 1 else 2) + copies,
-        activations=used.kept + of_loss,
-        working=used.working + gathered,
+        activations=sum(one.kept + one.hidden for one in used) + of_loss,
+        working=max(one.working for one in used) + gathered,
     )
 
 

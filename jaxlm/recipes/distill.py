@@ -44,6 +44,8 @@ from jaxlm.train.recipe import (
 )
 
 TEACHER, PROJECTION = "teacher", "projection"
+BLOCKS = {"forward": 5, "reverse": 4, "jsd": 6}
+"""How many blocks of logits of both models, and of their logarithms, stand side by side in the CPU's compiled step."""
 _log = logging.getLogger(__name__)
 
 
@@ -78,6 +80,7 @@ def recipe(cfg: config.Config) -> Recipe:
 
     frozen = {} if cached else {TEACHER: Frozen(teacher, path, cfg.numerics.params)}
     maps, kept = {}, 0 if cached else teacher.d_model
+    blocks = 1 if cached or cfg.distill.of_states else BLOCKS[cfg.distill.divergence]
     if cfg.distill.of_states:
         width, pairs = (cfg.model.d_model, teacher.d_model), cfg.distill.pairs(cfg.model.n_layers, teacher.n_layers)
         maps = {PROJECTION: Maps(dict.fromkeys(pairs, width), cfg.train)}
@@ -86,7 +89,7 @@ def recipe(cfg: config.Config) -> Recipe:
     return Recipe(
         columns={**LM_COLUMNS, **(teach.columns(cfg, teacher) if cached else {})},
         models=Models({MODEL: model_of_run(cfg)}, frozen, maps),
-        objective=Objective(objective, twin("torch_ref.recipes.distill"), kept=kept),
+        objective=Objective(objective, twin("torch_ref.recipes.distill"), kept=kept, blocks=blocks),
         data=data,
         judge=functools.partial(judge, states=cfg.distill.of_states),
     )

@@ -178,6 +178,9 @@ class Objective(NamedTuple):
     kept: int = 0
     """Elements of one token, in the compute dtype, that stand until its gradient is known, beside what the trained
     models keep. The planner counts them."""
+    blocks: int = 1
+    """How many times the logits of a block of tokens stand side by side: those of a teacher, or their logarithms. The
+    planner counts them."""
     cached: RowFunction | None = None
     """Numbers of each row that no update changes. They are computed once, before training, and kept by the data, which
     is a `CachingSource`; batches have them as a column, so the step needs neither the trees nor their forward pass."""

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.infer import generate as infer
-from jaxlm.infer.generate import blocks, bucket, generate
+from jaxlm.infer.generate import bucket, generate
 from jaxlm.infer.text import Generator
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.text.completion import STREAM_BLOCK
@@ -84,18 +84,8 @@ def test_a_row_ends_at_eos_and_the_loop_with_the_last_row(decoder: Decoder, para
     ended = generate(decoder, params, PROMPTS, WARM, max_new_tokens=20, seed=5, eos_id=eos)
     assert ended == expected
     assert ended[2][-1] == eos and len(ended[2]) <= 5
-    (alone,) = blocks(decoder, params, PROMPTS[2:], WARM, max_new_tokens=20, seed=5, eos_id=free[0][0], size=0)
-    assert alone.shape[1] <= 20
     first = generate(decoder, params, PROMPTS[:1], GREEDY, max_new_tokens=1)[0]
-    only = [*blocks(decoder, params, PROMPTS[:1], GREEDY, max_new_tokens=20, eos_id=first[0], size=4)]
-    assert [block.tolist() for block in only] == [[first]]  # ended by its first token: no step was made
-
-
-@pytest.mark.parametrize("size", [1, 3, 7, 20])
-def test_blocks_are_the_whole(decoder: Decoder, params: Params, size: int) -> None:
-    parts = [*blocks(decoder, params, PROMPTS, WARM, max_new_tokens=20, seed=5, size=size)]
-    assert [part.shape[1] for part in parts[:-1]] == [size] * (len(parts) - 1)
-    assert np.concatenate(parts, axis=1).tolist() == generate(decoder, params, PROMPTS, WARM, max_new_tokens=20, seed=5)
+    assert generate(decoder, params, PROMPTS[:1], GREEDY, max_new_tokens=20, eos_id=first[0]) == [first]
 
 
 def test_repetition_counts_the_prompt_and_the_new_tokens(decoder: Decoder, params: Params) -> None:
@@ -112,13 +102,13 @@ def test_the_loop_copies_no_cache(decoder: Decoder, params: Params) -> None:
     """In the compiled body each cache is written by one update in place: no copy, no transposition, no scatter."""
     captured = {}
 
-    def capture(*args: object) -> infer.State:
-        captured["text"] = infer_decode.lower(*args).compile().as_text()
-        return infer_decode(*args)
+    def capture(*args: object, **options: object) -> object:
+        captured["text"] = complete.lower(*args, **options).compile().as_text()
+        return complete(*args, **options)
 
-    infer_decode = infer._decode
+    complete = infer._complete
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "_decode", capture)
+        patch.setattr(infer, "_complete", capture)
         generate(decoder, params, PROMPTS, GREEDY, max_new_tokens=40)
     text = captured["text"]
     slots = bucket(max(map(len, PROMPTS))) + 40

@@ -74,6 +74,34 @@ def test_what_a_teacher_adds_is_that_of_the_compiler(teacher: Path) -> None:
         assert 0.9 < counted / measured < 1.1
 
 
+@eight
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_logits_of_a_large_vocabulary_are_counted(divergence: str, tmp_path: Path) -> None:
+    """Blocks of logits that are larger than all else: a teacher adds as much as the compiled step says."""
+    wide = {"vocab_size": 8192, "tie_embeddings": False}
+    teaching = toml.from_dict({"model": {**TEACHER, **wide}, "data": {"seq_len": 128}})
+    params = jax.tree.map(lambda x: np.asarray(x, "float32"), random_params(teaching.model))
+    Model(teaching, params, BYTES).save(tmp_path / "teacher")
+    common = {"model": {**STUDENT, **wide}, "data": {"seq_len": 128}, "train": {"batch_size": 32, "loss_block": 256}}
+    options = {"teacher": str(tmp_path / "teacher"), "divergence": divergence}
+    alone, taught = (
+        toml.from_dict({**common, "recipe": name, "distill": distill})
+        for name, distill in (("pretrain", {}), ("distill", options))
+    )
+    counted, measured = (found(taught) - found(alone) for found in (_estimated, _measured))
+    assert 0.9 < counted / measured < 1.1
+
+
+@eight
+def test_activations_of_a_value_model_are_counted() -> None:
+    """It has as many layers as the policy, and both wait for the backward pass of one loss."""
+    common = {"model": STUDENT, "data": {"seq_len": 128}, "train": {"batch_size": 32, "init_from": "base"}}
+    rl = {"rewards": ["exact_text"], "prompts": 8, "group": 4, "max_new_tokens": 64}
+    policy, both = (toml.from_dict({**common, "recipe": name, "rl": rl}) for name in ("grpo", "ppo"))
+    counted, measured = (found(both) - found(policy) for found in (_estimated, _measured))
+    assert 0.9 < counted / measured < 1.1
+
+
 def _estimated(cfg: config.Config) -> int:
     return estimate(cfg, 8).bytes
 

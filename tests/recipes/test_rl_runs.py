@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,25 @@ def test_the_samples_of_a_step_are_kept(begun: Path, tmp_path: Path) -> None:
         read_rollouts(begun / "nowhere")
     write_rollouts(tmp_path, 7, [{"text": "one\u2028two\x85three"}, {"text": ""}])
     assert [row["text"] for row in read_rollouts(tmp_path).rows] == ["one\u2028two\x85three", ""]
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_lengths_of_prompts_compile_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Samples, greedy answers, the update, validation, and log-probabilities of the samples that are kept: once each.
+
+    The longest prompt of a phase has 12 to 16 characters, and greedy answers are given four times.
+    """
+    cfg = load(tmp_path, "grpo", steps=8, rl="evaluate_every = 2")
+    rl = dataclasses.replace(cfg.rl, task="list_operations(length=4)", prompts=2, group=8)
+    cfg = dataclasses.replace(cfg, rl=rl, data=dataclasses.replace(cfg.data, seq_len=24))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        start.run(cfg)
+    compiled = collections.Counter(re.findall(r"Compiling jit\((\w+)\)", caplog.text))
+    assert {name: compiled[name] for name in ("_complete", "traced", "_logps")} == {
+        "_complete": 2,
+        "traced": 2,
+        "_logps": 1,
+    }
 
 
 def test_rewards_are_compared_with_lengths_among_samples_of_a_prompt() -> None:
