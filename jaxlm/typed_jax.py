@@ -50,6 +50,12 @@ def custom_vjp(*without_gradient: int) -> Callable[[Callable[P, R]], CustomVJP[P
     return decorate
 
 
+def matmul_precision() -> str:
+    """The precision of products that name none: that of the `jax.default_matmul_precision` around them."""
+    config = cast(Any, jax.config)
+    return config.jax_default_matmul_precision or "default"
+
+
 def checkpoint(function: Callable[P, R]) -> Callable[P, R]:
     """`jax.checkpoint`: the backward pass computes the function anew."""
     return jax.checkpoint(function)

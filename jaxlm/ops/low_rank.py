@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.typed_jax import custom_vjp, optimization_barrier
+from jaxlm.typed_jax import custom_vjp, matmul_precision, optimization_barrier
 
 
 def low_rank(x: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "r ..."]) -> Float[Array, "..."]:
@@ -22,20 +21,20 @@ def low_rank(x: Float[Array, "..."], a: Float[Array, "..."], b: Float[Array, "r 
 
     The gradients are computed at the precision of the products here, as JAX does it, wherever they are asked for.
     """
-    return _product(x, a, b, jax.config.jax_default_matmul_precision or "default")
+    return _product(x, a, b, matmul_precision())
 
 
 @custom_vjp(3)
-def _product(x: Array, a: Array, b: Array, precision: str | None) -> Array:
+def _product(x: Array, a: Array, b: Array, precision: str) -> Array:
     return _forward(x, a, b, precision)[0]
 
 
-def _forward(x: Array, a: Array, b: Array, precision: str | None) -> tuple[Array, tuple[Array, ...]]:
+def _forward(x: Array, a: Array, b: Array, precision: str) -> tuple[Array, tuple[Array, ...]]:
     inner = jnp.tensordot(x, a, axes=a.ndim - 1, precision=precision)
     return jnp.tensordot(inner, b, axes=1, precision=precision), (x, a, b, inner)
 
 
-def _backward(precision: str | None, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+def _backward(precision: str, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     product = functools.partial(jnp.tensordot, precision=precision)
     x, a, b, inner = kept
     tokens, outs = tuple(range(inner.ndim - 1)), range(inner.ndim - 1, dy.ndim)
