@@ -6,6 +6,7 @@ import os
 import resource
 import statistics
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def state() -> tuple[int, bytes, int]:
     return (
         len(os.listdir("/proc/self/fd")),
         Path("/proc/self/mountinfo").read_bytes(),
-        len(list(Path("/tmp").glob(f"jaxlm-box-{os.getpid()}-*"))),
+        len(list(Path(tempfile.gettempdir()).glob(f"jaxlm-box-{os.getpid()}-*"))),
     )
 
 

@@ -14,7 +14,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,13 +204,7 @@ def _last_line(ran: Ran) -> str:
     return (lines[-1] if lines else ran.text)[:120]
 
 
-def attempt_all(
-    escapes: list[Escape],
-    sandbox: Sandbox,
-    limits: Limits = LIMITS,
-    workers: int = 2,
-    done: Callable[[Tried], None] | None = None,
-) -> Iterator[Tried]:
+def attempt_all(escapes: list[Escape], sandbox: Sandbox, limits: Limits = LIMITS, workers: int = 2) -> Iterator[Tried]:
     """Try escapes, several at a time, in order; those that look for leftovers alone, at the end."""
     alone = [escape for escape in escapes if escape.sign == "leftover"]
     with ThreadPoolExecutor(workers) as pool:
