@@ -28,10 +28,12 @@ STORED = "stored"
 """The dtype of findings about config and weights: whatever they are stored in."""
 GENERATION = "generation"
 """The level of the greedy tokens."""
+AGAIN = ("forward", "gradients")
+"""Levels of which an alarm below float64 is judged anew on other rows."""
 LOOKS = 16
-"""Draws of rows by which an alarm about a gradient below float64 is confirmed."""
+"""Draws of rows by which such an alarm is confirmed."""
 SURE = 8
-"""If each of the first draws keeps the bound, no more are drawn. A gradient whose median is beyond the bound passes so
+"""If each of the first draws keeps the bound, no more are drawn. A tensor whose median is beyond the bound passes so
 once in 256 times."""
 ALL = "median of all parameters"
 """The name of a finding about all tensors of a level together."""
@@ -175,23 +177,23 @@ def look_again(
     found: Sequence[Finding],
     inputs: Inputs,
     sides: tuple[Side, Side],
-    levels: Sequence[str] = ("gradients",),
 ) -> Iterator[Finding]:
-    """`found`, with every alarm about one of `levels` judged anew, by its median errors on `LOOKS` other draws of rows.
+    """`found`, with every alarm about an output or a gradient judged anew, by its median errors on `LOOKS` other draws.
 
-    The error of a few elements, or of many that share a cause, is a matter of luck, and so is the ratio of two: of
-    gradients, and where there are experts of outputs too, as one token near a tie is given to others by rounding. What
-    rounds too often is as wrong on other rows.
+    The error of a few elements, or of many that share a cause, is a matter of luck, and so is the ratio of two. Few
+    elements rule a gradient; an output where one token near a tie is given to other experts by rounding; and the
+    outputs of a trained model whose first token has activations some hundred times those of all others (Sun et al.
+    2024, "Massive activations"). What rounds too often is as wrong on other rows.
     """
     one_sided = not all(side.mirrors for side in sides)
     suspects = [
-        (one.level, one.name) for one in found if one.level in levels and not one.ok and math.isfinite(one.error)
+        (one.level, one.name) for one in found if one.level in AGAIN and not one.ok and math.isfinite(one.error)
     ]
     if not suspects:
         yield from found
         return
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {suspect: [] for suspect in suspects}
-    alarmed = [level for level in levels if level in {level for level, _ in suspects}]
+    alarmed = [level for level in AGAIN if level in {level for level, _ in suspects}]
 
     def judged(errors: tuple[float, float]) -> tuple[float, float]:
         low, high = low_and_high(errors, one_sided)
