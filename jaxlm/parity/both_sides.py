@@ -22,14 +22,12 @@ from jaxlm.parity.compare import (
 )
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.routing import compare_routing
-from jaxlm.parity.trace import DTYPES, Side, Trace
+from jaxlm.parity.trace import DTYPES, OF_PARAMETERS, Side, Trace, on_disk
 
 LARGE = 50_000_000
 """Parameters above which one side works after the other, and gradients and updates are compared after all else. In
 float64 a side has 8 bytes for each and some ten copies: the model, its gradient, both moments, two updates, the trace;
-together with the outputs of all modules more than a laptop holds."""
-OF_PARAMETERS = ("gradients", "update")
-"""Levels with values for every parameter."""
+together with the outputs of all modules more than a laptop holds. What is kept of parameters then lies on the disk."""
 Progress = Callable[[str, str, str], None]
 """Called with the side, the dtype and what begins."""
 
@@ -76,7 +74,8 @@ def _compared(
 
     def trace(side: Side, dtype: str) -> Trace:
         with _timed(side.name, dtype, seconds, progress) as part:
-            return side.trace(dtype, inputs, part)
+            found = side.trace(dtype, inputs, part)
+            return found if at_one_time > 1 else on_disk(found)
 
     # XLA compiles without the interpreter lock, so torch computes meanwhile. float64 comes first, because its trace of
     # our side is the reference of all others.
@@ -102,6 +101,7 @@ def _compared(
                 findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
             if any(one.level == "forward" and not one.ok for one in findings):
                 break  # of other mathematics, rounding says nothing
+            del ours, theirs  # of a large model some gigabytes
     return findings
 
 

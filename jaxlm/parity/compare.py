@@ -334,20 +334,23 @@ def _typical(
 
     An update is the difference of two float32 parameters, so it is never more exact than they are.
     """
-    exact, mine, other = (np.concatenate([_wide(array) for array in arrays]) for arrays in updates)
-    moved = exact != 0
-    if not moved.any():
-        moved = np.ones_like(moved)
-    size = _median(exact[moved]) or 1.0
-    errors = _median((mine - exact)[moved]) / size, _median((other - exact)[moved]) / size
+    exact, mine, other = updates
+    moved = [_wide(array) != 0 for array in exact]
+    if not any(mask.any() for mask in moved):
+        moved = [np.ones_like(mask) for mask in moved]
+
+    def typical(arrays: Iterable[np.ndarray]) -> float:
+        return float(np.median(np.concatenate([np.abs(a[mask]) for a, mask in zip(arrays, moved, strict=True)])))
+
+    def error(arrays: Sequence[Array]) -> float:
+        return typical(_wide(a) - _wide(b) for a, b in zip(arrays, exact, strict=True)) / size
+
+    size = typical(map(_wide, exact)) or 1.0
+    errors = error(mine), error(other)
     low, high = low_and_high(errors, one_sided)
-    weight = _median(np.concatenate([_wide(array) for array in weights])[moved])
+    weight = typical(map(_wide, weights))
     rounding = steps * PARAMETER_ROUNDING.allowed * weight / size
     return Finding(dtype, level, ALL, high, RATIO.allowed * max(low, floor, rounding), errors=errors)
-
-
-def _median(array: np.ndarray) -> float:
-    return float(np.median(np.abs(array)))
 
 
 def _orders(ours: Trace, theirs: Trace) -> dict[str, list[str]]:

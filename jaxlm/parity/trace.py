@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,8 @@ from jaxlm.parity.inputs import Inputs
 Arrays = dict[str, np.ndarray]
 
 DTYPES = ("float64", "float32", "bfloat16")
+OF_PARAMETERS = ("gradients", "update")
+"""Levels with values for every parameter."""
 STEPS = (1, 20)
 LEARNING_RATE = 3e-4
 """Highest peak of the optimiser steps. Longer strides over the same rows amplify rounding: 20 updates of the quickstart
@@ -113,6 +116,26 @@ def without_balancing(settings: config.Config) -> config.Config:
 def moved(now: np.ndarray, begin: np.ndarray) -> np.ndarray:
     """The difference of two states of a parameter, which is small against both, in float64."""
     return now.astype(np.float64) - begin.astype(np.float64)
+
+
+def on_disk(trace: Trace) -> Trace:
+    """The same trace, with what there is for every parameter in files, of which the system keeps what fits in memory.
+
+    The files have no name and go with the arrays; they lie in `TMPDIR`.
+    """
+
+    def filed(arrays: Arrays) -> Arrays:
+        return {name: _in_file(array) for name, array in arrays.items()}
+
+    levels = {name: filed(x) if name.split()[0] in OF_PARAMETERS else x for name, x in trace.levels.items()}
+    return dataclasses.replace(trace, levels=levels, weights=filed(trace.weights))
+
+
+def _in_file(array: np.ndarray) -> np.ndarray:
+    with tempfile.TemporaryFile() as file:
+        mapped = np.memmap(file, array.dtype, "w+", shape=array.shape)
+    mapped[...] = array
+    return mapped
 
 
 def returned(name: str, output: Any) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class JaxSide:
         """How far the optimiser has moved each parameter after each number of `STEPS`."""
         train = self._settings.train
         # The steps run with the model as configured, scanned or not: the loop over layers is part of what is proved.
-        state = init_state(params, make_optimizer(train))
+        # A step gives its state away, so that there is one at a time; the parameters before it are needed later.
+        state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(train))
         begin, levels = dict(to_torch(jax.device_get(params), decoder.config)), {}
         for number in range(1, max(STEPS) + 1):
             state, _ = _step(decoder, train, state, dict(inputs.step_rows))
@@ -266,7 +267,7 @@ def _exchanged(module: nn.Module, key: str, x: jax.Array) -> jax.Array:
 _logits = jax.jit(lambda decoder, params, *places: decoder.apply({"params": params}, *places)[0], static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _step(decoder: Decoder, train: config.Train, state: TrainState, batch: Any) -> Any:
     """The update of training without noise; jitted here, so that it is compiled once for all comparisons of a model."""
     objective = jax_loss(decoder, train)

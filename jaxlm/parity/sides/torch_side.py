@@ -66,9 +66,12 @@ class TorchSide:
         if inputs.wants("forward", "loss", "gradients"):
             progress("forward and gradient")
             sums, gradients = self._gradients(decoder, batch)
-            found = {"forward": self._forward(decoder, batch), "gradients": gradients}
+            found = {"gradients": gradients}
             found["loss"] = {name: array_of(sums[name] / sums["weight"]) for name in ("loss", "nll")}
+            if inputs.wants("forward"):
+                found["forward"] = self._forward(decoder, batch)
             levels = {level: found[level] for level in ("forward", "loss", "gradients") if inputs.wants(level)}
+            del sums, gradients, found
         tokens = []
         if inputs.wants("generation"):
             progress("greedy tokens")
