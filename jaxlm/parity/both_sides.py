@@ -22,12 +22,14 @@ from jaxlm.parity.compare import (
 )
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.routing import compare_routing
-from jaxlm.parity.trace import DTYPES, OF_PARAMETERS, Side, Trace, on_disk
+from jaxlm.parity.trace import DTYPES, Side, Trace, on_disk
 
 LARGE = 50_000_000
 """Parameters above which one side works after the other, and gradients and updates are compared after all else. In
 float64 a side has 8 bytes for each and some ten copies: the model, its gradient, both moments, two updates, the trace;
-together with the outputs of all modules more than a laptop holds. What is kept of parameters then lies on the disk."""
+together with the outputs of all modules more than a laptop holds. The traces then lie on the disk."""
+OF_PARAMETERS = ("gradients", "update")
+"""Levels with values for every parameter."""
 Progress = Callable[[str, str, str], None]
 """Called with the side, the dtype and what begins."""
 
@@ -91,7 +93,7 @@ def _compared(
                 # if float64 is sound, for otherwise the difference is real.
                 found = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
                 sound = all(one.ok for one in findings if one.dtype == "float64")
-                findings += look_again(dtype, found, inputs, sides) if sound else found
+                findings += look_again(dtype, found, inputs, sides, at_one_time) if sound else found
             if model is not None and inputs.wants("routing") and inputs.wants("forward"):
                 # Which experts are chosen is compared apart: near a tie, rounding decides, and everything behind such a
                 # token differs without a fault.

@@ -177,6 +177,7 @@ def look_again(
     found: Sequence[Finding],
     inputs: Inputs,
     sides: tuple[Side, Side],
+    at_one_time: int = 2,
 ) -> Iterator[Finding]:
     """`found`, with every alarm about an output or a gradient judged anew, by its median errors on `LOOKS` other draws.
 
@@ -184,6 +185,9 @@ def look_again(
     elements rule a gradient; an output where one token near a tie is given to other experts by rounding; and the
     outputs of a trained model whose first token has activations some hundred times those of all others (Sun et al.
     2024, "Massive activations"). What rounds too often is as wrong on other rows.
+
+    Args:
+        at_one_time: so many of float64 and both sides are computed together; each holds the outputs of all modules.
     """
     one_sided = not all(side.mirrors for side in sides)
     suspects = [
@@ -193,13 +197,13 @@ def look_again(
         yield from found
         return
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {suspect: [] for suspect in suspects}
-    alarmed = [level for level in AGAIN if level in {level for level, _ in suspects}]
+    alarmed = {level: [name for one, name in suspects if one == level] for level in AGAIN}
 
     def judged(errors: tuple[float, float]) -> tuple[float, float]:
         low, high = low_and_high(errors, one_sided)
         return high, RATIO.allowed * max(low, FLOORS[dtype].allowed)
 
-    for draw in _draws(dtype, inputs, sides, alarmed):
+    for draw in _draws(dtype, inputs, sides, alarmed, at_one_time):
         for level, name in suspects:
             exact, mine, other = (arrays[name] for arrays in draw[level])
             seen[level, name].append((relative(mine, exact), relative(other, exact)))
@@ -218,22 +222,25 @@ def look_again(
 
 
 def _draws(
-    dtype: str, inputs: Inputs, sides: tuple[Side, Side], levels: Sequence[str]
+    dtype: str, inputs: Inputs, sides: tuple[Side, Side], names: Mapping[str, Sequence[str]], at_one_time: int
 ) -> Iterator[dict[str, list[Arrays]]]:
-    """Each level of other rows: jaxlm's in float64, then those of both sides, computed at the same time."""
+    """These tensors of each level for other rows: jaxlm's in float64, then those of both sides."""
     wanted = [(sides[0], "float64"), *((side, dtype) for side in sides)]
 
     def compute(level: str, side: Side, width: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         if level == "gradients":
-            return side.gradients(width, rows)
-        return {name: real_tokens(output, rows) for name, output in side.forward(width, rows).items()}
+            gradients = side.gradients(width, rows)
+            return {name: gradients[name] for name in names[level]}
+        outputs = side.forward(width, rows)
+        return {name: real_tokens(outputs[name], rows) for name in names[level]}
 
-    with ThreadPoolExecutor(len(wanted)) as pool:
+    with ThreadPoolExecutor(min(at_one_time, len(wanted))) as pool:
         for number in range(1, LOOKS + 1):
             rows = inputs.other_rows(number)
             yield {
                 level: [*pool.map(lambda one, level=level, rows=rows: compute(level, one[0], one[1], rows), wanted)]
-                for level in levels
+                for level in names
+                if names[level]
             }
 
 

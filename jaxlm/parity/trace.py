@@ -20,8 +20,6 @@ from jaxlm.parity.inputs import Inputs
 Arrays = dict[str, np.ndarray]
 
 DTYPES = ("float64", "float32", "bfloat16")
-OF_PARAMETERS = ("gradients", "update")
-"""Levels with values for every parameter."""
 STEPS = (1, 20)
 LEARNING_RATE = 3e-4
 """Highest peak of the optimiser steps. Longer strides over the same rows amplify rounding: 20 updates of the quickstart
@@ -119,19 +117,21 @@ def moved(now: np.ndarray, begin: np.ndarray) -> np.ndarray:
 
 
 def on_disk(trace: Trace) -> Trace:
-    """The same trace, with what there is for every parameter in files, of which the system keeps what fits in memory.
+    """The same trace, its arrays in files without a name that go with them: the system keeps what fits in memory.
 
-    The files have no name and go with the arrays; they lie in `TMPDIR`.
+    The files lie in `TMPDIR`.
     """
 
     def filed(arrays: Arrays) -> Arrays:
         return {name: _in_file(array) for name, array in arrays.items()}
 
-    levels = {name: filed(x) if name.split()[0] in OF_PARAMETERS else x for name, x in trace.levels.items()}
+    levels = {level: filed(arrays) for level, arrays in trace.levels.items()}
     return dataclasses.replace(trace, levels=levels, weights=filed(trace.weights))
 
 
 def _in_file(array: np.ndarray) -> np.ndarray:
+    if not array.nbytes:
+        return array
     with tempfile.TemporaryFile() as file:
         mapped = np.memmap(file, array.dtype, "w+", shape=array.shape)
     mapped[...] = array
