@@ -23,6 +23,7 @@ from jaxlm.parity.compare import (
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.routing import compare_routing
 from jaxlm.parity.trace import DTYPES, Side, Trace, on_disk
+from jaxlm.processes.freed_memory import give_freed_memory_back
 
 LARGE = 50_000_000
 """Parameters above which one side works after the other, and gradients and updates are compared after all else. In
@@ -77,7 +78,10 @@ def _compared(
     def trace(side: Side, dtype: str) -> Trace:
         with _timed(side.name, dtype, seconds, progress) as part:
             found = side.trace(dtype, inputs, part)
-            return found if at_one_time > 1 else on_disk(found)
+            if at_one_time == 1:
+                found = on_disk(found)
+                give_freed_memory_back()
+            return found
 
     # XLA compiles without the interpreter lock, so torch computes meanwhile. float64 comes first, because its trace of
     # our side is the reference of all others.

@@ -1,4 +1,4 @@
-"""Memory that XLA:CPU frees is kept for the next step, instead of going back to the kernel, and used by it.
+"""Memory that is freed: kept for the next step of a training, instead of going back to the kernel; given back elsewhere.
 
 A step takes its temporary buffers, about a gigabyte for a small model, with one malloc. By default glibc maps such a
 buffer anew each time, and the kernel clears it page by page: a quarter of the step. Measured in benchmarks/README.md.
@@ -7,6 +7,7 @@ buffer anew each time, and the kernel clears it page by page: a quarter of the s
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 # glibc's malloc.h: parameter and value
@@ -27,6 +28,17 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in _SETTINGS.values():
         mallopt(parameter, value)
+
+
+def give_freed_memory_back() -> None:
+    """Collect what nothing refers to, and give what glibc's malloc keeps of it back to the kernel.
+
+    Each thread has a heap of its own, and keeps there what others could use: after the outputs of all modules, gigabytes.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def one_step_at_a_time() -> None:
