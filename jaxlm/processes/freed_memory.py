@@ -1,4 +1,4 @@
-"""Memory that is freed: kept for the next step of a training, instead of going back to the kernel; given back elsewhere.
+"""Memory that XLA:CPU frees is kept for the next step of a training; elsewhere it can be given back to the kernel.
 
 A step takes its temporary buffers, about a gigabyte for a small model, with one malloc. By default glibc maps such a
 buffer anew each time, and the kernel clears it page by page: a quarter of the step. Measured in benchmarks/README.md.
@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
 def give_freed_memory_back() -> None:
     """Collect what nothing refers to, and give what glibc's malloc keeps of it back to the kernel.
 
-    Each thread has a heap of its own, and keeps there what others could use: after the outputs of all modules, gigabytes.
+    Each thread has a heap of its own, and keeps there what others could use: after outputs of all modules, gigabytes.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
