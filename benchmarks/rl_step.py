@@ -1,8 +1,8 @@
 """A step of GRPO: its cost beside its parts, how many programs a run compiles, TRL beside it, and reward hacking.
 
-`hacking` says after how many steps a run that is paid for length says so, `honest` whether runs that are not say it.
+`hacking` says after how many steps a run that is paid for length says so.
 
-`python -m benchmarks.rl --only cost,programs,trl,hacking,honest` runs it. All begin with the model of
+`python -m benchmarks.rl --only cost,programs,trl,hacking` runs it. All begin with the model of
 configs/rl/answers-reverse.toml and take the options of configs/rl/grpo-reverse.toml: 32 prompts, 8 samples of each, one
 update.
 """
@@ -37,12 +37,6 @@ MAIN = ("_complete", "traced")
 """The programs of a phase: samples, update. Each also has one that judges: greedy answers, and validation."""
 LONGER = ('rl.rewards=["length(per_token=0.1)"]', "rl.max_new_tokens=32", "data.seq_len=40", "train.steps=40")
 """A planted reward, longer is better, and room for it."""
-EXACT = ("train.steps=60",)
-PARTIAL = (
-    *('rl.task="bracket_matching(length=12)"', 'rl.rewards=["exact_text","right_letters * 0.5"]'),
-    *("rl.max_new_tokens=16", "data.seq_len=32", "train.steps=60"),
-)
-"""Two tasks that pay for right answers: the one of the start, and one that it does not know, of 0 to 12 letters."""
 MEASURED = ("length", "length_correlation", "ended", "reward")
 MIXED = ('rl.task="bracket_matching(length=12)"', "data.seq_len=96", "rl.max_new_tokens=16", "rl.prompts=4")
 """Prompts of 13 to 60 characters, four a phase, so that the longest of a phase is now short and now long."""
@@ -137,12 +131,6 @@ def programs(start: Path) -> dict[str, Any]:
 def hacking(start: Path) -> dict[str, Any]:
     """A reward that grows with the length: at which update a line says so, and whether the page shows it."""
     return {f"seed {seed}": watched(start, seed, LONGER) for seed in range(3)}
-
-
-def honest(start: Path) -> dict[str, Any]:
-    """Rewards that pay for right answers, of one length and of many: no line should speak of length."""
-    runs = {"one length": EXACT, "many lengths": PARTIAL}
-    return {f"{name}, seed {seed}": watched(start, seed, runs[name]) for name in runs for seed in range(3)}
 
 
 def watched(start: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -291,7 +279,6 @@ FIGURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "programs": programs,
     "trl": trl,
     "hacking": hacking,
-    "honest": honest,
 }
 
 
