@@ -18,6 +18,10 @@ class UserError(Exception):
         self.hint = hint
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read. Whoever only needs a model may take the one before."""
+
+
 class MissingPeersError(UserError):
     """Other processes did not come in time. They may the next time, so launchers try again."""
 

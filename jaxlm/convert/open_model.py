@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxlm.convert.tensors import tensors_of
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import Policy
-from jaxlm.run.checkpoints import checkpoint_folder
+from jaxlm.run.checkpoints import checkpoint_folder, checkpoint_steps
 from jaxlm.run.directory import FROZEN
 
 TOKENIZER = "tokenizer.json"
@@ -87,7 +87,7 @@ def load(path: str | Path, *, step: int | None = None) -> Model:
 
 
 def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> Opened:
-    """As `load`, but nothing is read yet. Only `load` passes over a damaged checkpoint to the one before.
+    """As `load`, but nothing is read yet. No damaged checkpoint is passed over: see `load` and `open_each`.
 
     Args:
         tokenizer: a tokenizer.json or tokenizer.bin to use instead of its own.
@@ -100,6 +100,18 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Pa
     return dataclasses.replace(
         opened, tokenizer=Path(tokenizer), config=dataclasses.replace(opened.config, tokenizer=own)
     )
+
+
+def open_each(path: str | Path, step: int | None = None) -> Iterator[Opened]:
+    """The model as `open_model` opens it; of a run whose step is not given, also at each step before the newest.
+
+    Raises:
+        UserError: as `open_model`.
+    """
+    yield open_model(path, step=step)
+    if step is None and (Path(path) / "config.toml").is_file():
+        for before in reversed(checkpoint_steps(path)[:-1]):
+            yield open_model(path, step=before)
 
 
 def open_nearest(path: str | Path) -> tuple[Opened, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,18 @@ from jaxlm import config
 from jaxlm.config import registry, toml
 from jaxlm.convert import open_model
 from jaxlm.convert.canonical import fill
+from jaxlm.errors import DamagedCheckpointError, UserError
 from jaxlm.infer.model import Model
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import precision
-from jaxlm.processes.compiled_together import connect
+from jaxlm.processes.compiled_together import connect, everywhere
+from jaxlm.run.checkpoints import CHECKPOINTS
 from jaxlm.text.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "bfloat16", "float64"]
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -39,7 +44,7 @@ def load(
         mesh: devices over which to split it, those of all processes, a `config.Mesh` or the name of a preset such as
             `zero3`; None: the first. Each parameter, or stack of layers, goes there before the next is read; a run with
             adapters is merged on the host first.
-        step: which checkpoint of a run; None: the newest, on one device the newest intact one.
+        step: which checkpoint of a run; None: the newest that is intact, which all processes of a mesh can read.
 
     Raises:
         UserError: `path` holds no model (the message says what was looked for), or a damaged one; `dtype` or `mesh` is
@@ -47,15 +52,15 @@ def load(
     """
     if isinstance(mesh, str):
         mesh = toml.from_dict({"mesh": registry.mesh(mesh)}, "mesh").mesh
-    stored = open_model.load(path, step=step) if mesh is None else open_model.open_model(path, step=step)
-    settings, layout = _computing_in(stored.config, dtype), None
-    wanted = np.dtype(settings.numerics.params) if dtype else None
-    with precision(settings.numerics):
-        if isinstance(stored, open_model.Model):
+    if mesh is None:
+        stored, layout = open_model.load(path, step=step), None
+        settings = _computing_in(stored.config, dtype)
+        wanted = np.dtype(settings.numerics.params) if dtype else None
+        with precision(settings.numerics):
             params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, wanted), stored.params))
-        else:
-            layout = Layout.from_config(mesh or config.Mesh())
-            params = _on_mesh(stored, layout, wanted)
+    else:
+        layout = Layout.from_config(mesh)
+        stored, settings, params = _intact_on_mesh(path, step, layout, dtype)
     own = stored.tokenizer_path
     tokenizer = Tokenizer.from_file(own) if own else None
     found = {"kind": stored.kind, "tokenizer_path": own, "layout": layout}
@@ -70,9 +75,25 @@ def _computing_in(settings: config.Config, dtype: Dtype | None) -> config.Config
     return dataclasses.replace(settings, numerics=toml.from_dict({"numerics": numerics}, "dtype").numerics)
 
 
+def _intact_on_mesh(
+    path: str | Path, step: int | None, layout: Layout, dtype: Dtype | None
+) -> tuple[open_model.Opened, config.Config, Params]:
+    """The newest checkpoint that all processes can read: where one of them finds damage, all take the one before."""
+    connect(layout.mesh)
+    for opened in open_model.open_each(path, step):
+        settings, params = _computing_in(opened.config, dtype), None
+        with precision(settings.numerics):
+            try:
+                params = _on_mesh(opened, layout, np.dtype(settings.numerics.params) if dtype else None)
+            except DamagedCheckpointError as error:
+                _log.warning(error.message)
+        if everywhere(params is not None) and params is not None:
+            return opened, settings, params
+    raise UserError(f"{Path(path) / CHECKPOINTS}: no intact checkpoint", "start again with another out_dir")
+
+
 def _on_mesh(opened: open_model.Opened, layout: Layout, dtype: np.dtype | None) -> Params:
     """The parameters where the mesh wants them, each laid there before the next one is read."""
-    connect(layout.mesh)
     shapes, axes = abstract_params(Decoder(opened.config.model))
     places: Any = flax.traverse_util.flatten_dict(layout.shardings(axes, shapes))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.processes import meet
@@ -66,6 +67,11 @@ def connect(mesh: Mesh | AbstractMesh) -> None:
         everywhere = NamedSharding(grid, PartitionSpec(grid.axis_names))
         ones = jax.make_array_from_callback((grid.size,), everywhere, lambda index: np.ones(1, np.float32))
         jax.block_until_ready(CompiledTogether(_exchange(grid), "the exchange of all devices")(ones))
+
+
+def everywhere(value: bool) -> bool:
+    """Whether it is so in all processes, which all ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
 
 
 def _exchange(grid: Mesh) -> Callable[..., Any]:

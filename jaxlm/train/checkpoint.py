@@ -27,9 +27,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from jaxlm.errors import UserError
+from jaxlm.errors import DamagedCheckpointError, UserError
+from jaxlm.processes.compiled_together import everywhere
 from jaxlm.processes.orbax_silence import OrbaxSilence
 from jaxlm.train.recipe import MODEL
 from jaxlm.train.step import TrainState
@@ -202,7 +202,7 @@ class Checkpointer:
         where = self.folder / str(step)
         if self._replaced(step):
             return UserError(f"{where} was replaced while it was read", _REPLACED)
-        return UserError(f"{where} is damaged: {_first_line(error)}", _OTHER_STEP)
+        return DamagedCheckpointError(f"{where} is damaged: {_first_line(error)}", _OTHER_STEP)
 
     def _save(self, step: int, items: dict[str, Any], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
         if step in self._manager.all_steps():
@@ -231,7 +231,7 @@ class Checkpointer:
                 if not self._replaced(step):
                     warn(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
                 cause = error
-            if _everywhere(found is not None) and found:
+            if everywhere(found is not None) and found:
                 return found
         raise UserError(f"{self.folder}: no intact checkpoint", "start again with another out_dir") from cause
 
@@ -282,7 +282,7 @@ class Checkpointer:
             for step in damaged:
                 aside.mkdir(exist_ok=True)
                 (self.folder / str(step)).rename(tempfile.mkdtemp(prefix=f"{step}-", dir=aside))
-        _everywhere(True)  # nobody looks before it is done
+        everywhere(True)  # nobody looks before it is done
         self._manager.reload()
 
     def _not_written(self, error: OSError) -> UserError:
@@ -353,11 +353,6 @@ def checksums(tree: Any) -> dict[str, int]:
 def _word_sum(x: jax.Array) -> jax.Array:
     words = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)  # a 64-bit value is two words
     return jnp.sum(jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32), dtype=jnp.uint32)
-
-
-def _everywhere(value: bool) -> bool:
-    """Whether it is so in all processes, which all ask."""
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
 
 
 def under_way_gb(shapes: Any) -> int:
