@@ -130,14 +130,14 @@ def programs(start: Path) -> dict[str, Any]:
 
 def hacking(start: Path) -> dict[str, Any]:
     """A reward that grows with the length: at which update a line says so, and whether the page shows it."""
-    return {f"seed {seed}": watched(start, seed, LONGER) for seed in range(3)}
+    return {f"seed {seed}": watched(start, seed) for seed in range(3)}
 
 
-def watched(start: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """One run of GRPO, and the line about its lengths, if there is one."""
+def watched(start: Path, seed: int) -> dict[str, Any]:
+    """One run of GRPO that is paid for length, and the line about its lengths, if there is one."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        options = (f'out_dir="{run}"', f'train.init_from="{start}"', f"seed={seed}", *overrides)
+        options = (f'out_dir="{run}"', f'train.init_from="{start}"', f"seed={seed}", *LONGER)
         command = [sys.executable, "-m", "jaxlm", "train", CONFIG, *options]
         done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
         alert = re.search(r"step (\d+): samples have grown from .*", done.stderr)

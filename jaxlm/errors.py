@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that cannot be read. Whoever only needs a model may take the one before."""
+    """A checkpoint that cannot be read. A caller that only needs a model may take the one before."""
 
 
 class MissingPeersError(UserError):

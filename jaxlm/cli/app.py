@@ -53,7 +53,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    _check_output()
+    _replace_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of few characters shows \u00e9; none has half a pair
             stream.reconfigure(errors="backslashreplace")
@@ -82,7 +82,7 @@ class _Output(io.FileIO):
             raise UserError(f"standard output: {error.strerror}", "make room, or send it elsewhere") from None
 
 
-def _check_output() -> None:
+def _replace_output() -> None:
     """Let standard output say that it failed: a plain OSError could be that of any file."""
     plain = sys.stdout
     if plain is not sys.__stdout__ or not isinstance(plain, io.TextIOWrapper):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def load(path: str | Path, *, step: int | None = None) -> Model:
 
 
 def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> Opened:
-    """As `load`, but nothing is read yet. No damaged checkpoint is passed over: see `load` and `open_each`.
+    """As `load`, but nothing is read yet. No damaged checkpoint is passed over: see `load` and `steps_to_try`.
 
     Args:
         tokenizer: a tokenizer.json or tokenizer.bin to use instead of its own.
@@ -102,16 +102,15 @@ def open_model(path: str | Path, *, step: int | None = None, tokenizer: str | Pa
     )
 
 
-def open_each(path: str | Path, step: int | None = None) -> Iterator[Opened]:
-    """The model as `open_model` opens it; of a run whose step is not given, also at each step before the newest.
+def steps_to_try(path: str | Path, step: int | None = None) -> list[int | None]:
+    """The steps at which `open_model` may find `path` intact, newest first; only `step` where it is given or no run.
 
     Raises:
-        UserError: as `open_model`.
+        UserError: the folder of the checkpoints cannot be read.
     """
-    yield open_model(path, step=step)
     if step is None and (Path(path) / "config.toml").is_file():
-        for before in reversed(checkpoint_steps(path)[:-1]):
-            yield open_model(path, step=before)
+        return [*reversed(checkpoint_steps(path))] or [None]
+    return [step]
 
 
 def open_nearest(path: str | Path) -> tuple[Opened, dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from jaxlm.infer.model import Model
 from jaxlm.mesh import Layout
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.numerics import precision
+from jaxlm.processes import meet
 from jaxlm.processes.compiled_together import connect, everywhere
 from jaxlm.run.checkpoints import CHECKPOINTS
 from jaxlm.text.tokenizer import Tokenizer
@@ -78,18 +81,44 @@ def _computing_in(settings: config.Config, dtype: Dtype | None) -> config.Config
 def _intact_on_mesh(
     path: str | Path, step: int | None, layout: Layout, dtype: Dtype | None
 ) -> tuple[open_model.Opened, config.Config, Params]:
-    """The newest checkpoint that all processes can read: where one of them finds damage, all take the one before."""
+    """The newest checkpoint that all processes can read: where one of them finds damage, all take the one before.
+
+    Raises:
+        UserError: there is none, or a process cannot open one for another reason; in all processes alike.
+    """
     connect(layout.mesh)
-    for opened in open_model.open_each(path, step):
-        settings, params = _computing_in(opened.config, dtype), None
-        with precision(settings.numerics):
-            try:
+    damage = None
+    for at in _steps_of_first(path, step):
+        found = refused = None
+        try:
+            opened = open_model.open_model(path, step=at)
+            settings = _computing_in(opened.config, dtype)
+            with precision(settings.numerics):
                 params = _on_mesh(opened, layout, np.dtype(settings.numerics.params) if dtype else None)
-            except DamagedCheckpointError as error:
+            found = opened, settings, params
+        except DamagedCheckpointError as error:
+            damage = error
+            if step is None:
                 _log.warning(error.message)
-        if everywhere(params is not None) and params is not None:
-            return opened, settings, params
-    raise UserError(f"{Path(path) / CHECKPOINTS}: no intact checkpoint", "start again with another out_dir")
+        except UserError as error:
+            refused = error
+        # Each process votes whatever it found, or the others would wait for it.
+        if everywhere(found is not None) and found:
+            return found
+        if not everywhere(refused is None):
+            raise refused or UserError(f"{path}: another process cannot open it", "its log says why")
+    if step is None:
+        raise UserError(f"{Path(path) / CHECKPOINTS}: no intact checkpoint", "name another run") from damage
+    raise damage or UserError(f"{path}: another process finds step {step} damaged", "name another step, or another run")
+
+
+def _steps_of_first(path: str | Path, step: int | None) -> list[int | None]:
+    """The steps to try as the first process lists them: a run that goes on may save before another one looks."""
+    steps: list[int | None] = [step]
+    if meet.is_first():
+        with contextlib.suppress(UserError):  # `open_model` raises it again, where all processes vote
+            steps = open_model.steps_to_try(path, step)
+    return json.loads(meet.from_first(json.dumps(steps)))
 
 
 def _on_mesh(opened: open_model.Opened, layout: Layout, dtype: np.dtype | None) -> Params:

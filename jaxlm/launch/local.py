@@ -66,7 +66,9 @@ def launch(
         logs: folder of `process-N.log`; None: `logs/` in the run directory, else in the working directory.
 
     Raises:
-        UserError: no verb, or a config that cannot be read.
+        UserError: no verb, or a config that cannot be read. After the run, if no process has failed: standard output or
+            a log took no more, because its disk is full and the like.
+        OSError: as that UserError, where standard output is not the command line's.
     """
     if not words:
         raise UserError("nothing to launch", "jaxlm launch local --processes 4 -- train CONFIG")
@@ -74,10 +76,15 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("process-*.log"):
         old.unlink()
-    words = list(words)
+    words, unwritten = list(words), None
     for attempt in range(restarts + 1):
         group = _Group(words, processes, devices, folder)
         failed = group.run(grace)
+        unwritten = unwritten or group.unwritten
+        if failed is None and unwritten:
+            raise unwritten
+        if group.unwritten:
+            _say(str(group.unwritten))
         if failed is None or group.stopping:
             return failed.exit_code if failed else 0
         _say(f"{failed.describe()}\n  logs: {folder}")
@@ -104,7 +111,9 @@ class _Process:
             start_new_session=True,  # Ctrl-C at the terminal reaches the launcher alone, which passes it on
         )
         self.begun = self.ended = time.monotonic()
-        self._log = log.open("ab")
+        self.unwritten: OSError | UserError | None = None
+        """The first error of standard output or of the log. The output is read on, or the process would end by it."""
+        self._log = log.open("ab", buffering=0)
         self._listener = threading.Thread(target=self._listen, daemon=True)
 
     def follow(self, ended: queue.Queue[_Process]) -> None:
@@ -123,13 +132,18 @@ class _Process:
         with self._log, output:
             for text in without_noise(self._logged(output)):
                 self.last.append(text)
-                sys.stdout.write(f"[{self.index}] {text}\n")
-                sys.stdout.flush()
+                try:
+                    print(f"[{self.index}] {text}\n", end="", flush=True)
+                except (OSError, UserError) as error:
+                    self.unwritten = self.unwritten or error
 
     def _logged(self, output: IO[bytes]) -> Iterator[str]:
         for line in output:
-            self._log.write(line)
-            self._log.flush()
+            try:
+                self._log.write(line)
+            except OSError as error:
+                message = f"{self._log.name}: {error.strerror}"
+                self.unwritten = self.unwritten or UserError(message, "make room, or name another folder with --logs")
             yield line.decode(errors="replace").rstrip("\n")
 
     def signal(self, number: int) -> None:
@@ -198,6 +212,11 @@ class _Group:
                 for member in self._members:
                     member.close()
         return failed
+
+    @property
+    def unwritten(self) -> OSError | UserError | None:
+        """The error of the first process whose output or log took no more."""
+        return next((member.unwritten for member in self._members if member.unwritten), None)
 
     def signal(self, number: int) -> None:
         """To all that still run."""

@@ -64,8 +64,8 @@ def connect(mesh: Mesh | AbstractMesh) -> None:
         return
     devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
     for grid in (mesh, Mesh(devices, ("process", "local"))):  # jax's and Orbax's own exchanges go by the second
-        everywhere = NamedSharding(grid, PartitionSpec(grid.axis_names))
-        ones = jax.make_array_from_callback((grid.size,), everywhere, lambda index: np.ones(1, np.float32))
+        one_each = NamedSharding(grid, PartitionSpec(grid.axis_names))
+        ones = jax.make_array_from_callback((grid.size,), one_each, lambda index: np.ones(1, np.float32))
         jax.block_until_ready(CompiledTogether(_exchange(grid), "the exchange of all devices")(ones))
 
 

@@ -48,7 +48,7 @@ class Alerts:
         """The step of the last line of each kind, and how large the deviation was."""
         self._ends, self._endless, self._updates_per_phase = ends, 0, updates_per_phase
         self._lengths, self._correlations = list[float](), list[float]()
-        """Of each phase: the mean length of its samples, and the correlation of their rewards with their lengths."""
+        """Each phase's mean length of samples, and its correlation of their rewards with their lengths."""
 
     def look(self, step: int, metrics: Mapping[str, Any]) -> Iterator[str]:
         """Lines about a step, if it stands out."""

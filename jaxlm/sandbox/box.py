@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jaxlm.sandbox import leftovers
 from jaxlm.sandbox.backends import SHELL, Launch, Request, Sandbox, environment
 from jaxlm.sandbox.inside import processes, wire
-from jaxlm.sandbox.interpreter import ask
+from jaxlm.sandbox.interpreter import DID_NOT_RUN, ask
 from jaxlm.sandbox.verdicts import HarnessError, Limits
 
 
@@ -158,11 +158,16 @@ class Box:
         return None
 
     def kill(self) -> int:
-        """Kill everything in the box and wait until it is dead. Returns the exit status, negative for a signal."""
+        """Kill everything in the box and wait until it is dead. Returns the exit status, negative for a signal.
+
+        Raises: HarnessError where the engine of the box does not end it.
+        """
+        failure = ""
         if self.launch.end and self.process.poll() is None:
             # The client first: Docker's engine waits until it has read all, and it until we have.
             os.killpg(self.process.pid, signal.SIGKILL)
-            ask(*self.launch.end)
+            asked = ask(*self.launch.end)
+            failure = asked.stderr if asked.returncode == DID_NOT_RUN else ""
         if self.first is not None:
             _kill_and_wait(self.first)
         elif self.process.poll() is None:
@@ -170,12 +175,16 @@ class Box:
         if self.process.poll() is None and (self.first is None or not self.ready):
             self.process.kill()
         status = self.process.wait()
+        if failure:
+            raise HarnessError(f"the box may still run: {failure}")
         return 128 - status if status > 128 else status  # a wrapper tells of signal n as 128 + n
 
     def close(self) -> None:
-        """Kill, and remove everything that the box wrote."""
-        self.kill()
-        self._release()
+        """Kill, and remove everything that the box wrote. Raises: HarnessError, as `kill`."""
+        try:
+            self.kill()
+        finally:
+            self._release()
 
     def _release(self) -> None:
         self.status.close()

@@ -16,6 +16,10 @@ for path in (sys.executable, sys.base_prefix, sys.base_exec_prefix, os.path.dirn
     print(os.path.realpath(path))"""
 
 
+DID_NOT_RUN = 127
+"""The exit code that `ask` returns for a program that does not run, or does not end in time."""
+
+
 class Interpreter(NamedTuple):
     """A Python for boxes, and the folders that it needs."""
 
@@ -29,7 +33,7 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} does not run: {error}")
+        return subprocess.CompletedProcess(command, DID_NOT_RUN, "", f"{command[0]} does not run: {error}")
 
 
 @functools.cache

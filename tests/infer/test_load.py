@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ from jaxlm.config import toml
 from jaxlm.errors import UserError
 from jaxlm.infer import load
 from jaxlm.infer.model import Model
+from jaxlm.launch import local
 from jaxlm.launch.local import launch
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.optim import make_optimizer
@@ -33,6 +36,12 @@ def damage(run: Path, step: int) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
+
+
+def damage_record(run: Path, step: int) -> None:
+    """Cut the record, which is read when the checkpoint is opened, before a parameter is."""
+    record = run / "checkpoints" / str(step) / "run" / "metadata"
+    record.write_bytes(record.read_bytes()[:100])
 
 
 @pytest.fixture(scope="module")
@@ -78,27 +87,80 @@ def test_the_one_before_a_damaged_one(
     damage(run, 12)
     assert_is(jaxlm.load(run, mesh=mesh), models[3])
     assert [message.partition(" is damaged: ")[0] for message in caplog.messages] == [str(run / "checkpoints" / "12")]
-    with pytest.raises(UserError, match="no intact checkpoint"):
+    with pytest.raises(UserError, match="checkpoints/12 is damaged: .*earlier" if mesh else "no intact checkpoint"):
         jaxlm.load(run, mesh=mesh, step=12)
     damage(run, 3)
-    with pytest.raises(UserError, match="no intact checkpoint"):
+    with pytest.raises(UserError, match=r"no intact checkpoint \(name another run\)"):
         jaxlm.load(run, mesh=mesh)
+
+
+def test_the_one_before_a_damaged_record(models: dict[int, Model], run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damage_record(run, 12)
+    caplog.set_level(logging.WARNING, "jaxlm")
+    assert_is(jaxlm.load(run, mesh="zero3"), models[3])
+    assert [message.partition(" is damaged: ")[0] for message in caplog.messages] == [str(run / "checkpoints" / "12")]
 
 
 def test_damage_that_another_process_finds(
     models: dict[int, Model], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All take the one before, though this process could read the newest."""
-    answers = iter([False, True])
-    monkeypatch.setattr(load, "everywhere", lambda mine: mine and next(answers))
+    answers = iter([False, True, True, False, True])
+    monkeypatch.setattr(load, "everywhere", lambda mine: next(answers) and mine)
     assert_is(jaxlm.load(run, mesh="zero3"), models[3])
+    with pytest.raises(UserError, match="another process finds step 12 damaged"):
+        jaxlm.load(run, mesh="zero3", step=12)
+
+
+def test_an_error_that_is_no_damage_is_raised_after_all_have_voted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    votes = []
+    monkeypatch.setattr(load, "everywhere", lambda mine: votes.append(mine) or mine)
+    with pytest.raises(UserError, match="no step 5"):
+        jaxlm.load(run, mesh="zero3", step=5)
+    assert votes == [False, False]
+    monkeypatch.setattr(load, "everywhere", lambda mine: False)
+    with pytest.raises(UserError, match="another process cannot open it"):
+        jaxlm.load(run, mesh="zero3")
 
 
 @pytest.mark.soak
-def test_two_processes_take_the_same(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    damage(run, 12)
+@pytest.mark.parametrize("spoil", [damage, damage_record])
+def test_two_processes_take_the_same(
+    spoil: Callable[[Path, int], None], run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil(run, 12)
     words = ["generate", str(run), "def", "--greedy", "--max-new-tokens", "8", "--json"]
     assert launch(words, processes=2, devices=2, logs=tmp_path / "logs") == 0
     expected = jaxlm.load(run, step=3).generate("def", max_new_tokens=8).text
     shown = capfd.readouterr().out
     assert f'"text": {json.dumps(expected)}' in shown
+
+
+CHILD = """import sys
+from jaxlm import config
+from jaxlm.processes import meet
+me = meet.initialize(config.Distributed()).process_id
+import jaxlm
+print(repr(jaxlm.load(sys.argv[1 + me], mesh="zero3").generate("def", max_new_tokens=8).text), flush=True)
+meet.leave(0)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("spoil", [damage, damage_record])
+def test_damage_on_the_disk_of_one_process(
+    spoil: Callable[[Path, int], None],
+    run: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other reads the newest to its end before it hears of it."""
+    other = shutil.copytree(run, tmp_path / "other")
+    spoil(other, 12)
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.setattr(local, "PROGRAM", (sys.executable, str(tmp_path / "child.py")))
+    assert launch([str(run), str(other)], processes=2, devices=2, logs=tmp_path / "logs") == 0
+    expected = jaxlm.load(run, step=3).generate("def", max_new_tokens=8).text
+    shown = [line for line in capfd.readouterr().out.splitlines() if "damaged" not in line]
+    assert sorted(shown) == [f"[{i}] {expected!r}" for i in range(2)]

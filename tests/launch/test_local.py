@@ -1,5 +1,6 @@
 """`jaxlm launch local`: what it does with its processes, whatever they are."""
 
+import io
 import re
 import signal
 import sys
@@ -36,6 +37,38 @@ def test_output_is_prefixed_and_collected(script, capfd, monkeypatch):
     flags = "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=3"
     assert shown == [f"[{i}] ['preflight'] {i} 2 {flags}" for i in range(2)]
     assert [(logs / f"process-{i}.log").read_text() for i in range(2)] == [line[4:] + "\n" for line in shown]
+
+
+class FullDisk(io.StringIO):
+    """A standard output that takes a few lines."""
+
+    def write(self, text: str) -> int:
+        if self.tell() > 20:
+            raise UserError("standard output: No space left on device", "make room, or send it elsewhere")
+        return super().write(text)
+
+
+def test_output_on_a_full_disk_ends_in_the_main_thread(script, capfd, monkeypatch):
+    """The processes go on, and so do their logs; a failure of theirs goes first."""
+    logs = script("for n in range(1000): print(n, flush=True)\nsys.exit(len(words) - 1)")
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    with pytest.raises(UserError, match="standard output: No space left on device"):
+        launch(WORDS, processes=2, logs=logs)
+    assert [(logs / f"process-{i}.log").read_text().split() for i in range(2)] == [[*map(str, range(1000))]] * 2
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert launch([*WORDS] * 4, processes=2, logs=logs) == 3
+    assert re.search("^launch: standard output: No space left .*\nlaunch: process . ended with", capfd.readouterr().err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_log_on_a_full_disk(script, capfd, monkeypatch):
+    logs, open_ = script("for n in range(1000): print(n, flush=True)"), Path.open
+    full = lambda path, *how, **more: open_(Path("/dev/full") if path.suffix == ".log" else path, *how, **more)  # noqa: E731
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="/dev/full: No space left on device"):
+        launch(WORDS, processes=2, logs=logs)
+    shown = capfd.readouterr().out.splitlines()
+    assert sorted(shown) == sorted(f"[{i}] {n}" for i in range(2) for n in range(1000))
 
 
 def test_all_processes_get_one_free_address(script, capfd):

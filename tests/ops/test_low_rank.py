@@ -28,7 +28,7 @@ def test_value_and_gradients(tokens, ins, outs):
 
 
 def test_the_gradients_have_the_precision_of_the_product():
-    """Of four products of the gradients, asked for where another precision is usual."""
+    """All six products, two of the value and four of the gradients, asked for where another precision is usual."""
     x, a, b, dy = (jnp.ones(shape) for shape in ((4, 3), (3, 2), (2, 5), (4, 5)))
 
     def gradients(x, a, b, dy):

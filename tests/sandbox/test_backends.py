@@ -227,6 +227,24 @@ def test_an_engine_that_fails_is_no_verdict(docker: Path) -> None:
         run("pass", b"", "python", SHORT, _gone(backend, python))
 
 
+def test_an_engine_that_does_not_end_its_box(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, ends, ask = Sandbox(*container.of("python:here")), [], box.ask
+
+    def raise_timeout(command, **_):
+        ends.append(command)
+        raise subprocess.TimeoutExpired(command, 60)
+
+    def late(*command: str) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "run", raise_timeout)
+            return ask(*command)
+
+    monkeypatch.setattr(box, "ask", late)
+    with pytest.raises(HarnessError, match=r"the box may still run: .*docker does not run: .*after 60 seconds"):
+        run("while True: print('x' * 100_000)", b"", "python", SHORT, there)
+    assert len(ends) == 1 and until(lambda: not processes_with(str(docker.parent)))
+
+
 def _gone(backend, python) -> Sandbox:
     """The same backend, whose image has no Python."""
 

@@ -58,12 +58,12 @@ class Profile:
 
     def allows(self, operation: str, value: str = "") -> bool:
         """Whether an operation is allowed on a path or a target."""
-        said = "deny"
+        action_taken = "deny"
         for action, operations, filters in self.rules:
             fits = any(name == "default" or fnmatchcase(operation, name) for name in operations)
             if fits and (not filters or any(_matches(*one, value) for one in filters)):
-                said = action
-        return said == "allow"
+                action_taken = action
+        return action_taken == "allow"
 
 
 def _matches(kind: str, wanted: str, value: str) -> bool:
@@ -97,7 +97,8 @@ def test_a_program_reads_what_it_needs_and_writes_one_folder(profile: Profile, t
 def test_programs_processes_and_doors_of_the_system(profile: Profile) -> None:
     bash = profile.values["LANGUAGE"] == "bash"
     for path in (PYTHON, BUNDLE):  # a Python of a framework starts its bundle
-        assert profile.allows("process-exec", path), path
+        for operation in ("process-exec", "file-read-data", "file-map-executable"):
+            assert profile.allows(operation, path), (operation, path)
     for path in ("/bin/bash", "/usr/bin/true"):
         assert profile.allows("process-exec", path) == bash, path
     for path in (f"{profile.values['WORK']}/program", "/sbin/mount", "/usr/sbin/chroot", f"{VERSION}/bin/pip"):
