@@ -38,13 +38,13 @@ from jaxlm.infer.trained_run import Run
 
 PROMPTS = 1000
 CURVE = ("reward", "held_out_reward", "entropy", "length")
-NO_REFERENCE = "preference.cached_reference=false"
+NOT_CACHED = "preference.cached_reference=false"
 LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
 OF_LOSS = {
     "ipo": ("preference.beta=0.5",),
-    "simpo": (NO_REFERENCE, "preference.beta=2.0"),
-    "orpo": (NO_REFERENCE, "preference.odds_weight=5.0"),
-    "kto": (),
+    "simpo": (NOT_CACHED, "preference.beta=2.0"),
+    "orpo": (NOT_CACHED, "preference.odds_weight=5.0"),
+    "kto": (NOT_CACHED,),
 }
 """Options of each loss beside a config for `dpo`."""
 SIDES = ("accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
