@@ -197,7 +197,7 @@ def look_again(
         yield from found
         return
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {suspect: [] for suspect in suspects}
-    alarmed = {level: [name for one, name in suspects if one == level] for level in AGAIN}
+    alarmed = {level: [name for where, name in suspects if where == level] for level in AGAIN}
 
     def judged(errors: tuple[float, float]) -> tuple[float, float]:
         low, high = low_and_high(errors, one_sided)

@@ -8,13 +8,15 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxlm import config
+from jaxlm.errors import UserError
 from jaxlm.parity.inputs import Inputs
 
 Arrays = dict[str, np.ndarray]
@@ -117,25 +119,42 @@ def moved(now: np.ndarray, begin: np.ndarray) -> np.ndarray:
 
 
 def on_disk(trace: Trace) -> Trace:
-    """The same trace, its arrays in files without a name that go with them: the system keeps what fits in memory.
+    """The same trace, its arrays in a file without a name that goes with them: the system keeps what fits in memory.
 
-    The files lie in `TMPDIR`.
+    Raises:
+        UserError: the folder of temporary files has no room.
     """
+    every = [array for arrays in (*trace.levels.values(), trace.weights) for array in arrays.values()]
+    # One file for all, since each mapped file takes a descriptor. An offset that is a multiple of 64 suits every dtype.
+    places = np.cumsum([0, *(-(-array.nbytes // 64) * 64 for array in every)])
+    with tempfile.TemporaryFile() as file:
+        _reserve(file, max(1, int(places[-1])))
+        mapped = np.memmap(file, np.uint8, "r+")
+    offsets = iter(places)
 
     def filed(arrays: Arrays) -> Arrays:
-        return {name: _in_file(array) for name, array in arrays.items()}
+        return {name: _copied(array, mapped[next(offsets) :]) for name, array in arrays.items()}
 
     levels = {level: filed(arrays) for level, arrays in trace.levels.items()}
     return dataclasses.replace(trace, levels=levels, weights=filed(trace.weights))
 
 
-def _in_file(array: np.ndarray) -> np.ndarray:
-    if not array.nbytes:
-        return array
-    with tempfile.TemporaryFile() as file:
-        mapped = np.memmap(file, array.dtype, "w+", shape=array.shape)
-    mapped[...] = array
-    return mapped
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take the room at once: a mapped file that finds none later ends the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    except OSError as error:
+        message = f"{tempfile.gettempdir()}: no room for the {size:,} bytes of a trace: {error.strerror}"
+        raise UserError(message, "set TMPDIR to a folder with more room") from None
+
+
+def _copied(array: np.ndarray, into: np.ndarray) -> np.ndarray:
+    copy = into[: array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def returned(name: str, output: Any) -> dict[str, Any]:

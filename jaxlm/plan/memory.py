@@ -79,8 +79,9 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
     leaves = _leaves(model, policy)
     narrow = policy.compute.itemsize / policy.params.itemsize
     copies = int(_bytes(layout, leaves) * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
-    models = (dataclasses.replace(cfg, model=tree.model) for tree in recipe.models.trained.values())
-    used = [activations(one, layout, recipe.objective.blocks) for one in models]
+    # `cfg` says what is recomputed: a search asks about several choices with one recipe.
+    models = (dataclasses.replace(tree.model, remat=cfg.model.remat) for tree in recipe.models.trained.values())
+    used = [activations(dataclasses.replace(cfg, model=one), layout, recipe.objective.blocks) for one in models]
     narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
     of_loss = math.prod(rows) // split * recipe.objective.kept * narrow_width
     layer, table = _gathered(layout, leaves, model.repeats)

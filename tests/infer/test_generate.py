@@ -1,4 +1,4 @@
-"""The compiled loop: rows, seeds, ends, blocks, scanned and unrolled layers, and what its HLO does with the cache."""
+"""The compiled loop: rows, seeds, ends, scanned and unrolled layers, and what its HLO does with the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.infer import generate as infer
-from jaxlm.infer.generate import bucket, generate
+from jaxlm.infer.generate import bucket, draws, generate
 from jaxlm.infer.text import Generator
 from jaxlm.models.decoder import Decoder, Params, abstract_params
 from jaxlm.text.completion import STREAM_BLOCK
@@ -77,7 +77,7 @@ def test_seeds(decoder: Decoder, params: Params) -> None:
     assert [row[:10] for row in longer] == first
 
 
-def test_a_row_ends_at_eos_and_the_loop_with_the_last_row(decoder: Decoder, params: Params) -> None:
+def test_a_row_ends_at_eos(decoder: Decoder, params: Params) -> None:
     free = generate(decoder, params, PROMPTS, WARM, max_new_tokens=20, seed=5)
     eos = free[2][4]
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in free]
@@ -86,6 +86,17 @@ def test_a_row_ends_at_eos_and_the_loop_with_the_last_row(decoder: Decoder, para
     assert ended[2][-1] == eos and len(ended[2]) <= 5
     first = generate(decoder, params, PROMPTS[:1], GREEDY, max_new_tokens=1)[0]
     assert generate(decoder, params, PROMPTS[:1], GREEDY, max_new_tokens=20, eos_id=first[0]) == [first]
+
+
+def test_the_loop_ends_with_the_last_row(decoder: Decoder, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No log-probability is written behind the longest row."""
+    (free,) = draws(decoder, params, PROMPTS[:1], 0.8, max_new_tokens=20, seed=5).ids
+    complete, written = infer._complete, []
+    monkeypatch.setattr(infer, "_complete", lambda *a, **k: written.append(complete(*a, **k)) or written[-1])
+    (ended,) = draws(decoder, params, PROMPTS[:1], 0.8, max_new_tokens=20, seed=5, eos_id=free[4]).ids
+    ((_, logps_1N),) = written
+    assert len(ended) <= 5
+    assert (logps_1N[0, : len(ended)] < 0).all() and not logps_1N[0, len(ended) :].any()
 
 
 def test_repetition_counts_the_prompt_and_the_new_tokens(decoder: Decoder, params: Params) -> None:

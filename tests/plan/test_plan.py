@@ -272,6 +272,16 @@ def test_search_ranks_what_divides_and_fits(monkeypatch):
     assert [one.seconds for one, _ in ranking.plans] == sorted(one.seconds for one, _ in ranking.plans)
 
 
+def test_choices_of_a_search_are_counted_by_themselves():
+    cfg = tiny("dense")
+    recipe = make_recipe(cfg)
+    kept = {}
+    for remat in ("none", "full"):
+        one = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=remat))
+        kept[remat] = estimate(one, 8, recipe=recipe).activations
+    assert kept["none"] > 1.5 * kept["full"]
+
+
 def test_search_says_what_is_missing():
     with pytest.raises(UserError, match=r"none of \d+ ways fits \(the least needs .* of 16.00 GiB: mesh.data="):
         search_plans(toml.load("dense-69b", ["train.batch_size=8"]), parse("v5e:2x2"), count_only)
