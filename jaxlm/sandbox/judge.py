@@ -29,8 +29,8 @@ COMPILED = (answer, bash_tests, confine, tests_role, worker)
 
 TICK = 0.05
 MAX_PROGRAM = 1 << 20
-LAST_WORDS = 3.0
-"""Seconds in which a box may still end by itself once the tests have no answer from it."""
+LAST_WORDS = 10.0
+"""Seconds in which a box may still end by itself once the tests have no answer from it; many, for a busy machine."""
 
 
 class Cancelled(Exception):

@@ -140,6 +140,8 @@ def test_a_library_that_the_box_cannot_read(tmp_path) -> None:
     if reason := landlock.problem():
         pytest.skip(reason)
     here = choose("landlock").interpreter
+    if os.__file__.startswith("/usr/"):
+        pytest.skip("the library of this Python lies below /usr, which every box reads")
     shutil.copy(here.executable, tmp_path / "python")
     (tmp_path / "pyvenv.cfg").write_text(f"home = {Path(here.executable).parent}\n")
     unread = here._replace(executable=str(tmp_path / "python"), roots=(str(tmp_path),))
