@@ -122,12 +122,16 @@ class Model:
             self.n_heads % self.n_kv_heads == 0,
             f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
         )
+        # Numbers that no float holds are refused before they are multiplied with a fraction.
+        for name in ("d_model", "head_dim"):
+            require(getattr(self, name) < 2**31, f"model.{name} = {getattr(self, name)} is above 2^31 - 1")
+        require(self.rotary_fraction <= 1, f"model.rotary_fraction = {self.rotary_fraction} is above 1")
         require(
             self.rotary_dim % 2 == 0 or self.positions != "rope" or not attends,
             f"model.head_dim = {self.head_dim}: rotary positions need pairs, {self.rotary_dim} elements are odd",
         )
         require(
-            self.rotary_fraction <= 1 and (self.rotary_dim > 0 or self.positions != "rope"),
+            self.rotary_dim > 0 or self.positions != "rope",
             f"model.rotary_fraction = {self.rotary_fraction} rotates {self.rotary_dim} of {self.head_dim} elements",
         )
         require(

@@ -6,7 +6,7 @@ import math
 import typing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import Config, toml
@@ -73,6 +73,9 @@ NUMBERS = st.floats() | st.integers() | st.sampled_from([2**63 - 1, 2**63, 2**64
 
 @settings(max_examples=400, deadline=None)
 @given(key=st.sampled_from(number_keys()), number=NUMBERS)
+@example(key="model.rotary_fraction", number=1e308)
+@example(key="model.head_dim", number=10**400)
+@example(key="model.d_model", number=10**400)
 def test_any_number_is_taken_or_refused_in_a_line(tmp_path_factory, key, number):
     path = tmp_path_factory.getbasetemp() / "c.toml"
     path.write_text("")

@@ -108,7 +108,7 @@ def test_scalings_that_say_too_little_are_refused(scaling: dict, message: str) -
     ("options", "message"),
     [
         ({"keep_first": 4}, "model.keep_first = 4 needs a window, model.window is 0"),
-        ({"rotary_fraction": 1.5}, "model.rotary_fraction = 1.5 rotates 96 of 64 elements"),
+        ({"rotary_fraction": 1.5}, "model.rotary_fraction = 1.5 is above 1"),
         ({"rotary_fraction": 0.01}, "model.rotary_fraction = 0.01 rotates 0 of 64 elements"),
         ({"pattern": ("attention(keep_first=4)+mlp",)}, "model.keep_first = 4 needs a window"),
         ({"pattern": ("attention(positions=learned)+mlp",)}, "is neither 'rope' nor 'none'"),
