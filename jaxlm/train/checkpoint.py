@@ -319,9 +319,8 @@ class _Shelf:
         args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, how), restore_args=how, partial_restore=True)
         name = ".".join(("params", *leaf.path))
         try:
-            options = _alone()
-            handler = lambda: ocp.PyTreeCheckpointHandler(multiprocessing_options=options)  # noqa: E731  (it logs)
-            with OrbaxSilence(), ocp.Checkpointer(handler(), multiprocessing_options=options) as checkpointer:
+            alone: Any = {"multiprocessing_options": _alone()}
+            with OrbaxSilence(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**alone), **alone) as checkpointer:
                 values = jax.tree.leaves(checkpointer.restore(self._step / "params", args=args))[0]
             if _host_word_sum(values) != self._checksums[name]:
                 raise ValueError(f"the checksum of {name} differs")
