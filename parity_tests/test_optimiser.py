@@ -308,3 +308,10 @@ def test_the_mean_of_means_is_seen(values: pairs.Params, batches: list[pairs.Arr
     wrong = run_torch(pairs.pair(CFG, values), train, batches[:1], wrap=own_mean)
     with pytest.raises(AssertionError, match=r"^update of .* after 1: error"):
         check_changes(wrong, right)
+
+
+def test_the_norm_of_a_large_gradient_is_exact() -> None:
+    """Two million equal float32 numbers: a sum that adds one after the other rounds the same way each time."""
+    gradients = [torch.full((n,), 1e-4) for n in (2_000_000, 3)]
+    exact = 1e-4 * 2_000_003**0.5
+    assert abs(torch_step.total_norm(gradients).item() / exact - 1) < 1e-6

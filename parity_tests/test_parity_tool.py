@@ -25,16 +25,15 @@ from jaxlm.parity import Report, assert_parity, both_sides, check
 from jaxlm.parity.both_sides import OF_PARAMETERS, compare_sides
 from jaxlm.parity.compare import (
     ALL,
-    SURE,
     Finding,
     compare_by_ratio,
     compare_exact,
     compare_tokens,
     cosine,
-    look_again,
     relative,
 )
 from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs, random_params
+from jaxlm.parity.second_look import SURE, look_again
 from jaxlm.parity.sides import torch_side
 from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.sides.torch_side import TorchSide
@@ -292,7 +291,7 @@ def test_an_output_off_on_one_draw_alone_is_no_alarm(truth: Callable[[str], Trut
     side = TorchSide(sound.settings, sound.tensors)
     alarm = Finding("float32", "forward", "layers.0.ffn.down_proj", 3e-6, 1e-6, errors=(3e-6, 1e-7))
     (judged,) = look_again("float32", [alarm], sound.inputs, (sound, side))
-    assert judged.ok and judged.note == f"medians of {SURE} other draws", judged
+    assert judged.ok and judged.note == f"the middle of {SURE} other draws", judged
 
 
 def test_an_imprecise_optimiser_is_named(truth: Callable[[str], Truth]) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from jaxlm.parity.compare import Finding, look_again
+from jaxlm.parity.compare import Finding
 from jaxlm.parity.inputs import Inputs, make_inputs
+from jaxlm.parity.second_look import look_again
 from jaxlm.parity.sides.jax_side import JaxSide
 from parity_tests import pairs
 
@@ -50,7 +51,7 @@ def test_bad_luck_passes(inputs: Inputs, salt: int, level: str) -> None:
     (found,) = look_again("float32", [alarm(level)], inputs, (Noisy(3e-5, salt), Noisy(3e-5, 100 + salt)))
     assert found.level == level and found.ok and found.errors is not None
     assert found.bound == 2 * min(found.errors)
-    assert found.note in ("medians of 8 other draws", "medians of 16 other draws")
+    assert found.note in ("the middle of 8 other draws", "the middle of 16 other draws")
 
 
 @pytest.mark.parametrize("level", ["gradients", "forward"])
@@ -63,7 +64,7 @@ def test_what_is_four_times_as_wrong_does_not(inputs: Inputs, salt: int, level: 
 def test_what_is_surely_luck_takes_half_the_draws(inputs: Inputs) -> None:
     """Every draw keeps the bound: below the floor."""
     (found,) = look_again("float32", [alarm()], inputs, (Noisy(1e-8, 0), Noisy(1e-8, 1)))
-    assert found.ok and found.note == "medians of 8 other draws"
+    assert found.ok and found.note == "the middle of 8 other draws"
 
 
 def test_nothing_else_is_judged_anew(inputs: Inputs) -> None:

@@ -18,10 +18,10 @@ from jaxlm.parity.compare import (
     compare_by_ratio,
     compare_exact,
     compare_tokens,
-    look_again,
 )
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.routing import compare_routing
+from jaxlm.parity.second_look import look_again
 from jaxlm.parity.trace import DTYPES, Side, Trace, on_disk
 from jaxlm.processes.freed_memory import give_freed_memory_back
 

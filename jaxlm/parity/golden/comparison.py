@@ -112,7 +112,7 @@ def _compare_narrow(dtype: str, golden: Golden, exact: Trace, now: Trace) -> Ite
 
 
 def _look_again(dtype: str, found: Sequence[Finding], golden: Golden, side: Side, inputs: Inputs) -> Iterator[Finding]:
-    """`found`, with every alarm about a gradient judged anew by its median error; see `compare.look_again`."""
+    """`found`, with every alarm about a gradient judged anew by its median error; see `second_look`."""
     # The median over several draws of rows is stable where one draw is not; the file holds the medians of its own time.
     suspects = [one.name for one in found if one.level == "gradients" and not one.ok and math.isfinite(one.error)]
     medians = typical_errors(side, inputs, [dtype], suspects)[dtype] if suspects else {}
