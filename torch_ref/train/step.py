@@ -134,8 +134,8 @@ def _gradients(part: Part) -> list[Tensor]:
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients together, a scalar."""
-    # By squares and their sum: `torch.linalg.vector_norm` of 28 million float32 numbers is 1.7e-3 too small on the CPU
-    # (torch 2.13), which adds one after the other; `sum` adds in pairs and is exact to 1e-7.
+    # By squares and their sum, which adds in pairs and is exact to 1e-7. `vector_norm` adds one after the other: of 28
+    # million float32 numbers it is 1.7e-3 too small on the CPU (torch 2.13; pytorch#68326, pytorch#169237).
     return torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
 
 
