@@ -41,7 +41,19 @@ class Elements(NamedTuple):
         return (self.stream + self.inner / tensor) * narrow + (self.wide_stream + self.wide_inner / tensor) * broad
 
 
-def activations(cfg: config.Config, layout: Layout, blocks: int = 1) -> Activations:
+class Moving(NamedTuple):
+    """Where parameters move, and so how far the gradient goes back. Adapters in a block move it."""
+
+    blocks: bool = True
+    """In blocks: every product keeps its input for the gradient of its matrix."""
+    before: bool = True
+    """Before them: the gradient passes through the blocks even if none of them moves."""
+
+
+EVERYTHING = Moving()
+
+
+def activations(cfg: config.Config, layout: Layout, blocks: int = 1, moving: Moving = EVERYTHING) -> Activations:
     """Estimate for one device of `layout`.
 
     Args:
@@ -51,9 +63,9 @@ def activations(cfg: config.Config, layout: Layout, blocks: int = 1) -> Activati
     split = layout.parts("batch") * layout.parts("seq")
     tokens = train.batch_size * cfg.data.seq_len // train.microbatches // split
     tensor = layout.parts("mlp")
-    kept = model.repeats * sum(kept_by(model, kind).bytes(tensor, policy) for kind in model.pattern)
+    kept = model.repeats * sum(kept_by(model, kind, moving).bytes(tensor, policy) for kind in model.pattern)
     whole = dataclasses.replace(model, remat="none")
-    block = max(kept_by(whole, kind).bytes(tensor, policy) * _at_work(model, kind) for kind in model.pattern)
+    block = max(kept_by(whole, kind, moving).bytes(tensor, policy) * _at_work(model, kind) for kind in model.pattern)
     logits = blocks * min(train.loss_block, tokens) * model.outputs // layout.parts("vocab")
     hidden = 3 * tokens * model.d_model * policy.compute.itemsize
     return Activations(int(tokens * kept), hidden, int(max(tokens * block, logits * wide(policy.compute).itemsize)))
@@ -67,8 +79,13 @@ def _at_work(model: config.Model, kind: str) -> int:
     return 1 if model.remat == "none" or not ("mamba" in kind or "moe" in kind) else 2
 
 
-def kept_by(model: config.Model, kind: str) -> Elements:
-    """What one block leaves behind, by the remat policy."""
+def kept_by(model: config.Model, kind: str, moving: Moving = EVERYTHING) -> Elements:
+    """What one block leaves behind, by the remat policy; inputs of products only where their matrices move.
+
+    The inputs inside of experts and state spaces are counted as if these moved.
+    """
+    if not any(moving):
+        return Elements(0, 0)
     halves = model.halves(kind)
     if model.remat == "full":
         return Elements(model.d_model, 0)
@@ -77,7 +94,9 @@ def kept_by(model: config.Model, kind: str) -> Elements:
     inner, wide_inner = (sum(part[i] for part in parts) for i in range(2))
     if model.remat == "dots":  # what projections put out, and the input of each half
         return Elements(len(parts) * model.d_model, inner)
-    return Elements(len(parts) * model.d_model, inner, 2 * len(parts) * model.d_model, wide_inner)  # norms keep two
+    inputs = len(parts) * model.d_model if moving.blocks else 0
+    inner -= model.d_ff if not moving.blocks and halves.ffn_name == "mlp" else 0  # the input of the last product
+    return Elements(inputs, inner, 2 * len(parts) * model.d_model, wide_inner)  # norms keep two
 
 
 Kept = tuple[int | float, int | float]

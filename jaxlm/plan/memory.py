@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from jaxlm import config
-from jaxlm.counts.activation_memory import activations
+from jaxlm.counts.activation_memory import EVERYTHING, Activations, Moving, activations
 from jaxlm.mesh import Axes, Layout
 from jaxlm.models.decoder import Decoder, abstract_params
 from jaxlm.numerics import Policy, wide
 from jaxlm.recipes import make_recipe
 from jaxlm.train import adapters
 from jaxlm.train.program import abstract_maps, stored_policy
-from jaxlm.train.recipe import Models, Recipe, parameter_name
+from jaxlm.train.recipe import MODEL, Models, Recipe, Trained, parameter_name
 
 Leaves = tuple[tuple[str, jax.ShapeDtypeStruct, Axes], ...]
 """Name, shape with dtype, and logical axes of each parameter of a tree."""
@@ -79,14 +79,14 @@ def estimate(cfg: config.Config, devices: int, slices: int = 1, recipe: Recipe |
     leaves = _leaves(model, policy)
     narrow = policy.compute.itemsize / policy.params.itemsize
     copies = int(_bytes(layout, leaves) * narrow) if narrow < 1 else 0  # the scan takes them cast, all layers at once
-    # `cfg` says what is recomputed: a search asks about several choices with one recipe.
-    models = (dataclasses.replace(tree.model, remat=cfg.model.remat) for tree in recipe.models.trained.values())
-    used = [activations(dataclasses.replace(cfg, model=one), layout, recipe.objective.blocks) for one in models]
+    moving_of = {name: _moving(tree, policy) for name, tree in recipe.models.trained.items()}
+    used = [_activations(cfg, tree, layout, recipe, moving_of[name]) for name, tree in recipe.models.trained.items()]
     narrow_width, wide_width = policy.compute.itemsize, wide(policy.compute).itemsize
     of_loss = math.prod(rows) // split * recipe.objective.kept * narrow_width
     layer, table = _gathered(layout, leaves, model.repeats)
     # of a layer: itself, the next one on its way, its gradient; of the table: itself, its gradient summed and cast
-    gathered = layer * 3 * narrow_width + table * (2 * narrow_width + wide_width)
+    of_layer = 3 if moving_of[MODEL].blocks else 2
+    gathered = layer * of_layer * narrow_width + table * (2 * narrow_width + wide_width)
     # Microbatches keep a running sum of gradients beside those of the microbatch at work.
     columns = recipe.columns.values()
     batch = sum(math.prod(one.shape(*size)) * np.dtype(one.dtype).itemsize for one in columns)
@@ -125,6 +125,24 @@ def stage_trees(models: Models, policy: Policy) -> tuple[list[Leaves], list[Leav
         model = dataclasses.replace(tree.model, layer_loop="scan")
         frozen.append(_leaves(model, stored_policy(policy, tree.dtype)))
     return trained, frozen
+
+
+def _activations(cfg: config.Config, tree: Trained, layout: Layout, recipe: Recipe, moving: Moving) -> Activations:
+    # `cfg` says what is recomputed: a search asks about several choices with one recipe.
+    model = dataclasses.replace(tree.model, remat=cfg.model.remat)
+    return activations(dataclasses.replace(cfg, model=model), layout, recipe.objective.blocks, moving)
+
+
+def _moving(tree: Trained, policy: Policy) -> Moving:
+    """Where the parameters of a tree move."""
+    if tree.moves is None or tree.adapters is not None:
+        return EVERYTHING
+    leaves = _leaves(dataclasses.replace(tree.model, layer_loop="scan"), policy)
+    names = [*filter(tree.moves, (parameter_name(name) for name, *_ in leaves))]
+    after = ("layers", "final_norm", "head", "score")
+    return Moving(
+        any(name.startswith("layers.") for name in names), any(name.partition(".")[0] not in after for name in names)
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jaxlm import cli, config
 from jaxlm.config import registry, toml
+from jaxlm.counts.activation_memory import Moving, activations
 from jaxlm.counts.flops import mixing_flops
 from jaxlm.counts.parameters import matmul_params
 from jaxlm.errors import UserError
@@ -210,7 +211,8 @@ def test_the_compiler_of_the_chip_is_asked(axis, overrides):
 
 
 def test_the_command_plans_a_stage_that_it_does_not_know(tmp_path, capsys, monkeypatch):
-    """Two trained trees, a filter, a frozen teacher, labels: our count of what lies there, and the compiler's."""
+    """Two trained trees, a filter, a frozen teacher, labels: our count of what lies there is the compiler's, and all of
+    it within a tenth."""
     model = {**MODEL, "n_layers": 2, "n_kv_heads": 4}
     stage = {"recipe": "tests.toy_stage:recipe", "model": model, "data": {"seq_len": 32}, "train": {"batch_size": 8}}
     (tmp_path / "toy.toml").write_text(toml.to_toml(toml.from_dict(stage)))
@@ -219,7 +221,18 @@ def test_the_command_plans_a_stage_that_it_does_not_know(tmp_path, capsys, monke
     assert cli.main() == 0
     plan = json.loads(capsys.readouterr().out)
     counted = sum(plan["estimate"][part] for part in ("parameters", "optimizer", "batch"))
-    assert plan["fits"] and counted == pytest.approx(plan["measured"]["argument_bytes"], rel=0.01)
+    measured = plan["measured"]
+    assert plan["fits"] and counted == pytest.approx(measured["argument_bytes"], rel=0.01)
+    everything = measured["argument_bytes"] + measured["temporary_bytes"]
+    assert sum(plan["estimate"].values()) == pytest.approx(everything, rel=0.1)
+
+
+def test_what_does_not_move_keeps_less():
+    """Blocks that only pass a gradient on keep no inputs of products; those that nothing moves before keep nothing."""
+    layout = Layout.abstract(config.Mesh(), 1)
+    moving = Moving(), Moving(blocks=False), Moving(blocks=False, before=False)
+    everything, passing, nothing = (activations(tiny(), layout, 1, one).kept for one in moving)
+    assert 0.6 < passing / everything < 0.8 and nothing == 0
 
 
 @eight
