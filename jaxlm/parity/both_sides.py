@@ -22,13 +22,9 @@ from jaxlm.parity.compare import (
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.routing import compare_routing
 from jaxlm.parity.second_look import look_again
-from jaxlm.parity.trace import DTYPES, Side, Trace, on_disk
+from jaxlm.parity.trace import DTYPES, LARGE, Side, Trace, on_disk
 from jaxlm.processes.freed_memory import give_freed_memory_back
 
-LARGE = 50_000_000
-"""Parameters above which one side works after the other, and gradients and updates are compared after all else. In
-float64 a side has 8 bytes for each and some ten copies: the model, its gradient, both moments, two updates, the trace;
-together with the outputs of all modules more than a laptop holds. The traces then lie on the disk."""
 OF_PARAMETERS = ("gradients", "update")
 """Levels with values for every parameter."""
 Progress = Callable[[str, str, str], None]

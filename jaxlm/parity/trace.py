@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxlm import config
+from jaxlm.counts.parameters import parameters
 from jaxlm.errors import UserError
 from jaxlm.parity.inputs import Inputs
 
@@ -23,11 +24,16 @@ Arrays = dict[str, np.ndarray]
 
 DTYPES = ("float64", "float32", "bfloat16")
 STEPS = (1, 20)
-LEARNING_RATE = 1e-4
-"""Highest peak of the optimiser steps. Longer strides over the same rows amplify rounding: 20 updates of the quickstart
-model at 4e-3 part by 5e-11 in float64, at 3e-4 by 1e-13. So do those of a trained model of 135M parameters at 3e-4 in
-float32: by 1.1e-3 in jaxlm and 2e-4 in torch on one draw of rows, 2e-3 and 6e-3 on another; at 1e-4 by 2e-5 in both on
-both. An update is judged relative to its own size."""
+LARGE = 50_000_000
+"""Parameters above which one side works after the other, and gradients and updates are compared after all else. In
+float64 a side has 8 bytes for each and some ten copies: the model, its gradient, both moments, two updates, the trace;
+together with the outputs of all modules more than a laptop holds. The traces then lie on the disk."""
+LEARNING_RATE, OF_LARGE = 3e-4, 1e-4
+"""Highest peak of the optimiser steps, and that of a large model. Longer strides over the same rows amplify rounding:
+20 updates of the quickstart model at 4e-3 part by 5e-11 in float64, at 3e-4 by 1e-13. Those of a trained model of 135M
+parameters part in float32 at 3e-4 by 1.1e-3 in jaxlm and 2e-4 in torch on one draw of rows, 2e-3 and 6e-3 on another;
+at 1e-4 by 2e-5 in both on both. Shorter ones drown in the rounding of parameters: an update is judged relative to its
+own size."""
 LOGITS = "logits"
 """The name of what the whole decoder returns."""
 ARRIVES, RETURNS = "arrives", "returns"
@@ -96,11 +102,12 @@ def numerics_of(dtype: str) -> config.Numerics:
 def settings_of(settings: config.Config) -> config.Config:
     """The config that both sides follow: no dropout, kernels of any platform, twenty steps with both ends of the
     schedule."""
+    peak = OF_LARGE if parameters(settings.model)[0] > LARGE else LEARNING_RATE
     train = dataclasses.replace(
         settings.train,
         steps=max(STEPS),
         warmup_steps=min(5, settings.train.warmup_steps),
-        learning_rate=min(LEARNING_RATE, settings.train.learning_rate),
+        learning_rate=min(peak, settings.train.learning_rate),
         batch_size=2,
         microbatches=1,
     )
