@@ -13,6 +13,7 @@ from jaxlm.parity.compare import LOOKS, Finding, low_and_high, real_tokens, rela
 from jaxlm.parity.inputs import Inputs
 from jaxlm.parity.tolerances import FLOORS, RATIO
 from jaxlm.parity.trace import Arrays, Side
+from jaxlm.processes.freed_memory import give_freed_memory_back
 
 AGAIN = ("forward", "gradients")
 """Levels of which an alarm below float64 is judged anew on other rows."""
@@ -57,6 +58,8 @@ def look_again(
         for level, name in suspects:
             exact, mine, other = (arrays[name] for arrays in draw[level])
             seen[level, name].append((relative(mine, exact), relative(other, exact)))
+        if at_one_time == 1:
+            give_freed_memory_back()
         drawn = [errors for draws in seen.values() for errors in draws]
         if len(drawn) == SURE * len(suspects) and all(high <= bound for high, bound in map(judged, drawn)):
             break
@@ -90,7 +93,7 @@ def _draws(
     def compute(level: str, side: Side, width: str, rows: Mapping[str, np.ndarray]) -> Arrays:
         if level == "gradients":
             gradients = side.gradients(width, rows)
-            return {name: gradients[name] for name in names[level]}
+            return {name: gradients[name].copy() for name in names[level]}  # a view would keep the gradients of all
         outputs = side.forward(width, rows)
         return {name: real_tokens(outputs[name], rows) for name in names[level]}
 
