@@ -108,7 +108,7 @@ def make_steps(
         finite = bool(torch.isfinite(metrics["loss"]))  # waits for the device
         for part in parts:
             prefix = "" if part.name == "model" else f"{part.name}_"
-            grad_norm = total_norm(_gradients(part)) / weight
+            grad_norm = _norm(_gradients(part)) / weight
             finite = finite and bool(torch.isfinite(grad_norm))
             rate = torch.tensor(set_learning_rate(part.optimizer, part.train), dtype=torch.float64)
             metrics |= {f"{prefix}grad_norm": grad_norm, f"{prefix}learning_rate": rate}
@@ -132,7 +132,7 @@ def _gradients(part: Part) -> list[Tensor]:
     return [parameter.grad for parameter in part.parameters if parameter.grad is not None]
 
 
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients together, a scalar."""
     # By squares and their sum, which adds in pairs and is exact to 1e-7. `vector_norm` adds one after the other: of 28
     # million float32 numbers it is 1.7e-3 too small on the CPU (torch 2.13; pytorch#68326, pytorch#169237).
