@@ -66,22 +66,22 @@ def look_again(
     for one in found:
         if (one.level, one.name) in seen:
             draws = seen[one.level, one.name]
-            errors = _middle(draws, FLOORS[dtype].allowed)
-            high, bound = judged(errors)
+            # Of two in the middle, the one that is judged worse.
+            middle = [(*judged(errors), errors) for errors in _middle(draws, FLOORS[dtype].allowed)]
+            high, bound, errors = max(middle, key=lambda one: one[0] / one[1])
             note = f"the middle of {len(draws)} other draws"
             yield dataclasses.replace(one, error=high, bound=bound, errors=errors, note=note)
         else:
             yield one
 
 
-def _middle(draws: Sequence[tuple[float, float]], floor: float) -> tuple[float, float]:
-    """The errors whose ratio is the median one; of two in the middle, those that are less alike."""
+def _middle(draws: Sequence[tuple[float, float]], floor: float) -> Sequence[tuple[float, float]]:
+    """The one or two draws whose ratio of errors is the median; a draw that is not finite, if there is one."""
     for errors in draws:
         if not all(map(math.isfinite, errors)):
-            return errors
-    ratio = lambda errors: math.log(max(errors[0], floor) / max(errors[1], floor))  # noqa: E731
-    ordered = sorted(draws, key=ratio)
-    return max(ordered[(len(draws) - 1) // 2], ordered[len(draws) // 2], key=lambda errors: abs(ratio(errors)))
+            return [errors]
+    ordered = sorted(draws, key=lambda errors: max(errors[0], floor) / max(errors[1], floor))
+    return ordered[(len(draws) - 1) // 2 : len(draws) // 2 + 1]
 
 
 def _draws(
