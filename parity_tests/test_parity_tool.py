@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from jaxlm.parity.compare import (
     relative,
 )
 from jaxlm.parity.inputs import LEVELS, Inputs, make_inputs, random_params
-from jaxlm.parity.second_look import SURE, look_again
+from jaxlm.parity.second_look import MAJORITY, look_again
 from jaxlm.parity.sides import torch_side
 from jaxlm.parity.sides.jax_side import JaxSide
 from jaxlm.parity.sides.torch_side import TorchSide
@@ -77,8 +78,9 @@ def settings(**options: Any) -> config.Config:
 
 
 def report_of(sides: tuple[Side, Side], inputs: Inputs, dtypes: tuple[str, ...] = DTYPES) -> Report:
-    findings, seconds = compare_sides(sides, inputs, dtypes)
-    return Report("test", "small", inputs.text, tuple(findings), seconds)
+    seconds = defaultdict[str, float](float)
+    findings = tuple(one for some in compare_sides(sides, inputs, dtypes, seconds=seconds) for one in some)
+    return Report("test", "small", inputs.text, findings, seconds)
 
 
 def test_a_large_model_is_compared_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,11 +93,13 @@ def test_a_large_model_is_compared_in_two_parts(monkeypatch: pytest.MonkeyPatch)
             return super().trace(dtype, inputs, progress)
 
     sides = JaxSide(cfg, params), Mirror(cfg, dict(to_torch(params, cfg.model)))
-    at_once, _ = compare_sides(sides, inputs, DTYPES[:1], model=cfg.model)
+    (at_once,) = compare_sides(sides, inputs, DTYPES[:1], model=cfg.model)
     monkeypatch.setattr(both_sides, "LARGE", 0)
-    in_parts, _ = compare_sides(sides, inputs, DTYPES[:1], model=cfg.model)
+    outputs, of_parameters = compare_sides(sides, inputs, DTYPES[:1], model=cfg.model)
     assert asked == [inputs.levels, tuple(one for one in LEVELS if one not in OF_PARAMETERS), OF_PARAMETERS]
-    assert {(one.level, one.name): one.ok for one in in_parts} == {(one.level, one.name): True for one in at_once}
+    assert {(one.level, one.name): one.ok for one in (*outputs, *of_parameters)} == {
+        (one.level, one.name): True for one in at_once
+    }
 
 
 MODELS = [(0, DTYPES[:2]), pytest.param(2, DTYPES[::2], marks=pytest.mark.soak)]
@@ -291,7 +295,7 @@ def test_an_output_off_on_one_draw_alone_is_no_alarm(truth: Callable[[str], Trut
     side = TorchSide(sound.settings, sound.tensors)
     alarm = Finding("float32", "forward", "layers.0.ffn.down_proj", 3e-6, 1e-6, errors=(3e-6, 1e-7))
     (judged,) = look_again("float32", [alarm], sound.inputs, (sound, side))
-    assert judged.ok and judged.note == f"the middle of {SURE} other draws", judged
+    assert judged.ok and judged.note == f"the middle of {MAJORITY} other draws", judged
 
 
 def test_an_imprecise_optimiser_is_named(truth: Callable[[str], Truth]) -> None:
@@ -323,6 +327,25 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_ref.ops.attention.attend.visible", one_document)
     with pytest.raises(AssertionError, match=r"first differing tensor layers\.0\.mixer\.o_proj \(float64, forward\)"):
         assert_parity(path)
+
+
+def test_what_is_known_is_kept_if_the_comparison_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = TorchSide.trace
+
+    def ended(side: TorchSide, dtype: str, *rest: Any) -> Trace:
+        if dtype == "bfloat16":
+            raise KeyboardInterrupt
+        return trace(side, dtype, *rest)
+
+    monkeypatch.setattr(TorchSide, "trace", ended)
+    path = tmp_path / "small.toml"
+    path.write_text(toml.to_toml(dataclasses.replace(settings(), data=config.Data(cache_dir=str(tmp_path)))))
+    with pytest.raises(KeyboardInterrupt):
+        check(path, out=tmp_path / "out", levels=("forward", "loss"))
+    known = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert (known["same"], known["verdict"]) == (False, "unfinished: the same so far, in float64, float32")
+    assert {(one["dtype"], one["ok"]) for one in known["findings"]} == {("float64", True), ("float32", True)}
+    assert known["verdict"] in (tmp_path / "out" / "parity.html").read_text()
 
 
 def test_another_model_is_another_model() -> None:

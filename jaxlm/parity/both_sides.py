@@ -37,24 +37,29 @@ def compare_sides(
     dtypes: Sequence[str] = DTYPES,
     progress: Progress = lambda side, dtype, part: None,
     model: config.Model | None = None,
-) -> tuple[list[Finding], dict[str, float]]:
-    """All findings, float64 first, each dtype in the order of computation; and the seconds that each part took.
+    seconds: defaultdict[str, float] | None = None,
+) -> Iterator[list[Finding]]:
+    """The findings of a dtype as soon as they are known: float64 first, each in the order of computation.
 
-    Where the outputs differ, narrower dtypes are left out.
+    Where the outputs differ, narrower dtypes are left out. A large model is compared in two rounds of all dtypes: first
+    its outputs, then what has values for every parameter.
 
     Args:
         model: of the sides; None: experts are not compared, and the model is not large.
+        seconds: the seconds that each part takes are added here.
     """
-    seconds: dict[str, float] = defaultdict(float)
+    seconds = defaultdict(float) if seconds is None else seconds
     if model is None or parameters(model)[0] <= LARGE:
-        return _compared(sides, inputs, dtypes, progress, model, seconds, len(sides)), dict(seconds)
-    findings: list[Finding] = []
+        yield from _compared(sides, inputs, dtypes, progress, model, seconds, len(sides))
+        return
+    sound = True
     for of_parameters in (False, True):
         levels = tuple(level for level in inputs.levels if (level in OF_PARAMETERS) == of_parameters)
-        if all(one.ok for one in findings if one.level == "forward"):
-            some = dataclasses.replace(inputs, levels=levels)
-            findings += _compared(sides, some, dtypes, progress, model, seconds, 1)
-    return findings, dict(seconds)
+        some = dataclasses.replace(inputs, levels=levels)
+        if sound:
+            for findings in _compared(sides, some, dtypes, progress, model, seconds, 1):
+                sound &= _outputs_agree(findings)
+                yield findings
 
 
 def _compared(
@@ -63,12 +68,12 @@ def _compared(
     dtypes: Sequence[str],
     progress: Progress,
     model: config.Model | None,
-    seconds: dict[str, float],
+    seconds: defaultdict[str, float],
     at_one_time: int,
-) -> list[Finding]:
+) -> Iterator[list[Finding]]:
     """See `compare_sides`; adds to `seconds`. So many sides work at one time, for one of them is often compiling."""
-    findings: list[Finding] = []
     golden: Trace | None = None
+    exact_is_sound = True
     one_sided = not all(side.mirrors for side in sides)
 
     def trace(side: Side, dtype: str) -> Trace:
@@ -87,24 +92,29 @@ def _compared(
             ours, theirs = comparable(ours, theirs, sides, inputs)
             if golden is None:
                 golden = ours
-                findings += compare_exact(ours, theirs, [side.name for side in sides])
+                findings = [*compare_exact(ours, theirs, [side.name for side in sides])]
             else:
                 # An alarm below float64 may be one unlucky draw of rows, so it is judged again on other rows; but only
                 # if float64 is sound, for otherwise the difference is real.
-                found = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
-                sound = all(one.ok for one in findings if one.dtype == "float64")
-                findings += look_again(dtype, found, inputs, sides, at_one_time) if sound else found
+                findings = [*compare_by_ratio(dtype, golden, ours, theirs, one_sided)]
+                if exact_is_sound:
+                    findings = [*look_again(dtype, findings, inputs, sides, at_one_time)]
             if model is not None and inputs.wants("routing") and inputs.wants("forward"):
                 # Which experts are chosen is compared apart: near a tie, rounding decides, and everything behind such a
                 # token differs without a fault.
-                forwards = (trace.levels["forward"] for trace in (golden, ours, theirs))
-                findings += compare_routing(dtype, *forwards, model)
+                exact, mine, other = (trace.levels["forward"] for trace in (golden, ours, theirs))
+                findings += compare_routing(dtype, exact, mine, other, model)
             if inputs.wants("generation"):
                 findings += compare_tokens(dtype, inputs, sides, (ours, theirs))
-            if any(one.level == "forward" and not one.ok for one in findings):
-                break  # of other mathematics, rounding says nothing
             del ours, theirs  # of a large model some gigabytes
-    return findings
+            yield findings
+            if not _outputs_agree(findings):
+                break  # of other mathematics, rounding says nothing
+            exact_is_sound &= all(one.ok for one in findings if one.dtype == "float64")
+
+
+def _outputs_agree(findings: Sequence[Finding]) -> bool:
+    return all(one.ok for one in findings if one.level == "forward")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,17 @@ def check(
         plain=plain,
     )
     pair = _Pair(subject, second if other is not None else None, sides, inputs)
+    folder, seconds = Path(out) if out is not None else subject.folder, defaultdict[str, float](float)
     # Options and weights come first and cost nothing. The list keeps the order of the levels, and the verdict names the
     # first finding that is not the same.
     findings = _of_what_is_stored(pair)
     with progress_bars(show) as progress:
-        compared, seconds = compare_sides(sides, inputs, dtypes, progress, subject.settings.model)
+        compared: list[Finding] = []
+        for some in compare_sides(sides, inputs, dtypes, progress, subject.settings.model, seconds):
+            compared += some
+            # A large model takes an hour: what is known lies in the folder should the process be killed.
+            if folder is not None:
+                _report(pair, (*findings, *compared), seconds, notes=notes, unfinished=True).write(folder)
         findings += compared
         if other is None and sides[1].mirrors and inputs.wants("update"):
             findings += _of_stage(subject, progress)
@@ -109,7 +116,7 @@ def check(
     notes = (*notes, *_left_out(dtypes, compared, parts))
     seconds["all"] = time.monotonic() - began
     report = _report(pair, tuple(findings), seconds, tuple(parts), explanations, notes)
-    _deliver(report, Path(out) if out is not None else subject.folder, show)
+    _deliver(report, folder, show)
     return report
 
 
@@ -130,9 +137,10 @@ def _report(
     pair: _Pair,
     findings: tuple[Finding, ...],
     seconds: dict[str, float],
-    parts: tuple[Part, ...],
-    explanations: tuple[str, ...],
-    notes: tuple[str, ...],
+    parts: tuple[Part, ...] = (),
+    explanations: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+    unfinished: bool = False,
 ) -> Report:
     subject, second = pair.subject, pair.second
     return Report(
@@ -146,6 +154,7 @@ def _report(
         parts=parts,
         explanations=explanations,
         notes=notes,
+        unfinished=unfinished,
     )
 
 

@@ -48,13 +48,20 @@ class Report:
     """What makes the difference vanish, best first."""
     notes: tuple[str, ...] = ()
     """What was not compared, and why."""
+    unfinished: bool = False
+    """Whether more is to be compared: what is known so far, should the comparison be ended."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: versions())
     machine: str = dataclasses.field(default_factory=lambda: machine())
     date: str = dataclasses.field(default_factory=lambda: f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
 
     @property
     def same(self) -> bool:
-        """Whether every finding keeps its bound."""
+        """Whether the comparison came to its end and every finding keeps its bound."""
+        return not self.unfinished and self.keeps_bounds
+
+    @property
+    def keeps_bounds(self) -> bool:
+        """Whether every finding so far keeps its bound."""
         return all(finding.ok for finding in self.findings)
 
     @property
@@ -76,14 +83,15 @@ class Report:
     @property
     def verdict(self) -> str:
         """One line: `same`, or the options and the first tensor that differ, and what is to blame."""
-        if self.same:
-            return "same"
+        if self.keeps_bounds:
+            return f"unfinished: the same so far, in {', '.join(self.dtypes)}" if self.unfinished else "same"
         options = [finding for finding in self.findings if finding.level == "config" and not finding.ok]
         parts = [f"{finding.name} is {finding.note}" for finding in options[:OPTIONS]]
         parts += [f"{len(options) - OPTIONS} more options"] if len(options) > OPTIONS else []
         parts += [self._first_difference(self.first)] if self.first else []
         parts += [f"first guilty: {self.guilty.what}"] if self.guilty else []
-        return "differ: " + "; ".join([*parts, *self.explanations[:1]])
+        words = "unfinished: they differ: " if self.unfinished else "differ: "
+        return words + "; ".join([*parts, *self.explanations[:1]])
 
     def _first_difference(self, first: Finding) -> str:
         words = f"first differing tensor {first.name} ({first.dtype}, {first.level}): "

@@ -17,9 +17,8 @@ from jaxlm.processes.freed_memory import give_freed_memory_back
 
 AGAIN = ("forward", "gradients")
 """Levels of which an alarm below float64 is judged anew on other rows."""
-SURE = 8
-"""If each of the first draws keeps the bound, no more are drawn. A tensor whose middle draw is beyond the bound passes
-so once in 256 times."""
+MAJORITY = LOOKS // 2 + 1
+"""So many draws on one side of the bound, and those that are still to come cannot move the middle over it."""
 
 
 def look_again(
@@ -60,8 +59,7 @@ def look_again(
             seen[level, name].append((relative(mine, exact), relative(other, exact)))
         if at_one_time == 1:
             give_freed_memory_back()
-        drawn = [errors for draws in seen.values() for errors in draws]
-        if len(drawn) == SURE * len(suspects) and all(high <= bound for high, bound in map(judged, drawn)):
+        if all(_is_decided(draws, FLOORS[dtype].allowed) for draws in seen.values()):
             break
     for one in found:
         if (one.level, one.name) in seen:
@@ -80,8 +78,23 @@ def _middle(draws: Sequence[tuple[float, float]], floor: float) -> Sequence[tupl
     for errors in draws:
         if not all(map(math.isfinite, errors)):
             return [errors]
-    ordered = sorted(draws, key=lambda errors: max(errors[0], floor) / max(errors[1], floor))
+    ordered = sorted(draws, key=lambda errors: _ratio(errors, floor))
     return ordered[(len(draws) - 1) // 2 : len(draws) // 2 + 1]
+
+
+def _is_decided(draws: Sequence[tuple[float, float]], floor: float) -> bool:
+    """Whether the middle of all `LOOKS` draws lies on a known side of the bound, whatever the others will be."""
+    if not all(math.isfinite(error) for errors in draws for error in errors):
+        return True
+    ratios = [_ratio(errors, floor) for errors in draws]
+    above = sum(ratio > RATIO.allowed for ratio in ratios)
+    below = sum(ratio < 1 / RATIO.allowed for ratio in ratios)
+    return max(above, below, len(ratios) - above - below) >= MAJORITY
+
+
+def _ratio(errors: tuple[float, float], floor: float) -> float:
+    """Ours by the other's, none of them below the floor."""
+    return max(errors[0], floor) / max(errors[1], floor)
 
 
 def _draws(

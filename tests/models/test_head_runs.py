@@ -190,5 +190,5 @@ def test_a_fault_in_the_head_is_seen(runs: dict[str, Path], monkeypatch: pytest.
     monkeypatch.setattr(TorchDecoder, "unembedding", lambda self: (self.score.weight.T, None))
     sides = JaxSide(model.config, model.params), TorchSide.of(model.config, model.params)
     inputs = make_inputs(model.config.model, levels=("forward",))
-    findings, _ = compare_sides(sides, inputs, ("float64",))
+    (findings,) = compare_sides(sides, inputs, ("float64",))
     assert [one.name for one in findings if not one.ok] == ["logits"]
