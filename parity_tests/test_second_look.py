@@ -14,7 +14,7 @@ import pytest
 from jaxlm.parity import second_look
 from jaxlm.parity.compare import LOOKS, Finding
 from jaxlm.parity.inputs import Inputs, make_inputs
-from jaxlm.parity.second_look import MAJORITY, look_again
+from jaxlm.parity.second_look import MAJORITY, look_again, most_elements
 from jaxlm.parity.sides.jax_side import JaxSide
 from parity_tests import pairs
 
@@ -22,16 +22,16 @@ NAME = "layers.0.mixer.D"
 
 
 class Noisy(JaxSide):
-    """A side whose gradient of four elements, or output, has an error of this size; nothing else is asked of it."""
+    """A side whose gradient or output has an error of this size, of each element or of four; nothing else is asked."""
 
-    def __init__(self, size: float, salt: int) -> None:
+    def __init__(self, size: float | np.ndarray, salt: int) -> None:
         self.name, self.size, self.salt, self.asked = "noisy", size, salt, 0
 
     def gradients(self, dtype: str, rows: Mapping[str, np.ndarray]) -> pairs.Arrays:
         self.asked += 1
-        exact = np.ones(4)
+        exact = np.ones(np.size(self.size) if np.ndim(self.size) else 4)
         seed = zlib.crc32(rows["tokens"].tobytes())
-        noise = np.random.default_rng([seed, self.salt]).standard_normal(4)
+        noise = np.random.default_rng([seed, self.salt]).standard_normal(exact.size)
         return {NAME: exact if dtype == "float64" else exact + self.size * noise}
 
     forward = gradients
@@ -65,7 +65,7 @@ def test_what_is_four_times_as_wrong_does_not(inputs: Inputs, salt: int, level: 
 def test_what_is_surely_luck_takes_half_the_draws(inputs: Inputs) -> None:
     """Every draw keeps the bound: below the floor."""
     (found,) = look_again("float32", [alarm()], inputs, (Noisy(1e-8, 0), Noisy(1e-8, 1)))
-    assert found.ok and found.note == f"the middle of {MAJORITY} other draws"
+    assert found.ok and found.note == f"nine of ten elements, the middle of {MAJORITY} other draws"
 
 
 @pytest.mark.parametrize("size", [3e-5, 6e-5, 9e-5])
@@ -81,8 +81,24 @@ def test_draws_that_are_left_out_change_no_verdict(
     short = judged()
     monkeypatch.setattr(second_look, "MAJORITY", LOOKS + 1)
     whole = judged()
-    assert {one.note for one in whole} == {f"the middle of {LOOKS} other draws"} and short != whole
+    assert all(f"middle of {LOOKS} other draws" in one.note for one in whole) and short != whole
     assert [one.ok for one in short] == [one.ok for one in whole]
+
+
+@pytest.mark.parametrize(("wrong", "ok"), [(5, True), (20, False), (100, False)])
+def test_what_rounds_too_often_does_so_in_more_than_a_few_elements(inputs: Inputs, wrong: int, ok: bool) -> None:
+    """So many elements of a hundred are off by a hundred times of what the others are, on one side, on all rows."""
+    size = np.full(100, 3e-5)
+    size[:wrong] *= 100
+    (found,) = look_again("float32", [alarm()], inputs, (Noisy(size, 1), Noisy(np.full(100, 3e-5), 2)))
+    assert found.ok == ok and "other draws" in found.note, found
+
+
+def test_a_gradient_that_is_mostly_zero_is_judged_by_the_rest() -> None:
+    """An embedding of which few rows are used."""
+    exact = np.zeros(1000)
+    exact[:20] = 1
+    assert most_elements(exact * (1 + 1e-4), exact) == pytest.approx(1e-4)
 
 
 def test_nothing_else_is_judged_anew(inputs: Inputs) -> None:
