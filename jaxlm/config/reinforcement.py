@@ -77,8 +77,11 @@ class RL:
     """Of the value model's loss (recipe `ppo`)."""
     value_clip: NonNegativeFloat = 0.2
     """How far a value may move from that of the rollout, as the loss counts (`ppo`); 0: as far as it likes."""
+    value_trunk: Literal["own", "shared"] = "own"
+    """Of the value model (`ppo`): a model beside the policy, or the policy's, with a linear map beside its head."""
     value_from: str = ""
-    """The run whose trunk the value model begins with (`ppo`), such as a reward model; empty: `train.init_from`."""
+    """The run whose trunk a value model of its own begins with (`ppo`), such as a reward model; empty:
+    `train.init_from`."""
     value_learning_rate: NonNegativeFloat = 0.0
     """Of the value model (`ppo`); 0: that of `[train]`."""
     discount: PositiveFloat = 1.0
@@ -109,6 +112,11 @@ class RL:
         require(
             not self.clip_dual or self.clip_dual > 1 + self.clip_high,
             f"rl.clip_dual = {self.clip_dual} must be above 1 + rl.clip_high = {1 + self.clip_high}",
+        )
+        require(
+            not self.value_from or self.value_trunk == "own",
+            f"rl.value_from = {self.value_from!r}: a shared trunk is the policy's",
+            'rl.value_trunk = "own"',
         )
         require(
             self.kl != "reward" or self.kl_kind == "k1",

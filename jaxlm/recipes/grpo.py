@@ -84,16 +84,25 @@ def described(values: Mapping[str, float]) -> str:
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """`(params, frozen, batch, key) -> (sum, sums)`: the clipped policy gradient, for `train.step`."""
+    decoder, policy = modules[MODEL], of_hidden_states(cfg)
+
+    def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        return policy(*forward(decoder, params, batch, key), batch)
+
+    return compute
+
+
+def of_hidden_states(cfg: config.Config) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`(hidden [B, T, D], head, routed, batch) -> (sum, sums)`: the same, of what `recipes.forward` returns."""
     from jax.lax import stop_gradient
 
     from jaxlm.objectives.logprobs import token_logps
     from jaxlm.objectives.policy import correction_weights, mismatch, policy_loss
 
-    decoder, rl = modules[MODEL], cfg.rl
+    rl = cfg.rl
     speak = functools.partial(token_logps, temperature=rl.temperature, block=cfg.train.loss_block)
 
-    def compute(params: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
-        hidden_BTD, head, routed = forward(decoder, params, batch, key)
+    def compute(hidden_BTD: Any, head: Any, routed: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BCD, batch = drawn_tokens(hidden_BTD, batch, rl.max_new_tokens)
         kernel_DV, bias_V = head
         spoken = speak(hidden_BCD, kernel_DV, bias_V, batch["targets"])

@@ -1,11 +1,11 @@
-"""Proximal policy optimisation with a value model of its own trunk (Schulman et al. 2017; Ouyang et al. 2022).
+"""Proximal policy optimisation with a value model (Schulman et al. 2017; Ouyang et al. 2022).
 
     jaxlm train configs/rl/ppo-add.toml
 
 The value model has the head `value` and begins with the trunk of the policy, or of `rl.value_from`, such as a reward
-model.
+model. With `rl.value_trunk = "shared"` it is a linear map of the policy's hidden states, which both losses then move.
 
-Shapes: B samples, T tokens.
+Shapes: B samples, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.recipes import grpo
+from jaxlm.recipes.forward import forward
 from jaxlm.recipes.rollouts.jax_actor import JaxActor
 from jaxlm.recipes.rollouts.phases import Batch, Drawn, Phases
 from jaxlm.recipes.rollouts.source import MEASURES, RolloutData, Stage
-from jaxlm.train.recipe import MODEL, Judge, Models, Objective, Recipe, Trained, model_of_run, twin
+from jaxlm.train.recipe import MODEL, Judge, Maps, Models, Objective, Recipe, Trained, model_of_run, twin
 
-VALUE = "value"
+VALUE, HEAD = "value", "head"
 CREDIT = ("advantages", "returns", "old_values")
 """What a phase knows of each token beside its log-probabilities."""
 
@@ -40,7 +41,7 @@ def recipe(cfg: config.Config) -> Recipe:
         raise UserError("PPO without a reward: rl.rewards is empty", 'rl.rewards = ["exact_text"]')
     return Recipe(
         columns=grpo.columns(cfg, STAGE),
-        models=Models({MODEL: model_of_run(cfg), VALUE: value_tree(cfg)}, grpo.references(cfg)),
+        models=models(cfg),
         objective=Objective(
             objective,
             twin("torch_ref.recipes.ppo"),
@@ -50,6 +51,14 @@ def recipe(cfg: config.Config) -> Recipe:
         data=lambda own: RolloutData(cfg, own, STAGE),
         judge=lambda _: Judge(grpo.figures, "answer_nll", describe=grpo.described, loss_unit=""),
     )
+
+
+def models(cfg: config.Config) -> Models:
+    """The policy, its value model or the map from its hidden states, and its reference."""
+    trained, value = {MODEL: model_of_run(cfg)}, value_tree(cfg)
+    if cfg.rl.value_trunk == "own":
+        return Models({**trained, VALUE: value}, grpo.references(cfg))
+    return Models(trained, grpo.references(cfg), {VALUE: Maps({HEAD: (cfg.model.d_model, 1)}, value.train)})
 
 
 def value_tree(cfg: config.Config) -> Trained:
@@ -69,11 +78,13 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     """`(trained, frozen, batch, key) -> (sum, sums)`: policy and value loss, both divided by what `rl.divisor` says."""
     from jaxlm.objectives.value import value_loss
 
-    policy, value, rl = grpo.objective(modules, cfg), modules[VALUE], cfg.rl
+    policy, rl = grpo.of_hidden_states(cfg), cfg.rl
 
     def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
-        loss, found = policy(trained[MODEL], frozen, batch, key)
-        values_BT = values_of(value, trained[VALUE], batch)
+        hidden_BTD, head, routed = forward(modules[MODEL], trained[MODEL], batch, key)
+        loss, found = policy(hidden_BTD, head, routed, batch)
+        shared = rl.value_trunk == "shared"
+        values_BT = mapped(hidden_BTD, trained[VALUE]) if shared else values_of(modules[VALUE], trained[VALUE], batch)
         weights_BT = batch["weights"].astype(values_BT.dtype)
         terms = value_loss(values_BT, batch["old_values"], batch["returns"], weights_BT, clip=rl.value_clip)
         found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
@@ -89,6 +100,14 @@ def values_of(module: Any, params: Any, batch: Mapping[str, Any]) -> Any:
 
     applied: Any = module.apply(variables(params), batch["tokens"], batch["positions"], batch["segments"])
     return applied[0][..., 0]
+
+
+def mapped(hidden_BTD: Any, maps: Any) -> Any:
+    """The value of each hidden state [B, T], float32 or wider."""
+    from jaxlm.numerics import wide
+
+    width = wide(hidden_BTD.dtype)
+    return (hidden_BTD.astype(width) @ maps[HEAD]["kernel"].astype(width))[..., 0]
 
 
 class CriticPhases(Phases):
@@ -115,7 +134,9 @@ class JaxCritic(JaxActor):
         policy = engine.tree(MODEL)
         reference, whole = grpo.reference_of(engine, policy), engine.params
         super().__init__(engine.decoder, policy, reference, cfg, eos_id=eos_id, pad=pad, whole=whole)
-        self.value, self.value_params = engine.program.modules[VALUE], engine.tree(VALUE)
+        self.value, self.value_params = engine.program.modules.get(VALUE, engine.decoder), engine.tree(VALUE)
+        if cfg.rl.value_trunk == "shared":
+            self.value_params = policy, self.value_params
 
     def credit(
         self, batch: Batch, rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray, kl_weight: float
@@ -146,7 +167,11 @@ def _credit(
 
     from jaxlm.objectives.advantages import gae, token_rewards, whiten
 
-    values_BT = values_of(value, params, batch)
+    if rl.value_trunk == "shared":
+        policy, maps = params
+        values_BT = mapped(forward(value, policy, batch, None)[0], maps)
+    else:
+        values_BT = values_of(value, params, batch)
     weights_BT = batch["weights"].astype(values_BT.dtype)
     reference = batch["reference_logps"] if rl.kl == "reward" else None
     spoken = batch.get("old_logps", values_BT)

@@ -65,8 +65,8 @@ class Program(NamedTuple):
 
     def tree(self, name: str, params: Params, frozen: Params) -> Any:
         """A trained tree as an objective takes it: its parameters, or its adapters beside their base."""
-        own = params[name] if self.recipe.models.several else params
-        return Adapted(own, frozen[base_name(name)]) if self.recipe.models.trained[name].adapters else own
+        own, model = params[name] if self.recipe.models.several else params, self.recipe.models.trained.get(name)
+        return Adapted(own, frozen[base_name(name)]) if model and model.adapters else own
 
     def _drawn(self, name: str, key: jax.Array) -> Params:
         if (options := self.recipe.models.trained[name].adapters) is None:

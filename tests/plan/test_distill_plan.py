@@ -93,10 +93,11 @@ def test_logits_of_a_large_vocabulary_are_counted(divergence: str, tmp_path: Pat
 
 
 @eight
-def test_activations_of_a_value_model_are_counted() -> None:
-    """It has as many layers as the policy, and both wait for the backward pass of one loss."""
+@pytest.mark.parametrize("trunk", ["own", "shared"])
+def test_activations_of_a_value_model_are_counted(trunk: str) -> None:
+    """One of its own has as many layers as the policy, and both wait for the backward pass of one loss."""
     common = {"model": STUDENT, "data": {"seq_len": 128}, "train": {"batch_size": 32, "init_from": "base"}}
-    rl = {"rewards": ["exact_text"], "prompts": 8, "group": 4, "max_new_tokens": 64}
+    rl = {"rewards": ["exact_text"], "prompts": 8, "group": 4, "max_new_tokens": 64, "value_trunk": trunk}
     policy, both = (toml.from_dict({**common, "recipe": name, "rl": rl}) for name in ("grpo", "ppo"))
     counted, measured = (found(both) - found(policy) for found in (_estimated, _measured))
     assert 0.9 < counted / measured < 1.1

@@ -280,6 +280,11 @@ def test_the_value_model_has_options_of_its_own(begun: Path, tmp_path: Path) -> 
     assert (value.model.head, value.train.learning_rate, value.path) == ("value", 0.5, str(path))
 
 
+def test_a_shared_trunk_begins_with_no_other_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rl\.value_from = 'runs/other': a shared trunk is the policy's"):
+        load(tmp_path, "ppo", rl='value_trunk = "shared"\nvalue_from = "runs/other"')
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

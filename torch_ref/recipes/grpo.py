@@ -6,7 +6,7 @@ Shapes: B samples, T tokens, C drawn tokens of a sample at most, D width, G prom
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,19 @@ from torch_ref.train.step import Batch, LossFn, Sums
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     """`batch -> (sum, sums)`: the clipped policy gradient of the decoder `model`, for `train.step`."""
-    decoder, rl = modules["model"], cfg.rl
+    decoder, policy = modules["model"], of_hidden_states(modules["model"], cfg)
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
-        hidden_BTD, _ = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])
+        return policy(decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])[0], batch)
+
+    return compute
+
+
+def of_hidden_states(decoder: Decoder, cfg: config.Config) -> Callable[[Tensor, Batch], tuple[Tensor, Sums]]:
+    """`(hidden [B, T, D], batch) -> (sum, sums)`: the same, of the hidden states that `decoder` has just computed."""
+    rl = cfg.rl
+
+    def compute(hidden_BTD: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
         hidden_BCD, batch = drawn_tokens(hidden_BTD, batch, rl.max_new_tokens)
         spoken = _spoken(decoder, hidden_BCD, batch["targets"], cfg)
         programs = batch.get("old_logps", spoken.logps).detach(), batch["sampler_logps"], batch["weights"]

@@ -1,19 +1,20 @@
-"""Proximal policy optimisation with a value model of its own trunk: the mirror of `jaxlm.recipes.ppo`.
+"""Proximal policy optimisation with a value model: the mirror of `jaxlm.recipes.ppo`.
 
-Shapes: B samples, T tokens.
+Shapes: B samples, T tokens, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jaxlm import config
 from torch_ref.models.decoder import Decoder
+from torch_ref.numerics import wide
 from torch_ref.objectives.advantages import gae, token_rewards, whiten
 from torch_ref.objectives.value import value_loss
 from torch_ref.recipes import grpo
@@ -24,11 +25,13 @@ CREDIT = ("advantages", "returns", "old_values")
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     """`batch -> (sum, sums)`: policy and value loss, both divided by what `rl.divisor` says."""
-    policy, value, rl = grpo.objective(modules, cfg), modules["value"], cfg.rl
+    decoder, value, rl = modules["model"], modules["value"], cfg.rl
+    policy = grpo.of_hidden_states(decoder, cfg)
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
-        loss, found = policy(batch)
-        values_BT = values_of(value, batch)
+        hidden_BTD = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])[0]
+        loss, found = policy(hidden_BTD, batch)
+        values_BT = mapped(hidden_BTD, value) if rl.value_trunk == "shared" else values_of(value, batch)
         weights_BT = batch["weights"].to(values_BT.dtype)
         terms = value_loss(values_BT, batch["old_values"], batch["returns"], weights_BT, clip=rl.value_clip)
         found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
@@ -46,12 +49,19 @@ def values_of(module: Decoder, batch: Batch) -> Tensor:
     return values_BT
 
 
+def mapped(hidden_BTD: Tensor, maps: nn.ModuleDict) -> Tensor:
+    """The value of each hidden state [B, T], float32 or wider."""
+    kernel_1D = cast(nn.Linear, maps["head"]).weight
+    width = wide(hidden_BTD.dtype)
+    return (hidden_BTD.to(width) @ kernel_1D.T.to(width))[..., 0]
+
+
 class TorchCritic(grpo.TorchActor):
     """Policy and value model in PyTorch."""
 
     def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
         super().__init__(engine.decoder, engine.modules.get("reference"), cfg, eos_id=eos_id, pad=pad)
-        self.value: Decoder = engine.modules["value"]
+        self.value: Any = engine.modules["value"]
 
     @torch.no_grad()
     def credit(
@@ -65,7 +75,11 @@ class TorchCritic(grpo.TorchActor):
         """Advantages (whitened), returns and values of every drawn token."""
         device = self.decoder.embed.weight.device
         rl, arrays = self.config.rl, {name: torch.as_tensor(x, device=device) for name, x in batch.items()}
-        values_BT = values_of(self.value.eval(), arrays)
+        if rl.value_trunk == "shared":
+            hidden_BTD = self.decoder.eval().hidden(arrays["tokens"], arrays["positions"], arrays["segments"])[0]
+            values_BT = mapped(hidden_BTD, self.value)
+        else:
+            values_BT = values_of(self.value.eval(), arrays)
         weights_BT = arrays["weights"].to(values_BT.dtype)
         reference = arrays["reference_logps"] if rl.kl == "reward" else None
         spoken, rewards = (
