@@ -308,21 +308,6 @@ def test_whole_runs_of_the_command(tmp_path: Path, rng: np.random.Generator, pag
             FLOAT64.check(distance, f"{tree}: {name}")
 
 
-@pytest.mark.parametrize("lora", [config.LoRA(), pytest.param(config.LoRA(rank=2, alpha=8.0), marks=SOAK)])
-def test_values_of_the_policys_own_trunk(lora: config.LoRA, tmp_path: Path, rng: np.random.Generator) -> None:
-    """Both losses move the trunk or its adapters, and the map from it has updates of its own."""
-    rl = {"value_trunk": "shared", "iterations": 2, "evaluate_every": 10, "held_out": 4, **REWARDED}
-    made, engines, cfg = runs_of_the_command("ppo", rl, tmp_path, rng, lora=lora)
-    assert all(phase.advantages.any() for phase in made["jax"])
-    trained, modules = jax.device_get(engines["jax"].state.params), engines["torch"].modules
-    ours, theirs = (jaxlm.load(tmp_path / name) for name in made)
-    for a, b in zip(*map(jax.tree.leaves, (theirs.params, ours.params)), strict=True):
-        FLOAT64.check(pairs.error(np.asarray(a), np.asarray(b)), "the policy")
-    kernel, begun = trained["value"]["head"]["kernel"], jax_ppo.models(cfg).maps["value"].draw("value", 3, "float64")
-    FLOAT64.check(pairs.error(modules["value"]["head"].weight.detach().numpy().T, kernel), "the map")
-    assert np.abs(kernel - begun["head"]["kernel"]).min() > 1e-4, "every element has moved"
-
-
 ADAPTED = {
     "grpo": {"iterations": 2, "kl": "loss", "evaluate_every": 2, "held_out": 4},
     "ppo": {"iterations": 2, "evaluate_every": 2, "held_out": 4, "kl": "reward", "kl_kind": "k1"},
@@ -363,20 +348,6 @@ def test_runs_with_adapters(recipe: str, tmp_path: Path, rng: np.random.Generato
 def test_policies_with_a_value_model(model: str, rl: dict[str, Any], rng: np.random.Generator) -> None:
     phases = check_same(model, rl, "ppo", rng)
     assert all(phase.advantages.any() for phase in phases)
-
-
-@pytest.mark.parametrize("fault", ["", "the values of the policy are constants"])
-def test_the_stage_with_a_shared_trunk(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `jaxlm parity` proves of it, with adapters: the gradient of the values passes into the trunk."""
-    cfg = settings("dense", {"value_trunk": "shared"})
-    train = dataclasses.replace(cfg.train, init_from="unread")
-    cfg = dataclasses.replace(cfg, recipe="ppo", train=train, lora=config.LoRA(rank=2))
-    if fault:
-        mapped = torch_ppo.mapped
-        monkeypatch.setattr(torch_ppo, "mapped", lambda hidden_BTD, maps: mapped(hidden_BTD.detach(), maps))
-    findings = [one for one in compare_stage(cfg, random_params(cfg.model)) if not one.ok]
-    assert {one.level for one in findings} == ({"stage update 1", "stage update 20"} if fault else set())
-    assert bool(fault) == any(one.name.startswith("model: layers.0") for one in findings)
 
 
 @pytest.mark.parametrize("fault", ["", "the head is frozen"])

@@ -45,6 +45,8 @@ class _Pair:
     """The other model; None: the second side computes the same weights."""
     sides: tuple[Side, Side]
     inputs: Inputs
+    notes: tuple[str, ...]
+    """For the report: who computes what, and what is left out."""
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +85,40 @@ def check(
     if computed_by != "jaxlm":
         _require_installed("torch", "torch")
     began = time.monotonic()
+    pair = _opened(model, other, computed_by, levels, text, prompt)
+    subject, sides, inputs = pair.subject, pair.sides, pair.inputs
+    folder, seconds = Path(out) if out is not None else subject.folder, defaultdict[str, float](float)
+    # Options and weights come first and cost nothing. The list keeps the order of the levels, and the verdict names the
+    # first finding that is not the same.
+    findings = _of_what_is_stored(pair)
+    with progress_bars(show) as progress:
+        compared: list[Finding] = []
+        for some in compare_sides(sides, inputs, dtypes, progress, subject.settings.model, seconds):
+            compared += some
+            # A large model takes an hour: what is known lies in the folder should the process be killed.
+            if folder is not None:
+                _report(pair, (*findings, *compared), seconds, notes=pair.notes, unfinished=True).write(folder)
+        findings += compared
+        if other is None and sides[1].mirrors and inputs.wants("update"):
+            findings += _of_stage(subject, progress)
+        parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, progress)
+        explanations = _explained(findings, pair, seconds, progress)
+    notes = (*pair.notes, *_left_out(dtypes, compared, parts))
+    seconds["all"] = time.monotonic() - began
+    report = _report(pair, tuple(findings), seconds, tuple(parts), explanations, notes)
+    _deliver(report, folder, show)
+    return report
+
+
+def _opened(
+    model: str | Path | Model | LoadedModel,
+    other: str | Path | Model | LoadedModel | None,
+    computed_by: str | None,
+    levels: Sequence[str],
+    text: str,
+    prompt: str,
+) -> _Pair:
+    """Open both models, make their sides, and rows that both can be shown; see `check`."""
     subject = open_subject(model, nearest=other is None)
     enable_compilation_cache(subject.settings.data.cache_dir)
     second = subject if other is None else open_subject(other, nearest=True)
@@ -96,28 +132,7 @@ def check(
         levels=levels,
         plain=plain,
     )
-    pair = _Pair(subject, second if other is not None else None, sides, inputs)
-    folder, seconds = Path(out) if out is not None else subject.folder, defaultdict[str, float](float)
-    # Options and weights come first and cost nothing. The list keeps the order of the levels, and the verdict names the
-    # first finding that is not the same.
-    findings = _of_what_is_stored(pair)
-    with progress_bars(show) as progress:
-        compared: list[Finding] = []
-        for some in compare_sides(sides, inputs, dtypes, progress, subject.settings.model, seconds):
-            compared += some
-            # A large model takes an hour: what is known lies in the folder should the process be killed.
-            if folder is not None:
-                _report(pair, (*findings, *compared), seconds, notes=notes, unfinished=True).write(folder)
-        findings += compared
-        if other is None and sides[1].mirrors and inputs.wants("update"):
-            findings += _of_stage(subject, progress)
-        parts = _bisected(compared, Replayed(sides, inputs, subject.settings.model), seconds, progress)
-        explanations = _explained(findings, pair, seconds, progress)
-    notes = (*notes, *_left_out(dtypes, compared, parts))
-    seconds["all"] = time.monotonic() - began
-    report = _report(pair, tuple(findings), seconds, tuple(parts), explanations, notes)
-    _deliver(report, folder, show)
-    return report
+    return _Pair(subject, second if other is not None else None, sides, inputs, notes)
 
 
 def _of_what_is_stored(pair: _Pair) -> list[Finding]:
