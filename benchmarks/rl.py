@@ -43,7 +43,7 @@ LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
 OF_LOSS = {
     "ipo": ("preference.beta=0.5",),
     "simpo": (NOT_CACHED, "preference.beta=2.0"),
-    "orpo": (NOT_CACHED, "preference.odds_weight=5.0"),
+    "orpo": (NOT_CACHED, "preference.odds_weight=5.0", "train.learning_rate=1e-3"),
     "kto": (NOT_CACHED,),
 }
 """Options of each loss beside a config for `dpo`."""
@@ -58,12 +58,17 @@ class Experiment(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
+SHARED = "rl.value_trunk=shared"
+ROOM = ('rl.rewards=["exact_text", "overlong(longest=6, buffer=1)"]', "rl.max_new_tokens=6", "data.seq_len=12")
+"""A sample that is cut loses 1, as in `ppo-add`: the value of its last state is never trained."""
 EXPERIMENTS = {
     "reverse-grpo": Experiment("rl/answers-reverse", "rl/grpo-reverse"),
     "reverse-rloo": Experiment("rl/answers-reverse", "rl/grpo-reverse", ("rl.advantage=rloo",)),
     "reverse-ppo": Experiment("rl/answers-reverse", "rl/ppo-reverse"),
     "add-grpo": Experiment("rl/answers-add", "rl/grpo-add"),
     "add-ppo": Experiment("rl/answers-add", "rl/ppo-add"),
+    "reverse-ppo-shared": Experiment("rl/answers-reverse", "rl/ppo-reverse", (SHARED, *ROOM)),
+    "add-ppo-shared": Experiment("rl/answers-add", "rl/ppo-add", (SHARED,)),
 }
 POLITE = {
     "polite-reward": Experiment("preference/start", "preference/reward"),
