@@ -66,9 +66,9 @@ EXPERIMENTS = {
     "reverse-rloo": Experiment("rl/answers-reverse", "rl/grpo-reverse", ("rl.advantage=rloo",)),
     "reverse-ppo": Experiment("rl/answers-reverse", "rl/ppo-reverse"),
     "add-grpo": Experiment("rl/answers-add", "rl/grpo-add"),
-    "add-ppo": Experiment("rl/answers-add", "rl/ppo-add"),
+    "add-ppo": Experiment("rl/answers-add", "rl/ppo-add", ("rl.value_trunk=own", "train.steps=900")),
     "reverse-ppo-shared": Experiment("rl/answers-reverse", "rl/ppo-reverse", (SHARED, *ROOM)),
-    "add-ppo-shared": Experiment("rl/answers-add", "rl/ppo-add", (SHARED,)),
+    "add-ppo-shared": Experiment("rl/answers-add", "rl/ppo-add"),
 }
 POLITE = {
     "polite-reward": Experiment("preference/start", "preference/reward"),
