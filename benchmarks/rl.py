@@ -43,7 +43,7 @@ LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
 OF_LOSS = {
     "ipo": ("preference.beta=0.5",),
     "simpo": (NOT_CACHED, "preference.beta=2.0"),
-    "orpo": (NOT_CACHED, "preference.odds_weight=5.0", "train.learning_rate=1e-3"),
+    "orpo": (NOT_CACHED, "preference.odds_weight=30.0", "train.learning_rate=1e-3"),
     "kto": (NOT_CACHED,),
 }
 """Options of each loss beside a config for `dpo`."""

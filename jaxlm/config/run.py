@@ -128,9 +128,11 @@ class Eval:
     """Batches of the held-out rows, always the same ones."""
     patience: NonNegativeInt = 0
     """Stop when the loss has not improved for this many validations; 0: never."""
+    target: NonNegativeFloat = 0.0
+    """Stop when the headline of the held-out rows is this good, such as a loss of 0.4; 0: never."""
     watch: str = ""
-    """The loss that `patience` and the best checkpoint go by: a corpus of the mixture, a language, or `fim`; empty: the
-    loss over all."""
+    """What `patience`, `target` and the best checkpoint go by: the loss of a corpus of the mixture, of a language, or
+    of `fim`; empty: the headline over all."""
     by_language: bool = False
     """Measure the loss on the held-out documents of each language too."""
 

@@ -171,17 +171,17 @@ class _Run:
         cfg, progress = self.cfg, self.progress
         if progress.step:
             self._after_step()  # what the run before did not come to
-        while progress.step < self.last and not self._stale():
+        while progress.step < self.last and not self._enough():
             self._step()
             self.stop.nothing_to_save = False
             self.display.advance(progress.step)
             self._after_step()
-        if self.last < cfg.train.steps and not self._stale():
+        if self.last < cfg.train.steps and not self._enough():
             self.display.say(f"step {self.last}: the mixture ends, every corpus is through (max_epochs, stop_with)")
         elif progress.step < cfg.train.steps:
             self._alert(*self._fetch())
             self._save()
-            self.display.say(f"early stop: no improvement in {progress.stale} validations")
+            self.display.say(f"early stop: {self._enough()}")
 
     def _step(self) -> None:
         """One update; the first of a phase is preceded by what the phase needs."""
@@ -210,9 +210,8 @@ class _Run:
         if not self._phase_ends(progress.step):
             return
         self.stop.check()
-        improved = False
-        if _due(cfg.eval.every, progress.step, last) and progress.evaluated != progress.step:
-            improved = self._validate()
+        validates = _due(cfg.eval.every, progress.step, last) and progress.evaluated != progress.step
+        improved = validates and self._validate()
         if _due(cfg.sample.every, progress.step, last) and progress.sampled != progress.step:
             self._sample()
         if self.save_due or improved or self._long_unsaved(bool(report)):
@@ -239,8 +238,12 @@ class _Run:
         sys.stdout.flush()
         os._exit(int(str(Stopped(signal_name).code)))
 
-    def _stale(self) -> bool:
-        return 0 < self.cfg.eval.patience <= self.progress.stale
+    def _enough(self) -> str:
+        """Why the run ends before `train.steps`; empty: it does not."""
+        asked, progress = self.cfg.eval, self.progress
+        if 0 < asked.patience <= progress.stale:
+            return f"no improvement in {progress.stale} validations"
+        return "eval.target is reached" if self.judge.reaches(progress.best, asked.target) else ""
 
     def close(self) -> None:
         """Leave files that are whole."""
@@ -273,10 +276,8 @@ class _Run:
             **self._delivered(),
         }
         for process, seconds in late.items():
-            self.display.say(
-                f"step {steps[-1]}: process {process} kept the others waiting, {seconds:.1f} s of the last "
-                f"{window.total:.1f} s for its data and checkpoints"
-            )
+            waited = f"{seconds:.1f} s of the last {window.total:.1f} s for its data and checkpoints"
+            self.display.say(f"step {steps[-1]}: process {process} kept the others waiting, {waited}")
             row[f"late_process_{process}"] = seconds
         self.log.write(row)
         self.display.status(row)
@@ -338,17 +339,16 @@ class _Run:
         if texts and self.first:
             path = self.dir / "samples" / f"{self.progress.step:08d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pairs = zip(prompts, texts, strict=True)
-            path.write_text("\n\n----\n\n".join(prompt + text for prompt, text in pairs) + "\n", encoding="utf-8")
+            whole = map("".join, zip(prompts, texts, strict=True))
+            path.write_text("\n\n----\n\n".join(whole) + "\n", encoding="utf-8")
 
     def _save(self) -> None:
         if self.saved == self.progress or not self._phase_ends(self.progress.step):
             return
         self.stop.nothing_to_save = False  # for a save under way is not to be cut off
         with self.clock.spent("checkpoint"):
-            position = {"data": self.data.get_state(), "batch_size": self.cfg.train.batch_size}
-            record = {**position, "progress": dataclasses.asdict(self.progress), "clock": self.clock.state()}
-            record |= self.source.identity()
+            data = {"data": self.data.get_state(), "batch_size": self.cfg.train.batch_size} | self.source.identity()
+            record = {**data, "progress": dataclasses.asdict(self.progress), "clock": self.clock.state()}
             if self.frozen:
                 record["frozen"] = {name: file._asdict() for name, file in self.frozen.items()}
             self.engine.save(record, self.score if self.progress.evaluated == self.progress.step else None)

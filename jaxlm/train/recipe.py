@@ -280,6 +280,10 @@ class Judge(NamedTuple):
         """The headline as a number that is better when lower."""
         return figures[self.headline] if self.lower_is_better else -figures[self.headline]
 
+    def reaches(self, score: float, target: float) -> bool:
+        """Whether a score is that of a headline as good as `target`; nothing reaches 0."""
+        return target > 0 and score <= self.score({self.headline: target})
+
 
 class Recipe(NamedTuple):
     """What a training stage is.

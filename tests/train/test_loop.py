@@ -11,6 +11,7 @@ from jaxlm.errors import UserError
 from jaxlm.run.metrics import MetricsLog, read_metrics
 from jaxlm.train import loop
 from jaxlm.train.engine import JaxEngine
+from jaxlm.train.recipe import Judge
 
 pytestmark = pytest.mark.usefixtures("one_device")
 OPTIONS = ("model.dropout=0.0", "train.microbatches=1", "model.layer_loop=unroll")
@@ -101,6 +102,24 @@ def test_early_stop(runs, tmp_path, monkeypatch, capsys):
     assert "early stop: no improvement in 2 validations" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]  # the best and the last
     assert runs.train(tmp_path, *options, resume=True).step == 8
+
+
+def test_a_run_ends_when_its_target_is_reached(runs, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 1.9])
+    monkeypatch.setattr(JaxEngine, "evaluate", lambda *_: {"nll": next(losses), "weight": 1.0, "accuracy": 0.0})
+    options = (*OPTIONS, "eval.every=2", "eval.target=2.0", "checkpoint.every=0")
+    assert runs.train(tmp_path, *options).step == 4
+    assert "early stop: eval.target is reached" in capsys.readouterr().err
+    assert runs.train(tmp_path, *options, resume=True).step == 4
+    assert runs.train(tmp_path, *options, "eval.target=1.95", resume=True).step == 6
+
+
+def test_a_target_is_reached_from_the_worse_side():
+    of_loss = Judge(lambda sums: {}, "loss")
+    of_accuracy = Judge(lambda sums: {}, "accuracy", lower_is_better=False)
+    assert [of_loss.reaches(of_loss.score({"loss": x}), 0.4) for x in (0.5, 0.4, 0.3)] == [False, True, True]
+    assert [of_accuracy.reaches(of_accuracy.score({"accuracy": x}), 0.4) for x in (0.3, 0.4)] == [False, True]
+    assert not of_accuracy.reaches(of_accuracy.score({"accuracy": 1.0}), 0.0)
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_non_finite_ones_are_null(runs, tmp_path):
