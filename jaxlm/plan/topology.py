@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 from jaxlm.errors import UserError, did_you_mean
 from jaxlm.plan import cuda
 from jaxlm.plan.chips import CHIPS, Chip
+from jaxlm.processes.libtpu_silence import NO_CLOUD
 
 MAX_DEVICES = 2**16
 _FORM = re.compile(r"(?:(\d+)\*)?([a-z0-9-]+):(\d+(?:x\d+)*)")
 _QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
+    **NO_CLOUD,
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is held, so several processes may compile
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # of the machine at hand, which has none
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # jax asks the driver, which is not here

@@ -21,7 +21,7 @@ def environment(monkeypatch):
 
 
 def test_no_line_about_a_tpu():
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="libtpu is for Linux on x86-64, and comes with jaxlm[plan-tpu]")
     plain = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS" and not name.startswith("TPU_")}
     plain["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # beside other processes too
     done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, env=plain, check=True)
