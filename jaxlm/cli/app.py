@@ -25,7 +25,7 @@ import typer
 from jaxlm import __version__
 from jaxlm.cli import data, evaluate, launch, plan, rollouts, sandbox, train, use, weights
 from jaxlm.errors import UserError
-from jaxlm.processes.libtpu_silence import silence_libtpu
+from jaxlm.processes.libtpu_silence import libtpu_silence
 from jaxlm.processes.orbax_silence import OrbaxSilence
 
 MISUSE = cast("type[Exception]", typer.BadParameter.__base__)
@@ -58,9 +58,8 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of few characters shows \u00e9; none has half a pair
             stream.reconfigure(errors="backslashreplace")
-    if sys.argv[1:2] != ["launch"]:  # whose jobs take the environment to machines that may have TPUs
-        silence_libtpu()
-    with speaking():
+    elsewhere = sys.argv[1:2] == ["launch"]  # its jobs take the environment to machines that may have TPUs
+    with contextlib.nullcontext() if elsewhere else libtpu_silence(), speaking():
         code = _guarded(lambda: app(standalone_mode=False))
         if sys.stdout is not None:
             code = _guarded(sys.stdout.flush) or code

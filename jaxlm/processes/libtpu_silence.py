@@ -5,7 +5,9 @@ JAX asks it for devices wherever it is installed, and it prints five lines about
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 DEVICES = Path("/sys/bus/pci/devices")
@@ -15,9 +17,14 @@ NO_CLOUD = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU
 """What libtpu would ask a cloud for, of a machine that has no chip."""
 
 
-def silence_libtpu() -> None:
-    """Set what libtpu looks for, unless a device of Google's is on the bus; call before JAX looks for devices."""
+@contextlib.contextmanager
+def libtpu_silence() -> Iterator[None]:
+    """While it lasts, what libtpu looks for is set, unless a device of Google's is on the bus; JAX looks once."""
     vendors = (file.read_text(encoding="ascii").strip() for file in DEVICES.glob("*/vendor"))
-    if _GOOGLE not in vendors:
-        for name, value in NO_CLOUD.items():
-            os.environ.setdefault(name, value)
+    added = {} if _GOOGLE in vendors else {name: x for name, x in NO_CLOUD.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

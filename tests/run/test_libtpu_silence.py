@@ -7,10 +7,15 @@ import sys
 import pytest
 
 from jaxlm.cli import main
-from jaxlm.processes.libtpu_silence import silence_libtpu
+from jaxlm.processes.libtpu_silence import libtpu_silence
 
 ASKED = "TPU_ACCELERATOR_TYPE"
-LOOK = "from jaxlm.processes.libtpu_silence import silence_libtpu as f; f(); import jax; print(jax.devices())"
+LOOK = """
+import jax
+from jaxlm.processes.libtpu_silence import libtpu_silence
+with libtpu_silence():
+    print(jax.devices())
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +38,14 @@ def test_a_device_of_googles_is_left_alone(monkeypatch, tmp_path, vendor, told):
     monkeypatch.setattr("jaxlm.processes.libtpu_silence.DEVICES", tmp_path)
     (tmp_path / "0000:00:05.0").mkdir()
     (tmp_path / "0000:00:05.0" / "vendor").write_text(vendor + "\n")
-    silence_libtpu()
-    assert (ASKED in os.environ) is told
+    with libtpu_silence():
+        assert (ASKED in os.environ) is told
+    assert ASKED not in os.environ
 
 
 @pytest.mark.parametrize(("words", "told"), [(["--version"], True), (["launch", "--help"], False)])
 def test_jobs_elsewhere_look_for_themselves(monkeypatch, tmp_path, words, told):
     monkeypatch.setattr("jaxlm.processes.libtpu_silence.DEVICES", tmp_path)
     monkeypatch.setattr(sys, "argv", ["jaxlm", *words])
-    assert main() == 0
-    assert (ASKED in os.environ) is told
+    monkeypatch.setattr(sys.modules["jaxlm.cli.app"], "app", lambda **_: 7 if ASKED in os.environ else 8)
+    assert main() == (7 if told else 8)
