@@ -78,13 +78,12 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     """`(trained, frozen, batch, key) -> (sum, sums)`: policy and value loss, both divided by what `rl.divisor` says."""
     from jaxlm.objectives.value import value_loss
 
-    policy, rl = grpo.of_hidden_states(cfg), cfg.rl
+    policy, rl, pair = grpo.of_hidden_states(cfg), cfg.rl, (modules[MODEL], modules.get(VALUE))
 
     def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed = forward(modules[MODEL], trained[MODEL], batch, key)
         loss, found = policy(hidden_BTD, head, routed, batch)
-        shared = rl.value_trunk == "shared"
-        values_BT = mapped(hidden_BTD, trained[VALUE]) if shared else values_of(modules[VALUE], trained[VALUE], batch)
+        values_BT = values_of(pair, trained, batch, hidden_BTD)
         weights_BT = batch["weights"].astype(values_BT.dtype)
         terms = value_loss(values_BT, batch["old_values"], batch["returns"], weights_BT, clip=rl.value_clip)
         found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
@@ -94,11 +93,23 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     return compute
 
 
-def values_of(module: Any, params: Any, batch: Mapping[str, Any]) -> Any:
-    """The value of the state after each token [B, T], without dropout."""
+def values_of(
+    pair: tuple[Any, Any], trained: Mapping[str, Any], batch: Mapping[str, Any], hidden_BTD: Any = None
+) -> Any:
+    """The value of the state after each token [B, T].
+
+    Args:
+        pair: the policy and its value model, from which nothing is dropped out; None in its place: the policy's hidden
+            states are mapped.
+        hidden_BTD: those states; None: they are computed, and nothing is dropped out.
+    """
     from jaxlm.models.adapted import variables
 
-    applied: Any = module.apply(variables(params), batch["tokens"], batch["positions"], batch["segments"])
+    policy, value = pair
+    if value is None:
+        known = hidden_BTD is not None
+        return mapped(hidden_BTD if known else forward(policy, trained[MODEL], batch, None)[0], trained[VALUE])
+    applied: Any = value.apply(variables(trained[VALUE]), batch["tokens"], batch["positions"], batch["segments"])
     return applied[0][..., 0]
 
 
@@ -134,9 +145,8 @@ class JaxCritic(JaxActor):
         policy = engine.tree(MODEL)
         reference, whole = grpo.reference_of(engine, policy), engine.params
         super().__init__(engine.decoder, policy, reference, cfg, eos_id=eos_id, pad=pad, whole=whole)
-        self.value, self.value_params = engine.program.modules.get(VALUE, engine.decoder), engine.tree(VALUE)
-        if cfg.rl.value_trunk == "shared":
-            self.value_params = policy, self.value_params
+        self.pair = engine.decoder, engine.program.modules.get(VALUE)
+        self.trained = {MODEL: policy, VALUE: engine.tree(VALUE)}
 
     def credit(
         self, batch: Batch, rewards_B: np.ndarray, cut_B: np.ndarray, last_B: np.ndarray, kl_weight: float
@@ -148,7 +158,7 @@ class JaxCritic(JaxActor):
         arrays = {name: batch[name] for name in names}
         compute: Any = jax.jit(_credit, static_argnums=(0, 1))
         with jax.default_matmul_precision(self.config.numerics.matmul):  # as in the step
-            found = compute(self.value, self.config.rl, self.value_params, arrays, rewards_B, cut_B, last_B, kl_weight)
+            found = compute(self.pair, self.config.rl, self.trained, arrays, rewards_B, cut_B, last_B, kl_weight)
         return {name: np.asarray(x) for name, x in zip(CREDIT, found, strict=True)}
 
 
@@ -161,17 +171,13 @@ STAGE = Stage("ppo", actor_of, CriticPhases, CREDIT, (*MEASURES, "explained_vari
 
 
 def _credit(
-    value: Any, rl: config.RL, params: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any, kl_weight: Any
+    pair: Any, rl: config.RL, trained: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any, kl_weight: Any
 ) -> Any:
     import jax.numpy as jnp
 
     from jaxlm.objectives.advantages import gae, token_rewards, whiten
 
-    if rl.value_trunk == "shared":
-        policy, maps = params
-        values_BT = mapped(forward(value, policy, batch, None)[0], maps)
-    else:
-        values_BT = values_of(value, params, batch)
+    values_BT = values_of(pair, trained, batch)
     weights_BT = batch["weights"].astype(values_BT.dtype)
     reference = batch["reference_logps"] if rl.kl == "reward" else None
     spoken = batch.get("old_logps", values_BT)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from jaxlm import config
-from torch_ref.models.decoder import Decoder
 from torch_ref.numerics import wide
 from torch_ref.objectives.advantages import gae, token_rewards, whiten
 from torch_ref.objectives.value import value_loss
@@ -25,13 +24,13 @@ CREDIT = ("advantages", "returns", "old_values")
 
 def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     """`batch -> (sum, sums)`: policy and value loss, both divided by what `rl.divisor` says."""
-    decoder, value, rl = modules["model"], modules["value"], cfg.rl
+    decoder, rl = modules["model"], cfg.rl
     policy = grpo.of_hidden_states(decoder, cfg)
 
     def compute(batch: Batch) -> tuple[Tensor, Sums]:
         hidden_BTD = decoder.hidden(batch["tokens"], batch["positions"], batch["segments"])[0]
         loss, found = policy(hidden_BTD, batch)
-        values_BT = mapped(hidden_BTD, value) if rl.value_trunk == "shared" else values_of(value, batch)
+        values_BT = values_of(modules, batch, hidden_BTD)
         weights_BT = batch["weights"].to(values_BT.dtype)
         terms = value_loss(values_BT, batch["old_values"], batch["returns"], weights_BT, clip=rl.value_clip)
         found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}
@@ -41,11 +40,19 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> LossFn:
     return compute
 
 
-def values_of(module: Decoder, batch: Batch) -> Tensor:
-    """The value of the state after each token [B, T], without dropout."""
-    training = module.training
-    values_BT = module.eval()(batch["tokens"], batch["positions"], batch["segments"])[0][..., 0]
-    module.train(training)
+def values_of(modules: Mapping[str, Any], batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
+    """The value of the state after each token [B, T].
+
+    Args:
+        modules: the policy, and its value model, from which nothing is dropped out, or the map of its hidden states.
+        hidden_BTD: those states; None: they are computed, and nothing is dropped out.
+    """
+    value, rows = modules["value"], (batch["tokens"], batch["positions"], batch["segments"])
+    if isinstance(value, nn.ModuleDict):
+        return mapped(modules["model"].eval().hidden(*rows)[0] if hidden_BTD is None else hidden_BTD, value)
+    training = value.training
+    values_BT = value.eval()(*rows)[0][..., 0]
+    value.train(training)
     return values_BT
 
 
@@ -61,7 +68,7 @@ class TorchCritic(grpo.TorchActor):
 
     def __init__(self, engine: Any, cfg: config.Config, *, eos_id: int, pad: int) -> None:
         super().__init__(engine.decoder, engine.modules.get("reference"), cfg, eos_id=eos_id, pad=pad)
-        self.value: Any = engine.modules["value"]
+        self.modules: Mapping[str, Any] = engine.modules
 
     @torch.no_grad()
     def credit(
@@ -75,17 +82,11 @@ class TorchCritic(grpo.TorchActor):
         """Advantages (whitened), returns and values of every drawn token."""
         device = self.decoder.embed.weight.device
         rl, arrays = self.config.rl, {name: torch.as_tensor(x, device=device) for name, x in batch.items()}
-        if rl.value_trunk == "shared":
-            hidden_BTD = self.decoder.eval().hidden(arrays["tokens"], arrays["positions"], arrays["segments"])[0]
-            values_BT = mapped(hidden_BTD, self.value)
-        else:
-            values_BT = values_of(self.value.eval(), arrays)
+        values_BT = values_of(self.modules, arrays)
         weights_BT = arrays["weights"].to(values_BT.dtype)
         reference = arrays["reference_logps"] if rl.kl == "reward" else None
-        spoken, rewards = (
-            arrays.get("old_logps", values_BT),
-            torch.as_tensor(rewards_B, dtype=values_BT.dtype, device=device),
-        )
+        spoken = arrays.get("old_logps", values_BT)
+        rewards = torch.as_tensor(rewards_B, dtype=values_BT.dtype, device=device)
         rewards_BT = token_rewards(spoken, reference, rewards, weights_BT, kl_weight=kl_weight)
         after_B = values_BT.gather(1, torch.as_tensor(last_B, device=device)[:, None])[:, 0]
         bootstrap_B = torch.where(torch.as_tensor(cut_B, device=device), after_B, 0)
