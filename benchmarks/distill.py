@@ -3,7 +3,7 @@
     python -m benchmarks.distill                        goes on where it stopped; about 20 minutes of one core
     python -m benchmarks.distill --divergence hidden --folder runs/distill-hidden      by hidden states: HIDDEN
 
-The teacher is `configs/quickstart.toml` (2M parameters of Python), the student `configs/finetune/distill.toml` at 0.3M.
+The teacher is `configs/quickstart.toml` at 2M parameters, the student `configs/finetune/distill.toml` at 0.3M.
 Both students of a seed begin with the same parameters and read the same rows. They are judged by their whole
 distribution on files that neither they nor the teacher were trained on. The interval is over files and seeds; beside it
 stands the difference over its standard error, from the seeds alone.
@@ -33,6 +33,8 @@ TEACHER, STUDENT = Path("configs/quickstart.toml"), Path("configs/finetune/disti
 ARMS = ("with", "without")
 HIDDEN = [[0, 1], [-1, -1]]
 """Layers of the student's two and the teacher's four whose outputs are compared."""
+WIDE = {"d_model": 192, "n_heads": 3}
+"""The teacher's widths: twice the parameters of the quickstart as it is."""
 PIECES = 4
 """Of each held-out file so many rows are judged."""
 
@@ -43,7 +45,8 @@ def settings(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]
     tree["data"] |= {"validation_fraction": 0.1, "cache_dir": str(options.folder / "cache")}
     tree |= {"seed": seed, "checkpoint": {"every": 200}}
     if arm == "teacher":
-        return tree | {"train": tree["train"] | {"steps": options.teacher_steps}, "eval": {"every": 200}}
+        train = {"steps": options.teacher_steps, "learning_rate": 4e-3}
+        return tree | {"model": tree["model"] | WIDE, "train": tree["train"] | train, "eval": {"every": 200}}
     teacher = options.folder / "teacher"
     tree["model"] |= {"d_model": options.width}
     tree["train"] |= {"steps": options.steps}

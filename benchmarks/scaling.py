@@ -33,6 +33,7 @@ MESHES = {"data": ("data",), "fsdp": ("fsdp",), "tensor": ("tensor",), "data x t
 PLOT = Path(__file__).parents[1] / "docs" / "scaling.png"
 OVERRIDES = (
     "model.layer_loop=scan",
+    "model.d_model=192",
     "model.n_heads=8",  # so that tensor may split them
     "model.n_kv_heads=8",
     f"data.seq_len={LENGTH}",

@@ -376,9 +376,8 @@ def test_values_never_drop_out(rng: np.random.Generator) -> None:
     """Neither framework drops anything from the value model, as its old values are compared with its new ones."""
     cfg = pairs.model(head="value", n_layers=1, dropout=0.5, max_seq_len=128)
     pair, batch = pairs.pair(cfg, pairs.random_params(cfg, rng)), pairs.packed_batch(cfg, rng, 128)
-    trained, modules = {jax_ppo.VALUE: pair.params}, {"value": pair.torch.train()}
-    ours = np.asarray(jax_ppo.values_of((None, pair.jax), trained, jax.tree.map(jnp.asarray, batch)))
-    theirs = torch_ppo.values_of(modules, pairs.tensors(batch)).detach().numpy()
+    ours = np.asarray(jax_ppo.values_of((None, pair.jax), {"value": pair.params}, jax.tree.map(jnp.asarray, batch)))
+    theirs = torch_ppo.values_of({"value": pair.torch.train()}, pairs.tensors(batch)).detach().numpy()
     assert pair.torch.training, "as it was before"
     drawn = batch["segments"] > 0
     FLOAT64.check(pairs.error(theirs[drawn], ours[drawn]), "values")

@@ -94,22 +94,22 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
 
 
 def values_of(
-    pair: tuple[Any, Any], trained: Mapping[str, Any], batch: Mapping[str, Any], hidden_BTD: Any = None
+    modules: tuple[Any, Any], params: Mapping[str, Any], batch: Mapping[str, Any], hidden_BTD: Any = None
 ) -> Any:
     """The value of the state after each token [B, T].
 
     Args:
-        pair: the policy and its value model, from which nothing is dropped out; None in its place: the policy's hidden
-            states are mapped.
+        modules: the policy and its value model, from which nothing is dropped out. None in its place: the policy's
+            hidden states are mapped.
         hidden_BTD: those states; None: they are computed, and nothing is dropped out.
     """
     from jaxlm.models.adapted import variables
 
-    policy, value = pair
+    policy, value = modules
     if value is None:
         known = hidden_BTD is not None
-        return mapped(hidden_BTD if known else forward(policy, trained[MODEL], batch, None)[0], trained[VALUE])
-    applied: Any = value.apply(variables(trained[VALUE]), batch["tokens"], batch["positions"], batch["segments"])
+        return mapped(hidden_BTD if known else forward(policy, params[MODEL], batch, None)[0], params[VALUE])
+    applied: Any = value.apply(variables(params[VALUE]), batch["tokens"], batch["positions"], batch["segments"])
     return applied[0][..., 0]
 
 
@@ -145,7 +145,7 @@ class JaxCritic(JaxActor):
         policy = engine.tree(MODEL)
         reference, whole = grpo.reference_of(engine, policy), engine.params
         super().__init__(engine.decoder, policy, reference, cfg, eos_id=eos_id, pad=pad, whole=whole)
-        self.pair = engine.decoder, engine.program.modules.get(VALUE)
+        self.modules = engine.decoder, engine.program.modules.get(VALUE)
         self.trained = {MODEL: policy, VALUE: engine.tree(VALUE)}
 
     def credit(
@@ -158,7 +158,7 @@ class JaxCritic(JaxActor):
         arrays = {name: batch[name] for name in names}
         compute: Any = jax.jit(_credit, static_argnums=(0, 1))
         with jax.default_matmul_precision(self.config.numerics.matmul):  # as in the step
-            found = compute(self.pair, self.config.rl, self.trained, arrays, rewards_B, cut_B, last_B, kl_weight)
+            found = compute(self.modules, self.config.rl, self.trained, arrays, rewards_B, cut_B, last_B, kl_weight)
         return {name: np.asarray(x) for name, x in zip(CREDIT, found, strict=True)}
 
 
@@ -171,13 +171,13 @@ STAGE = Stage("ppo", actor_of, CriticPhases, CREDIT, (*MEASURES, "explained_vari
 
 
 def _credit(
-    pair: Any, rl: config.RL, trained: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any, kl_weight: Any
+    modules: Any, rl: config.RL, params: Any, batch: Any, rewards_B: Any, cut_B: Any, last_B: Any, kl_weight: Any
 ) -> Any:
     import jax.numpy as jnp
 
     from jaxlm.objectives.advantages import gae, token_rewards, whiten
 
-    values_BT = values_of(pair, trained, batch)
+    values_BT = values_of(modules, params, batch)
     weights_BT = batch["weights"].astype(values_BT.dtype)
     reference = batch["reference_logps"] if rl.kl == "reward" else None
     spoken = batch.get("old_logps", values_BT)
