@@ -44,7 +44,7 @@ OF_LOSS = {
     "ipo": ("preference.beta=0.5",),
     "simpo": (NOT_CACHED, "preference.beta=2.0"),
     "orpo": (NOT_CACHED, "preference.odds_weight=30.0", "train.learning_rate=1e-3"),
-    "kto": (NOT_CACHED,),
+    "kto": (NOT_CACHED, "train.learning_rate=1e-3"),
 }
 """Options of each loss beside a config for `dpo`."""
 SIDES = ("accuracy", "margin", "chosen_logp", "rejected_logp", "chosen_length", "rejected_length")
