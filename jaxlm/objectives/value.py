@@ -53,6 +53,7 @@ def value_loss(
     error_BT = returns_BT - values_BT
     near_BT = old_BT + jnp.clip(values_BT - old_BT, -clip, clip) if clip else values_BT
     loss_BT = jnp.maximum(error_BT**2, (near_BT - returns_BT) ** 2) / 2
-    clipped_BT = (near_BT - returns_BT) ** 2 > error_BT**2
+    # Within the clip both squares are the same but for rounding, which must not count.
+    clipped_BT = (jnp.abs(values_BT - old_BT) > clip) & ((near_BT - returns_BT) ** 2 > error_BT**2)
     terms = (loss_BT, clipped_BT, error_BT, error_BT**2, returns_BT, returns_BT**2, trained_BT)
     return ValueLoss(*(jnp.sum(term * weights_BT) for term in terms))

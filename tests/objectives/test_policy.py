@@ -130,6 +130,14 @@ def test_value_clip_by_finite_differences() -> None:
     np.testing.assert_allclose(result.explained_variance, 1 - np.var(np.asarray(returns - values)) / 1, rtol=1e-12)
 
 
+def test_values_within_the_clip_are_not_counted(rng: np.random.Generator) -> None:
+    """V^o + (V - V^o) is V but for rounding, which is no clip."""
+    values, old, returns = 0.02 * rng.standard_normal((3, 1, 1000))
+    assert np.any((old + (values - old) - returns) ** 2 > (values - returns) ** 2), "a naive count would not be 0"
+    assert np.abs(values - old).max() < 0.2
+    assert value_loss(*map(jnp.asarray, (values, old, returns, np.ones((1, 1000)))), clip=0.2).clipped == 0
+
+
 def test_with_one_update_the_ratio_is_one_and_the_gradient_is_the_policy_gradient() -> None:
     logps, weights = jnp.asarray([[-1.0, -2.0, -3.0]]), jnp.asarray([[1.0, 1, 0]])
     gains = jnp.asarray([[2.0, -1.0, 5.0]])
