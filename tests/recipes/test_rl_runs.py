@@ -29,6 +29,7 @@ from jaxlm.train import engine
 
 IMPORTED = answers, grpo, engine
 pytestmark = pytest.mark.usefixtures("traced_once")
+SOAK = pytest.mark.soak
 CRITIC = ("value_loss", "value_clip_share", "value_grad_norm", "value_learning_rate", "explained_variance")
 
 TINY = """
@@ -115,16 +116,20 @@ def test_few_held_out_prompts_are_judged(tmp_path: Path) -> None:
     assert judged.sum() == len(data.task.held_out(16)) and batch["tokens"].shape == (16, 8) and not judged.all()
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("grpo", marks=pytest.mark.soak), "ppo"])  # which keeps more
+@pytest.mark.parametrize(
+    ("recipe", "trunk"),
+    [pytest.param("grpo", "", marks=SOAK), ("ppo", "own"), pytest.param("ppo", "shared", marks=SOAK)],
+)
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_run_resumes_bit_for_bit(
-    begun: Path, tmp_path: Path, backend: Any, recipe: str, request: pytest.FixtureRequest
+    begun: Path, tmp_path: Path, backend: Any, recipe: str, trunk: str, request: pytest.FixtureRequest
 ) -> None:
     """Two updates a phase and a reference; the run that stops in between draws the same samples again.
 
     Of PPO the weight of the divergence follows a target, and no second update is near enough to be made.
     """
     follows = 'kl = "reward"\nkl_kind = "k1"\nkl_target = 0.1\nkl_horizon = 100\nstop_kl = 1e-9'
+    follows += f'\nvalue_trunk = "{trunk}"'
     kept = {"grpo": 'kl = "loss"', "ppo": follows}[recipe]
     if recipe == "ppo":
         request.getfixturevalue("on_all_devices")
