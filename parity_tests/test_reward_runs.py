@@ -118,6 +118,24 @@ def test_whole_runs_of_the_command(folder: Path) -> None:
     assert "Held-out pairs" in (folder / "whole-jax" / "report.html").read_text()
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "fsdp": 2, "tensor": 2, "rules": {"kv_heads": []}}, {"data": 1, "fsdp": 8}], ids=str
+)
+def test_eight_devices_are_one(folder: Path, mesh: dict[str, Any]) -> None:
+    """Losses, gradients and what is judged, with the head and the trunk split over the devices."""
+    found = []
+    for number, (count, sizes) in enumerate(((1, {}), (8, mesh))):
+        some, run = jax.local_devices()[:count], f"{mesh['fsdp']} {number}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "devices", lambda *_, some=some: some)
+            start.run(settings(folder, run, mesh=sizes, reward={"centring": 0.02, "label_smoothing": 0.1}))
+        rows = metrics(folder / run)
+        found.append([row[key] for row in rows for key in ("loss", "grad_norm", *EXAMINED) if key in row])
+    assert len(found[0]) > 8
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
 def test_adapters_beside_a_head_that_is_trained_whole(folder: Path) -> None:
     """Losses, accuracy and the merged model; a checkpoint has adapters and the head, no trunk, and opens as a model."""
     compare(folder, "adapters", lora={"rank": 2}, data=unjudged(folder))
