@@ -249,8 +249,9 @@ def test_peft_computes_the_same(family: str, kind: str, tmp_path: Path) -> None:
     options = KINDS[kind]
     if family == "mixtral":
         options = config.LoRA(rank=3, rslora=kind == "rslora", dora=kind == "dora", targets=("mixer.*",))
-    if family == "gpt2" and kind == "patterns":
-        options = config.LoRA(rank=2, rank_pattern={"k_proj": 3}, targets=("mixer.*",))
+    if family == "gpt2" and kind == "patterns":  # queries, keys and values are one matrix there, with one scale
+        ranks, alphas = {"k_proj": 3}, {"k_proj": 24.0}
+        options = config.LoRA(rank=2, alpha=16.0, rank_pattern=ranks, alpha_pattern=alphas, targets=("mixer.*",))
     pair = Adapted(PEFT_MODELS[family], options)
     made = FAMILIES[family]
     base = tmp_path / "base"
