@@ -31,6 +31,7 @@ import numpy as np
 from jaxlm.errors import DamagedCheckpointError, UserError
 from jaxlm.processes.compiled_together import everywhere
 from jaxlm.processes.orbax_silence import OrbaxSilence
+from jaxlm.train.orbax_manager import OrbaxManager
 from jaxlm.train.recipe import MODEL
 from jaxlm.train.step import TrainState
 
@@ -78,7 +79,7 @@ class Checkpointer:
         limits["multiprocessing_options"] = processes
         handlers: Any = {name: ocp.PyTreeCheckpointHandler(use_compression=False, **limits) for name in _TREES}
         handlers["run"] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
-        self._manager = ocp.CheckpointManager(self._plain, options=options, item_handlers=handlers)
+        self._manager = OrbaxManager(self._plain, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxlm import config
 from jaxlm.errors import UserError
@@ -41,6 +42,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path, optimizer):
     assert saved(tmp_path / "b", optimizer, range(1, 6), keep=2) == [4, 5]
     # the best is remembered by the next process
     assert saved(tmp_path / "a", optimizer, [6, 7], keep=1, losses={6: 1.5, 7: 1.1}) == [2, 7]
+
+
+def test_a_save_leaves_preemptions_to_the_loop(tmp_path, optimizer, monkeypatch):
+    """Orbax asks with the number of the step: a notice that comes then is for a point that is over."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
+    assert saved(tmp_path, optimizer, [1, 2]) == [1, 2] and asked == []
 
 
 def test_a_state_returns_bit_for_bit(tmp_path, optimizer):
