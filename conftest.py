@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import os
+import signal
 import sys
 import zlib
 from collections.abc import Generator, Iterator
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.devices import on_devices
 from tests.shared_checks import share_checks
 
 share_checks()  # before the first module of jaxlm
 gc.disable()  # until all modules are imported, below
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of a script's `&`, and by what it starts
 ROOT = Path(__file__).parent
 TESTS = itertools.count(1)
 
@@ -122,20 +125,22 @@ def few_mappings() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def on_one_device() -> Iterator[None]:
     """Runs of a module use one of the eight virtual devices, for eight cost a run of this process twice the time."""
-    import jax
-
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: first)
+    with on_devices(1):
         yield
 
 
 @pytest.fixture
-def on_all_devices(on_one_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One test of such a module uses them all."""
-    import jax
+def one_device() -> Iterator[None]:
+    """Runs of a test use one device."""
+    with on_devices(1):
+        yield
 
-    monkeypatch.setattr(jax, "devices", jax.local_devices)
+
+@pytest.fixture
+def on_all_devices(on_one_device: None) -> Iterator[None]:
+    """One test of such a module uses them all."""
+    with on_devices(8):
+        yield
 
 
 @pytest.fixture

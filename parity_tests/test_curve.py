@@ -24,6 +24,7 @@ from jaxlm.train.backend import Engine
 from jaxlm.train.engine import JaxEngine
 from parity_tests import pairs
 from parity_tests.tolerances import AUTOCAST_CURVE, FLOAT64, FLOORS, RATIO
+from tests.devices import on_devices
 from torch_ref.models.decoder import Decoder, init_params
 from torch_ref.train.engine import TorchEngine
 from torch_ref.train.step import TrainState
@@ -81,9 +82,7 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cu
             made[dtype, torch_only, starts] = take(engine, cfg, source.corpus, starts)
         return made[dtype, torch_only, starts]
 
-    one = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: one)
+    with on_devices(1):
         yield make
 
 

@@ -29,6 +29,7 @@ from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
+from tests.devices import on_devices
 from torch_ref.recipes import distill as torch_distill
 
 IMPORTED = distill, sft, engine
@@ -162,9 +163,7 @@ def test_faults_of_hidden_states_are_seen(fault: str, folder: Path, monkeypatch:
 
 
 def run(cfg: config.Config, devices: int = 1, **options: Any) -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        some = jax.devices()[:devices]
-        patch.setattr(jax, "devices", lambda *_: some)
+    with on_devices(devices):
         start.run(cfg, **options)
     return [row for row in read_metrics(Path(cfg.out_dir) / "metrics.jsonl") if "loss" in row or "eval_loss" in row]
 

@@ -109,12 +109,6 @@ def run_of(folder: Path, name: str, recipe: str, data: str, **sections: Any) -> 
     return toml.from_dict({"recipe": recipe, "out_dir": str(folder / name), **merged, **sections})
 
 
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: some)
-
-
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_whole_runs_are_the_same(tmp_path: Path, loss: str) -> None:

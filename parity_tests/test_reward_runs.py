@@ -31,6 +31,7 @@ from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
+from tests.devices import on_devices
 from torch_ref.models import attach_lora
 from torch_ref.recipes import reward as torch_reward
 
@@ -126,9 +127,8 @@ def test_eight_devices_are_one(folder: Path, mesh: dict[str, Any]) -> None:
     """Losses, gradients and what is judged, with the head and the trunk split over the devices."""
     found = []
     for number, (count, sizes) in enumerate(((1, {}), (8, mesh))):
-        some, run = jax.local_devices()[:count], f"{mesh['fsdp']} {number}"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "devices", lambda *_, some=some: some)
+        run = f"{mesh['fsdp']} {number}"
+        with on_devices(count):
             start.run(settings(folder, run, mesh=sizes, reward={"centring": 0.02, "label_smoothing": 0.1}))
         rows = metrics(folder / run)
         found.append([row[key] for row in rows for key in ("loss", "grad_norm", *EXAMINED) if key in row])

@@ -21,6 +21,7 @@ from jaxlm.text.tokenizer import Tokenizer
 from parity_tests import pairs
 from parity_tests.test_rl import SOAK, compare_phases, graded_here, settings
 from parity_tests.tolerances import FLOAT64
+from tests.devices import on_devices
 
 AUTOUSE = (graded_here,)  # the rewards of that file
 THREE, EIGHT = config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(data=1, fsdp=8)
@@ -34,15 +35,14 @@ PHASES = 3
 
 def trained(cfg: config.Config, devices: int) -> list[Phase]:
     """The phases of `jaxlm train` on so many devices."""
-    made, begin, some = [], RolloutData.begin_phase, jax.local_devices()[:devices]
+    made, begin = [], RolloutData.begin_phase
 
     def keep(data: RolloutData, number: int, engine: Any) -> None:
         begin(data, number, engine)
         made.append(data.phase)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, on_devices(devices):
         patch.setattr(RolloutData, "begin_phase", keep)
-        patch.setattr(jax, "devices", lambda *_: some)
         start.run(cfg)
     return made
 

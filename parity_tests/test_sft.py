@@ -29,6 +29,7 @@ from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train import engine  # two threads that import at once break Python's ast
 from parity_tests import pairs
 from parity_tests.tolerances import FLOAT64
+from tests.devices import on_devices
 
 IMPORTED = engine
 
@@ -98,9 +99,7 @@ def settings(folder: Path, name: str, *overrides: str) -> config.Config:
 
 def train(folder: Path, name: str, *overrides: str, backend: Any = "jax", **options: Any) -> dict[str, np.ndarray]:
     """All figures of all steps of a run."""
-    one = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: one)
+    with on_devices(1):
         start.run(settings(folder, name, *overrides), backend=backend, **options)
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]

@@ -35,6 +35,7 @@ from jaxlm.train.recipe import Models
 from jaxlm.train.step import init_state
 from parity_tests.pairs import error
 from parity_tests.tolerances import FLOAT64
+from tests.devices import on_devices
 from torch_ref.train.engine import TorchEngine
 
 TOML = """
@@ -119,9 +120,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
         start.run(toml.load(path, [f'out_dir="{out}"', *overrides]), resume=resume, backend=backend)
         return Finished(out, list(batches))
 
-    with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda: first)
+    with pytest.MonkeyPatch.context() as patch, on_devices(1):
         for engine in (JaxEngine, TorchEngine):
 
             def step(self: Any, batch: Any, original: Any = engine.step) -> Any:

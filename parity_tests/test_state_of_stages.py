@@ -24,6 +24,7 @@ from jaxlm.train.recipe import Models
 from parity_tests import pairs
 from parity_tests.test_distill_runs import HIDDEN, STUDENT, save
 from parity_tests.tolerances import FLOAT64
+from tests.devices import on_devices
 
 IMPORTED = distill, ppo, engine
 OTHER: dict[config.Backend, config.Backend] = {"jax": "torch", "torch": "jax"}
@@ -97,9 +98,7 @@ def settings(folder: Path, recipe: str, name: str) -> config.Config:
 
 
 def train(cfg: config.Config, backend: config.Backend, **options: Any) -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: first)
+    with on_devices(1):
         start.run(cfg, backend=backend, **options)
     return [row for row in read_metrics(Path(cfg.out_dir) / "metrics.jsonl") if "loss" in row]
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -297,9 +296,8 @@ start.run(config_file.load({str(toml)!r}, {overrides!r}), backend="torch")
         assert row == pytest.approx(other, rel=FLOAT64.allowed)
 
 
-def test_both_backends_begin_with_the_parameters_of_another_run(train, whole, toml, tmp_path, monkeypatch):
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: first)
+@pytest.mark.usefixtures("one_device")
+def test_both_backends_begin_with_the_parameters_of_another_run(train, whole, toml, tmp_path):
     importlib.import_module("jaxlm.train.engine")  # here, and not while the main thread also compiles: `ast` races
     options = (f'train.init_from="{whole}"', "train.steps=1", "model.dropout=0.0")
     train(tmp_path / "torch", *options)

@@ -24,6 +24,7 @@ from jaxlm.plan.memory import estimate
 from jaxlm.recipes import dpo, init_from, make_recipe, sft, start  # two threads that import at once break Python's ast
 from jaxlm.train import engine
 from jaxlm.train.program import abstract_inputs, training_program
+from tests.devices import on_devices
 from torch_ref.train.engine import TorchEngine
 
 IMPORTED = dpo, sft, engine
@@ -32,12 +33,6 @@ SOAK = pytest.mark.soak
 WORDS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
 UNJUDGED = {"validation_fraction": 0.0}  # a run that nobody judges compiles one program less
 FIGURES = ("loss", "grad_norm", "accuracy", "margin", "chosen_reward", "chosen_logp", "rejected_logp", "chosen_length")
-
-
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: some)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -152,9 +147,7 @@ def test_eight_devices_are_one(begun: Path, tmp_path: Path, loss: str, mesh: dic
     """float64: losses and gradients of two updates, parameters split over three axes, or 8 times."""
     found = []
     for number, (count, sizes) in enumerate(((1, {}), (8, mesh))):
-        with pytest.MonkeyPatch.context() as patch:
-            some = jax.devices()[:count]
-            patch.setattr(jax, "devices", lambda *_, some=some: some)
+        with on_devices(count):
             options: Any = {"train": {"steps": 2}, "mesh": sizes, "data": UNJUDGED}
             start.run(dpo_run(begun, tmp_path / str(number), loss=loss, **options))
         found.append([[row["loss"], row["grad_norm"]] for row in rows(tmp_path / str(number) / "run") if "loss" in row])

@@ -138,13 +138,6 @@ def two_processes(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of this process use one device of the eight virtual ones."""
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: first)
-
-
 @pytest.fixture(scope="session")
 def leaves() -> Callable[[Path], dict[str, np.ndarray]]:
     """A function from a run directory to every array of its newest checkpoint, read without jaxlm."""

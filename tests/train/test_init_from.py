@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from jaxlm.recipes import start
 from jaxlm.recipes.init_from import initial_params
 from jaxlm.text.tokenizer import Tokenizer
 from jaxlm.train.engine import JaxEngine
+from tests.devices import on_devices
 
 pytestmark = pytest.mark.usefixtures("one_device")
 PLAIN = ("model.dropout=0.0", "train.microbatches=1", "eval.every=0", "model.layer_loop=unroll")
@@ -28,9 +28,7 @@ def first_loss(run) -> float:
 def source(runs, tmp_path_factory):
     """A trained run, and the same model as a torch_ref and as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("source")
-    with pytest.MonkeyPatch.context() as patch:
-        devices = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda: devices)
+    with on_devices(1):
         runs.train(folder / "run", *PLAIN, "train.learning_rate=1e-2", "train.steps=30")
     convert(folder / "run", folder / "torch", "torch")
     convert(folder / "run", folder / "llama", "llama")

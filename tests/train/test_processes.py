@@ -16,6 +16,7 @@ import pytest
 
 from jaxlm.convert.open_model import load
 from jaxlm.processes.hang_watch import HUNG
+from tests.devices import on_devices
 
 STEPS = 3
 FLOAT64 = ("numerics.params=float64", "numerics.compute=float64")
@@ -49,11 +50,9 @@ def on_mesh(**axes: int) -> tuple[str, ...]:
         pytest.param(2, 4, {"data": 1, "tensor": 2, "context": 2, "fsdp": 2}, SAMPLE, marks=SOAK),
     ],
 )
-def test_processes_train_what_one_does(runs, tmp_path, rows, monkeypatch, processes, devices, mesh, extra):
+def test_processes_train_what_one_does(runs, tmp_path, rows, processes, devices, mesh, extra):
     options = (*OPTIONS, *extra, *on_mesh(**mesh))
-    few = jax.devices()[: processes * devices]
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: few)
+    with on_devices(processes * devices):
         runs.train(tmp_path / "one", *options)
     words = command(runs, tmp_path / "many", processes, devices, *options)
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)

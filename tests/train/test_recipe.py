@@ -18,6 +18,7 @@ from jaxlm.train.engine import JaxEngine
 from jaxlm.train.loop import FrozenFile, train
 from jaxlm.train.program import abstract_inputs, training_program
 from jaxlm.train.recipe import parameter_name
+from tests.devices import on_devices
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 TOY = {
@@ -90,9 +91,7 @@ def test_eight_devices_are_one(tmp_path):
     for devices, mesh in ((1, {"data": 1}), (8, {"data": 2, "fsdp": 4})):
         cfg = toml.from_dict({**TOY, "out_dir": str(tmp_path / str(devices)), "mesh": mesh})
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=262))
-        with pytest.MonkeyPatch.context() as patch:
-            some = jax.local_devices()[:devices]
-            patch.setattr(jax, "devices", lambda some=some: some)
+        with on_devices(devices):
             engine = JaxEngine(cfg, make_recipe(cfg), lambda *_: [])
             batches = make_recipe(cfg).data(None).batches(batch_size=8, rows=None)
             losses[devices] = [engine.fetch([engine.step(next(batches))])[0]["loss"] for _ in range(3)]
