@@ -78,12 +78,12 @@ def objective(modules: Mapping[str, Any], cfg: config.Config) -> Callable[..., t
     """`(trained, frozen, batch, key) -> (sum, sums)`: policy and value loss, both divided by what `rl.divisor` says."""
     from jaxlm.objectives.value import value_loss
 
-    policy, rl, pair = grpo.of_hidden_states(cfg), cfg.rl, (modules[MODEL], modules.get(VALUE))
+    policy, rl, models = grpo.of_hidden_states(cfg), cfg.rl, (modules[MODEL], modules.get(VALUE))
 
     def compute(trained: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
         hidden_BTD, head, routed = forward(modules[MODEL], trained[MODEL], batch, key)
         loss, found = policy(hidden_BTD, head, routed, batch)
-        values_BT = values_of(pair, trained, batch, hidden_BTD)
+        values_BT = values_of(models, trained, batch, hidden_BTD)
         weights_BT = batch["weights"].astype(values_BT.dtype)
         terms = value_loss(values_BT, batch["old_values"], batch["returns"], weights_BT, clip=rl.value_clip)
         found |= {"value_loss": terms.loss, "value_clip_share": terms.clipped, "squared_error": terms.squared_error}

@@ -25,6 +25,7 @@ import pytest
 
 from jaxlm.launch.job import Job
 from jaxlm.launch.slurm import Slurm, sbatch
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -76,7 +77,7 @@ class Cluster:
         """What the controller knows of a job."""
         return dict(word.split("=", 1) for word in self.call("scontrol", "show", "job", job).split() if "=" in word)
 
-    def until(self, what: str, reached: Callable[[], Any], seconds: float = 240) -> None:
+    def until(self, what: str, reached: Callable[[], Any], seconds: float = HANGS) -> None:
         """Wait until `reached`."""
         deadline = time.monotonic() + seconds
         while not reached():

@@ -20,6 +20,7 @@ from jaxlm.recipes import start
 from jaxlm.run.metrics import OF_THE_MACHINE
 from jaxlm.train.loop import Progress
 from tests.child_flags import with_devices
+from tests.waiting import HANGS
 
 RUN = """
 [model]
@@ -105,7 +106,7 @@ class Runs:
     def launched(self, out: Path, *overrides: str, **options: Any) -> None:
         """As `launch`; waits for the end, which must be a good one."""
         process = self.launch(out, *overrides, **options)
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=HANGS)
         assert process.returncode == 0, said
 
     def refused(self, out: Path, *overrides: str, resume: bool = False, **options: Any) -> str:

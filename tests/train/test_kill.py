@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.train.checkpoint import Checkpointer
+from tests.waiting import HANGS
 
 OPTIONS = ("checkpoint.every=1", "checkpoint.keep=2", "eval.every=20", "log.every=7")
 SOAK = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -171,7 +172,7 @@ def test_sigkill_of_any_one_process(runs, spread, two_processes, tmp_path, leave
             assert process.returncode == 128 + signal.SIGKILL, said
             moments.append(moment)
             continue
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=HANGS)
         assert process.returncode == 0, said
         found = leaves(out)
         assert found.keys() == expected.keys()

@@ -17,6 +17,7 @@ import pytest
 from jaxlm.convert.open_model import load
 from jaxlm.processes.hang_watch import HUNG
 from tests.devices import on_devices
+from tests.waiting import HANGS
 
 STEPS = 3
 FLOAT64 = ("numerics.params=float64", "numerics.compute=float64")
@@ -55,7 +56,7 @@ def test_processes_train_what_one_does(runs, tmp_path, rows, processes, devices,
     with on_devices(processes * devices):
         runs.train(tmp_path / "one", *options)
     words = command(runs, tmp_path / "many", processes, devices, *options)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
 
     one, many = (jax.tree_util.tree_leaves_with_path(load(tmp_path / name).params) for name in ("one", "many"))
@@ -83,7 +84,7 @@ def pair(runs, out: Path, *differing: str) -> list[tuple[int, str]]:
     mine = [("distributed.processes=2", coordinator, f"distributed.process_id={i}", differing[i]) for i in range(2)]
     pipes = {"stderr": subprocess.STDOUT}
     processes = [runs.start(out, *OPTIONS, *options, **pipes) for options in mine]
-    printed = [process.communicate(timeout=240)[0] for process in processes]
+    printed = [process.communicate(timeout=HANGS)[0] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
 
 
@@ -146,7 +147,7 @@ def test_processes_wait_for_one_that_compiles_for_longer_than_gloo_waits(runs, t
     (tmp_path / "sitecustomize.py").write_text(LATE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     words = command(runs, tmp_path / "run", 2, 1, *OPTIONS, "mesh.data=2")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
@@ -164,7 +165,7 @@ def test_twenty_rounds_beside_two_busy_processes(runs, tmp_path, monkeypatch, pr
                 monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / f"cache {number}"))
             options = (*OPTIONS, *SAMPLE, *on_mesh(**meshes[number % 2]))
             words = command(runs, tmp_path / f"run {number}", processes, 1 + number % 2, *options)
-            done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS)
             printed = done.stdout + done.stderr
             assert done.returncode == 0 and "Traceback" not in printed, f"round {number}: {printed}"
             monkeypatch.undo()
@@ -179,7 +180,7 @@ def test_a_process_that_hangs_is_named(runs, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(HANG)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     words = command(runs, tmp_path / "run", 2, 1, "train.steps=100", "eval.every=0", "distributed.hang_seconds=30")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == HUNG
     assert re.search(r"error: process \d: nothing finished for 30 s, .*; process 1 is behind, ", done.stdout)
     assert "sitecustomize.py" in (tmp_path / "run" / "logs" / "process-1.log").read_text(), "where it hangs"
