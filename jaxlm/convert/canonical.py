@@ -164,8 +164,10 @@ def _leaf(tensors: Mapping[str, Any], names: Sequence[str], stacked: bool) -> np
     stack = np.empty((len(names), *first.shape), first.dtype)
     for index, name in enumerate(names):
         tensor = first if index == 0 else np.asarray(tensors[name])
-        if stack.dtype != tensor.dtype:
-            stack = stack.astype(_wider(stack.dtype, tensor.dtype), copy=False)
+        # Only the layers that are there are widened: the rest is memory as it was, whose NaNs a cast would warn of.
+        if (dtype := _wider(stack.dtype, tensor.dtype)) != stack.dtype:
+            there, stack = stack[:index], np.empty(stack.shape, dtype)
+            stack[:index] = there
         stack[index] = tensor
     return stack
 

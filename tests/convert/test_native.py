@@ -126,6 +126,25 @@ def test_a_stack_takes_a_dtype_that_holds_all_layers(make_model: Callable, make_
             np.testing.assert_array_equal(back[name].astype(np.float64), tensor.astype(np.float64))
 
 
+def test_only_layers_that_are_there_are_widened(
+    make_model: Callable, make_params: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cast of memory that is not written yet warns, where it happens to hold a signalling NaN."""
+    cfg = make_model(layer_loop="scan")
+    tensors = dict(to_torch(make_params(cfg, "float32"), cfg))
+    tensors["layers.1.ffn_norm.weight"] = np.linspace(1, 2, 16)
+    empty = np.empty
+
+    def used_before(*args: Any, **options: Any) -> np.ndarray:
+        memory = empty(*args, **options)
+        memory.reshape(-1).view(np.uint8)[:] = np.resize(np.array([0x7F800001], "<u4").view(np.uint8), memory.nbytes)
+        return memory
+
+    monkeypatch.setattr(np, "empty", used_before)
+    back = dict(to_torch(from_torch(tensors, cfg, "folder"), cfg))
+    np.testing.assert_array_equal(back["layers.1.ffn_norm.weight"], np.linspace(1, 2, 16))
+
+
 def test_all_faults_of_names_and_shapes_in_one_line(make_model: Callable, make_params: Callable) -> None:
     cfg = make_model()
     tensors = dict(to_torch(make_params(cfg), cfg))
